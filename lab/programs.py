@@ -1,0 +1,95 @@
+"""Our own console scripts, run as a user would run them."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lab.certificates import Pair
+from lab.processes import Process
+
+_SCRIPTS = Path(sys.executable).parent
+RUN_DEADLINE = 60.0
+
+
+def script(name: str) -> str:
+    """The path of one of our console scripts in this environment."""
+    return str(_SCRIPTS / name)
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A program that has ended."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """Standard output as the one JSON object that it must be."""
+        parsed: dict[str, Any] = json.loads(self.stdout)
+        return parsed
+
+
+def run(name: str, *arguments: str, deadline: float = RUN_DEADLINE) -> Finished:
+    """Run one of our programs to its end."""
+    done = subprocess.run(
+        [script(name), *arguments], capture_output=True, text=True, timeout=deadline, check=False
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+class AgentServer:
+    """`pool-agent serve`, with the endpoints of its ready line."""
+
+    def __init__(
+        self,
+        directory: Path,
+        pair: Pair,
+        *arguments: str,
+        ke: Sequence[str] = ("127.0.0.1:0",),
+        ntp: Sequence[str] = ("127.0.0.1:0",),
+    ) -> None:
+        options = [*(f"--ke={endpoint}" for endpoint in ke), *(f"--ntp={endpoint}" for endpoint in ntp)]
+        files = [f"--cert={pair.cert}", f"--key={pair.key}"]
+        self.process = Process(
+            "pool-agent", [script("pool-agent"), "serve", *files, *options, *arguments], directory
+        )
+
+    def start(self) -> "AgentServer":
+        self.process.start(lambda: self._ready_line() is not None)
+        return self
+
+    def stop(self) -> None:
+        self.process.stop()
+
+    def __enter__(self) -> "AgentServer":
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _ready_line(self) -> str | None:
+        return next(
+            (line for line in self.process.output().splitlines() if line.startswith("ready ke=")), None
+        )
+
+    @property
+    def ke_port(self) -> int:
+        """The port of the first NTS-KE listener."""
+        return self._port("ke=")
+
+    @property
+    def ntp_port(self) -> int:
+        """The port of the first NTP listener."""
+        return self._port("ntp=")
+
+    def _port(self, word: str) -> int:
+        line = self._ready_line()
+        assert line is not None, "the server is not ready"
+        first = next(part for part in line.split() if part.startswith(word)).removeprefix(word).split(",")[0]
+        return int(first.rpartition(":")[2])

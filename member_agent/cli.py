@@ -1,0 +1,174 @@
+"""`pool-agent`: serve authenticated time, alone or as a member of a pool. Rendering only."""
+
+import asyncio
+import logging
+import sys
+from collections.abc import Coroutine
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import structlog
+import typer
+
+from member_agent import daemon
+from member_agent.clock import Clock
+from member_agent.config import load_settings
+from member_agent.errors import AgentError, ExitStatus
+from member_agent.sockets import parse_endpoint
+from member_agent.state import StateDirectory
+from nts_core.ke import DEFAULT_NTP_PORT
+
+app = typer.Typer(
+    name="pool-agent",
+    no_args_is_help=True,
+    add_completion=False,
+    help=__doc__,
+    pretty_exceptions_enable=False,
+)
+_DEFAULT_STATE = Path("/var/lib/pool-agent")
+
+StateOption = Annotated[Path, typer.Option("--state", metavar="DIR", help="where the agent keeps its keys")]
+StratumOption = Annotated[
+    int | None, typer.Option("--local-stratum", min=1, max=15, help="vouch for this host's clock")
+]
+OffsetOption = Annotated[
+    float | None, typer.Option("--clock-offset", metavar="SECONDS", help="test option: serve a wrong time")
+]
+MetricsOption = Annotated[
+    str | None, typer.Option("--metrics", metavar="ADDR:PORT", help="serve /metrics there")
+]
+
+
+def _configure_logging() -> None:
+    """JSON lines on standard error, or readable ones on a terminal."""
+    renderer = structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    _configure_logging()
+    try:
+        asyncio.run(work)
+    except AgentError as error:
+        _fail(error)
+
+
+def _fail(error: AgentError) -> None:
+    typer.echo(f"error: {error.message}\n  {error.remedy}", err=True)
+    raise typer.Exit(error.status)
+
+
+@app.command()
+def serve(
+    cert: Annotated[Path, typer.Option(metavar="FULLCHAIN.pem", help="certificate chain, leaf first")],
+    key: Annotated[Path, typer.Option(metavar="KEY.pem", help="its private key")],
+    ke: Annotated[list[str] | None, typer.Option(metavar="ADDR:PORT", help="NTS-KE listeners")] = None,
+    ntp: Annotated[list[str] | None, typer.Option(metavar="ADDR:PORT", help="NTP listeners")] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="keep cookie keys there; without it they die with the process"),
+    ] = None,
+    local_stratum: StratumOption = None,
+    clock_offset: OffsetOption = None,
+    metrics: MetricsOption = None,
+) -> None:
+    """A stand-alone NTS server. SIGHUP loads the certificate anew, SIGTERM ends."""
+
+    async def work() -> None:
+        await daemon.serve(
+            cert=cert,
+            key=key,
+            ke=[parse_endpoint(text, "--ke") for text in ke or ("0.0.0.0:4460", "[::]:4460")],
+            ntp=[
+                parse_endpoint(text, "--ntp")
+                for text in ntp or (f"0.0.0.0:{DEFAULT_NTP_PORT}", f"[::]:{DEFAULT_NTP_PORT}")
+            ],
+            state=StateDirectory(state) if state else None,
+            clock=Clock(local_stratum, round((clock_offset or 0) * 1e9)),
+            metrics_endpoint=parse_endpoint(metrics, "--metrics") if metrics else None,
+            ready=lambda line: print(line, flush=True),  # noqa: T201 - the line that callers wait for
+        )
+
+    _run(work())
+
+
+@app.command()
+def join(
+    registry_url: Annotated[str, typer.Argument(help="the registry's address")],
+    token: Annotated[str, typer.Option(help="the join token of the registration", envvar="POOL_AGENT_TOKEN")],
+    state: StateOption = _DEFAULT_STATE,
+    ca: Annotated[
+        Path | None, typer.Option(help="roots (PEM) for the registry instead of the system's")
+    ] = None,
+) -> None:
+    """Make this host the server that the token was made for."""
+
+    async def work() -> None:
+        agent = f"pool-agent/{version('truechimer')}"
+        membership = await daemon.join(registry_url, token, StateDirectory(state), ca, agent)
+        typer.echo(f"joined the pool {membership.pool} as {membership.domain}")
+        typer.echo(f"next: pool-agent run --state {state}")
+
+    _run(work())
+
+
+@app.command()
+def run(
+    state: StateOption = _DEFAULT_STATE,
+    ntp_port: Annotated[int | None, typer.Option(min=1, max=65535, help="UDP port of NTP (123)")] = None,
+    local_stratum: StratumOption = None,
+    clock_offset: OffsetOption = None,
+    metrics: MetricsOption = None,
+) -> None:
+    """Serve as a member of the pool, and keep the certificate and the registry up to date."""
+
+    async def work() -> None:
+        flags = {
+            "ntp_port": ntp_port,
+            "local_stratum": local_stratum,
+            "clock_offset": clock_offset,
+            "metrics": metrics,
+        }
+        settings = load_settings(state, flags)
+        endpoint = parse_endpoint(settings.metrics, "--metrics") if settings.metrics else None
+        await daemon.Member(StateDirectory(state), settings).run(endpoint)
+
+    _run(work())
+
+
+@app.command()
+def status(state: StateOption = _DEFAULT_STATE) -> None:
+    """Who this host is in the pool, and what its clock looks like."""
+    try:
+        membership = StateDirectory(state).membership()
+    except AgentError as error:
+        _fail(error)
+        return
+    if membership is None:
+        _fail(
+            AgentError(
+                f"{state} holds no membership",
+                "run `pool-agent join REGISTRY_URL --token TOKEN` first",
+                ExitStatus.STATE,
+            )
+        )
+        return
+    settings = load_settings(state, {})
+    clock = Clock(settings.local_stratum, round(settings.clock_offset * 1e9))
+    typer.echo(f"server    {membership.domain}")
+    typer.echo(f"registry  {membership.registry}")
+    typer.echo("engine    builtin (Python)")
+    typer.echo(f"clock     {clock.describe()}")
+
+
+def main() -> None:
+    app()

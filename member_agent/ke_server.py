@@ -1,0 +1,118 @@
+"""TCP around `nts_core.tls` and `nts_core.ke`: one deadline a connection, a cap on connections, counters."""
+
+import asyncio
+import contextlib
+import secrets
+import socket
+from collections import Counter
+from functools import partial
+
+from member_agent.sockets import Endpoint, bind, bound_endpoint
+from nts_core.cookies import Keyring
+from nts_core.errors import TlsError
+from nts_core.ke import KeReply, KeServer, NtpEndpoint
+from nts_core.tls import ServerCredentials, TlsChannel
+
+# The whole exchange, TLS included. chrony allows 2 s, ntpd-rs 1 s; mobile networks need more than either.
+DEADLINE = 5.0
+# Idle and slow peers cost a slot for the deadline and no more; ntpd-rs has 512 slots.
+MAX_CONNECTIONS = 1024
+_BACKLOG = 512
+_READ = 16 * 1024
+
+
+class KeListeners:
+    """The NTS-KE sockets of one engine. Credentials and keyring may be replaced at any time: connections
+    under way finish with what they began with.
+    """
+
+    def __init__(self, credentials: ServerCredentials, keyring: Keyring) -> None:
+        self.credentials = credentials
+        self.keyring = keyring
+        self.counters: Counter[str] = Counter()
+        self.connections = 0
+        self._servers: list[asyncio.Server] = []
+        self.endpoints: list[Endpoint] = []
+
+    def bind(self, endpoint: Endpoint) -> socket.socket:
+        """Bind without listening yet: nothing is answered before everything is bound."""
+        sock = bind(endpoint, socket.SOCK_STREAM)
+        self.endpoints.append(bound_endpoint(sock))
+        return sock
+
+    async def listen(self, sock: socket.socket, ntp: NtpEndpoint) -> None:
+        """Answer on a bound socket, sending clients to `ntp`."""
+        # asyncio pauses a listener for a second when accept() finds no free descriptor, and goes on.
+        accepted = partial(self._accepted, ntp)
+        self._servers.append(await asyncio.start_server(accepted, sock=sock, backlog=_BACKLOG))
+
+    async def close(self) -> None:
+        for server in self._servers:
+            server.close()
+        self._servers.clear()
+
+    async def _accepted(
+        self, ntp: NtpEndpoint, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        if self.connections >= MAX_CONNECTIONS:
+            self.counters["too-many-connections"] += 1
+            writer.transport.abort()
+            return
+        self.connections += 1
+        try:
+            self.counters[await self._serve(ntp, reader, writer)] += 1
+        finally:
+            self.connections -= 1
+            writer.close()
+
+    async def _serve(
+        self, ntp: NtpEndpoint, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> str:
+        channel = self.credentials.channel()
+        ke = KeServer(self.keyring, ntp, channel.export, secrets.token_bytes)
+        try:
+            async with asyncio.timeout(DEADLINE):
+                return await _converse(channel, ke, reader, writer)
+        except TimeoutError:
+            if not channel.established:
+                writer.transport.abort()
+                return "tls-timeout"
+            reply = ke.timeout()
+            _finish(channel, reply, writer)
+            return reply.outcome
+        except TlsError:
+            return "tls-failed"
+        except OSError:
+            return "connection-lost"
+
+
+async def _converse(
+    channel: TlsChannel, ke: KeServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> str:
+    while True:
+        octets = await reader.read(_READ)
+        if not octets:
+            return "connection-lost"
+        try:
+            plaintext = channel.receive(octets)
+            reply = ke.receive(plaintext) if plaintext else None
+        finally:
+            # Also on failure: the client then gets the alert that says why.
+            writer.write(channel.to_send())
+        if reply is not None:
+            _finish(channel, reply, writer)
+            await writer.drain()
+            with contextlib.suppress(OSError):
+                # The client's close_notify; closing first could reset away our answer on its way.
+                await reader.read(_READ)
+            return reply.outcome
+        if channel.closed_by_peer:
+            return "connection-lost"
+        await writer.drain()
+
+
+def _finish(channel: TlsChannel, reply: KeReply, writer: asyncio.StreamWriter) -> None:
+    """The answer in one write, with the close_notify that section 4 asks for behind it."""
+    channel.send(reply.octets)
+    channel.close()
+    writer.write(channel.to_send())

@@ -1,0 +1,56 @@
+"""Prometheus metrics of the agent, read from the engine's own counters when somebody asks."""
+
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from member_agent.engines.builtin import BuiltinEngine
+from member_agent.errors import AgentError, ExitStatus
+from member_agent.sockets import Endpoint
+
+Families = Callable[[], Iterable[Metric]]
+
+
+class _EngineCollector(Collector):
+    def __init__(self, families: Families) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families()
+
+
+def engine_families(engine: BuiltinEngine) -> Families:
+    """What there is to tell of an engine."""
+
+    def families() -> Iterable[Metric]:
+        ke = CounterMetricFamily("pool_agent_ke", "Key establishments by outcome.", labels=["outcome"])
+        for outcome, count in engine.ke.counters.items():
+            ke.add_metric([outcome], count)
+        ntp = CounterMetricFamily("pool_agent_ntp", "NTP datagrams by outcome.", labels=["outcome"])
+        for outcome, count in engine.ntp.counters.items():
+            ntp.add_metric([outcome], count)
+        open_now = GaugeMetricFamily("pool_agent_ke_connections", "Open NTS-KE connections.")
+        open_now.add_metric([], engine.ke.connections)
+        offset = GaugeMetricFamily(
+            "pool_agent_clock_offset_seconds", "Test option: added to the time served."
+        )
+        offset.add_metric([], engine.clock.offset_ns / 1e9)
+        return [ke, ntp, open_now, offset]
+
+    return families
+
+
+def expose(endpoint: Endpoint | None, families: Families) -> None:
+    """Serve /metrics there, in a thread of its own; nothing without an endpoint."""
+    if endpoint is None:
+        return
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_EngineCollector(families))
+    try:
+        start_http_server(endpoint.port, endpoint.address, registry)
+    except OSError as error:
+        raise AgentError(
+            f"--metrics {endpoint}: {error.strerror}", "choose another port", ExitStatus.CONFIGURATION
+        ) from None

@@ -1,0 +1,135 @@
+"""The agent's conversation with its registry: JSON documents over HTTPS, each with a deadline."""
+
+import base64
+import ipaddress
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import httpx
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from pydantic import TypeAdapter, ValidationError
+
+from member_agent.errors import AgentError, ExitStatus
+from member_agent.sockets import is_local
+from nts_core.control import (
+    AgentReport,
+    Assignment,
+    JoinAnswer,
+    JoinRequest,
+    ProofAnswer,
+    ProofRequest,
+)
+
+_TIMEOUT = 10.0
+# An assignment holds a certificate chain and a few names; more is not ours.
+_MAX_ANSWER = 256 * 1024
+_T = TypeVar("_T")
+
+
+class RegistryError(AgentError):
+    """The registry is out of reach or refuses. `code` is its stable code, None when it did not answer."""
+
+    def __init__(self, message: str, remedy: str, code: str | None = None) -> None:
+        super().__init__(message, remedy, ExitStatus.REGISTRY)
+        self.code = code
+
+    @property
+    def is_final(self) -> bool:
+        """Whether asking again cannot help."""
+        return self.code in {"removed", "unauthenticated", "token-expired", "token-used", "forbidden"}
+
+
+def check_url(url: str) -> str:
+    """The registry's address without a slash at its end. Plain HTTP is for loopback only: tokens travel."""
+    parts = urlsplit(url)
+    is_loopback = parts.hostname == "localhost" or _is_loopback(parts.hostname or "")
+    if parts.hostname and (parts.scheme == "https" or (parts.scheme == "http" and is_loopback)):
+        return url.rstrip("/")
+    raise AgentError(
+        f"{url} is not an https:// address", "use the address that the registration shows", ExitStatus.USAGE
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class Registry:
+    """A registry, asked with one token. `ca` replaces the system's roots."""
+
+    def __init__(self, url: str, token: str, ca: Path | None = None) -> None:
+        self._url = check_url(url)
+        self._headers = {"Authorization": f"Bearer {token}"}
+        self._verify: Any = True
+        if ca is not None:
+            try:
+                self._verify = httpx.create_ssl_context(verify=str(ca))
+            except (OSError, ValueError) as error:
+                raise AgentError(f"--ca {ca}: {error}", "give a PEM file", ExitStatus.USAGE) from None
+
+    async def join(self, key: Ed25519PrivateKey, agent: str) -> JoinAnswer:
+        public = base64.b64encode(key.public_key().public_bytes_raw()).decode()
+        return await self._post("/v1/agent/join", JoinRequest(public, agent), JoinAnswer)
+
+    async def sync(self, report: AgentReport) -> Assignment:
+        """Report, and learn what the registry wants."""
+        return await self._post("/v1/agent/sync", report, Assignment)
+
+    async def request_proof(self, address: str) -> str:
+        """The nonce to sign for an address; the call leaves from the address itself where the host has it."""
+        answer = await self._post("/v1/agent/proof", ProofRequest(address), ProofAnswer, source=address)
+        return answer.nonce
+
+    async def _post(self, path: str, document: object, kind: type[_T], source: str | None = None) -> _T:
+        local = source if source is not None and is_local(source) else None
+        transport = httpx.AsyncHTTPTransport(verify=self._verify, local_address=local)
+        try:
+            async with (
+                httpx.AsyncClient(transport=transport, timeout=_TIMEOUT, trust_env=False) as client,
+                client.stream(
+                    "POST",
+                    self._url + path,
+                    content=TypeAdapter(type(document)).dump_json(document),
+                    headers={**self._headers, "Content-Type": "application/json"},
+                ) as response,
+            ):
+                body = await _read(response)
+        except httpx.HTTPError as error:
+            raise RegistryError(
+                f"the registry {self._url} does not answer: {error or type(error).__name__}",
+                "check the network; the agent tries again by itself, and goes on serving meanwhile",
+            ) from None
+        if response.status_code >= httpx.codes.BAD_REQUEST:
+            raise _refusal(response.status_code, body)
+        try:
+            return TypeAdapter(kind).validate_json(body)
+        except ValidationError:
+            raise RegistryError(
+                "the registry's answer is not understood",
+                "update pool-agent, or check the registry's address",
+            ) from None
+
+
+async def _read(response: httpx.Response) -> bytes:
+    body = bytearray()
+    async for piece in response.aiter_bytes():
+        body += piece
+        if len(body) > _MAX_ANSWER:
+            raise RegistryError("the registry's answer is too long", "check the registry's address")
+    return bytes(body)
+
+
+def _refusal(status: int, body: bytes) -> RegistryError:
+    """A problem document (RFC 9457) as an error; anything else by its status."""
+    try:
+        problem = TypeAdapter(dict[str, Any]).validate_json(body)
+    except ValidationError:
+        problem = {}
+    detail = str(problem.get("detail") or f"HTTP status {status}")[:500]
+    remedy = str(problem.get("remedy") or "try again later, or ask the pool's operator")[:500]
+    code = problem.get("code")
+    return RegistryError(f"the registry refuses: {detail}", remedy, str(code) if code else None)

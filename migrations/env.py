@@ -1,0 +1,42 @@
+"""Runs migrations over the application's own async engine; the URL comes from the settings or alembic.ini."""
+
+import asyncio
+
+from alembic import context
+from sqlalchemy import Connection, text
+
+from poolsvc import models
+from poolsvc.db import Database
+
+target_metadata = models.Base.metadata
+
+
+def _run(connection: Connection) -> None:
+    if connection.dialect.name == "postgresql":
+        # A migration that cannot get its lock gives up instead of stopping everybody behind it.
+        connection.execute(text("SET lock_timeout = '5s'"))
+        connection.commit()
+    context.configure(
+        connection=connection,
+        target_metadata=target_metadata,
+        render_as_batch=connection.dialect.name == "sqlite",
+        transaction_per_migration=True,
+        compare_type=True,
+    )
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+async def _run_online() -> None:
+    config = context.config
+    url = config.attributes.get("url") or config.get_main_option("sqlalchemy.url")
+    database = Database(url)
+    try:
+        async with database.engine.connect() as connection:
+            await connection.run_sync(_run)
+            await connection.commit()
+    finally:
+        await database.close()
+
+
+asyncio.run(_run_online())

@@ -1,0 +1,287 @@
+"""`pool-client`: ask one server or a whole pool for authenticated time. Rendering only."""
+
+import asyncio
+import ipaddress
+import json
+import ssl
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import IntEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from cryptography import x509
+from rich.console import Console
+from rich.table import Table
+
+from nts_core.client import KE_PORT, ClientError, Failure, Measurement, PoolView, Verdict, query, sources
+from nts_core.resolve import ResolveError, Resolver, TrustAnchors
+from nts_core.tls import Trust
+
+app = typer.Typer(
+    name="pool-client",
+    no_args_is_help=True,
+    add_completion=False,
+    help=__doc__,
+    pretty_exceptions_enable=False,
+)
+_RESOLVER_TIMEOUT = 3.0
+
+
+class ExitStatus(IntEnum):
+    """How `pool-client` ends."""
+
+    OK = 0
+    USAGE = 2
+    DNS = 3
+    NOT_ESTABLISHED = 4
+    NO_TIME = 5
+    TOO_FEW_SOURCES = 6
+
+
+_STATUS = {
+    Failure.CONFIGURATION: ExitStatus.USAGE,
+    Failure.DNS: ExitStatus.DNS,
+    Failure.NTP: ExitStatus.NO_TIME,
+    Failure.KISS: ExitStatus.NO_TIME,
+    Failure.UNSYNCHRONISED: ExitStatus.NO_TIME,
+    Failure.TOO_FEW_SOURCES: ExitStatus.TOO_FEW_SOURCES,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    host: str
+    port: int
+
+
+def parse_endpoint(text: str, default_port: int | None) -> Endpoint:
+    """HOST, HOST:PORT, [IPV6] or [IPV6]:PORT. Raises ClientError."""
+    host, port = text, default_port
+    if text.startswith("["):
+        host, _, rest = text[1:].partition("]")
+        tail = rest.removeprefix(":") if rest else None
+    elif text.count(":") == 1:
+        host, _, tail = text.partition(":")
+    else:
+        tail = None
+    if tail is not None:
+        if not tail.isascii() or not tail.isdigit() or not 0 < int(tail) < 65536:
+            raise _unusable(f"{text!r} has no valid port", "write HOST:PORT, and IPv6 as [ADDRESS]:PORT")
+        port = int(tail)
+    host = host.rstrip(".").lower()
+    if not host or port is None:
+        raise _unusable(f"{text!r} is not a host and a port", "write HOST:PORT, and IPv6 as [ADDRESS]:PORT")
+    return Endpoint(host, port)
+
+
+def _unusable(message: str, remedy: str) -> ClientError:
+    return ClientError(Failure.CONFIGURATION, message, remedy)
+
+
+def load_roots(file: Path | None) -> list[x509.Certificate]:
+    """The trusted roots: those of a PEM file, else the system's. Raises ClientError."""
+    if file is None:
+        found = ssl.create_default_context().get_ca_certs(binary_form=True)
+        if not found:
+            raise _unusable("this system has no trusted roots", "install ca-certificates, or give --ca FILE")
+        return [x509.load_der_x509_certificate(der) for der in found]
+    try:
+        return x509.load_pem_x509_certificates(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise _unusable(f"--ca {file}: {error}", "give a readable file of PEM certificates") from None
+
+
+def _load_anchors(file: Path) -> TrustAnchors:
+    try:
+        return TrustAnchors.parse(file.read_text())
+    except OSError as error:
+        raise _unusable(
+            f"--trust-anchor {file}: {error}", "give a readable file of DS or DNSKEY lines"
+        ) from None
+    except (ResolveError, UnicodeDecodeError) as error:
+        raise _unusable(
+            f"--trust-anchor {file}: {error}", "put the zone's DS or DNSKEY lines in it"
+        ) from None
+
+
+def _load_resolver(text: str | None, anchors: TrustAnchors) -> Resolver:
+    if text is None:
+        text = _system_resolver()
+    endpoint = parse_endpoint(text, 53)
+    try:
+        address = str(ipaddress.ip_address(endpoint.host))
+    except ValueError:
+        raise _unusable(f"--resolver {text}: not an IP address", "give it as ADDRESS:PORT") from None
+    return Resolver(address, endpoint.port, anchors, _RESOLVER_TIMEOUT)
+
+
+def _system_resolver() -> str:
+    try:
+        lines = Path("/etc/resolv.conf").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        words = line.split()
+        if len(words) > 1 and words[0] == "nameserver":
+            return f"[{words[1]}]:53"
+    raise _unusable("/etc/resolv.conf names no resolver", "give one with --resolver ADDRESS:PORT")
+
+
+def _error(error: ClientError | None) -> dict[str, str] | None:
+    return None if error is None else {"code": error.code, "message": error.message, "remedy": error.remedy}
+
+
+def _finish(document: dict[str, Any], error: ClientError | None, *, as_json: bool) -> None:
+    """Print what is for machines or the error for people, and end with the status that fits."""
+    if as_json:
+        typer.echo(json.dumps(document))
+    elif error is not None:
+        typer.echo(f"error ({error.code}): {error.message}", err=True)
+        if error.remedy:
+            typer.echo(f"  {error.remedy}", err=True)
+    if error is not None:
+        raise typer.Exit(_STATUS.get(Failure(error.code), ExitStatus.NOT_ESTABLISHED))
+
+
+def _query_document(endpoint: Endpoint | None, host: str, found: Measurement | None) -> dict[str, Any]:
+    best = None if found is None else found.best
+    return {
+        "authenticated": found is not None,
+        "server": endpoint.host if endpoint else host,
+        "ke_port": endpoint.port if endpoint else None,
+        "ntp_address": found.established.ntp_host if found else None,
+        "ntp_port": found.established.ntp_port if found else None,
+        "aead": int(found.established.result.keys.aead) if found else None,
+        "cookies": len(found.established.result.cookies) if found else None,
+        "offset_ns": best.offset if best else None,
+        "delay_ns": best.delay if best else None,
+        "stratum": best.stratum if best else None,
+        "leap": best.leap if best else None,
+    }
+
+
+@app.command("query")
+def query_command(
+    host: Annotated[str, typer.Argument(metavar="HOST[:KEPORT]", help="the server's TLS name")],
+    ca: Annotated[Path | None, typer.Option(help="trusted roots (PEM) instead of the system's")] = None,
+    address: Annotated[str | None, typer.Option(help="connect to this IP address")] = None,
+    samples: Annotated[int, typer.Option(min=1, max=64, help="authenticated exchanges")] = 4,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,  # noqa: FBT002 - a flag
+) -> None:
+    """Key establishment and authenticated exchanges with one server."""
+    endpoint: Endpoint | None = None
+    found: Measurement | None = None
+    failure: ClientError | None = None
+    try:
+        endpoint = parse_endpoint(host, KE_PORT)
+        if address is not None:
+            address = _parse_address(address)
+        trust = Trust.of(load_roots(ca), datetime.now(UTC))
+        found = asyncio.run(query(endpoint.host, endpoint.port, trust, address=address, samples=samples))
+        if not found.best.synchronised:
+            failure = ClientError(Failure.UNSYNCHRONISED, f"{endpoint.host} says that it is not synchronised")
+    except ClientError as error:
+        failure = error
+    if found is not None and not as_json:
+        _show_query(host, found)
+    document = {**_query_document(endpoint, host, found), "error": _error(failure)}
+    _finish(document, failure, as_json=as_json)
+
+
+def _parse_address(text: str) -> str:
+    try:
+        return str(ipaddress.ip_address(text.strip("[]")))
+    except ValueError:
+        raise _unusable(f"--address {text}: not an IP address", "give an IPv4 or IPv6 address") from None
+
+
+def _show_query(host: str, found: Measurement) -> None:
+    best = found.best
+    now = datetime.fromtimestamp((time.time_ns() + best.offset) / 1e9, UTC)
+    typer.echo(f"{host} at {found.established.ntp_host} port {found.established.ntp_port}, authenticated")
+    typer.echo(f"  time    {now.isoformat(timespec='milliseconds')}")
+    typer.echo(f"  offset  {_milliseconds(best.offset)}   delay {_milliseconds(best.delay)}")
+    typer.echo(f"  stratum {best.stratum}   leap {best.leap}   samples {len(found.samples)}")
+
+
+def _milliseconds(nanoseconds: int | None) -> str:
+    return "" if nanoseconds is None else f"{nanoseconds / 1e6:+.3f} ms"
+
+
+def _sources_document(pool: str, view: PoolView | None) -> dict[str, Any]:
+    found = view.sources if view else ()
+    return {
+        "pool": pool,
+        "sources": [
+            {
+                "name": source.name,
+                "address": source.address,
+                "offset_ns": source.measurement.best.offset if source.measurement else None,
+                "delay_ns": source.measurement.best.delay if source.measurement else None,
+                "verdict": source.verdict,
+                "reason": source.reason or None,
+            }
+            for source in found
+        ],
+        "offset_ns": view.offset if view else None,
+    }
+
+
+@app.command("sources")
+def sources_command(
+    pool: Annotated[str, typer.Argument(help="the pool's domain, such as pool.example")],
+    trust_anchor: Annotated[Path, typer.Option(help="file of DS or DNSKEY lines")],
+    count: Annotated[int, typer.Option(min=1, max=8, help="how many sources must agree")] = 4,
+    resolver: Annotated[str | None, typer.Option(metavar="ADDR:PORT", help="instead of the system's")] = None,
+    ca: Annotated[Path | None, typer.Option(help="trusted roots (PEM) instead of the system's")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,  # noqa: FBT002 - a flag
+) -> None:
+    """Find a pool's members by DNSSEC, and keep those that tell the same time."""
+    view: PoolView | None = None
+    failure: ClientError | None = None
+    try:
+        now = datetime.now(UTC)
+        found = _load_resolver(resolver, _load_anchors(trust_anchor))
+        trust = Trust.of(load_roots(ca), now)
+        view = asyncio.run(sources(pool.rstrip(".").lower(), found, trust, now, count=count))
+        if view.truechimers < count:
+            failure = ClientError(
+                Failure.TOO_FEW_SOURCES,
+                f"{view.truechimers} of {count} sources agree",
+                "see each source's reason; ask again in a minute, or accept fewer with --count",
+            )
+    except ClientError as error:
+        failure = error
+    if view is not None and not as_json:
+        _show_sources(view)
+    _finish({**_sources_document(pool, view), "error": _error(failure)}, failure, as_json=as_json)
+
+
+_COLOURS = {Verdict.TRUECHIMER: "green", Verdict.FALSETICKER: "red", Verdict.FAILED: "yellow"}
+
+
+def _show_sources(view: PoolView) -> None:
+    table = Table(box=None)
+    for column in ("source", "address", "offset", "delay", "verdict"):
+        table.add_column(column, justify="right" if column in {"offset", "delay"} else "left")
+    for source in view.sources:
+        best = source.measurement.best if source.measurement else None
+        verdict = f"[{_COLOURS[source.verdict]}]{source.verdict}[/]"
+        table.add_row(
+            source.name,
+            source.address or "",
+            _milliseconds(best.offset if best else None),
+            _milliseconds(best.delay if best else None),
+            f"{verdict} {source.reason}".strip(),
+        )
+    console = Console()
+    console.print(table)
+    if view.offset is not None:
+        console.print(f"the truechimers agree on an offset of {_milliseconds(view.offset)}")
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,426 @@
+"""Asking servers for authenticated time over real sockets (asyncio).
+
+`establish` runs key establishment, `measure` authenticated exchanges, `query` both with one server, `sources` a
+whole pool. Every wait has a deadline. ICMP errors are not listened to: anybody can forge them, so only silence
+counts. Nothing here touches the system clock.
+"""
+
+import asyncio
+import secrets
+import socket
+import struct
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from ipaddress import ip_address
+
+from cryptography import x509
+
+from nts_core import select
+from nts_core.association import Association, Sample
+from nts_core.errors import (
+    CertificateError,
+    KeError,
+    KissOfDeath,
+    NotAuthentic,
+    NtsError,
+    OutOfCookies,
+    TlsError,
+    WireError,
+)
+from nts_core.ke import KeClient, KeResult
+from nts_core.packet import MAX_DATAGRAM
+from nts_core.resolve import ResolveError, Resolver, SrvTarget, addresses, srv_targets
+from nts_core.tls import TlsChannel, Trust, client_channel
+
+KE_PORT = 4460
+KE_TIMEOUT = 5.0
+NTP_TIMEOUT = 1.5
+_READ = 16 * 1024
+_TIMESPEC = struct.Struct("@qq")
+# asm-generic/socket.h; Python names it from 3.13 on only.
+_SO_TIMESTAMPNS = 35
+# A pool's answer has eight targets at most; more than twice that is not asked whatever an answer says.
+_MAX_TARGETS = 16
+
+
+class Failure(StrEnum):
+    """Where it failed, in the order in which things happen."""
+
+    CONFIGURATION = "configuration"
+    DNS = "dns"
+    TCP = "tcp"
+    TLS = "tls"
+    CERTIFICATE = "certificate"
+    KE = "ke"
+    NTP = "ntp"
+    KISS = "kiss-of-death"
+    UNSYNCHRONISED = "unsynchronised"
+    TOO_FEW_SOURCES = "too-few-sources"
+
+
+_REMEDIES = {
+    Failure.TCP: "check the address, that the server runs, and that no firewall stops TCP to its NTS-KE port",
+    Failure.TLS: "check that the port is an NTS-KE port; it must speak TLS 1.3 with the protocol ntske/1",
+    Failure.CERTIFICATE: "check the name, this machine's date, and the trusted roots (--ca)",
+    Failure.KE: "the server does not give cookies to us: ask its operator",
+    Failure.NTP: "check that UDP reaches the server's NTP port; some networks drop long NTP packets",
+    Failure.KISS: "the server does not want to answer us: ask its operator, or use another server",
+    Failure.UNSYNCHRONISED: "the server does not know the time itself now: use another one",
+}
+
+
+class ClientError(Exception):
+    """A failure with its stage, what happened, and what to do about it."""
+
+    def __init__(self, code: str, message: str, remedy: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.remedy = _REMEDIES.get(Failure(code), "") if remedy is None else remedy
+
+
+@dataclass(frozen=True, slots=True)
+class Established:
+    """A finished key establishment: what it gave, with whom, and how long it took (nanoseconds)."""
+
+    result: KeResult
+    chain: tuple[x509.Certificate, ...] = field(repr=False)
+    address: str
+    took: int
+
+    @property
+    def ntp_host(self) -> str:
+        """Where NTP is served: record 6, else the address that key establishment used."""
+        return self.result.endpoint.host or self.address
+
+    @property
+    def ntp_port(self) -> int:
+        return self.result.endpoint.port
+
+
+async def establish(
+    name: str, address: str, port: int, trust: Trust, *, timeout: float = KE_TIMEOUT
+) -> Established:
+    """Key establishment with the server `name` at one address. Raises ClientError."""
+    started = time.monotonic_ns()
+    stage = Failure.TCP
+    try:
+        async with asyncio.timeout(timeout):
+            reader, writer = await asyncio.open_connection(address, port)
+            stage = Failure.TLS
+            try:
+                channel = client_channel(name, trust)
+                result = await _key_exchange(channel, reader, writer)
+            finally:
+                writer.transport.abort()
+    except TimeoutError:
+        raise ClientError(stage, f"no answer from {_join(address, port)} within {timeout:g} s") from None
+    except OSError as error:
+        raise ClientError(stage, f"no connection to {_join(address, port)}: {_strerror(error)}") from None
+    except CertificateError as error:
+        raise ClientError(Failure.CERTIFICATE, str(error)) from None
+    except TlsError as error:
+        raise ClientError(Failure.TLS, str(error)) from None
+    except (KeError, WireError) as error:
+        raise ClientError(Failure.KE, str(error)) from None
+    return Established(result, channel.peer_chain, address, time.monotonic_ns() - started)
+
+
+async def _key_exchange(
+    channel: TlsChannel, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> KeResult:
+    client = KeClient(channel.export)
+    asked = False
+    octets = b""
+    while True:
+        try:
+            plaintext = channel.receive(octets)
+            if channel.established and not asked:
+                asked = True
+                channel.send(client.request())
+            result = client.receive(plaintext) if plaintext else None
+        finally:
+            # Also on failure: the server then gets the alert that says why.
+            writer.write(channel.to_send())
+        if result is not None:
+            channel.close()
+            writer.write(channel.to_send())
+            await writer.drain()
+            return result
+        await writer.drain()
+        octets = await reader.read(_READ)
+        if not octets or channel.closed_by_peer:
+            raise TlsError("the server closed the connection before it had answered")
+
+
+async def exchange(association: Association, host: str, port: int, *, timeout: float = NTP_TIMEOUT) -> Sample:
+    """One authenticated exchange from a fresh random port (RFC 9109).
+
+    Raises ClientError, KissOfDeath (for NTSN only once the deadline has passed without a proper answer, since
+    anybody may forge it) and OutOfCookies.
+    """
+    family = socket.AF_INET6 if ip_address(host).version == 6 else socket.AF_INET
+    hint: KissOfDeath | None = None
+    with socket.socket(family, socket.SOCK_DGRAM) as udp:
+        udp.setblocking(False)
+        udp.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+        try:
+            request = association.poll()
+            sent = time.time_ns()
+            udp.sendto(request, (host, port))
+            async with asyncio.timeout(timeout):
+                while True:
+                    datagram, received = await _receive(udp, (host, port))
+                    try:
+                        return association.receive(datagram, sent=sent, received=received)
+                    except KissOfDeath as kiss:
+                        if kiss.authentic:
+                            raise
+                        hint = kiss
+                    except NotAuthentic:
+                        continue
+        except TimeoutError:
+            if hint is not None:
+                raise hint from None
+            raise ClientError(
+                Failure.NTP, f"no authentic answer from {_join(host, port)} within {timeout:g} s"
+            ) from None
+        except OSError as error:
+            raise ClientError(
+                Failure.NTP, f"cannot send to {_join(host, port)}: {_strerror(error)}"
+            ) from None
+
+
+async def _receive(udp: socket.socket, peer: tuple[str, int]) -> tuple[bytes, int]:
+    """The next datagram from `peer` with the kernel's receive time."""
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            datagram, ancillary, _flags, source = udp.recvmsg(MAX_DATAGRAM + 1, 64)
+        except BlockingIOError:
+            readable = asyncio.Event()
+            loop.add_reader(udp, readable.set)
+            try:
+                await readable.wait()
+            finally:
+                loop.remove_reader(udp)
+            continue
+        if ip_address(source[0]) != ip_address(peer[0]) or source[1] != peer[1]:
+            continue
+        for level, kind, data in ancillary:
+            if level == socket.SOL_SOCKET and kind == _SO_TIMESTAMPNS:
+                seconds, nanoseconds = _TIMESPEC.unpack(data[: _TIMESPEC.size])
+                return datagram, seconds * 1_000_000_000 + nanoseconds
+        return datagram, time.time_ns()
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Authenticated samples of one server."""
+
+    established: Established
+    samples: tuple[Sample, ...]
+
+    @property
+    def best(self) -> Sample:
+        return select.best(self.samples)
+
+
+async def measure(established: Established, samples: int) -> Measurement:
+    """`samples` exchanges; one lost packet is made up for. Raises ClientError if there is no sample at all."""
+    association = Association(established.result, secrets.token_bytes)
+    host = await _ntp_address(established)
+    taken: list[Sample] = []
+    failure: ClientError | None = None
+    for _ in range(samples + 1):
+        if len(taken) == samples:
+            break
+        try:
+            taken.append(await exchange(association, host, established.ntp_port))
+        except ClientError as error:
+            failure = error
+        except KissOfDeath as kiss:
+            raise ClientError(Failure.KISS, str(kiss)) from None
+        except OutOfCookies as error:
+            raise ClientError(Failure.NTP, str(error)) from None
+    if not taken:
+        assert failure is not None
+        raise failure
+    return Measurement(established, tuple(taken))
+
+
+async def _ntp_address(established: Established) -> str:
+    host = established.ntp_host
+    try:
+        return str(ip_address(host))
+    except ValueError:
+        return (await system_addresses(host))[0]
+
+
+async def system_addresses(name: str) -> list[str]:
+    """The addresses of a host by the system's resolver. Raises ClientError."""
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(KE_TIMEOUT):
+            found = await loop.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except (OSError, TimeoutError, UnicodeError) as error:
+        raise ClientError(
+            Failure.DNS,
+            f"{name} does not resolve: {_strerror(error)}",
+            "check the name and this machine's resolver, or give the server's address with --address",
+        ) from None
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+
+async def query(
+    name: str,
+    port: int,
+    trust: Trust,
+    *,
+    address: str | None = None,
+    samples: int = 4,
+) -> Measurement:
+    """Key establishment and `samples` exchanges with one server, the first of its addresses that answers.
+
+    Raises ClientError, also when the server says itself that it does not know the time.
+    """
+    candidates = [address] if address is not None else await system_addresses(name)
+    failure: ClientError | None = None
+    for candidate in candidates:
+        try:
+            measurement = await measure(await establish(name, candidate, port, trust), samples)
+        except ClientError as error:
+            failure = error
+            continue
+        return measurement
+    assert failure is not None
+    raise failure
+
+
+class Verdict(StrEnum):
+    TRUECHIMER = "truechimer"
+    FALSETICKER = "falseticker"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One pool member as this client found it; offset and delay in nanoseconds."""
+
+    name: str
+    address: str | None
+    measurement: Measurement | None
+    verdict: Verdict
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PoolView:
+    """The sources that were tried, and what the truechimers among them agree on."""
+
+    pool: str
+    sources: tuple[Source, ...]
+    offset: int | None
+
+    @property
+    def truechimers(self) -> int:
+        return sum(source.verdict is Verdict.TRUECHIMER for source in self.sources)
+
+
+@dataclass(slots=True)
+class _Candidate:
+    target: SrvTarget
+    address: str | None = None
+    measurement: Measurement | None = None
+    failure: str = ""
+
+
+async def sources(
+    pool: str, resolver: Resolver, trust: Trust, now: datetime, *, count: int = 4, samples: int = 4
+) -> PoolView:
+    """Look the pool's members up and measure them until `count` agree or none is left.
+
+    Members are taken in the order of RFC 2782. One that fails or disagrees is replaced by the next. Raises
+    ClientError when the pool cannot be looked up at all.
+    """
+    try:
+        targets = (await srv_targets(resolver, pool, now))[:_MAX_TARGETS]
+    except ResolveError as error:
+        raise ClientError(Failure.DNS, error.message, error.remedy) from None
+    used: set[str] = set()
+    tried: list[_Candidate] = []
+    view = PoolView(pool, (), None)
+    while len(tried) < len(targets) and view.truechimers < count:
+        batch = [_Candidate(target) for target in targets[len(tried) : len(tried) + count - view.truechimers]]
+        async with asyncio.TaskGroup() as group:
+            for candidate in batch:
+                group.create_task(_try(candidate, resolver, trust, now, used, samples))
+        tried += batch
+        view = _judge(pool, tried)
+    return view
+
+
+async def _try(
+    candidate: _Candidate, resolver: Resolver, trust: Trust, now: datetime, used: set[str], samples: int
+) -> None:
+    target = candidate.target
+    try:
+        found = await addresses(resolver, target.name, now)
+        # Two names for one address are one source.
+        fresh = [address for address in found if address not in used]
+        if not fresh:
+            candidate.failure = "its addresses are in use by another source"
+            return
+        used.update(found)
+        for address in fresh:
+            candidate.address = address
+            try:
+                established = await establish(target.name, address, target.port, trust)
+                candidate.measurement = await measure(established, samples)
+            except ClientError as error:
+                candidate.failure = error.message
+                continue
+            return
+    except ResolveError as error:
+        candidate.failure = error.message
+    except NtsError as error:
+        candidate.failure = str(error)
+
+
+def _judge(pool: str, tried: Sequence[_Candidate]) -> PoolView:
+    claims: list[select.Estimate] = []
+    claimants: list[_Candidate] = []
+    for candidate in tried:
+        if candidate.measurement is not None and candidate.measurement.best.synchronised:
+            claims.append(select.estimate(candidate.measurement.samples))
+            claimants.append(candidate)
+    selection = select.select(claims)
+    chosen = {id(claimants[index]) for index in selection.truechimers}
+    judged = tuple(_source(candidate, is_chosen=id(candidate) in chosen) for candidate in tried)
+    return PoolView(pool, judged, selection.offset)
+
+
+def _source(candidate: _Candidate, *, is_chosen: bool) -> Source:
+    measurement = candidate.measurement
+    if measurement is None:
+        verdict, reason = Verdict.FAILED, candidate.failure
+    elif not measurement.best.synchronised:
+        verdict, reason = Verdict.FAILED, "it says that it is not synchronised"
+    elif is_chosen:
+        verdict, reason = Verdict.TRUECHIMER, ""
+    else:
+        verdict, reason = Verdict.FALSETICKER, "its time disagrees with the majority"
+    return Source(candidate.target.name, candidate.address, measurement, verdict, reason)
+
+
+def _strerror(error: BaseException) -> str:
+    """What an operating system error says, without its numbers."""
+    text = error.strerror if isinstance(error, OSError) else None
+    return text or str(error) or type(error).__name__
+
+
+def _join(address: str, port: int) -> str:
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"

@@ -1,0 +1,189 @@
+"""The documents that registry, agent and prober exchange, as frozen data.
+
+Rules:
+
+1. Closed data only: names, addresses, tokens, PEM text. Never a command, a path or configuration.
+2. Every document carries `version`. Unknown fields are ignored and new fields have defaults, so that a
+   registry and an agent two versions apart still understand each other.
+3. This module knows nothing of HTTP, JSON or databases; pydantic on either side reads these dataclasses.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+VERSION = 1
+
+
+class ServerState(StrEnum):
+    """Where a server is in its life (`poolsvc.servers` holds the table of transitions)."""
+
+    REGISTERED = "registered"
+    VERIFIED = "verified"
+    CERTIFIED = "certified"
+    ACTIVE = "active"
+    SUSPENDED = "suspended"
+    LEAVING = "leaving"
+    REMOVED = "removed"
+
+
+class Stage(StrEnum):
+    """What must hold, in this order, before a server is in the pool's SRV answer."""
+
+    NAME = "name"
+    ADDRESSES = "addresses"
+    ISSUANCE = "issuance"
+    TCP = "tcp"
+    TLS = "tls"
+    CERTIFICATE = "certificate"
+    KE = "ke"
+    COOKIES = "cookies"
+    NTP_KE_COOKIE = "ntp-ke-cookie"
+    NTP_NTP_COOKIE = "ntp-ntp-cookie"
+    OFFSET = "offset"
+    SCORE = "score"
+    POOL = "pool"
+
+
+class StageStatus(StrEnum):
+    MET = "met"
+    FAILED = "failed"
+    WAITING = "waiting"
+
+
+@dataclass(frozen=True, slots=True)
+class JoinRequest:
+    """An agent presents its own key; the join token travels in the Authorization header."""
+
+    public_key: str  # Ed25519, raw 32 octets, base64
+    agent: str = ""  # name and version, for the operator's eyes
+    version: int = VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class JoinAnswer:
+    """What the agent must remember: its API token and the names it will ever answer for."""
+
+    token: str
+    pool: str
+    server: str
+    domain: str
+    version: int = VERSION
+
+    def __repr__(self) -> str:
+        return f"JoinAnswer(pool={self.pool!r}, server={self.server!r}, domain={self.domain!r})"
+
+
+@dataclass(frozen=True, slots=True)
+class ProofRequest:
+    """Sent from the address itself: the registry connects back only after such a call."""
+
+    address: str
+    version: int = VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class ProofAnswer:
+    """The nonce that the agent's key must sign (see `proof_statement`), served on that address."""
+
+    address: str
+    nonce: str
+    version: int = VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class AddressAssignment:
+    """One address of the server; `call` asks the agent to call the registry from it again."""
+
+    address: str
+    proved: bool
+    call: bool
+
+
+@dataclass(frozen=True, slots=True)
+class HttpChallenge:
+    """An HTTP-01 challenge relayed from the CA (RFC 8555 section 8.3)."""
+
+    token: str
+    key_authorization: str
+
+
+@dataclass(frozen=True, slots=True)
+class IssuedCertificate:
+    """A certificate chain for the key of the CSR that was sent for `order`."""
+
+    order: int
+    chain: str  # PEM, leaf first
+    fingerprint: str  # SHA-256 of the leaf's DER, lower-case hex
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What the registry wants of an agent now."""
+
+    pool: str
+    server: str
+    domain: str
+    state: ServerState
+    addresses: tuple[AddressAssignment, ...]
+    http_port: int
+    ke_port: int
+    poll_after: float  # seconds until the agent should report again
+    csr_for: int | None = None  # an order that waits for a certificate signing request
+    challenges: tuple[HttpChallenge, ...] = ()
+    certificate: IssuedCertificate | None = None
+    why: str = ""  # why the server is not in DNS, empty when it is
+    version: int = VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class CsrAnswer:
+    order: int
+    pem: str
+
+
+@dataclass(frozen=True, slots=True)
+class AgentReport:
+    """What the agent says of itself. It helps the operator; it never raises a status."""
+
+    engine: str
+    clock: str = ""
+    serving: tuple[str, ...] = ()  # challenge tokens that are answered now
+    csr: CsrAnswer | None = None
+    installed: str | None = None  # fingerprint of the certificate that is served
+    problem: str | None = None
+    version: int = VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    """What a probe of one address found: the first stage that failed, and what was measured until then.
+
+    `offset` (server minus prober), `delay` and `root_distance` are nanoseconds; None while unknown. `asked`
+    and `cookies` count the cookies asked for by NTP and those that came.
+    """
+
+    address: str
+    failed: Stage | None
+    detail: str
+    offset: int | None = None
+    delay: int | None = None
+    stratum: int | None = None
+    leap: int | None = None
+    root_distance: int = 0
+    kiss: str | None = None
+    asked: int = 0
+    cookies: int = 0
+    fingerprint: str | None = None  # SHA-256 of the leaf's DER, lower-case hex
+    version: int = VERSION
+
+
+PROOF_PATH = "/.well-known/truechimer-proof/"
+ACME_PATH = "/.well-known/acme-challenge/"
+
+
+def proof_statement(*, pool: str, server: str, address: str, nonce: str) -> bytes:
+    """The octets that the agent's key signs to prove an address.
+
+    A fixed first line keeps the signature from meaning anything elsewhere.
+    """
+    return f"truechimer address proof v1\n{pool}\n{server}\n{address}\n{nonce}".encode("ascii")

@@ -1,0 +1,256 @@
+"""Key establishment (RFC 8915 sections 4 and 5.1) without sockets.
+
+    client                                            server
+      Next Protocol, AEAD Algorithm, End of Message  ->
+      <-  Next Protocol, AEAD Algorithm, [NTP Server], [NTP Port], 8 x New Cookie, End of Message
+
+One message each way. `KeServer` and `KeClient` are told plaintext and give plaintext; the TLS session lends them
+its exporter. What the server decides is written down in one table of outcomes:
+
+    request                                  answer
+    unknown critical record                  Error 0
+    malformed, missing, duplicate, misplaced Error 1
+    no protocol in common                    empty Next Protocol record
+    no AEAD algorithm in common              empty AEAD record
+    silence until the deadline               Error 1
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from nts_core import records
+from nts_core.aead import KEY_LENGTH, AeadId, SessionKeys
+from nts_core.cookies import MAX_COOKIE_LENGTH, MAX_COOKIES, Keyring, Random
+from nts_core.errors import KeError, NoOverlap, WireError
+from nts_core.records import ErrorCode, MessageReader, Record, RecordType
+from nts_core.wire import uint16, uint16_list
+
+NTPV4 = 0
+DEFAULT_NTP_PORT = 123
+
+Exporter = Callable[[bytes, int], bytes]
+
+# Records that both sides may send; a request must not carry others that are known (section 4.1).
+_REQUEST_TYPES = frozenset(
+    {RecordType.NEXT_PROTOCOL, RecordType.AEAD_ALGORITHM, RecordType.NTP_SERVER, RecordType.NTP_PORT}
+)
+_KNOWN_TYPES = frozenset(RecordType)
+# The AEAD algorithms we speak, the preferred first.
+PREFERENCE = (AeadId.AES_SIV_CMAC_256,)
+
+
+def export_keys(export: Exporter, aead: AeadId) -> SessionKeys:
+    """The session keys of a TLS session (section 5.1): context is protocol, algorithm, direction."""
+    context = uint16(NTPV4) + uint16(aead)
+    length = KEY_LENGTH[aead]
+    return SessionKeys(aead, export(context + b"\x00", length), export(context + b"\x01", length))
+
+
+class _RequestRefused(Exception):
+    def __init__(self, answer: Sequence[Record]) -> None:
+        self.answer = answer
+
+
+def _error(code: ErrorCode) -> tuple[Record, ...]:
+    return (Record(RecordType.ERROR, uint16(code), critical=True),)
+
+
+def _message(body: Sequence[Record]) -> bytes:
+    return records.encode((*body, Record(RecordType.END_OF_MESSAGE, critical=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class KeReply:
+    """What to send before closing; `outcome` is one word for the counters."""
+
+    octets: bytes
+    outcome: str
+
+
+@dataclass(frozen=True, slots=True)
+class NtpEndpoint:
+    """Where NTP is served when it is not the KE server's address and port 123 (records 6 and 7)."""
+
+    host: str | None = None
+    port: int = DEFAULT_NTP_PORT
+
+    def records(self) -> tuple[Record, ...]:
+        # Critical, as chrony sends them: a client that ignored them would ask the wrong server.
+        told: list[Record] = []
+        if self.host is not None:
+            told.append(Record(RecordType.NTP_SERVER, self.host.encode("ascii"), critical=True))
+        if self.port != DEFAULT_NTP_PORT:
+            told.append(Record(RecordType.NTP_PORT, uint16(self.port), critical=True))
+        return tuple(told)
+
+
+class KeServer:
+    """The server's side of one TLS session."""
+
+    def __init__(self, keyring: Keyring, endpoint: NtpEndpoint, export: Exporter, random: Random) -> None:
+        self._keyring = keyring
+        self._endpoint = endpoint
+        self._export = export
+        self._random = random
+        self._reader = MessageReader(records.MAX_REQUEST)
+
+    def receive(self, plaintext: bytes) -> KeReply | None:
+        """The reply once the request is whole; None while octets are missing."""
+        try:
+            request = self._reader.receive(plaintext)
+            if request is None:
+                return None
+            return KeReply(_message(self._answer(request)), "ok")
+        except WireError:
+            return KeReply(_message(_error(ErrorCode.BAD_REQUEST)), "bad-request")
+        except _RequestRefused as refused:
+            return KeReply(_message(refused.answer), _outcome(refused.answer))
+
+    def timeout(self) -> KeReply:
+        """The reply when the deadline passed before the request was whole (section 4.1.3)."""
+        return KeReply(_message(_error(ErrorCode.BAD_REQUEST)), "timeout")
+
+    def _answer(self, request: Sequence[Record]) -> list[Record]:
+        by_type = _sort_request(request)
+        protocols = uint16_list(by_type[RecordType.NEXT_PROTOCOL].body)
+        if not protocols:
+            raise WireError("an empty list of protocols")
+        if NTPV4 not in protocols:
+            raise _RequestRefused((Record(RecordType.NEXT_PROTOCOL, critical=True),))
+        aead_record = by_type.get(RecordType.AEAD_ALGORITHM)
+        if aead_record is None:
+            raise WireError("NTPv4 without an AEAD Algorithm Negotiation record")
+        offered = uint16_list(aead_record.body)
+        next_protocol = Record(RecordType.NEXT_PROTOCOL, uint16(NTPV4), critical=True)
+        aead = next((algorithm for algorithm in PREFERENCE if algorithm in offered), None)
+        if aead is None:
+            raise _RequestRefused((next_protocol, Record(RecordType.AEAD_ALGORITHM, critical=True)))
+        keys = export_keys(self._export, aead)
+        cookies = [
+            Record(RecordType.NEW_COOKIE, self._keyring.seal(keys, self._random)) for _ in range(MAX_COOKIES)
+        ]
+        chosen = Record(RecordType.AEAD_ALGORITHM, uint16(aead), critical=True)
+        return [next_protocol, chosen, *self._endpoint.records(), *cookies]
+
+
+def _sort_request(request: Sequence[Record]) -> dict[int, Record]:
+    by_type: dict[int, Record] = {}
+    for record in request:
+        if record.type not in _KNOWN_TYPES:
+            if record.critical:
+                raise _RequestRefused(_error(ErrorCode.UNRECOGNIZED_CRITICAL_RECORD))
+            continue
+        if record.type not in _REQUEST_TYPES or record.type in by_type:
+            raise WireError(f"record type {record.type} is misplaced or doubled")
+        by_type[record.type] = record
+    if RecordType.NEXT_PROTOCOL not in by_type:
+        raise WireError("no Next Protocol Negotiation record")
+    return by_type
+
+
+def _outcome(answer: Sequence[Record]) -> str:
+    match answer[-1].type:
+        case RecordType.NEXT_PROTOCOL:
+            return "no-protocol"
+        case RecordType.AEAD_ALGORITHM:
+            return "no-aead"
+        case _:
+            return "unknown-critical"
+
+
+@dataclass(frozen=True, slots=True)
+class KeResult:
+    """What a client takes away from key establishment."""
+
+    keys: SessionKeys = field(repr=False)
+    cookies: tuple[bytes, ...] = field(repr=False)
+    endpoint: NtpEndpoint = NtpEndpoint()
+
+
+class KeClient:
+    """The client's side of one TLS session."""
+
+    def __init__(self, export: Exporter, offered: Sequence[AeadId] = PREFERENCE) -> None:
+        self._export = export
+        self._offered = tuple(offered)
+        self._reader = MessageReader(records.MAX_RESPONSE)
+
+    def request(self) -> bytes:
+        """The only message a client sends."""
+        algorithms = b"".join(uint16(aead) for aead in self._offered)
+        return _message(
+            (
+                Record(RecordType.NEXT_PROTOCOL, uint16(NTPV4), critical=True),
+                Record(RecordType.AEAD_ALGORITHM, algorithms, critical=True),
+            )
+        )
+
+    def receive(self, plaintext: bytes) -> KeResult | None:
+        """The result once the response is whole, None while octets are missing.
+
+        Raises KeError for an Error or Warning record, NoOverlap when nothing is shared, WireError for a
+        response that is not well-formed (section 4).
+        """
+        response = self._reader.receive(plaintext)
+        return None if response is None else self._conclude(response)
+
+    def _conclude(self, response: Sequence[Record]) -> KeResult:
+        single: dict[int, Record] = {}
+        cookies: list[bytes] = []
+        for record in response:
+            if record.type == RecordType.NEW_COOKIE:
+                if len(cookies) < MAX_COOKIES and 0 < len(record.body) <= MAX_COOKIE_LENGTH:
+                    cookies.append(record.body)
+            elif record.type in _KNOWN_TYPES:
+                if record.type in single:
+                    raise WireError(f"record type {record.type} comes twice")
+                single[record.type] = record
+            elif record.critical:
+                raise KeError(f"the server sent the unknown critical record type {record.type}")
+        _refuse_errors(single)
+        aead = self._negotiated(single)
+        if not cookies:
+            raise KeError("the server sent no usable cookie")
+        return KeResult(export_keys(self._export, aead), tuple(cookies), _endpoint(single))
+
+    def _negotiated(self, single: dict[int, Record]) -> AeadId:
+        protocol, algorithm = single.get(RecordType.NEXT_PROTOCOL), single.get(RecordType.AEAD_ALGORITHM)
+        if protocol is None:
+            raise WireError("the response lacks its Next Protocol record")
+        if uint16_list(protocol.body) != (NTPV4,):
+            raise NoOverlap("the server does not serve NTPv4 with NTS")
+        if algorithm is None:
+            raise WireError("the response lacks its AEAD Algorithm record")
+        match uint16_list(algorithm.body):
+            case ():
+                raise NoOverlap("the server shares no AEAD algorithm with us")
+            case (chosen,) if chosen in self._offered:
+                return AeadId(chosen)
+            case answered:
+                raise KeError(f"the server chose AEAD algorithms {answered}, which were not offered")
+
+
+def _refuse_errors(single: dict[int, Record]) -> None:
+    for kind in (RecordType.ERROR, RecordType.WARNING):
+        if kind in single:
+            body = uint16_list(single[kind].body)
+            if len(body) != 1:
+                raise WireError(f"an {kind.name} record of {len(single[kind].body)} octets")
+            raise KeError(f"the server answered with {kind.name.lower()} {body[0]}", body[0])
+
+
+def _endpoint(single: dict[int, Record]) -> NtpEndpoint:
+    host, port = None, DEFAULT_NTP_PORT
+    if RecordType.NTP_SERVER in single:
+        try:
+            host = single[RecordType.NTP_SERVER].body.decode("ascii").rstrip(".")
+        except UnicodeDecodeError:
+            raise WireError("the NTP server's name is not ASCII") from None
+        if not host or len(host) > 253 or not host.isprintable() or " " in host:
+            raise WireError("the NTP server's name is not a host name or an address")
+    if RecordType.NTP_PORT in single:
+        ports = uint16_list(single[RecordType.NTP_PORT].body)
+        if len(ports) != 1 or ports[0] == 0:
+            raise WireError("the NTP port is not one port")
+        port = ports[0]
+    return NtpEndpoint(host, port)

@@ -1,0 +1,86 @@
+"""Which sources tell the truth (RFC 5905 section 11.2.1): pure.
+
+Each source claims that the true offset lies within its root distance of the offset measured. The intersection
+algorithm finds the smallest interval that a majority of the claims share; who does not reach into it is a
+falseticker.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nts_core.association import Sample
+
+# RFC 5905's MINDISP: no claim is believed to be narrower, whatever a local network makes of it.
+MIN_DISTANCE = 5_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What one source claims: offset and root distance in nanoseconds."""
+
+    offset: int
+    distance: int
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The indices of the truechimers and the offset they agree on; None when there is no majority."""
+
+    truechimers: frozenset[int]
+    offset: int | None
+
+
+def best(samples: Sequence[Sample]) -> Sample:
+    """The sample with the least delay: the one least disturbed on its way (RFC 5905 section 10)."""
+    return min(samples, key=lambda sample: sample.delay)
+
+
+def estimate(samples: Sequence[Sample]) -> Estimate:
+    """One source's claim from its samples: the best one, widened by how far the others scatter."""
+    chosen = best(samples)
+    jitter = max(abs(sample.offset - chosen.offset) for sample in samples)
+    return Estimate(chosen.offset, max(chosen.root_distance, MIN_DISTANCE) + jitter)
+
+
+def select(estimates: Sequence[Estimate]) -> Selection:
+    """Split the sources into truechimers and the rest, and combine the truechimers' offsets.
+
+    As few falsetickers as possible are allowed for, always fewer than half of the sources.
+    """
+    for falsetickers in range((len(estimates) + 1) // 2):
+        interval = _intersection(estimates, len(estimates) - falsetickers)
+        if interval is None:
+            continue
+        low, high = interval
+        chosen = frozenset(
+            index
+            for index, claim in enumerate(estimates)
+            if claim.offset - claim.distance <= high and claim.offset + claim.distance >= low
+        )
+        return Selection(chosen, _combine([estimates[index] for index in chosen]))
+    return Selection(frozenset(), None)
+
+
+def _intersection(estimates: Sequence[Estimate], wanted: int) -> tuple[int, int] | None:
+    """The first interval that at least `wanted` claims cover, None when there is none."""
+    if wanted < 1:
+        return None
+    edges = sorted(
+        edge
+        for claim in estimates
+        for edge in ((claim.offset - claim.distance, 0), (claim.offset + claim.distance, 1))
+    )
+    covering = 0
+    for position, (low, is_upper) in enumerate(edges):
+        covering += -1 if is_upper else 1
+        if covering >= wanted:
+            return low, next(edge for edge, upper in edges[position:] if upper)
+    return None
+
+
+def _combine(chosen: Sequence[Estimate]) -> int:
+    """The mean of the offsets weighted by the inverse of the distances (RFC 5905 section 11.2.3)."""
+    weights = [1 / claim.distance for claim in chosen]
+    return round(
+        sum(claim.offset * weight for claim, weight in zip(chosen, weights, strict=True)) / sum(weights)
+    )

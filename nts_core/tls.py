@@ -1,0 +1,199 @@
+"""TLS 1.3 without sockets (RFC 8915 section 3): octets in, octets out.
+
+Rules:
+
+1. TLS 1.3 only, ALPN `ntske/1` only, certificates checked here and nowhere else.
+2. A client checks the certificate at an explicit time, after the handshake and before it sends anything.
+3. No sockets, no clock. `cryptography` and pyOpenSSL do the work; the stdlib's `ssl` has no exporter.
+"""
+
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Self
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
+from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
+from OpenSSL import SSL
+
+from nts_core.errors import CertificateError, TlsError
+
+ALPN = b"ntske/1"
+EXPORTER_LABEL = b"EXPORTER-network-time-security"
+_READ = 16 * 1024
+
+# The kinds of key that TLS 1.3 authenticates a server with.
+ServerKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey | ed448.Ed448PrivateKey
+
+
+def _context(method: int) -> SSL.Context:
+    context = SSL.Context(method)
+    context.set_min_proto_version(SSL.TLS1_3_VERSION)
+    context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
+    context.set_options(SSL.OP_NO_TICKET)
+    return context
+
+
+def _choose_alpn(_connection: SSL.Connection, offered: list[bytes]) -> bytes:
+    if ALPN not in offered:
+        # An exception makes the fatal alert that RFC 7301 section 3.2 demands.
+        raise TlsError("the client offers another protocol than ntske/1")
+    return ALPN
+
+
+class ServerCredentials:
+    """A certificate chain and its key, ready for handshakes; replaced as a whole when either changes."""
+
+    __slots__ = ("_context",)
+
+    def __init__(self, chain: Sequence[x509.Certificate], key: ServerKey) -> None:
+        """`chain` is leaf first. Raises TlsError when certificate and key do not belong together."""
+        self._context = _context(SSL.TLS_SERVER_METHOD)
+        self._context.set_alpn_select_callback(_choose_alpn)
+        try:
+            self._context.use_certificate(chain[0])
+            for issuer in chain[1:]:
+                self._context.add_extra_chain_cert(issuer)
+            self._context.use_privatekey(key)
+            self._context.check_privatekey()
+        except SSL.Error as error:
+            raise TlsError(f"certificate and key do not belong together ({_reason(error)})") from None
+
+    def channel(self) -> "TlsChannel":
+        connection = SSL.Connection(self._context, None)
+        connection.set_accept_state()
+        return TlsChannel(connection, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """The roots a client accepts and the time at which certificates have to be valid."""
+
+    roots: Store
+    at: datetime
+
+    @classmethod
+    def of(cls, roots: Sequence[x509.Certificate], at: datetime) -> Self:
+        return cls(Store(list(roots)), at)
+
+    def verify(self, name: str, chain: Sequence[x509.Certificate]) -> None:
+        """Raise CertificateError unless `chain` is good for `name` (a DNS name or an IP address)."""
+        builder = PolicyBuilder().store(self.roots).time(self.at)
+        verifier = builder.build_server_verifier(_subject(name))
+        try:
+            verifier.verify(chain[0], list(chain[1:]))
+        except VerificationError as error:
+            raise CertificateError(f"the certificate is not acceptable for {name}: {error}") from None
+
+
+def _subject(name: str) -> x509.DNSName | x509.IPAddress:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        return x509.DNSName(name)
+
+
+_client_context: list[SSL.Context] = []
+
+
+def client_channel(name: str, trust: Trust) -> "TlsChannel":
+    """A client's channel to the server `name`: no trailing dot; an IP literal sends no SNI (RFC 6066)."""
+    if not _client_context:
+        context = _context(SSL.TLS_CLIENT_METHOD)
+        context.set_alpn_protos([ALPN])
+        _client_context.append(context)
+    connection = SSL.Connection(_client_context[0], None)
+    if isinstance(_subject(name), x509.DNSName):
+        connection.set_tlsext_host_name(name.encode("ascii"))
+    connection.set_connect_state()
+    return TlsChannel(connection, (name, trust))
+
+
+class TlsChannel:
+    """One TLS session over memory buffers.
+
+    Feed what the network brings to `receive`, and send what `to_send` gives after each call.
+    """
+
+    def __init__(self, connection: SSL.Connection, verify: tuple[str, Trust] | None) -> None:
+        self._connection = connection
+        self._verify = verify
+        self.established = False
+        self.closed_by_peer = False
+        self.peer_chain: tuple[x509.Certificate, ...] = ()
+
+    def receive(self, ciphertext: bytes) -> bytes:
+        """Plaintext that has come so far; call it once with nothing to start a client.
+
+        Raises TlsError when the session is broken, CertificateError when the server is not who it should
+        be. `to_send` may then still hold an alert for the peer.
+        """
+        try:
+            if ciphertext:
+                self._connection.bio_write(ciphertext)
+            if not self.established:
+                self._connection.do_handshake()
+                self._finish_handshake()
+            return self._read()
+        except SSL.WantReadError:
+            return b""
+        except SSL.Error as error:
+            raise TlsError(f"TLS failed: {_reason(error)}") from None
+
+    def _finish_handshake(self) -> None:
+        if self._connection.get_alpn_proto_negotiated() != ALPN:
+            raise TlsError("the peer does not speak ntske/1")
+        chain = self._connection.get_peer_cert_chain(as_cryptography=True) or []
+        self.peer_chain = tuple(chain)
+        if self._verify is not None:
+            name, trust = self._verify
+            if not self.peer_chain:
+                raise CertificateError("the server sent no certificate")
+            trust.verify(name, self.peer_chain)
+        self.established = True
+
+    def _read(self) -> bytes:
+        plaintext = bytearray()
+        while True:
+            try:
+                plaintext += self._connection.recv(_READ)
+            except SSL.WantReadError:
+                return bytes(plaintext)
+            except SSL.ZeroReturnError:
+                self.closed_by_peer = True
+                return bytes(plaintext)
+
+    def send(self, plaintext: bytes) -> None:
+        """Encrypt application data for `to_send`."""
+        self._connection.sendall(plaintext)
+
+    def close(self) -> None:
+        """Say close_notify, which each side SHALL do after its message (section 4)."""
+        try:
+            self._connection.shutdown()
+        except SSL.Error:
+            # Before the handshake is done there is nothing to close.
+            return
+
+    def to_send(self) -> bytes:
+        """Ciphertext for the network; empty when there is none."""
+        octets = bytearray()
+        while True:
+            try:
+                octets += self._connection.bio_read(_READ)
+            except SSL.WantReadError:
+                return bytes(octets)
+
+    def export(self, context: bytes, length: int) -> bytes:
+        """Keying material under RFC 8915's label (section 4.3; the deployed one, without `/1`)."""
+        return self._connection.export_keying_material(EXPORTER_LABEL, length, context)
+
+
+def _reason(error: SSL.Error) -> str:
+    """OpenSSL's own words for a failure, the last of its error queue."""
+    queue = error.args[0] if error.args else ()
+    if isinstance(queue, list | tuple) and queue:
+        return str(queue[-1][-1])
+    return "the connection broke off" if not error.args else str(error.args[-1])

@@ -1,0 +1,615 @@
+"""The registry's ACME account (RFC 8555), HTTP-01 only: the one module that imports acme and josepy.
+
+A pure adapter without a database: each call names its resource by URL, so that a process may die
+between any two calls and another goes on. The worker journals what is returned and does the polling.
+"""
+
+import asyncio
+import base64
+import datetime as dt
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from enum import StrEnum
+from functools import partial, wraps
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar, cast
+
+import requests
+from acme import client, errors, messages
+from acme.jws import JWS
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from josepy.errors import Error as JoseError
+from josepy.jwa import ES256
+from josepy.jwk import JWKEC
+
+NONCE_RETRIES = 8  # of one request whose nonce is refused; the stock client makes one
+PEM_LIMIT = 65_536  # characters of a chain or CSR
+DETAIL_LIMIT = 1000  # characters of a CA's own words that are kept
+LONGEST_WAIT = dt.timedelta(days=7).total_seconds()
+SHORT_LIFE = dt.timedelta(days=10)
+
+_X509_FAULTS = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
+# Refusals that no repetition of the same request can turn, when they come with a 4xx status.
+_PERMANENT = {
+    "badCSR",
+    "badPublicKey",
+    "badRevocationReason",
+    "badSignatureAlgorithm",
+    "externalAccountRequired",
+    "invalidContact",
+    "invalidProfile",
+    "rejectedIdentifier",
+    "unsupportedContact",
+    "unsupportedIdentifier",
+}
+_ENDED = {"deactivated", "expired", "revoked"}
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+class CsrError(Exception):
+    """A certificate signing request that is not what this pool orders; the text names the fault."""
+
+
+class ChainError(Exception):
+    """A certificate chain that does not belong to the request it was ordered for."""
+
+
+class AcmeError(Exception):
+    """A CA that is away or refuses.
+
+    `code` is the last part of the ACME problem type, or "unreachable" (no answer), "rate-limited" (429 or
+    rateLimited), "server-error" (5xx, serverInternal, or an answer that is not ACME), "account-key",
+    "no-http-01". `retry_after` is in seconds, `status` the HTTP status. `permanent`: the same request will
+    never be accepted. CAs use codes differently, so show `detail`, the CA's own words.
+    """
+
+    def __init__(
+        self,
+        code: str,
+        detail: str,
+        *,
+        retry_after: float | None = None,
+        permanent: bool = False,
+        status: int | None = None,
+    ) -> None:
+        super().__init__(f"{code}: {detail}")
+        self.code = code
+        self.detail = detail
+        self.retry_after = retry_after
+        self.permanent = permanent
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class AcmeConfig:
+    """One CA and our account there. `contact` holds URLs (mailto:), `timeout` seconds for each request."""
+
+    directory_url: str
+    account_key_file: Path
+    contact: tuple[str, ...] = ()
+    ca_file: Path | None = None
+    user_agent: str = "truechimer"
+    profile: str | None = None
+    timeout: int = 30
+
+
+@dataclass(frozen=True, slots=True)
+class PendingOrder:
+    """An order as created. Without a token the authorization is valid already: go on to `finalize`."""
+
+    url: str
+    authorization_url: str
+    challenge_url: str | None
+    token: str | None
+    key_authorization: str | None
+    expires: dt.datetime | None
+
+
+class OrderState(StrEnum):
+    """RFC 8555 section 7.1.6."""
+
+    PENDING = "pending"
+    READY = "ready"
+    PROCESSING = "processing"
+    VALID = "valid"
+    INVALID = "invalid"
+
+
+@dataclass(frozen=True, slots=True)
+class OrderStatus:
+    """`error_detail` can stand beside "pending": some CAs keep a failed challenge open."""
+
+    status: OrderState
+    error_detail: str | None
+    retry_after: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ChainFacts:
+    """The leaf: SHA-256 of its DER and of its public key (SPKI) and its serial, in lower-case hex."""
+
+    fingerprint: str
+    serial: str
+    not_before: dt.datetime
+    not_after: dt.datetime
+    spki_sha256: str
+
+
+def _in_thread(
+    work: Callable[Concatenate["AcmeAccount", _P], _T],
+) -> Callable[Concatenate["AcmeAccount", _P], Coroutine[Any, Any, _T]]:
+    """Run a blocking method in the account's own thread.
+
+    One thread is the account's lock, and holds also when the waiting task is cancelled.
+    """
+
+    @wraps(work)
+    async def call(self: "AcmeAccount", /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(
+            self._thread, partial(work, self, *args, **kwargs)
+        )
+
+    return call
+
+
+class AcmeAccount:
+    """An account at one CA, made by `open` and ended by `close`; every call raises AcmeError."""
+
+    def __init__(
+        self, network: "_Network", directory: Mapping[str, Any], uri: str, profile: str | None
+    ) -> None:
+        self.uri = uri
+        self._thread = ThreadPoolExecutor(1, "acme")
+        self._network = network
+        self._directory = directory
+        self._profile = profile
+
+    @classmethod
+    async def open(cls, config: AcmeConfig) -> Self:
+        """Load or create the account key (P-256, 0600), then create the account or find it by the key."""
+        return cls(*await asyncio.to_thread(_open, config), config.profile)
+
+    def close(self) -> None:
+        """Give the thread and the connections back; a request under way ends by its own timeout."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._network.session.close()
+
+    @_in_thread
+    def order(self, csr_pem: str, domain: str) -> PendingOrder:
+        """Create an order for `domain` after `check_csr` (CsrError); a CA may return an order it has open."""
+        check_csr(csr_pem, domain)
+        request: dict[str, Any] = {"identifiers": [{"type": "dns", "value": domain}]}
+        if self._profile is not None:
+            request["profile"] = self._profile
+        response = self._network.call(self._directory["newOrder"], request)
+        order = _object(response)
+        url, authorization_url = _location(response), _authorization_url(order)
+        authorization, _ = self._fetch(authorization_url)
+        status = authorization.get("status")
+        expires = _instant(order.get("expires"))
+        if status == "valid":
+            return PendingOrder(url, authorization_url, None, None, None, expires)
+        challenge = _http01(authorization)
+        if challenge is None:
+            raise AcmeError("no-http-01", "the CA offers no HTTP-01 challenge", permanent=True)
+        if status != "pending":
+            raise AcmeError("unauthorized", f"a new order with an authorization that is {status}")
+        token = _text(challenge, "token")
+        return PendingOrder(
+            url,
+            authorization_url,
+            _text(challenge, "url"),
+            token,
+            f"{token}.{self._network.thumbprint}",
+            expires,
+        )
+
+    @_in_thread
+    def answer(self, challenge_url: str) -> None:
+        """Tell the CA that the challenge can be validated; nothing happens when it was told before."""
+        try:
+            self._network.call(challenge_url, {})
+        except AcmeError as error:
+            if not _refused(error) or self._fetch(challenge_url)[0].get("status") == "pending":
+                raise
+
+    @_in_thread
+    def poll(self, order_url: str) -> OrderStatus:
+        """The order now. It counts as invalid when its authorization can no longer become valid."""
+        order, wait = self._fetch(order_url)
+        state, detail = _order_state(order), _problem_text(order.get("error"))
+        if state not in {OrderState.PENDING, OrderState.INVALID}:
+            return OrderStatus(state, detail, wait)
+        try:
+            authorization, authorization_wait = self._fetch(_authorization_url(order))
+        except AcmeError as error:
+            if state is OrderState.INVALID and _refused(error):  # CAs delete authorizations of the past
+                return OrderStatus(state, detail, wait)
+            raise
+        status = authorization.get("status")
+        why = _problem_text((_http01(authorization) or {}).get("error"))
+        if status not in {"pending", "valid"}:
+            state, detail = OrderState.INVALID, why or detail or f"the authorization is {status}"
+        return OrderStatus(state, why or detail, wait or authorization_wait)
+
+    @_in_thread
+    def finalize(self, order_url: str, csr_pem: str) -> None:
+        """Send the CSR; nothing happens when the CA has it already (processing or valid)."""
+        order, _ = self._fetch(order_url)
+        if _order_state(order) not in {OrderState.PROCESSING, OrderState.VALID}:
+            csr = x509.load_pem_x509_csr(csr_pem.encode())
+            self._network.call(_text(order, "finalize"), {"csr": _base64url(csr.public_bytes(Encoding.DER))})
+
+    @_in_thread
+    def download(self, order_url: str) -> str:
+        """The chain of a valid order in PEM, leaf first, and nothing but certificates."""
+        order, wait = self._fetch(order_url)
+        if "certificate" not in order:
+            raise AcmeError("orderNotReady", f"the order is {order.get('status')}", retry_after=wait)
+        response = self._network.call(_text(order, "certificate"), None)
+        try:
+            chain = _chain(response.text)
+        except ChainError as error:
+            raise AcmeError("server-error", str(error), status=response.status_code) from error
+        return "".join(certificate.public_bytes(Encoding.PEM).decode() for certificate in chain)
+
+    @_in_thread
+    def deactivate_authorization(self, url: str) -> None:
+        """End an authorization (section 7.5.2); one that is over or gone is success as well."""
+        try:
+            self._network.call(url, {"status": "deactivated"})
+        except AcmeError as error:
+            if not _refused(error):
+                raise
+            try:
+                status = self._fetch(url)[0].get("status")
+            except AcmeError as gone:
+                if gone.status in {404, 410}:
+                    return
+                raise
+            if status in {"pending", "valid"}:
+                raise
+
+    @_in_thread
+    def revoke(self, cert_pem: str, reason: int = 5) -> None:
+        """Revoke the first certificate (5: cessationOfOperation); revoked before is success as well."""
+        leaf = _chain(cert_pem)[0].public_bytes(Encoding.DER)
+        try:
+            self._network.call(
+                self._directory["revokeCert"], {"certificate": _base64url(leaf), "reason": reason}
+            )
+        except AcmeError as error:
+            if error.code != "alreadyRevoked":
+                raise
+
+    def _fetch(self, url: str) -> tuple[dict[str, Any], float | None]:
+        """POST-as-GET (section 6.3): the object and its Retry-After in seconds."""
+        response = self._network.call(url, None)
+        return _object(response), _retry_after(response)
+
+
+class _Network(client.ClientNetwork):
+    """Signed requests: failures are AcmeError, and a refused nonce is tried again more than once."""
+
+    kid: str | None = None
+    new_nonce_url = ""
+    thumbprint = ""
+
+    def call(self, url: str, payload: Mapping[str, Any] | None) -> requests.Response:
+        """POST `payload`, or POST-as-GET (section 6.3) without one."""
+        data = b"" if payload is None else json.dumps(payload).encode()
+        headers = {"Content-Type": self.JOSE_CONTENT_TYPE}
+        with _translated():
+            for attempt in range(NONCE_RETRIES + 1):
+                nonce = cast("bytes", self._get_nonce(url, self.new_nonce_url))  # annotated str, is bytes
+                signed = JWS.sign(data, key=self.key, alg=ES256, nonce=nonce, url=url, kid=self.kid)
+                response = self._send_request("POST", url, data=signed.json_dumps(), headers=headers)
+                if self.REPLAY_NONCE_HEADER in response.headers:  # refusals bring one as well
+                    self._add_nonce(response)
+                if response.ok:
+                    return response
+                error = _refusal(response)
+                if error.code != "badNonce" or attempt == NONCE_RETRIES:
+                    raise error
+        raise AssertionError  # the last attempt returned or raised
+
+    @classmethod
+    def _check_response(
+        cls, response: requests.Response, content_type: str | None = None
+    ) -> requests.Response:
+        """For directory and nonces; the stock check loses Retry-After and the text of non-JSON answers."""
+        del content_type  # checked by whoever reads the body
+        if response.ok:
+            return response
+        raise _refusal(response)
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Failures below HTTP and answers that are not ACME become AcmeError."""
+    try:
+        yield
+    except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as error:
+        raise AcmeError("server-error", f"not a usable address: {error}") from error
+    except OSError as error:  # requests' exceptions, and a CA file that cannot be read
+        raise AcmeError("unreachable", _clean(str(error))) from error
+    except (errors.Error, JoseError) as error:
+        raise AcmeError("server-error", _clean(str(error))) from error
+
+
+def _open(config: AcmeConfig) -> tuple[_Network, dict[str, Any], str]:
+    key = JWKEC(key=_account_key(config.account_key_file))
+    # requests takes a CA bundle's path where the acme package promises a bool.
+    verify = cast("bool", str(config.ca_file)) if config.ca_file else True
+    network = _Network(
+        key=key, alg=ES256, verify_ssl=verify, user_agent=config.user_agent, timeout=config.timeout
+    )
+    network.thumbprint = _base64url(key.thumbprint())
+    with _translated():
+        directory = _object(network.get(config.directory_url))
+    network.new_nonce_url = _text(directory, "newNonce")
+    for name in ("newOrder", "revokeCert"):
+        _text(directory, name)
+    request = {"termsOfServiceAgreed": True, "contact": list(config.contact)}
+    response = network.call(_text(directory, "newAccount"), request)  # 200 for a key it knows (7.3.1)
+    status = _object(response).get("status")
+    uri = _location(response)
+    if status != "valid":
+        raise AcmeError("unauthorized", f"the account {uri} is {status}", permanent=True)
+    network.kid = uri
+    return network, directory, uri
+
+
+def _account_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """The key in `path`, made there first when nothing is; a second process that makes one loses."""
+    try:
+        if not path.exists():
+            _write_key(path)
+        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    except (OSError, *_X509_FAULTS) as error:
+        raise AcmeError("account-key", f"{path} cannot be used: {error}", permanent=True) from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise AcmeError("account-key", f"{path} is not a P-256 key", permanent=True)
+    return key
+
+
+def _write_key(path: Path) -> None:
+    pem = ec.generate_private_key(ec.SECP256R1()).private_bytes(
+        Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mkstemp gives 0600
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(pem)
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):
+            os.link(name, path)  # unlike a rename, never over the key of another process
+    finally:
+        Path(name).unlink()
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _refusal(response: requests.Response) -> AcmeError:
+    """The error of an answer with a failure status: an RFC 7807 document, or whatever a proxy sent."""
+    status = response.status_code
+    try:
+        problem = _object(response)
+    except AcmeError:
+        problem = {}
+    prefix, _, code = str(problem.get("type")).rpartition(":")
+    if status == requests.codes.too_many_requests or code == "rateLimited":
+        code = "rate-limited"
+    elif prefix != messages.ERROR_PREFIX.rstrip(":") or code == "serverInternal":
+        code = "server-error"
+    return AcmeError(
+        code,
+        _problem_text(problem) or _clean(f"HTTP {status}: {response.text}"),
+        retry_after=_retry_after(response),
+        permanent=code in _PERMANENT and 400 <= status < 500,
+        status=status,
+    )
+
+
+def _refused(error: AcmeError) -> bool:
+    """The CA understood and said no, in contrast to being away, busy or broken."""
+    return error.status is not None and 400 <= error.status < 500 and error.code != "rate-limited"
+
+
+def _object(response: requests.Response) -> dict[str, Any]:
+    try:
+        body = response.json()
+    except ValueError:
+        body = None
+    if not isinstance(body, dict):
+        raise AcmeError("server-error", f"{response.url} is not a JSON object", status=response.status_code)
+    return body
+
+
+def _location(response: requests.Response) -> str:
+    url: str | None = response.headers.get("Location")
+    if not url:
+        raise AcmeError("server-error", f"no Location from {response.url}", status=response.status_code)
+    return url
+
+
+def _text(value: Mapping[str, Any], name: str) -> str:
+    text = value.get(name)
+    if not isinstance(text, str):
+        raise AcmeError("server-error", f"the CA's answer has no {name}")
+    return text
+
+
+def _authorization_url(order: Mapping[str, Any]) -> str:
+    match order.get("authorizations"):
+        case [str(url)]:
+            return url
+    raise AcmeError("server-error", "the order does not have exactly one authorization")
+
+
+def _order_state(order: Mapping[str, Any]) -> OrderState:
+    status = _text(order, "status")
+    if status in _ENDED:  # Pebble hands the end of an authorization on to its orders, issued ones too
+        return OrderState.VALID if "certificate" in order else OrderState.INVALID
+    try:
+        return OrderState(status)
+    except ValueError as error:
+        raise AcmeError("server-error", f"unknown order status: {_clean(str(error))}") from error
+
+
+def _http01(authorization: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The HTTP-01 challenge among types that we may not know."""
+    challenges = authorization.get("challenges")
+    for challenge in challenges if isinstance(challenges, list) else []:
+        if isinstance(challenge, dict) and challenge.get("type") == "http-01":
+            return challenge
+    return None
+
+
+def _problem_text(problem: object) -> str | None:
+    """`code: detail` of a problem document and of its subproblems (section 6.7.1), None without any."""
+    if not isinstance(problem, dict) or not problem:
+        return None
+    parts = [f"{str(problem.get('type', '')).rpartition(':')[2]}: {problem.get('detail', '')}"]
+    subproblems = problem.get("subproblems")
+    if isinstance(subproblems, list):
+        parts += [str(sub.get("detail", "")) for sub in subproblems if isinstance(sub, dict)]
+    return _clean("; ".join(parts))
+
+
+def _clean(text: str) -> str:
+    """Words of a peer, fit for a log line: bounded, without control characters."""
+    return "".join(c if c.isprintable() else " " for c in text[:DETAIL_LIMIT])
+
+
+def _instant(text: object) -> dt.datetime | None:
+    """An RFC 3339 time; None when the CA sends none, or another form."""
+    try:
+        moment = dt.datetime.fromisoformat(text) if isinstance(text, str) else None
+    except ValueError:
+        return None
+    return moment.astimezone(dt.UTC) if moment and moment.tzinfo else None
+
+
+def _retry_after(response: requests.Response) -> float | None:
+    return retry_after_seconds(response.headers.get("Retry-After"), now=dt.datetime.now(dt.UTC))
+
+
+def retry_after_seconds(value: str | None, *, now: dt.datetime) -> float | None:
+    """Seconds from a Retry-After field (RFC 9110 section 10.2.3), 0 to 7 days; None for another form.
+
+    An HTTP-date is always UTC; the stock client reads it in the local time zone.
+    """
+    if value is None:
+        return None
+    text = value.strip()
+    if text.isascii() and text.isdigit():
+        return min(float(text[:12]), LONGEST_WAIT)
+    try:
+        moment = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=dt.UTC)
+    return min(max((moment - now).total_seconds(), 0.0), LONGEST_WAIT)
+
+
+def check_csr(pem: str, domain: str) -> None:
+    """A signed request for a P-256 key with one name, the domain, and no extension but that name's.
+
+    CsrError names the fault.
+    """
+    if len(pem) > PEM_LIMIT:
+        raise CsrError(f"the request is longer than {PEM_LIMIT} characters")
+    try:
+        csr = x509.load_pem_x509_csr(pem.encode())
+        key, signed, algorithm = csr.public_key(), csr.is_signature_valid, csr.signature_hash_algorithm
+        extensions, attributes, subject = list(csr.extensions), list(csr.attributes), list(csr.subject)
+    except _X509_FAULTS as error:
+        raise CsrError(f"not a certificate signing request: {_clean(str(error))}") from error
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise CsrError("the key is not a P-256 key")
+    if not signed or not isinstance(algorithm, hashes.SHA256 | hashes.SHA384 | hashes.SHA512):
+        raise CsrError("the signature is not valid for the request's key and SHA-2")
+    if [e.oid for e in extensions] != [x509.OID_SUBJECT_ALTERNATIVE_NAME] or len(attributes) != 1:
+        raise CsrError("subjectAltName must be the only extension and attribute")
+    names = list(extensions[0].value) if isinstance(extensions[0].value, x509.SubjectAlternativeName) else []
+    if names != [x509.DNSName(domain)]:
+        raise CsrError(f"the names must be {domain} alone, not {_clean(repr(names))}")
+    if any(a.oid != x509.NameOID.COMMON_NAME or a.value != domain for a in subject):
+        raise CsrError(f"the subject must be empty or the common name {domain}")
+
+
+def _chain(pem: str) -> list[x509.Certificate]:
+    if len(pem) > PEM_LIMIT:
+        raise ChainError(f"the chain is longer than {PEM_LIMIT} characters")
+    try:
+        return x509.load_pem_x509_certificates(pem.encode())
+    except _X509_FAULTS as error:
+        raise ChainError(f"not a certificate chain: {_clean(str(error))}") from error
+
+
+def chain_facts(chain_pem: str) -> ChainFacts:
+    """Facts of the first certificate; ChainError when there is none."""
+    leaf = _chain(chain_pem)[0]
+    return ChainFacts(
+        fingerprint=leaf.fingerprint(hashes.SHA256()).hex(),
+        serial=f"{leaf.serial_number:x}",
+        not_before=leaf.not_valid_before_utc,
+        not_after=leaf.not_valid_after_utc,
+        spki_sha256=hashlib.sha256(_spki(leaf)).hexdigest(),
+    )
+
+
+def check_chain(chain_pem: str, csr_pem: str, domain: str) -> None:
+    """The leaf has the request's key and exactly the domain's name, and each certificate signs the one before."""
+    chain = _chain(chain_pem)
+    try:
+        if _spki(chain[0]) != _spki(x509.load_pem_x509_csr(csr_pem.encode())):
+            raise ChainError("the certificate is not for the request's key")
+        names = list(chain[0].extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
+        for certificate, issuer in pairwise(chain):
+            certificate.verify_directly_issued_by(issuer)
+    except (*_X509_FAULTS, x509.ExtensionNotFound, InvalidSignature) as error:
+        raise ChainError(f"the chain does not hold together: {_clean(str(error))}") from error
+    if names != [x509.DNSName(domain)]:
+        raise ChainError(f"the certificate names {_clean(repr(names))}, not {domain} alone")
+
+
+def _spki(holder: x509.Certificate | x509.CertificateSigningRequest) -> bytes:
+    return holder.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+
+def _base64url(octets: bytes) -> str:
+    return base64.urlsafe_b64encode(octets).rstrip(b"=").decode("ascii")
+
+
+def renew_at(not_before: dt.datetime, not_after: dt.datetime) -> dt.datetime:
+    """When a third of the life is left; when half is left for lives under 10 days."""
+    life = not_after - not_before
+    return not_after - life / (2 if life < SHORT_LIFE else 3)

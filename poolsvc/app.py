@@ -1,0 +1,112 @@
+"""The registry as one ASGI application: API, worker, metrics, and errors as problem documents (RFC 9457)."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from http import HTTPStatus
+
+from cryptography import x509
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, generate_latest
+from starlette.exceptions import HTTPException
+
+from poolsvc.api import Services, router
+from poolsvc.config import Settings
+from poolsvc.db import Database
+from poolsvc.errors import PoolError
+from poolsvc.worker import Health, Worker
+
+# No document of the API is longer; a CSR has a few hundred octets.
+MAX_BODY = 64 * 1024
+_PROBLEM = "application/problem+json"
+
+
+def create_app(settings: Settings, database: Database, roots: Sequence[x509.Certificate]) -> FastAPI:
+    """The application with its worker. `roots` are what the prober trusts."""
+    health = Health()
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        worker = asyncio.create_task(Worker(database, settings, roots, health).run())
+        try:
+            yield
+        finally:
+            worker.cancel()
+            with suppress(asyncio.CancelledError):
+                await worker
+            await database.close()
+
+    app = FastAPI(title=f"Truechimer registry of {settings.pool}", version="1", lifespan=lifespan)
+    app.state.services = Services(settings, database, health)
+    app.include_router(router)
+    _add_metrics(app)
+    _add_problems(app)
+    return app
+
+
+def _add_metrics(app: FastAPI) -> None:
+    registry = CollectorRegistry()
+    requests = Counter(
+        "poolsvc_requests", "API requests by route and status.", ("route", "status"), registry=registry
+    )
+
+    @app.middleware("http")
+    async def count(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        length = request.headers.get("content-length", "0")
+        if "transfer-encoding" in request.headers or not length.isdigit() or int(length) > MAX_BODY:
+            response: Response = _problem(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                "too-large",
+                f"a body without its length or of more than {MAX_BODY} octets",
+            )
+        else:
+            response = await call_next(request)
+        route = getattr(request.scope.get("route"), "path", "none")
+        requests.labels(route, str(response.status_code)).inc()
+        return response
+
+    @app.get("/metrics", include_in_schema=False)
+    async def metrics() -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _problem(
+    status: int,
+    code: str,
+    detail: str,
+    *,
+    remedy: str = "",
+    field: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    document = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status}
+    document |= {"code": code, "detail": detail, "remedy": remedy, "field": field}
+    return JSONResponse(document, status_code=status, headers=headers, media_type=_PROBLEM)
+
+
+def _add_problems(app: FastAPI) -> None:
+    @app.exception_handler(PoolError)
+    async def pool_error(_request: Request, error: PoolError) -> JSONResponse:
+        headers = {"WWW-Authenticate": "Bearer"} if error.status == HTTPStatus.UNAUTHORIZED else None
+        return _problem(
+            error.status, error.code, error.detail, remedy=error.remedy, field=error.field, headers=headers
+        )
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"] if part != "body") or None
+        return _problem(
+            HTTPStatus.UNPROCESSABLE_ENTITY,
+            "invalid-document",
+            f"{field or 'the body'}: {first['msg']}",
+            remedy="see /docs for the documents",
+            field=field,
+        )
+
+    @app.exception_handler(HTTPException)
+    async def http_error(_request: Request, error: HTTPException) -> JSONResponse:
+        code = "not-found" if error.status_code == HTTPStatus.NOT_FOUND else "http-error"
+        return _problem(error.status_code, code, str(error.detail), headers=error.headers)

@@ -1,0 +1,160 @@
+"""`poolsvc`: run the registry, prepare its database, make the first operator. Rendering only."""
+
+import asyncio
+import contextlib
+import io
+import logging
+import ssl
+import sys
+from datetime import UTC, datetime
+from enum import IntEnum
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import structlog
+import typer
+import uvicorn
+from alembic import command
+from alembic.config import Config as AlembicConfig
+from alembic.util.exc import CommandError
+from cryptography import x509
+from sqlalchemy.exc import SQLAlchemyError
+
+import migrations
+from poolsvc import members
+from poolsvc.app import create_app
+from poolsvc.config import ConfigError, Settings, load_settings, split_endpoint
+from poolsvc.db import Database
+
+app = typer.Typer(
+    name="poolsvc", no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False
+)
+operator_app = typer.Typer(no_args_is_help=True, help="operators of the pool")
+config_app = typer.Typer(no_args_is_help=True, help="the settings")
+app.add_typer(operator_app, name="operator")
+app.add_typer(config_app, name="config")
+
+ConfigOption = Annotated[Path, typer.Option("--config", metavar="FILE", help="the settings file (TOML)")]
+
+
+class ExitStatus(IntEnum):
+    """How `poolsvc` ends."""
+
+    OK = 0
+    USAGE = 2
+    CONFIGURATION = 3
+    DATABASE = 4
+
+
+def _fail(status: ExitStatus, message: str, remedy: str) -> NoReturn:
+    typer.echo(f"error: {message}\n  {remedy}", err=True)
+    raise typer.Exit(status)
+
+
+def _settings(file: Path) -> Settings:
+    try:
+        return load_settings(file)
+    except ConfigError as error:
+        _fail(ExitStatus.CONFIGURATION, str(error), "correct the setting; docs/operators.md explains each")
+
+
+def configure_logging() -> None:
+    """JSON lines on standard error, or readable ones on a terminal."""
+    renderer = structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+def _alembic(settings: Settings) -> AlembicConfig:
+    config = AlembicConfig()
+    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    config.attributes["url"] = settings.database
+    return config
+
+
+@app.command()
+def migrate(config: ConfigOption) -> None:
+    """Bring the database to this version's tables."""
+    try:
+        command.upgrade(_alembic(_settings(config)), "head")
+    except (SQLAlchemyError, CommandError, OSError) as error:
+        _fail(ExitStatus.DATABASE, f"the database: {error}", "check `database` in the settings")
+    typer.echo("the database is up to date")
+
+
+@app.command()
+def serve(config: ConfigOption) -> None:
+    """Run the API and the worker in one process."""
+    settings = _settings(config)
+    configure_logging()
+    _check_migrated(settings)
+    host, port = split_endpoint(settings.listen)
+    if settings.allow_private_addresses:
+        structlog.get_logger().warning("private_addresses_allowed")
+    application = create_app(settings, Database(settings.database), _roots(settings))
+    uvicorn.run(
+        application,
+        host=host,
+        port=port,
+        log_level="warning",
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=1000,
+        timeout_keep_alive=15,
+        timeout_graceful_shutdown=5,
+    )
+
+
+def _check_migrated(settings: Settings) -> None:
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            command.current(_alembic(settings), check_heads=True)
+    except (SQLAlchemyError, CommandError, OSError) as error:
+        _fail(ExitStatus.DATABASE, f"the database: {error}", "run `poolsvc migrate --config FILE` first")
+
+
+def _roots(settings: Settings) -> list[x509.Certificate]:
+    if settings.roots_file is None:
+        found = ssl.create_default_context().get_ca_certs(binary_form=True)
+        return [x509.load_der_x509_certificate(der) for der in found]
+    try:
+        return x509.load_pem_x509_certificates(settings.roots_file.read_bytes())
+    except (OSError, ValueError) as error:
+        _fail(ExitStatus.CONFIGURATION, f"roots_file: {error}", "give a readable file of PEM certificates")
+
+
+@operator_app.command("create")
+def operator_create(config: ConfigOption) -> None:
+    """Make an operator, and print its token once."""
+    settings = _settings(config)
+
+    async def create() -> str:
+        database = Database(settings.database)
+        try:
+            async with database.transaction() as session:
+                return await members.create_operator(session, datetime.now(UTC))
+        finally:
+            await database.close()
+
+    try:
+        token = asyncio.run(create())
+    except (SQLAlchemyError, OSError) as error:
+        _fail(ExitStatus.DATABASE, f"the database: {error}", "run `poolsvc migrate --config FILE` first")
+    typer.echo(token)
+
+
+@config_app.command("show")
+def config_show(config: ConfigOption) -> None:
+    """Print the effective settings. Secrets are only ever named by file."""
+    typer.echo(_settings(config).model_dump_json(indent=2))
+
+
+def main() -> None:
+    app()

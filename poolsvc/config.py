@@ -1,0 +1,179 @@
+"""The registry's settings: environment (POOLSVC_*) before the TOML file before defaults; one frozen object."""
+
+import ipaddress
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from poolsvc.names import DOMAIN
+
+
+class ConfigError(Exception):
+    """A settings file or variable that cannot be used; the text names the setting."""
+
+
+def _endpoint(text: str) -> str:
+    host, separator, port = text.rpartition(":")
+    if not separator or not port.isdigit() or not 0 <= int(port) < 65536:
+        raise ValueError("write it as ADDRESS:PORT, and IPv6 as [ADDRESS]:PORT")
+    ipaddress.ip_address(host.strip("[]"))
+    return text
+
+
+def _domain(text: str) -> str:
+    name = text.rstrip(".").lower()
+    if not DOMAIN.fullmatch(name):
+        raise ValueError("not a domain name")
+    return name
+
+
+EndpointText = Annotated[str, AfterValidator(_endpoint)]
+DomainName = Annotated[str, AfterValidator(_domain)]
+
+
+def split_endpoint(text: EndpointText) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PortSettings(_Section):
+    """Where members serve; one KE port for the whole pool (ntpd-rs knows no other than 4460)."""
+
+    http: int = Field(80, ge=1, le=65535)
+    ke: int = Field(4460, ge=1, le=65535)
+
+
+class DnsSettings(_Section):
+    """The primary that takes our updates, and all authoritative servers that must agree."""
+
+    primary: EndpointText
+    tsig_name: str
+    tsig_secret_file: Path
+    tsig_algorithm: str = "hmac-sha256"
+    nameservers: tuple[EndpointText, ...] = Field(min_length=1)
+    srv_ttl: int = Field(60, ge=1, le=86400)
+    address_ttl: int = Field(300, ge=1, le=86400)
+
+
+class CaSettings(_Section):
+    """The CA and the identity by which CAA records name it."""
+
+    directory_url: str
+    caa_identity: DomainName
+    account_key_file: Path
+    contact: tuple[str, ...] = ()
+    ca_file: Path | None = None
+    profile: str | None = None
+
+
+class PolicySettings(_Section):
+    """What the pool asks for. Times are seconds."""
+
+    opening_size: int = Field(4, ge=1, description="ACTIVE servers before the SRV set opens")
+    admission_probes: int = Field(3, ge=1, description="full probes in a row that admit a server (bootstrap)")
+    max_stratum: int = Field(7, ge=1, le=15, description="servers further from a reference clock score badly")
+    probe_interval: float = Field(60, gt=0)
+    agent_interval: float = Field(60, gt=0, description="how often an idle agent reports")
+    reconcile_interval: float = Field(60, gt=0, description="how often DNS is compared without a reason")
+    proof_deadline: float = Field(10, gt=0, description="for one connection back to an address")
+    proofs_per_hour: int = Field(5, ge=1, description="connections back to an address or its prefix")
+    retry: tuple[float, ...] = Field(
+        (60, 600, 6000, 86400), min_length=1, description="waits after failed orders; the last one repeats"
+    )
+    tick: float = Field(1, gt=0, description="how often the worker looks for work that is due")
+    step_retry: float = Field(10, gt=0, description="wait after a step whose peer (CA, DNS) was down")
+    join_token_hours: float = Field(72, gt=0)
+    registration_hours: float = Field(72, gt=0, description="after which an unproved name is free again")
+    require_source_address: bool = Field(
+        True, description="proof calls must come from the address itself; false for members behind NAT"
+    )
+
+
+class Settings(BaseSettings):
+    """Everything `poolsvc` needs to know. Relative paths are relative to the settings file."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="POOLSVC_", env_nested_delimiter="__", extra="forbid", frozen=True
+    )
+
+    pool: DomainName
+    database: str = "sqlite+aiosqlite:///registry.db"
+    listen: EndpointText = "127.0.0.1:8080"
+    public_url: str = "http://127.0.0.1:8080"
+    allow_private_addresses: bool = False
+    roots_file: Path | None = Field(None, description="roots the prober trusts instead of the system's")
+    ports: PortSettings = PortSettings()
+    dns: DnsSettings
+    ca: CaSettings
+    policy: PolicySettings = PolicySettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the signature is pydantic's
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the signature is pydantic's
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+    @property
+    def servers_domain(self) -> str:
+        return f"servers.{self.pool}"
+
+    def domain_of(self, name: str) -> str:
+        """The pool associated domain name of a server."""
+        return f"{name}.{self.servers_domain}"
+
+    @property
+    def join_token_life(self) -> timedelta:
+        return timedelta(hours=self.policy.join_token_hours)
+
+
+def load_settings(file: Path) -> Settings:
+    """The settings of a TOML file and the environment. Raises ConfigError that names the setting."""
+    if not file.is_file():
+        raise ConfigError(f"{file}: there is no such settings file")
+
+    class FileSettings(Settings):
+        model_config = SettingsConfigDict(toml_file=file)
+
+    try:
+        return _resolve_paths(FileSettings(), file.resolve().parent)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, item['loc'])) or 'settings'}: {item['msg']}" for item in error.errors()]
+        raise ConfigError(f"{file}: " + "; ".join(lines)) from None
+    except ValueError as error:
+        raise ConfigError(f"{file}: {error}") from None
+
+
+def _resolve_paths(settings: Settings, base: Path) -> Settings:
+    def absolute(section: Any, *names: str) -> dict[str, Path]:
+        values = {name: getattr(section, name) for name in names}
+        return {name: base / value for name, value in values.items() if value is not None}
+
+    prefix = "sqlite+aiosqlite:///"
+    database = settings.database
+    if database.startswith(prefix) and not database.startswith(prefix + "/"):
+        database = prefix + str(base / database.removeprefix(prefix))
+    return settings.model_copy(
+        update={
+            "database": database,
+            **absolute(settings, "roots_file"),
+            "dns": settings.dns.model_copy(update=absolute(settings.dns, "tsig_secret_file")),
+            "ca": settings.ca.model_copy(update=absolute(settings.ca, "account_key_file", "ca_file")),
+        }
+    )

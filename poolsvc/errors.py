@@ -1,0 +1,99 @@
+"""What the API refuses, as exceptions: a status, a stable code, a sentence, and a remedy (RFC 9457)."""
+
+from http import HTTPStatus
+
+
+class PoolError(Exception):
+    """A request that cannot be fulfilled. `field` names the offending part of the input, if one does."""
+
+    status = HTTPStatus.BAD_REQUEST
+    code = "bad-request"
+
+    def __init__(self, detail: str, *, remedy: str = "", field: str | None = None) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.remedy = remedy
+        self.field = field
+
+
+class Unauthenticated(PoolError):
+    status = HTTPStatus.UNAUTHORIZED
+    code = "unauthenticated"
+
+
+class TokenExpired(Unauthenticated):
+    code = "token-expired"
+
+
+class TokenUsed(Unauthenticated):
+    code = "token-used"
+
+
+class Forbidden(PoolError):
+    status = HTTPStatus.FORBIDDEN
+    code = "forbidden"
+
+
+class NotFound(PoolError):
+    status = HTTPStatus.NOT_FOUND
+    code = "not-found"
+
+
+class Gone(PoolError):
+    """The server has left the pool; an agent that reads this stops."""
+
+    status = HTTPStatus.GONE
+    code = "removed"
+
+
+class InvalidName(PoolError):
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    code = "invalid-name"
+
+
+class ReservedName(InvalidName):
+    code = "reserved-name"
+
+
+class NameTaken(PoolError):
+    status = HTTPStatus.CONFLICT
+    code = "name-taken"
+
+
+class InvalidAddress(PoolError):
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    code = "invalid-address"
+
+
+class AddressTaken(PoolError):
+    status = HTTPStatus.CONFLICT
+    code = "address-taken"
+
+
+class AddressMismatch(PoolError):
+    """A proof was called for from another address than the one it is about."""
+
+    status = HTTPStatus.CONFLICT
+    code = "address-mismatch"
+
+
+class TooManyRequests(PoolError):
+    status = HTTPStatus.TOO_MANY_REQUESTS
+    code = "too-many-requests"
+
+
+class InvalidCsr(PoolError):
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    code = "invalid-csr"
+
+
+class InvalidDocument(PoolError):
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    code = "invalid-document"
+
+
+class WrongState(PoolError):
+    """The server's state does not allow what was asked."""
+
+    status = HTTPStatus.CONFLICT
+    code = "wrong-state"

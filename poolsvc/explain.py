@@ -1,0 +1,138 @@
+"""Why a server is, or is not, in the pool's answer: its stages in order, each with since when and the remedy."""
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from nts_core.control import ServerState, Stage, StageStatus
+from poolsvc.config import Settings
+from poolsvc.models import Order, OrderStatus, Pool, Server
+
+
+@dataclass(frozen=True, slots=True)
+class StageView:
+    """One stage as it stands."""
+
+    stage: Stage
+    status: StageStatus
+    since: datetime | None = None
+    detail: str = ""
+    remedy: str = ""
+
+
+# What a member can do about a stage that is not met.
+REMEDIES = {
+    Stage.NAME: "run the `pool-agent join` line of the registration on the server",
+    Stage.ADDRESSES: "run `pool-agent run`, and let the pool reach the HTTP port of each address",
+    Stage.ISSUANCE: "let everybody reach the HTTP port of each address; the order is repeated by itself",
+    Stage.TCP: "let everybody reach the NTS-KE port over TCP",
+    Stage.TLS: "let the agent serve the NTS-KE port; another program seems to answer there",
+    Stage.CERTIFICATE: "check that the agent runs and has installed its certificate",
+    Stage.KE: "check the agent's log; key establishment was refused",
+    Stage.COOKIES: "check the agent's log; it gave fewer cookies than were asked for",
+    Stage.NTP_KE_COOKIE: "let everybody reach the NTP port over UDP, long packets included",
+    Stage.NTP_NTP_COOKIE: "check that all servers behind the address share their cookie keys",
+    Stage.OFFSET: "correct the server's clock, and keep it synchronised",
+    Stage.SCORE: "keep the server reachable and on time; the score rises by itself",
+    Stage.POOL: "nothing: the pool lacks other servers or its own parts work on it",
+}
+_PROBED = (
+    Stage.TCP,
+    Stage.TLS,
+    Stage.CERTIFICATE,
+    Stage.KE,
+    Stage.COOKIES,
+    Stage.NTP_KE_COOKIE,
+    Stage.NTP_NTP_COOKIE,
+    Stage.OFFSET,
+)
+
+
+def explain(server: Server, pool: Pool, settings: Settings, *, active: int) -> list[StageView]:
+    """All stages in order. `active` is how many servers are ACTIVE."""
+    views = [_name(server), _addresses(server), _issuance(server)]
+    probed = {record.stage: record for record in server.stages}
+    for stage in _PROBED:
+        record = probed.get(stage)
+        if record is None:
+            views.append(_view(stage, StageStatus.WAITING, None, "not probed yet"))
+        else:
+            views.append(_view(stage, record.status, record.since, record.detail))
+    views.append(_score(server, settings))
+    views.append(_pool(server, pool, settings, active))
+    return views
+
+
+def why_not(views: list[StageView], server: Server) -> str:
+    """One sentence for the first stage that is not met; empty when the server is in the answer."""
+    if server.state in (ServerState.LEAVING, ServerState.REMOVED):
+        return f"{server.state}: {server.leave_reason or 'the registration expired'}"
+    for view in views:
+        if view.status is not StageStatus.MET:
+            return f"{view.stage}: {view.detail or view.status} ({view.remedy})"
+    return ""
+
+
+def _view(stage: Stage, status: StageStatus, since: datetime | None, detail: str = "") -> StageView:
+    remedy = "" if status is StageStatus.MET else REMEDIES[stage]
+    return StageView(stage, status, since, detail, remedy)
+
+
+def _name(server: Server) -> StageView:
+    if server.joined_at is None:
+        return _view(Stage.NAME, StageStatus.WAITING, server.created_at, "no agent has joined")
+    return _view(Stage.NAME, StageStatus.MET, server.joined_at)
+
+
+def _addresses(server: Server) -> StageView:
+    unproved = [row for row in server.addresses if row.proved_at is None]
+    proved = [row.proved_at for row in server.addresses if row.proved_at is not None]
+    details = "; ".join(f"{row.address}: {row.proof_error or 'not proved yet'}" for row in unproved)
+    if not proved:
+        failed = any(row.proof_error for row in unproved)
+        status = StageStatus.FAILED if failed else StageStatus.WAITING
+        return _view(Stage.ADDRESSES, status, server.joined_at, details)
+    if server.named_at is None:
+        return _view(Stage.ADDRESSES, StageStatus.WAITING, max(proved), "proved, on the way into DNS")
+    return _view(Stage.ADDRESSES, StageStatus.MET, server.named_at, details)
+
+
+def _issuance(server: Server) -> StageView:
+    orders = server.orders
+    if not orders:
+        return _view(Stage.ISSUANCE, StageStatus.WAITING, server.named_at, "no order yet")
+    latest: Order = orders[-1]
+    issued = [order for order in orders if order.status is OrderStatus.ISSUED]
+    if issued:
+        detail = "" if latest.error is None else f"renewal: {latest.error}"
+        return _view(Stage.ISSUANCE, StageStatus.MET, issued[-1].issued_at, detail)
+    if latest.error is not None:
+        return _view(Stage.ISSUANCE, StageStatus.FAILED, latest.created_at, latest.error)
+    return _view(Stage.ISSUANCE, StageStatus.WAITING, latest.created_at, f"order {latest.status}")
+
+
+def _score(server: Server, settings: Settings) -> StageView:
+    holds = [hold for hold in server.holds if hold.lifted_at is None]
+    if holds:
+        reasons = "; ".join(f"{hold.kind}: {hold.reason}" for hold in holds)
+        return _view(Stage.SCORE, StageStatus.FAILED, holds[0].set_at, reasons)
+    if server.state is ServerState.ACTIVE:
+        return _view(Stage.SCORE, StageStatus.MET, server.state_since)
+    probes = min((row.full_probes for row in server.addresses if row.proved_at), default=0)
+    needed = settings.policy.admission_probes
+    return _view(Stage.SCORE, StageStatus.WAITING, None, f"{probes} of {needed} full probes in a row")
+
+
+def _pool(server: Server, pool: Pool, settings: Settings, active: int) -> StageView:
+    if server.state is not ServerState.ACTIVE:
+        return _view(Stage.POOL, StageStatus.WAITING, None, "when the server is active")
+    if pool.opened_at is None:
+        needed = settings.policy.opening_size
+        return _view(
+            Stage.POOL,
+            StageStatus.WAITING,
+            server.state_since,
+            f"{active} of the {needed} active servers that the pool opens with",
+        )
+    if server.listed_at is None:
+        return _view(Stage.POOL, StageStatus.WAITING, server.state_since, "on the way into DNS")
+    return _view(Stage.POOL, StageStatus.MET, server.listed_at)

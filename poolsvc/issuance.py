@@ -1,0 +1,297 @@
+"""Certificates: one order at a time for each server, moved on step by step from one table.
+
+    WANTED -> REQUESTED -> PENDING -> ANSWERED -> FINALIZING -> ISSUED (-> authorization deactivated)
+                   any step that the CA refuses for good: FAILED, and a new order after a wait
+
+Every step names its resources by the URLs in the order's row, is safe to repeat, and is taken under a lease; a
+process that dies leaves the order to the next one. No network I/O happens inside a transaction.
+"""
+
+from collections.abc import Awaitable, Callable
+from datetime import datetime, timedelta
+
+import structlog
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import selectinload
+
+from nts_core.control import ACME_PATH, HttpChallenge, IssuedCertificate
+from poolsvc import servers
+from poolsvc.acme import (
+    AcmeAccount,
+    AcmeError,
+    ChainError,
+    CsrError,
+    OrderState,
+    chain_facts,
+    check_chain,
+    check_csr,
+    renew_at,
+)
+from poolsvc.config import Settings
+from poolsvc.db import Database
+from poolsvc.errors import InvalidCsr
+from poolsvc.models import Order, OrderStatus, Server
+from poolsvc.proofs import FetchError, fetch, http_origin
+
+_log = structlog.get_logger()
+_OPEN = frozenset(OrderStatus) - {OrderStatus.ISSUED, OrderStatus.FAILED}
+# How soon the CA is asked again about an order that it is working on; Pebble and Boulder take about a second.
+_POLL = timedelta(seconds=0.25)
+_MAX_POLL = timedelta(seconds=30)
+_KEY_AUTHORIZATION_LIMIT = 512
+
+
+class _OrderFailed(Exception):
+    """The order cannot become a certificate any more."""
+
+
+def open_order(server: Server) -> Order | None:
+    """The order under way, if any."""
+    return next((order for order in reversed(server.orders) if order.status in _OPEN), None)
+
+
+def want(server: Server, now: datetime) -> None:
+    """Begin the order that has become due, unless one is under way."""
+    server.order_due_at = None
+    if server.state in servers.NAMED_STATES and open_order(server) is None:
+        server.orders.append(Order(server_id=server.id, status=OrderStatus.WANTED, created_at=now))
+
+
+def take_csr(settings: Settings, server: Server, order_id: int, pem: str, now: datetime) -> None:
+    """The agent's answer to a WANTED order. Raises InvalidCsr; repeating it changes nothing."""
+    order = next((order for order in server.orders if order.id == order_id), None)
+    if order is None or order.status is not OrderStatus.WANTED:
+        return
+    try:
+        check_csr(pem, settings.domain_of(server.name))
+    except CsrError as error:
+        raise InvalidCsr(str(error), remedy="let pool-agent make the request", field="csr") from None
+    order.csr, order.status, order.due_at = pem, OrderStatus.REQUESTED, now
+
+
+def note_serving(server: Server, tokens: tuple[str, ...], now: datetime) -> None:
+    """The agent says which challenges it answers; the precheck finds out whether that is so."""
+    order = open_order(server)
+    if order is None or order.status is not OrderStatus.PENDING or order.served_at is not None:
+        return
+    if order.token in tokens:
+        order.served_at = order.due_at = now
+
+
+def challenges(server: Server) -> tuple[HttpChallenge, ...]:
+    """What the agent has to serve now."""
+    order = open_order(server)
+    if order is None or order.token is None or order.key_authorization is None:
+        return ()
+    return (HttpChallenge(order.token, order.key_authorization),)
+
+
+def newest(server: Server) -> IssuedCertificate | None:
+    """The certificate that the agent has to install."""
+    for order in reversed(server.orders):
+        if order.status is OrderStatus.ISSUED and order.chain and order.fingerprint:
+            return IssuedCertificate(order.id, order.chain, order.fingerprint)
+    return None
+
+
+async def advance(
+    database: Database, settings: Settings, account: AcmeAccount, order_id: int, now: datetime
+) -> None:
+    """Take the next step of an order and record it, or record why it could not be taken."""
+    async with database.transaction() as session:
+        order = await _load(session, order_id)
+    server = order.server
+    step = _STEPS.get(order.status)
+    if step is None:
+        return
+    try:
+        change = await step(settings, account, order, server, now)
+    except AcmeError as error:
+        change = _failed(order, error.detail) if error.permanent else _retry(settings, order, error, now)
+    except (_OrderFailed, CsrError, ChainError) as error:
+        change = _failed(order, str(error))
+    except FetchError as error:
+        change = _wait(order, f"precheck: {error}", now + timedelta(seconds=settings.policy.step_retry))
+    async with database.transaction() as session:
+        server = await servers.get(session, order.server_id)
+        current = next(row for row in server.orders if row.id == order_id)
+        if current.status is not order.status:
+            return
+        change(current, now)
+        if current.status is OrderStatus.FAILED:
+            _schedule_retry(settings, server, current, now)
+        elif order.status is OrderStatus.FINALIZING and current.not_before and current.not_after:
+            server.order_failures = 0
+            server.order_due_at = renew_at(current.not_before, current.not_after)
+            server.probe_due_at = server.probe_due_at or now
+
+
+async def _load(session: AsyncSession, order_id: int) -> Order:
+    return (
+        await session.scalars(
+            select(Order)
+            .where(Order.id == order_id)
+            .options(selectinload(Order.server).selectinload(Server.addresses))
+        )
+    ).one()
+
+
+# What a step does to its order once the network has answered; applied inside a transaction.
+Change = Callable[[Order, datetime], None]
+Step = Callable[[Settings, AcmeAccount, Order, Server, datetime], Awaitable[Change]]
+
+
+async def _request(
+    settings: Settings, account: AcmeAccount, order: Order, server: Server, _now: datetime
+) -> Change:
+    assert order.csr is not None
+    pending = await account.order(order.csr, settings.domain_of(server.name))
+
+    def change(row: Order, now: datetime) -> None:
+        row.url, row.authorization_url = pending.url, pending.authorization_url
+        row.challenge_url, row.token = pending.challenge_url, pending.token
+        row.key_authorization = pending.key_authorization
+        row.attempts, row.error = 0, None
+        # Without a challenge the CA still trusts an earlier validation. With one, the agent's report of
+        # serving it wakes the order up.
+        row.status = OrderStatus.PENDING if pending.token else OrderStatus.ANSWERED
+        row.due_at = None if pending.token else now
+
+    return change
+
+
+async def _answer(
+    settings: Settings, account: AcmeAccount, order: Order, server: Server, _now: datetime
+) -> Change:
+    """The precheck from here on every published address, then the CA is told to look."""
+    assert order.challenge_url is not None
+    for address in servers.published_addresses(server):
+        url = f"{http_origin(address, settings.ports.http)}{ACME_PATH}{order.token}"
+        body = await fetch(
+            url,
+            host=settings.domain_of(server.name),
+            deadline=settings.policy.proof_deadline,
+            limit=_KEY_AUTHORIZATION_LIMIT,
+        )
+        if body.decode("ascii", "replace").strip() != order.key_authorization:
+            raise FetchError(f"{address} answers the challenge with something else")
+    await account.answer(order.challenge_url)
+    return _move(OrderStatus.ANSWERED)
+
+
+async def _await_validation(
+    _settings: Settings, account: AcmeAccount, order: Order, _server: Server, now: datetime
+) -> Change:
+    assert order.url is not None
+    assert order.csr is not None
+    found = await account.poll(order.url)
+    match found.status:
+        case OrderState.PENDING:
+            return _poll_again(order, found.error_detail, found.retry_after, now)
+        case OrderState.INVALID:
+            raise _OrderFailed(found.error_detail or "the CA declared the order invalid")
+        case OrderState.READY:
+            await account.finalize(order.url, order.csr)
+    return _move(OrderStatus.FINALIZING)
+
+
+async def _collect(
+    settings: Settings, account: AcmeAccount, order: Order, server: Server, now: datetime
+) -> Change:
+    assert order.url is not None
+    assert order.csr is not None
+    found = await account.poll(order.url)
+    if found.status is OrderState.INVALID:
+        raise _OrderFailed(found.error_detail or "the CA declared the order invalid")
+    if found.status is not OrderState.VALID:
+        return _poll_again(order, found.error_detail, found.retry_after, now)
+    chain = await account.download(order.url)
+    check_chain(chain, order.csr, settings.domain_of(server.name))
+    facts = chain_facts(chain)
+
+    def change(row: Order, now: datetime) -> None:
+        row.status, row.issued_at, row.due_at = OrderStatus.ISSUED, now, now
+        row.chain, row.fingerprint, row.serial = chain, facts.fingerprint, facts.serial
+        row.not_before, row.not_after = facts.not_before, facts.not_after
+        row.attempts, row.error = 0, None
+        _log.info("certificate_issued", server=server.name, serial=facts.serial)
+
+    return change
+
+
+async def _deactivate(
+    _settings: Settings, account: AcmeAccount, order: Order, _server: Server, _now: datetime
+) -> Change:
+    """A cached authorization would let a removed name be renewed: it ends with the order it was made for."""
+    if order.authorization_url is not None:
+        await account.deactivate_authorization(order.authorization_url)
+
+    def change(row: Order, now: datetime) -> None:
+        row.deactivated_at, row.due_at = now, None
+        row.attempts, row.error = 0, None
+
+    return change
+
+
+_STEPS: dict[OrderStatus, Step] = {
+    OrderStatus.REQUESTED: _request,
+    OrderStatus.PENDING: _answer,
+    OrderStatus.ANSWERED: _await_validation,
+    OrderStatus.FINALIZING: _collect,
+    OrderStatus.ISSUED: _deactivate,
+    OrderStatus.FAILED: _deactivate,
+}
+
+
+def _move(status: OrderStatus) -> Change:
+    def change(row: Order, now: datetime) -> None:
+        row.status, row.due_at = status, now + _POLL
+        row.attempts, row.error = 0, None
+
+    return change
+
+
+def _wait(order: Order, error: str | None, until: datetime) -> Change:
+    attempts = order.attempts + 1
+
+    def change(row: Order, _now: datetime) -> None:
+        row.attempts, row.error, row.due_at = attempts, error and error[:1000], until
+
+    return change
+
+
+def _poll_again(order: Order, detail: str | None, retry_after: float | None, now: datetime) -> Change:
+    wait = min(_POLL * 2 ** min(order.attempts, 10), _MAX_POLL)
+    return _wait(order, detail, now + max(wait, timedelta(seconds=retry_after or 0)))
+
+
+def _retry(settings: Settings, order: Order, error: AcmeError, now: datetime) -> Change:
+    """The CA is away or busy: the same step again later, the order stays."""
+    wait = settings.policy.step_retry * 2 ** min(order.attempts, 8)
+    _log.warning("ca_step_failed", order=order.id, step=order.status, code=error.code)
+    return _wait(order, f"CA: {error.detail}", now + timedelta(seconds=max(wait, error.retry_after or 0)))
+
+
+def _failed(order: Order, reason: str) -> Change:
+    """The order is over. A failure while cleaning up after one only ends the cleaning."""
+    is_over = order.status in (OrderStatus.ISSUED, OrderStatus.FAILED)
+
+    def change(row: Order, now: datetime) -> None:
+        row.error = reason[:1000]
+        row.due_at = None if is_over or row.authorization_url is None else now
+        if not is_over:
+            row.status = OrderStatus.FAILED
+            _log.warning("order_failed", order=row.id, reason=reason)
+
+    return change
+
+
+def _schedule_retry(settings: Settings, server: Server, order: Order, now: datetime) -> None:
+    """A new order after 1, 10, 100 minutes, then daily (what Let's Encrypt asks of clients)."""
+    if server.order_due_at is not None or order.deactivated_at is not None or server.orders[-1] is not order:
+        return
+    waits = settings.policy.retry
+    wait = waits[min(server.order_failures, len(waits) - 1)]
+    server.order_failures += 1
+    server.order_due_at = now + timedelta(seconds=wait)

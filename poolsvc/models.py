@@ -1,0 +1,248 @@
+"""The registry's tables. States change in `poolsvc.servers` only; events are never changed or deleted."""
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import CheckConstraint, Enum, ForeignKey, Index, String, Text, UniqueConstraint, text
+from sqlalchemy.orm import Mapped, mapped_column, relationship
+
+from nts_core.control import ServerState, Stage, StageStatus
+from poolsvc.db import Base, UtcDateTime
+
+
+class TokenKind(StrEnum):
+    """What a token is for; who may do what with it is in `poolsvc.auth`."""
+
+    OPERATOR = "operator"
+    MEMBER = "member"
+    JOIN = "join"
+    AGENT = "agent"
+
+
+class HoldKind(StrEnum):
+    """Why a server is suspended; each is lifted only by its own kind."""
+
+    SCORE = "score"
+    CERTIFICATE = "certificate"
+    MAINTENANCE = "maintenance"
+    OPERATOR = "operator"
+
+
+class OrderStatus(StrEnum):
+    """How far an order has come (`poolsvc.issuance` moves it)."""
+
+    WANTED = "wanted"  # the agent is asked for a CSR
+    REQUESTED = "requested"  # the CSR is here
+    PENDING = "pending"  # the CA gave a challenge, the agent is to serve it
+    ANSWERED = "answered"  # the CA was told to look
+    FINALIZING = "finalizing"  # the CA has the CSR
+    ISSUED = "issued"
+    FAILED = "failed"
+
+
+def _enum(kind: type[StrEnum], name: str) -> Enum:
+    """Stored as text with a CHECK, the same on both engines."""
+
+    def values(members: Any) -> list[str]:
+        return [member.value for member in members]
+
+    return Enum(kind, native_enum=False, values_callable=values, name=name, length=32, create_constraint=True)
+
+
+class Pool(Base):
+    """The one pool of this registry, and what must survive a restart."""
+
+    __tablename__ = "pool"
+    __table_args__ = (CheckConstraint("id = 1", name="single"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    domain: Mapped[str] = mapped_column(String(253))
+    opened_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    epoch: Mapped[int] = mapped_column(default=0)
+    account_uri: Mapped[str | None] = mapped_column(Text)
+
+
+class Member(Base):
+    """An account holder."""
+
+    __tablename__ = "members"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(100), unique=True)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class Token(Base):
+    """A bearer token; only its SHA-256 is kept."""
+
+    __tablename__ = "tokens"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    kind: Mapped[TokenKind] = mapped_column(_enum(TokenKind, "kind"))
+    sha256: Mapped[str] = mapped_column(String(64), unique=True)
+    member_id: Mapped[int | None] = mapped_column(ForeignKey("members.id"))
+    server_id: Mapped[int | None] = mapped_column(ForeignKey("servers.id"), index=True)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    used_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class Server(Base):
+    """One registered NTS server."""
+
+    __tablename__ = "servers"
+    __table_args__ = (
+        # A name belongs to one server until it is released, which happens only if it never entered DNS.
+        Index(
+            "uq_servers_name_held",
+            "name",
+            unique=True,
+            sqlite_where=text("released_at IS NULL"),
+            postgresql_where=text("released_at IS NULL"),
+        ),
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    member_id: Mapped[int] = mapped_column(ForeignKey("members.id"), index=True)
+    name: Mapped[str] = mapped_column(String(36))
+    state: Mapped[ServerState] = mapped_column(_enum(ServerState, "state"), index=True)
+    state_since: Mapped[datetime] = mapped_column(UtcDateTime)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    weight: Mapped[int] = mapped_column(default=1)
+
+    joined_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    agent_key: Mapped[str | None] = mapped_column(String(64))  # Ed25519 public key, base64
+    agent_seen_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    agent_engine: Mapped[str] = mapped_column(String(100), default="")
+    agent_clock: Mapped[str] = mapped_column(String(300), default="")
+    agent_problem: Mapped[str | None] = mapped_column(String(1000))
+
+    burnt_at: Mapped[datetime | None] = mapped_column(
+        UtcDateTime
+    )  # first sent to DNS: never reused from then
+    released_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # the name is free again
+    named_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # every authoritative server has the name
+    listed_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # every one has the SRV, or left it out
+
+    probe_due_at: Mapped[datetime | None] = mapped_column(UtcDateTime, index=True)
+    order_due_at: Mapped[datetime | None] = mapped_column(UtcDateTime, index=True)
+    order_failures: Mapped[int] = mapped_column(default=0)
+
+    leave_reason: Mapped[str | None] = mapped_column(String(300))
+    srv_withdrawn_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    name_broken_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    authorization_deactivated_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    certificate_revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    removal_due_at: Mapped[datetime | None] = mapped_column(UtcDateTime, index=True)
+    removal_error: Mapped[str | None] = mapped_column(String(1000))
+
+    member: Mapped[Member] = relationship(lazy="raise")
+    addresses: Mapped[list["Address"]] = relationship(lazy="raise", order_by="Address.id")
+    orders: Mapped[list["Order"]] = relationship(lazy="raise", order_by="Order.id")
+    holds: Mapped[list["Hold"]] = relationship(lazy="raise", order_by="Hold.id")
+    stages: Mapped[list["StageRecord"]] = relationship(lazy="raise")
+
+
+class Address(Base):
+    """One address of a server: proof, probes and score are per address."""
+
+    __tablename__ = "addresses"
+    __table_args__ = (UniqueConstraint("server_id", "address"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    server_id: Mapped[int] = mapped_column(ForeignKey("servers.id"), index=True)
+    address: Mapped[str] = mapped_column(String(45), index=True)
+    nonce: Mapped[str | None] = mapped_column(String(64))
+    proof_due_at: Mapped[datetime | None] = mapped_column(UtcDateTime, index=True)
+    proof_error: Mapped[str | None] = mapped_column(String(300))
+    proved_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    full_probes: Mapped[int] = mapped_column(default=0)  # in a row, before admission
+    score: Mapped[float | None] = mapped_column()  # None until admitted
+
+    server: Mapped[Server] = relationship(lazy="raise", viewonly=True)
+
+
+class ConnectBack(Base):
+    """One connection that the registry made to an address to prove it: what the hourly limit counts."""
+
+    __tablename__ = "connect_backs"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    address: Mapped[str] = mapped_column(String(45), index=True)
+    prefix: Mapped[str] = mapped_column(String(49), index=True)
+    at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
+
+
+class Hold(Base):
+    """A reason for suspension; active while `lifted_at` is empty."""
+
+    __tablename__ = "holds"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    server_id: Mapped[int] = mapped_column(ForeignKey("servers.id"), index=True)
+    kind: Mapped[HoldKind] = mapped_column(_enum(HoldKind, "kind"))
+    reason: Mapped[str] = mapped_column(String(300))
+    set_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    lifted_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class StageRecord(Base):
+    """What the last probe found at one stage, and since when it has been so."""
+
+    __tablename__ = "stages"
+
+    server_id: Mapped[int] = mapped_column(ForeignKey("servers.id"), primary_key=True)
+    stage: Mapped[Stage] = mapped_column(_enum(Stage, "stage"), primary_key=True)
+    status: Mapped[StageStatus] = mapped_column(_enum(StageStatus, "status"))
+    since: Mapped[datetime] = mapped_column(UtcDateTime)
+    detail: Mapped[str] = mapped_column(String(300), default="")
+
+
+class Event(Base):
+    """A change of a server's life: append-only."""
+
+    __tablename__ = "events"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    server_id: Mapped[int] = mapped_column(ForeignKey("servers.id"), index=True)
+    at: Mapped[datetime] = mapped_column(UtcDateTime)
+    actor: Mapped[str] = mapped_column(String(100))
+    kind: Mapped[str] = mapped_column(String(50))
+    before: Mapped[ServerState | None] = mapped_column(_enum(ServerState, "before"))
+    after: Mapped[ServerState] = mapped_column(_enum(ServerState, "after"))
+    reason: Mapped[str] = mapped_column(String(300), default="")
+
+
+class Order(Base):
+    """One ACME order and the certificate that came of it; every URL is kept, so that any process goes on."""
+
+    __tablename__ = "orders"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    server_id: Mapped[int] = mapped_column(ForeignKey("servers.id"), index=True)
+    status: Mapped[OrderStatus] = mapped_column(_enum(OrderStatus, "status"), index=True)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    due_at: Mapped[datetime | None] = mapped_column(UtcDateTime, index=True)
+    attempts: Mapped[int] = mapped_column(default=0)  # failed tries of the present step
+    error: Mapped[str | None] = mapped_column(String(1000))
+
+    csr: Mapped[str | None] = mapped_column(Text)
+    url: Mapped[str | None] = mapped_column(Text)
+    authorization_url: Mapped[str | None] = mapped_column(Text)
+    challenge_url: Mapped[str | None] = mapped_column(Text)
+    token: Mapped[str | None] = mapped_column(String(128))
+    key_authorization: Mapped[str | None] = mapped_column(String(200))
+    served_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # the agent says it serves the challenge
+
+    issued_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    chain: Mapped[str | None] = mapped_column(Text)
+    fingerprint: Mapped[str | None] = mapped_column(String(64), index=True)
+    serial: Mapped[str | None] = mapped_column(String(64))
+    not_before: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    not_after: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    deactivated_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+    server: Mapped[Server] = relationship(lazy="raise", viewonly=True)

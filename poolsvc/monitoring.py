@@ -1,0 +1,161 @@
+"""What probes do to a server: stages, admission, scores, holds. The prober's word is all that counts here."""
+
+import asyncio
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+
+import structlog
+from cryptography import x509
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from nts_core.control import ProbeResult, ServerState, Stage, StageStatus
+from nts_core.tls import Trust
+from poolsvc import scoring, servers
+from poolsvc.config import Settings
+from poolsvc.db import Database
+from poolsvc.models import HoldKind, Order, OrderStatus, Server, StageRecord
+from poolsvc.prober import probe
+from poolsvc.servers import EventKind
+
+_log = structlog.get_logger()
+_ACTOR = "prober"
+_PROBED = tuple(Stage)[tuple(Stage).index(Stage.TCP) : tuple(Stage).index(Stage.OFFSET) + 1]
+
+
+async def probe_server(
+    database: Database, settings: Settings, roots: Sequence[x509.Certificate], server_id: int, now: datetime
+) -> None:
+    """Probe every proved address of a server once, and record what was found."""
+    async with database.transaction() as session:
+        server = await servers.get(session, server_id)
+        addresses = [row.address for row in server.addresses if row.proved_at is not None]
+        worth_probing = server.state in servers.PROBED_STATES and _current(server) is not None
+    if not worth_probing:
+        return
+    trust = Trust.of(roots, now)
+    own = frozenset(addresses)
+    results = await asyncio.gather(
+        *(
+            probe(settings.domain_of(server.name), address, settings.ports.ke, trust, own_addresses=own)
+            for address in addresses
+        )
+    )
+    async with database.transaction() as session:
+        server = await servers.get(session, server_id)
+        await record(session, settings, server, results, now)
+
+
+async def record(
+    session: AsyncSession, settings: Settings, server: Server, results: Sequence[ProbeResult], now: datetime
+) -> None:
+    """Let one round of probes of a server take effect."""
+    if server.state not in servers.PROBED_STATES:
+        return
+    _record_stages(server, results, now)
+    _score(server, settings, results)
+    if server.state is ServerState.VERIFIED and all(_is_ours(server, result) for result in results):
+        await servers.apply(
+            session,
+            server,
+            EventKind.CERTIFICATE_SEEN,
+            actor=_ACTOR,
+            reason="every address serves the certificate that was ordered",
+            now=now,
+        )
+    if server.state is ServerState.CERTIFIED and _admissible(server, settings):
+        await _admit(session, server, settings, now)
+    elif server.state in (ServerState.ACTIVE, ServerState.SUSPENDED):
+        await _hold_or_lift(session, server, settings, now)
+    server.probe_due_at = now + timedelta(seconds=settings.policy.probe_interval)
+
+
+def _current(server: Server) -> Order | None:
+    """The newest certificate that was issued to the server."""
+    issued = [order for order in server.orders if order.status is OrderStatus.ISSUED]
+    return issued[-1] if issued else None
+
+
+def _is_ours(server: Server, result: ProbeResult) -> bool:
+    return result.fingerprint is not None and any(
+        order.fingerprint == result.fingerprint for order in server.orders
+    )
+
+
+def _record_stages(server: Server, results: Sequence[ProbeResult], now: datetime) -> None:
+    """The worst address speaks for the server: a stage is met when it is met on all of them."""
+    failures = {result.failed: result for result in reversed(results) if result.failed is not None}
+    first = min((_PROBED.index(stage) for stage in failures), default=len(_PROBED))
+    known = {row.stage: row for row in server.stages}
+    for position, stage in enumerate(_PROBED):
+        if position < first:
+            status, detail = StageStatus.MET, ""
+        elif position == first:
+            result = failures[stage]
+            status, detail = StageStatus.FAILED, f"{result.address}: {result.detail}"[:300]
+        else:
+            status, detail = StageStatus.WAITING, ""
+        row = known.get(stage)
+        if row is None:
+            row = StageRecord(server_id=server.id, stage=stage, status=status, since=now, detail=detail)
+            server.stages.append(row)
+        elif row.status is not status:
+            row.status, row.since = status, now
+        row.detail = detail
+
+
+def _score(server: Server, settings: Settings, results: Sequence[ProbeResult]) -> None:
+    by_address = {result.address: result for result in results}
+    for row in server.addresses:
+        result = by_address.get(row.address)
+        if result is None:
+            continue
+        step = scoring.step(result, max_stratum=settings.policy.max_stratum)
+        if row.score is not None:
+            row.score = scoring.advance(row.score, step)
+        elif step.value >= scoring.FULL_STEP and result.failed is None:
+            row.full_probes += 1
+        else:
+            row.full_probes = 0
+
+
+def _admissible(server: Server, settings: Settings) -> bool:
+    proved = [row for row in server.addresses if row.proved_at is not None]
+    return bool(proved) and all(row.full_probes >= settings.policy.admission_probes for row in proved)
+
+
+async def _admit(session: AsyncSession, server: Server, settings: Settings, now: datetime) -> None:
+    for row in server.addresses:
+        if row.proved_at is not None:
+            row.score = scoring.ADMITTED
+    await servers.apply(
+        session,
+        server,
+        EventKind.NTS_CONFIRMED,
+        actor=_ACTOR,
+        reason=f"{settings.policy.admission_probes} full probes in a row (bootstrap quorum)",
+        now=now,
+    )
+    _log.info("server_admitted", server=server.name)
+
+
+async def _hold_or_lift(session: AsyncSession, server: Server, settings: Settings, now: datetime) -> None:
+    scores = [row.score for row in server.addresses if row.score is not None]
+    if scores and max(scores) < scoring.CUTOFF:
+        if server.state is ServerState.SUSPENDED:
+            return
+        # Scores alone never shrink the answer below the pool's opening size: that is an alarm instead.
+        if await servers.count_active(session) <= settings.policy.opening_size:
+            _log.error("pool_alarm_too_few_servers", server=server.name, score=max(scores))
+            return
+        failed = next((row for row in server.stages if row.status is StageStatus.FAILED), None)
+        reason = f"score {max(scores):.1f}" + (f", {failed.stage}: {failed.detail}" if failed else "")
+        await servers.set_hold(session, server, HoldKind.SCORE, reason=reason, actor=_ACTOR, now=now)
+        _log.warning("server_suspended", server=server.name, reason=reason)
+    elif server.state is ServerState.SUSPENDED:
+        await servers.lift_hold(
+            session, server, HoldKind.SCORE, reason="the score is good again", actor=_ACTOR, now=now
+        )
+    for row in server.addresses:
+        # An address proved after the server's admission is admitted by itself.
+        if row.score is None and row.full_probes >= settings.policy.admission_probes:
+            row.score = scoring.ADMITTED

@@ -1,0 +1,93 @@
+"""Server names and addresses: what may be registered. Pure.
+
+A server name is one RFC 1123 label of at most 36 characters, so that eight SRV targets fit a signed answer of
+1,232 octets. An address is unicast and globally routable, unless the demo or a test allows private ones.
+"""
+
+import ipaddress
+import re
+from collections.abc import Sequence
+
+from poolsvc.errors import InvalidAddress, InvalidName, ReservedName
+
+MAX_NAME = 36
+MAX_ADDRESSES = 8
+_LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?")
+DOMAIN = re.compile(r"(?=.{1,253}$)(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z0-9-]{2,63}")
+# Names that people or programs take for the pool's own.
+RESERVED = frozenset(
+    {
+        *("abuse", "acme", "admin", "administrator", "api", "autoconfig", "autodiscover", "ca", "dns", "ftp"),
+        *("hostmaster", "imap", "info", "isatap", "localhost", "mail", "monitor", "mta-sts", "mx", "ntp"),
+        *("nts", "ntske", "operator", "pool", "pop", "postmaster", "registry", "root", "security", "servers"),
+        *("smtp", "ssl", "status", "support", "time", "tls", "webmaster", "wpad", "www", "ns", "ns1", "ns2"),
+    }
+)
+
+IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+def check_name(name: str) -> str:
+    """The name in lower case. Raises InvalidName or ReservedName."""
+    lowered = name.strip().lower()
+    if not lowered.isascii() or lowered.startswith("xn--"):
+        raise InvalidName(
+            f"the name {name!r} is internationalised",
+            remedy="use letters a to z, digits and hyphens",
+            field="name",
+        )
+    if not lowered or len(lowered) > MAX_NAME or not _LABEL.fullmatch(lowered):
+        raise InvalidName(
+            f"the name {name!r} is not a host label",
+            remedy=f"use 1 to {MAX_NAME} letters, digits and hyphens, with no hyphen at either end",
+            field="name",
+        )
+    if lowered in RESERVED:
+        raise ReservedName(f"the name {lowered!r} is reserved", remedy="choose another name", field="name")
+    return lowered
+
+
+def check_addresses(texts: Sequence[str], *, allow_private: bool) -> list[str]:
+    """The addresses in canonical form. Raises InvalidAddress that says which one and why."""
+    if not 1 <= len(texts) <= MAX_ADDRESSES:
+        raise InvalidAddress(
+            f"{len(texts)} addresses", remedy=f"give 1 to {MAX_ADDRESSES} addresses", field="addresses"
+        )
+    checked = [str(check_address(text, allow_private=allow_private)) for text in texts]
+    if len(set(checked)) != len(checked):
+        raise InvalidAddress("an address is listed twice", remedy="list each address once", field="addresses")
+    return checked
+
+
+def check_address(text: str, *, allow_private: bool) -> IpAddress:
+    """One address, to be dialled and published. Raises InvalidAddress."""
+    try:
+        address = ipaddress.ip_address(text.strip())
+    except ValueError:
+        raise InvalidAddress(
+            f"{text!r} is not an IP address",
+            remedy="give IPv4 or IPv6 addresses, not names",
+            field="addresses",
+        ) from None
+    inner = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None)
+    if inner is not None or getattr(address, "scope_id", None):
+        raise InvalidAddress(
+            f"{text} hides another address or a zone", remedy="give the plain address", field="addresses"
+        )
+    if address.is_multicast or address.is_unspecified or str(address) == "255.255.255.255":
+        raise InvalidAddress(
+            f"{text} is not a unicast address", remedy="give the host's address", field="addresses"
+        )
+    if not allow_private and not address.is_global:
+        raise InvalidAddress(
+            f"{text} is not a public address",
+            remedy="give the address by which the Internet reaches the server",
+            field="addresses",
+        )
+    return address
+
+
+def prefix_of(address: str) -> str:
+    """The /24 or /48 that an address belongs to: what limits count besides the address."""
+    parsed = ipaddress.ip_address(address)
+    return str(ipaddress.ip_network((parsed, 24 if parsed.version == 4 else 48), strict=False))

@@ -1,0 +1,95 @@
+"""One full probe of one address of a server: what a client would do, with the stage at which it ended."""
+
+import hashlib
+import secrets
+from collections.abc import Set as AbstractSet
+from dataclasses import replace
+from ipaddress import ip_address
+
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from nts_core.association import Association, Sample
+from nts_core.client import ClientError, Established, Failure, establish, exchange
+from nts_core.control import ProbeResult, Stage
+from nts_core.cookies import MAX_COOKIES
+from nts_core.errors import KissOfDeath, OutOfCookies
+from nts_core.packet import Leap
+from nts_core.tls import Trust
+
+# Cookies that a server is expected to give in key establishment (RFC 8915 section 4 asks for eight).
+_STAGE_OF = {
+    Failure.TCP: Stage.TCP,
+    Failure.TLS: Stage.TLS,
+    Failure.CERTIFICATE: Stage.CERTIFICATE,
+    Failure.KE: Stage.KE,
+}
+# Admission wants a full step, which ends at 25 ms; the stage tells people of what makes a server useless.
+OFFSET_LIMIT = 100_000_000
+
+
+async def probe(
+    domain: str, address: str, ke_port: int, trust: Trust, *, own_addresses: AbstractSet[str]
+) -> ProbeResult:
+    """Key establishment, an exchange with a cookie from it, another with a cookie got by NTP."""
+    try:
+        established = await establish(domain, address, ke_port, trust)
+    except ClientError as error:
+        return ProbeResult(address, _STAGE_OF[Failure(error.code)], error.message)
+    leaf = established.chain[0].public_bytes(Encoding.DER)
+    found = ProbeResult(address, None, "", fingerprint=hashlib.sha256(leaf).hexdigest())
+    if not _leads_home(established, own_addresses):
+        detail = f"sends clients to {established.ntp_host}, which is not a proved address of the server"
+        return replace(found, failed=Stage.KE, detail=detail)
+    if len(established.result.cookies) < MAX_COOKIES:
+        detail = f"gave {len(established.result.cookies)} cookies instead of {MAX_COOKIES}"
+        return replace(found, failed=Stage.COOKIES, detail=detail)
+    return await _exchanges(established, found)
+
+
+def _leads_home(established: Established, own_addresses: AbstractSet[str]) -> bool:
+    """Whether record 6, if any, names one of the server's own addresses: we send nothing anywhere else."""
+    try:
+        return str(ip_address(established.ntp_host)) in own_addresses
+    except ValueError:
+        return False
+
+
+async def _exchanges(established: Established, found: ProbeResult) -> ProbeResult:
+    # With a single cookie from key establishment, the second exchange must use one that came by NTP.
+    association = Association(
+        replace(established.result, cookies=established.result.cookies[:1]), secrets.token_bytes
+    )
+    samples: list[Sample] = []
+    for stage in (Stage.NTP_KE_COOKIE, Stage.NTP_NTP_COOKIE):
+        try:
+            samples.append(await exchange(association, established.ntp_host, established.ntp_port))
+        except (ClientError, OutOfCookies) as error:
+            return replace(found, failed=stage, detail=str(error))
+        except KissOfDeath as kiss:
+            # NTSN means that the server lost the key of a cookie that it has just given.
+            code = kiss.code if kiss.authentic else None
+            return replace(found, failed=stage, detail=str(kiss), kiss=code)
+    return _measured(found, samples)
+
+
+def _measured(found: ProbeResult, samples: list[Sample]) -> ProbeResult:
+    best = min(samples, key=lambda sample: sample.delay)
+    measured = replace(
+        found,
+        offset=best.offset,
+        delay=best.delay,
+        stratum=best.stratum,
+        leap=best.leap,
+        root_distance=best.root_distance,
+        asked=sum(sample.asked for sample in samples),
+        cookies=sum(sample.cookies for sample in samples),
+    )
+    if measured.cookies < measured.asked:
+        detail = f"{measured.cookies} of {measured.asked} cookies came by NTP"
+        return replace(measured, failed=Stage.COOKIES, detail=detail)
+    if best.leap == Leap.UNSYNCHRONISED or not best.synchronised:
+        return replace(measured, failed=Stage.OFFSET, detail="the server says that it is not synchronised")
+    if abs(best.offset) > OFFSET_LIMIT:
+        detail = f"the clock is {best.offset / 1e9:+.3f} s off; at most {OFFSET_LIMIT / 1e9:g} s is useful"
+        return replace(measured, failed=Stage.OFFSET, detail=detail)
+    return measured

@@ -1,0 +1,169 @@
+"""Proof that a member controls an address (design: the registry is never a scanner).
+
+1. The agent calls from the address. Only that makes the registry connect, and at most a few times an hour.
+2. The registry connects back to the address, with a nonce in the path, following no redirect.
+3. The answer is the agent key's signature over nonce, pool, server and address.
+"""
+
+import base64
+import binascii
+import secrets
+from datetime import datetime, timedelta
+
+import httpx
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from sqlalchemy import delete, func, or_, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from nts_core.control import PROOF_PATH, ServerState, proof_statement
+from poolsvc import servers
+from poolsvc.config import Settings
+from poolsvc.db import Database
+from poolsvc.errors import AddressMismatch, NotFound, TooManyRequests
+from poolsvc.models import Address, ConnectBack, Server
+from poolsvc.names import check_address, prefix_of
+
+_HOUR = timedelta(hours=1)
+# A signature is 88 characters of base64; whoever sends more is not an agent.
+_MAX_ANSWER = 256
+
+
+async def call(
+    session: AsyncSession, settings: Settings, server: Server, text: str, source: str, now: datetime
+) -> str:
+    """An agent's call from one of its addresses: the nonce that is to be signed there.
+
+    Raises NotFound, AddressMismatch, TooManyRequests.
+    """
+    row = next((row for row in server.addresses if row.address == text), None)
+    if row is None:
+        raise NotFound(f"{text} is not an address of {server.name}", field="address")
+    if settings.policy.require_source_address and _canonical(source) != row.address:
+        raise AddressMismatch(
+            f"the call for {row.address} came from {source}",
+            remedy="call from the address itself, or ask the operator to waive that for hosts behind NAT",
+            field="address",
+        )
+    await _limit(session, settings, row.address, now)
+    row.nonce = secrets.token_urlsafe(32)
+    row.proof_due_at = now
+    return row.nonce
+
+
+def _canonical(source: str) -> str:
+    address = check_address(source.removeprefix("::ffff:"), allow_private=True)
+    return str(address)
+
+
+async def _limit(session: AsyncSession, settings: Settings, address: str, now: datetime) -> None:
+    await session.execute(delete(ConnectBack).where(ConnectBack.at < now - _HOUR))
+    prefix, limit = prefix_of(address), settings.policy.proofs_per_hour
+    made = await session.scalar(
+        select(func.count()).where(or_(ConnectBack.address == address, ConnectBack.prefix == prefix))
+    )
+    if (made or 0) >= limit:
+        raise TooManyRequests(
+            f"{made} connections to {address} or its network {prefix} within an hour",
+            remedy="wait an hour; the agent asks again by itself",
+        )
+
+
+def wants_call(row: Address, now: datetime) -> bool:
+    """Whether the agent should call from this address now."""
+    return (
+        row.proved_at is None and row.nonce is None and (row.proof_due_at is None or row.proof_due_at <= now)
+    )
+
+
+async def prove(database: Database, settings: Settings, address_id: int, now: datetime) -> None:
+    """Connect back to one address that called, and record what came of it."""
+    async with database.transaction() as session:
+        row = await session.get(Address, address_id)
+        if row is None or row.nonce is None:
+            return
+        server = await servers.get(session, row.server_id)
+        session.add(ConnectBack(address=row.address, prefix=prefix_of(row.address), at=now))
+        nonce, address, key = row.nonce, row.address, server.agent_key or ""
+        name = server.name
+    failure = await _connect_back(settings, name, address, nonce, key)
+    async with database.transaction() as session:
+        server = await servers.get(session, row.server_id)
+        current = next((entry for entry in server.addresses if entry.id == address_id), None)
+        if current is None or current.nonce != nonce:
+            return
+        await _record(session, settings, server, current, failure, now)
+
+
+async def _record(
+    session: AsyncSession,
+    settings: Settings,
+    server: Server,
+    row: Address,
+    failure: str | None,
+    now: datetime,
+) -> None:
+    row.nonce = None
+    row.proof_error = failure
+    if failure is not None:
+        row.proof_due_at = now + _HOUR / settings.policy.proofs_per_hour
+        return
+    row.proved_at, row.proof_due_at = now, None
+    if server.state is ServerState.REGISTERED:
+        await servers.apply(
+            session,
+            server,
+            servers.EventKind.ADDRESS_PROVED,
+            actor="worker",
+            reason=f"{row.address} answered with the agent's signature",
+            now=now,
+        )
+
+
+async def _connect_back(settings: Settings, name: str, address: str, nonce: str, key: str) -> str | None:
+    """None when the address is proved, else what was wrong."""
+    url = f"{http_origin(address, settings.ports.http)}{PROOF_PATH}{nonce}"
+    try:
+        answer = await fetch(
+            url, host=settings.domain_of(name), deadline=settings.policy.proof_deadline, limit=_MAX_ANSWER
+        )
+        signature = base64.b64decode(answer.strip(), validate=True)
+        statement = proof_statement(pool=settings.pool, server=name, address=address, nonce=nonce)
+        Ed25519PublicKey.from_public_bytes(base64.b64decode(key)).verify(signature, statement)
+    except FetchError as error:
+        return str(error)
+    except (binascii.Error, ValueError):
+        return "the answer is not a signature: another web server may answer on this address"
+    except InvalidSignature:
+        return "the answer is not signed by this server's agent"
+    return None
+
+
+class FetchError(Exception):
+    """An address did not give what was asked for over HTTP."""
+
+
+def http_origin(address: str, port: int) -> str:
+    return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
+
+
+async def fetch(url: str, *, host: str, deadline: float, limit: int) -> bytes:
+    """The body of a plain HTTP answer, of `limit` octets at most; redirects are never followed."""
+    timeout = httpx.Timeout(deadline)
+    try:
+        async with (
+            httpx.AsyncClient(timeout=timeout, follow_redirects=False, trust_env=False) as client,
+            client.stream("GET", url, headers={"Host": host}) as response,
+        ):
+            if response.status_code != httpx.codes.OK:
+                raise FetchError(f"HTTP status {response.status_code} instead of 200")
+            body = bytearray()
+            async for piece in response.aiter_raw():
+                body += piece
+                if len(body) > limit:
+                    raise FetchError(f"an answer of more than {limit} octets")
+            return bytes(body)
+    except httpx.TimeoutException:
+        raise FetchError(f"no answer on the HTTP port within {deadline:g} s") from None
+    except httpx.HTTPError as error:
+        raise FetchError(f"no HTTP answer: {error or type(error).__name__}") from None

@@ -1,0 +1,169 @@
+"""Taking a server out for good: the CA's side of it, and the receipt. DNS's side is `poolsvc.publication`.
+
+The four steps do not wait for each other where they need not: a dead DNS server delays no revocation, and a
+dead CA delays no withdrawal. REMOVED is reached when each step has its time.
+"""
+
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+
+import structlog
+
+from nts_core.control import ServerState
+from poolsvc import servers
+from poolsvc.acme import AcmeAccount, AcmeError, OrderState, chain_facts
+from poolsvc.config import Settings
+from poolsvc.db import Database
+from poolsvc.models import Order, OrderStatus, Server
+from poolsvc.servers import EventKind
+
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """When each step of a removal was done; None while it is outstanding."""
+
+    srv_withdrawn_at: datetime | None
+    name_broken_at: datetime | None
+    authorization_deactivated_at: datetime | None
+    certificate_revoked_at: datetime | None
+    removed_at: datetime | None
+    last_certificate_ends_at: datetime | None
+    error: str | None
+    exposure: str
+
+
+def receipt(server: Server, settings: Settings) -> Receipt | None:
+    """The receipt of a server that leaves or has left; None for any other."""
+    if server.state not in (ServerState.LEAVING, ServerState.REMOVED):
+        return None
+    ends = max((order.not_after for order in server.orders if order.not_after), default=None)
+    return Receipt(
+        srv_withdrawn_at=server.srv_withdrawn_at,
+        name_broken_at=server.name_broken_at,
+        authorization_deactivated_at=server.authorization_deactivated_at,
+        certificate_revoked_at=server.certificate_revoked_at,
+        removed_at=server.state_since if server.state is ServerState.REMOVED else None,
+        last_certificate_ends_at=ends,
+        error=server.removal_error,
+        exposure=_exposure(settings, ends),
+    )
+
+
+def _exposure(settings: Settings, ends: datetime | None) -> str:
+    cached = max(settings.dns.srv_ttl, settings.dns.address_ttl)
+    text = f"resolvers may know the name for {cached} s after it was broken"
+    if ends is not None:
+        text += f"; a client that never looks at DNS or revocation may use its keys until {ends.isoformat()}"
+    return text
+
+
+async def advance(
+    database: Database, settings: Settings, account: AcmeAccount | None, server_id: int, now: datetime
+) -> None:
+    """Take the CA's steps of a removal that are left, and close the removal when nothing is.
+
+    `account` is None while the CA is out of reach.
+    """
+    async with database.transaction() as session:
+        server = await servers.get(session, server_id)
+        if server.state is not ServerState.LEAVING:
+            return
+    done = await _ca_steps(account, server, now)
+    async with database.transaction() as session:
+        server = await servers.get(session, server_id)
+        for order in server.orders:
+            _note(order, done, now)
+        if all(order.deactivated_at for order in server.orders if order.authorization_url):
+            server.authorization_deactivated_at = server.authorization_deactivated_at or now
+        if not any(_must_be_revoked(order, now) for order in server.orders):
+            server.certificate_revoked_at = server.certificate_revoked_at or now
+        server.removal_error = done.error
+        server.removal_due_at = now + timedelta(seconds=settings.policy.step_retry)
+        if _is_complete(server):
+            server.removal_due_at = None
+            await servers.apply(
+                session, server, EventKind.CLOSED, actor="worker", reason="every step is done", now=now
+            )
+            _log.info("server_removed", server=server.name)
+
+
+def _is_complete(server: Server) -> bool:
+    return None not in (
+        server.srv_withdrawn_at,
+        server.name_broken_at,
+        server.authorization_deactivated_at,
+        server.certificate_revoked_at,
+    )
+
+
+def _must_be_revoked(order: Order, now: datetime) -> bool:
+    return (
+        order.status is OrderStatus.ISSUED
+        and order.revoked_at is None
+        and order.not_after is not None
+        and order.not_after > now
+    )
+
+
+@dataclass(slots=True)
+class _Done:
+    """What the CA did in one pass, by order id."""
+
+    settled: set[int] = field(default_factory=set)
+    revoked: set[int] = field(default_factory=set)
+    late_chains: dict[int, str] = field(default_factory=dict)
+    error: str | None = None
+
+
+async def _ca_steps(account: AcmeAccount | None, server: Server, now: datetime) -> _Done:
+    done = _Done()
+    for order in server.orders:
+        if account is None:
+            if _is_unsettled(order) or _must_be_revoked(order, now):
+                done.error = "the CA is out of reach"
+            continue
+        try:
+            if _is_unsettled(order):
+                await _settle(account, order, done)
+            chain = done.late_chains.get(order.id) or (order.chain if _must_be_revoked(order, now) else None)
+            if chain is not None:
+                await account.revoke(chain)
+                done.revoked.add(order.id)
+        except AcmeError as failure:
+            done.error = f"CA: {failure.detail}"[:1000]
+    return done
+
+
+def _is_unsettled(order: Order) -> bool:
+    return order.authorization_url is not None and order.deactivated_at is None
+
+
+async def _settle(account: AcmeAccount, order: Order, done: _Done) -> None:
+    """End the authorization; then an order under way can only have become a certificate already."""
+    assert order.authorization_url is not None
+    await account.deactivate_authorization(order.authorization_url)
+    if order.url is not None and order.chain is None:
+        status = (await account.poll(order.url)).status
+        if status is OrderState.PROCESSING:
+            raise AcmeError("orderNotReady", "the CA is still working on an order")
+        if status is OrderState.VALID:
+            done.late_chains[order.id] = await account.download(order.url)
+    done.settled.add(order.id)
+
+
+def _note(order: Order, done: _Done, now: datetime) -> None:
+    if order.id in done.late_chains:
+        order.chain = done.late_chains[order.id]
+        facts = chain_facts(order.chain)
+        order.fingerprint, order.serial = facts.fingerprint, facts.serial
+        order.not_before, order.not_after = facts.not_before, facts.not_after
+        order.status, order.issued_at = OrderStatus.ISSUED, now
+    if order.id in done.settled:
+        order.deactivated_at = now
+    if order.id in done.revoked:
+        order.revoked_at = now
+    if order.status not in (OrderStatus.ISSUED, OrderStatus.FAILED):
+        order.status, order.error = OrderStatus.FAILED, "the server leaves the pool"
+    order.due_at = None

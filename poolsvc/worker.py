@@ -1,0 +1,208 @@
+"""The registry's engine: finds what is due, takes it under a lease, does it, and records what came of it.
+
+Each kind of work has a due-time column; a claim pushes it ahead by a lease, so that a worker that dies leaves
+its work to whoever looks next. Steps are safe to repeat. A failing peer (CA, DNS, member) delays its own kind of
+work only.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import structlog
+from cryptography import x509
+from sqlalchemy import select
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import InstrumentedAttribute
+
+from poolsvc import issuance, monitoring, proofs, publication, removal, servers
+from poolsvc.acme import AcmeAccount, AcmeConfig, AcmeError
+from poolsvc.config import Settings
+from poolsvc.db import Database
+from poolsvc.models import Address, Order, Server
+from poolsvc.publisher import Fenced, PublishError
+
+_log = structlog.get_logger()
+_LEASE = timedelta(minutes=2)
+_BATCH = 50
+_CONCURRENCY = 16
+
+
+async def claim(
+    database: Database, row: type[Any], due: InstrumentedAttribute[datetime | None], now: datetime
+) -> list[int]:
+    """Ids of rows whose time has come, leased to this caller for two minutes."""
+    async with database.transaction() as session:
+        found = await session.scalars(
+            select(row).where(due <= now).order_by(due).limit(_BATCH).with_for_update(skip_locked=True)
+        )
+        claimed = list(found)
+        for entry in claimed:
+            setattr(entry, due.key, now + _LEASE)
+        return [entry.id for entry in claimed]
+
+
+class Health:
+    """What the worker last heard of the pool's own parts; shown by the API."""
+
+    def __init__(self) -> None:
+        self.dns: str | None = None
+        self.ca: str | None = None
+
+
+class Worker:
+    """All the work of one registry process."""
+
+    def __init__(
+        self, database: Database, settings: Settings, roots: Sequence[x509.Certificate], health: Health
+    ) -> None:
+        self._database = database
+        self._settings = settings
+        self._roots = roots
+        self._health = health
+        self._account: AcmeAccount | None = None
+        self._epoch: int | None = None
+        self._fenced = False
+        self._planned: publication.Plan | None = None
+        self._reconciled_at: datetime | None = None
+        self._slots = asyncio.Semaphore(_CONCURRENCY)
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                for work in (
+                    self._prove,
+                    self._reconcile,
+                    self._begin_orders,
+                    self._advance_orders,
+                    self._probe,
+                    self._remove,
+                    self._expire,
+                ):
+                    group.create_task(self._repeat(work))
+        finally:
+            if self._account is not None:
+                self._account.close()
+
+    async def _repeat(self, work: Callable[[datetime], Awaitable[None]]) -> None:
+        while True:
+            try:
+                await work(datetime.now(UTC))
+            except (DBAPIError, OSError) as error:
+                _log.error("worker_database_error", work=work.__name__, error=type(error).__name__)
+            await asyncio.sleep(self._settings.policy.tick)
+
+    async def _each(self, ids: Sequence[int], work: Callable[[int], Awaitable[None]]) -> None:
+        async def one(identifier: int) -> None:
+            async with self._slots:
+                await work(identifier)
+
+        async with asyncio.TaskGroup() as group:
+            for identifier in ids:
+                group.create_task(one(identifier))
+
+    async def _prove(self, now: datetime) -> None:
+        ids = await claim(self._database, Address, Address.proof_due_at, now)
+        await self._each(ids, lambda row: proofs.prove(self._database, self._settings, row, now))
+
+    async def _probe(self, now: datetime) -> None:
+        ids = await claim(self._database, Server, Server.probe_due_at, now)
+        await self._each(
+            ids,
+            lambda row: monitoring.probe_server(self._database, self._settings, self._roots, row, now),
+        )
+
+    async def _begin_orders(self, now: datetime) -> None:
+        for identifier in await claim(self._database, Server, Server.order_due_at, now):
+            async with self._database.transaction() as session:
+                issuance.want(await servers.get(session, identifier), now)
+
+    async def _advance_orders(self, now: datetime) -> None:
+        account = await self._open_account(now)
+        if account is None:
+            return
+        ids = await claim(self._database, Order, Order.due_at, now)
+        await self._each(
+            ids, lambda row: issuance.advance(self._database, self._settings, account, row, datetime.now(UTC))
+        )
+
+    async def _remove(self, now: datetime) -> None:
+        ids = await claim(self._database, Server, Server.removal_due_at, now)
+        if not ids:
+            return
+        account = await self._open_account(now)
+        await self._each(
+            ids, lambda row: removal.advance(self._database, self._settings, account, row, datetime.now(UTC))
+        )
+
+    async def _expire(self, now: datetime) -> None:
+        async with self._database.transaction() as session:
+            await servers.expire_unfinished(session, self._settings, now)
+
+    async def _open_account(self, now: datetime) -> AcmeAccount | None:
+        """The registry's account at the CA; None while the CA is out of reach."""
+        if self._account is not None:
+            return self._account
+        ca = self._settings.ca
+        config = AcmeConfig(
+            directory_url=ca.directory_url,
+            account_key_file=ca.account_key_file,
+            contact=ca.contact,
+            ca_file=ca.ca_file,
+            profile=ca.profile,
+        )
+        try:
+            account = await AcmeAccount.open(config)
+        except AcmeError as error:
+            if self._health.ca is None:
+                _log.error("ca_unreachable", code=error.code, detail=error.detail)
+            self._health.ca = error.detail
+            return None
+        self._health.ca = None
+        async with self._database.transaction() as session:
+            pool = await servers.the_pool(session, self._settings)
+            pool.account_uri = account.uri
+        self._account = account
+        _log.info("acme_account_open", uri=account.uri, at=now.isoformat())
+        return account
+
+    async def _reconcile(self, now: datetime) -> None:
+        """Publish when the plan has changed, when the last pass failed, and now and then for drift."""
+        if self._fenced:
+            return
+        made = await publication.plan(self._database, self._settings, now)
+        if made is None or not self._is_due(made, now):
+            return
+        try:
+            epoch = await self._new_epoch() if self._epoch is None else self._epoch
+            self._epoch = epoch
+            everywhere = await publication.publish(self._database, self._settings, made, epoch, now)
+        except Fenced as error:
+            self._fenced = True
+            self._health.dns = str(error)
+            _log.error("publisher_fenced", detail=str(error))
+        except (PublishError, OSError) as error:
+            self._planned = None
+            self._health.dns = str(error)
+            _log.error("publish_failed", detail=str(error))
+            await asyncio.sleep(self._settings.policy.step_retry)
+        else:
+            self._reconciled_at, self._health.dns = now, None
+            self._planned = made if everywhere else None
+            if not everywhere:
+                self._health.dns = "not every authoritative server shows the zone"
+                await asyncio.sleep(self._settings.policy.step_retry)
+
+    def _is_due(self, made: publication.Plan, now: datetime) -> bool:
+        if self._planned != made or self._reconciled_at is None:
+            return True
+        return now - self._reconciled_at >= timedelta(seconds=self._settings.policy.reconcile_interval)
+
+    async def _new_epoch(self) -> int:
+        """An epoch above all earlier ones: whoever published before cannot any more."""
+        async with self._database.transaction() as session:
+            pool = await servers.the_pool(session, self._settings)
+            pool.epoch += 1
+            return pool.epoch

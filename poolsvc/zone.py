@@ -1,0 +1,211 @@
+"""What a pool's zone should hold, and the ordered way there from what it holds now. Pure.
+
+DNS is derived state: `wanted` is the one function from servers and policy to RRsets, `diff` the one way to
+find what a primary has to change. A server's addresses and CAA exist from proof to removal, its place in
+the SRV answer only while it is listed; the order of `diff` keeps every SRV target resolvable after each
+single change.
+"""
+
+import hashlib
+import heapq
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from ipaddress import ip_address
+
+import dns.rdata
+
+LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+CAA_WORD = re.compile(r"[!#-:<-[\]-~]+")  # RFC 8659 section 4.2 without what the quoted form would escape
+SERVER_TYPES = frozenset({"A", "AAAA", "CAA"})
+CLOSED = '0 issue ";"'  # no certification authority may issue (RFC 8659 section 4.2)
+SRV_PRIORITY_AND_WEIGHT = "0 10"  # equal for all: a server's share is given by the sampling alone
+
+
+@dataclass(frozen=True, slots=True)
+class CaaIssuer:
+    """A certification authority that may issue, for one account of it only (RFC 8657)."""
+
+    identity: str
+    account_uri: str
+    validation_methods: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for word in (self.identity, self.account_uri, *self.validation_methods):
+            if CAA_WORD.fullmatch(word) is None:
+                raise ValueError(f"a CAA value cannot hold {word!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class ZonePolicy:
+    """What the pool decided about its zone; TTLs are seconds, `pool` has no trailing dot."""
+
+    pool: str
+    srv_ttl: int
+    address_ttl: int
+    ke_port: int
+    caa: tuple[CaaIssuer, ...]
+    max_targets: int = 8
+
+    @property
+    def apex(self) -> str:
+        return f"{self.pool.lower()}."
+
+    @property
+    def servers(self) -> str:
+        """The owner above all server names; its CAA closes every name that has none of its own."""
+        return f"servers.{self.apex}"
+
+    @property
+    def service(self) -> str:
+        """The owner of the SRV RRset (RFC 2782)."""
+        return f"_ntske._tcp.{self.apex}"
+
+    @property
+    def fence(self) -> str:
+        """The owner of the TXT record that holds the leader's epoch; not a managed owner."""
+        return f"_fence.{self.apex}"
+
+    def domain(self, name: str) -> str:
+        """The owner of a server's addresses and CAA."""
+        return f"{name}.{self.servers}"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerRecords:
+    """What DNS needs to know of one server.
+
+    `name` is the label, `addresses` the proved ones, `listed` whether it may be an SRV target, `weight`
+    its share of SRV answers relative to the others.
+    """
+
+    name: str
+    addresses: tuple[str, ...]
+    listed: bool
+    weight: int = 1
+
+    def __post_init__(self) -> None:
+        if LABEL.fullmatch(self.name) is None:
+            raise ValueError(f"not a server name: {self.name!r}")
+        if self.weight < 1:
+            raise ValueError(f"{self.name}: the weight must be positive")
+
+
+@dataclass(frozen=True, slots=True)
+class RRset:
+    """TTL in seconds and the records as text in one canonical form, names absolute and lower-case."""
+
+    ttl: int
+    rdatas: frozenset[str]
+
+    @classmethod
+    def of(cls, ttl: int, rdtype: str, rdatas: Iterable[str]) -> "RRset":
+        """Bring zone-file text with absolute names into the canonical form."""
+        parsed = (dns.rdata.from_text("IN", rdtype, text).to_text() for text in rdatas)
+        return cls(ttl, frozenset(text.lower() if rdtype == "SRV" else text for text in parsed))
+
+
+Key = tuple[str, str]
+"""Owner (absolute, lower-case) and type, both as text."""
+
+Zone = dict[Key, RRset]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One RRset to create (`before` is None), replace, or delete (`after` is None)."""
+
+    owner: str
+    rdtype: str
+    before: RRset | None
+    after: RRset | None
+
+
+def managed(owner: str, rdtype: str, policy: ZonePolicy) -> bool:
+    """Whether an RRset is ours to change; everything else in the zone is the operator's."""
+    if rdtype == "SRV":
+        return owner == policy.service
+    return rdtype in SERVER_TYPES and (owner == policy.servers or owner.endswith(f".{policy.servers}"))
+
+
+def wanted(servers: Iterable[ServerRecords], policy: ZonePolicy, *, is_open: bool, draw: int) -> Zone:
+    """The managed part of the zone.
+
+    `is_open` is whether the pool offers its service; without it no SRV exists. `draw` numbers the choice
+    of SRV targets where more servers are listed than fit: the same draw gives the same choice.
+    """
+    present = [server for server in servers if server.addresses]
+    zone: Zone = {(policy.servers, "CAA"): RRset.of(policy.address_ttl, "CAA", [CLOSED])}
+    issuers = [
+        f'0 issue "{issuer.identity}; accounturi={issuer.account_uri}; '
+        f'validationmethods={",".join(issuer.validation_methods)}"'
+        for issuer in policy.caa
+    ] or [CLOSED]
+    for server in present:
+        records = {"CAA": issuers}
+        for address in map(ip_address, server.addresses):
+            records.setdefault("A" if address.version == 4 else "AAAA", []).append(str(address))
+        for rdtype, texts in records.items():
+            zone[policy.domain(server.name), rdtype] = RRset.of(policy.address_ttl, rdtype, texts)
+    targets = sample((server for server in present if server.listed), policy.max_targets, draw=draw)
+    if is_open and targets:
+        texts = [
+            f"{SRV_PRIORITY_AND_WEIGHT} {policy.ke_port} {policy.domain(server.name)}" for server in targets
+        ]
+        zone[policy.service, "SRV"] = RRset.of(policy.srv_ttl, "SRV", texts)
+    return zone
+
+
+def sample(servers: Iterable[ServerRecords], count: int, *, draw: int) -> list[ServerRecords]:
+    """At most `count` servers, by weight and without replacement (Efraimidis and Spirakis 2006).
+
+    The random source is a hash of draw and name, so that one server's coming or going displaces at most
+    one other within a draw.
+    """
+
+    def waiting_time(server: ServerRecords) -> tuple[float, str]:
+        digest = hashlib.sha256(f"{draw} {server.name}".encode()).digest()
+        uniform = (int.from_bytes(digest[:6], "big") + 0.5) / 2**48
+        return -math.log(uniform) / server.weight, server.name
+
+    return heapq.nsmallest(count, servers, key=waiting_time)
+
+
+class _Turn(IntEnum):
+    """When a change is due: a target leaves the SRV before its addresses go and joins after they exist."""
+
+    SRV_DELETE = 0
+    ADDRESS_CREATE = 1
+    ADDRESS_UPDATE = 2
+    SRV_UPDATE = 3
+    SRV_CREATE = 4
+    ADDRESS_DELETE = 5
+
+
+def _turn(change: Change) -> _Turn:
+    is_srv = change.rdtype == "SRV"
+    if change.before is None:
+        return _Turn.SRV_CREATE if is_srv else _Turn.ADDRESS_CREATE
+    if change.after is None:
+        return _Turn.SRV_DELETE if is_srv else _Turn.ADDRESS_DELETE
+    return _Turn.SRV_UPDATE if is_srv else _Turn.ADDRESS_UPDATE
+
+
+def diff(wanted: Mapping[Key, RRset], observed: Mapping[Key, RRset]) -> tuple[Change, ...]:
+    """The changes that turn `observed` into `wanted`, in the order in which they must be made.
+
+    Both must hold managed RRsets only. A parent's records go before its children's, so that the closing
+    CAA stands before the first name under it.
+    """
+    changes = [
+        Change(owner, rdtype, observed.get((owner, rdtype)), wanted.get((owner, rdtype)))
+        for owner, rdtype in wanted.keys() | observed.keys()
+    ]
+    return tuple(
+        sorted(
+            (change for change in changes if change.before != change.after),
+            key=lambda change: (_turn(change), change.owner.count("."), change.owner, change.rdtype),
+        )
+    )

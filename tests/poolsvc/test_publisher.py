@@ -1,0 +1,336 @@
+"""The publisher against a real Knot that signs, and what a validating Unbound makes of it."""
+
+import asyncio
+from dataclasses import replace
+
+import dns.flags
+import dns.message
+import dns.query
+import dns.rcode
+import dns.rdatatype
+import dns.tsig
+import dns.update
+import pytest
+
+from lab.knot import Knot
+from lab.processes import free_port
+from lab.unbound import Unbound
+from poolsvc.publisher import (
+    Conflict,
+    Fenced,
+    Mismatch,
+    Nameserver,
+    PrimaryConfig,
+    Publisher,
+    Rejected,
+    Unreachable,
+)
+from poolsvc.zone import CaaIssuer, Change, RRset, ServerRecords, ZonePolicy, diff, wanted
+
+POLICY = ZonePolicy(
+    pool="pool.example",
+    srv_ttl=2,
+    address_ttl=2,
+    ke_port=4460,
+    caa=(CaaIssuer("ca.example", "https://ca.example/acct/1", ("http-01",)),),
+)
+SERVICE = ("_ntske._tcp.pool.example.", "SRV")
+ALICE = "alice.servers.pool.example."
+
+
+def pool(*names, unlisted=(), **options):
+    some = [
+        ServerRecords(
+            name,
+            (f"198.18.{number // 256}.{number % 256}", f"2001:db8::{number:x}"),
+            listed=name not in unlisted,
+        )
+        for number, name in enumerate(names, start=1)
+    ]
+    return wanted(some, POLICY, is_open=True, draw=options.get("draw", 0))
+
+
+@pytest.fixture
+def knot(tmp_path):
+    with Knot(tmp_path / "knot") as running:
+        yield running
+
+
+@pytest.fixture
+def config(knot):
+    return PrimaryConfig(
+        address=knot.address,
+        port=knot.port,
+        tsig_name=knot.tsig_name,
+        tsig_secret=knot.tsig_secret,
+        nameservers=(Nameserver(knot.address, knot.port),),
+        timeout=3.0,
+    )
+
+
+@pytest.fixture
+def publisher(config):
+    return Publisher(POLICY, config)
+
+
+def by_hand(knot, change):
+    """An update that the publisher knows nothing of."""
+    key = dns.tsig.Key(knot.tsig_name, knot.tsig_secret, "hmac-sha256")
+    update = dns.update.UpdateMessage(f"{knot.zone}.", keyring=key)
+    change(update)
+    answer = dns.query.tcp(update, knot.address, timeout=5, port=knot.port)
+    assert answer.rcode() == dns.rcode.NOERROR
+
+
+async def test_the_first_publish_fills_the_zone_and_every_server_shows_it(publisher):
+    await publisher.take_fence(1)
+    zone = pool("alice", "bob", "carol")
+    published = await publisher.publish(zone, 1)
+    seen = await publisher.observe()
+    assert seen.zone == zone
+    assert (seen.serial, seen.epoch, seen.soa_minimum) == (published.serial, "1", 2)
+    assert len(published.changes) == len(zone)
+    assert await publisher.verify(zone, zone) == ()
+
+
+async def test_publishing_the_same_again_changes_nothing(publisher):
+    await publisher.take_fence(1)
+    first = await publisher.publish(pool("alice", "bob"), 1)
+    assert await publisher.publish(pool("alice", "bob"), 1) == replace(first, changes=())
+
+
+async def test_a_member_that_leaves_takes_only_its_own_records_along(publisher):
+    await publisher.take_fence(1)
+    await publisher.publish(pool("bob", "alice"), 1)
+    published = await publisher.publish(pool("bob"), 1)
+    assert [(change.owner, change.rdtype) for change in published.changes] == [
+        SERVICE,
+        (ALICE, "A"),
+        (ALICE, "AAAA"),
+        (ALICE, "CAA"),
+    ]
+    gone = {(ALICE, "A"), (ALICE, "AAAA"), (ALICE, "CAA"), SERVICE}
+    assert await publisher.verify(gone, pool("bob")) == ()
+
+
+async def test_a_ttl_is_changed_alone(publisher):
+    await publisher.take_fence(1)
+    zone = pool("alice")
+    await publisher.publish(zone, 1)
+    zone[ALICE, "A"] = replace(zone[ALICE, "A"], ttl=7)
+    published = await publisher.publish(zone, 1)
+    assert [(change.owner, change.rdtype) for change in published.changes] == [(ALICE, "A")]
+
+
+async def test_drift_is_found_and_repaired(publisher, knot):
+    await publisher.take_fence(1)
+    zone = pool("alice", "bob")
+    await publisher.publish(zone, 1)
+    by_hand(knot, lambda update: update.replace(ALICE, 2, "A", "198.51.100.9"))
+    by_hand(knot, lambda update: update.add("mallory.servers.pool.example.", 2, "A", "198.51.100.9"))
+    by_hand(knot, lambda update: update.delete(*SERVICE))
+    assert {mismatch.key for mismatch in await publisher.verify(zone, zone)} == {(ALICE, "A"), SERVICE}
+    published = await publisher.publish(zone, 1)
+    assert len(published.changes) == 3
+    assert (await publisher.observe()).zone == zone
+
+
+async def test_what_the_operator_put_beside_it_is_left_alone(publisher, knot):
+    await publisher.take_fence(1)
+    by_hand(knot, lambda update: update.add(ALICE, 2, "TXT", "hello"))
+    await publisher.publish(pool("alice"), 1)
+    await publisher.publish(pool("bob"), 1)
+    query = dns.message.make_query(ALICE, "TXT")
+    assert dns.query.tcp(query, knot.address, timeout=5, port=knot.port).answer
+
+
+async def test_a_stale_leader_is_fenced_and_changes_nothing(publisher):
+    await publisher.take_fence(4)
+    await publisher.publish(pool("alice"), 4)
+    changes = diff(pool("bob"), (await publisher.observe()).zone)
+    await publisher.take_fence(5)
+    for attempt in (
+        publisher.take_fence(4),
+        publisher.publish(pool("alice"), 4),
+        publisher.apply(changes, 4),
+    ):
+        with pytest.raises(Fenced, match="epoch is 5"):
+            await attempt
+    seen = await publisher.observe()
+    assert (seen.zone, seen.epoch) == (pool("alice"), "5")
+
+
+async def test_without_a_fence_nothing_is_written(publisher):
+    with pytest.raises(Fenced):
+        await publisher.publish(pool("alice"), 1)
+    assert (await publisher.observe()).zone == {}
+
+
+async def test_a_fence_that_is_not_a_number_needs_the_operator(publisher, knot):
+    by_hand(knot, lambda update: update.add(POLICY.fence, 0, "TXT", "mine"))
+    with pytest.raises(Rejected, match="mine"):
+        await publisher.take_fence(1)
+
+
+async def test_a_change_against_an_older_zone_is_a_conflict(publisher, knot):
+    await publisher.take_fence(1)
+    await publisher.publish(pool("alice"), 1)
+    changes = diff(pool("bob"), (await publisher.observe()).zone)
+    by_hand(knot, lambda update: update.replace(ALICE, 2, "A", "198.51.100.9"))
+    before = await publisher.observe()
+    with pytest.raises(Conflict):
+        await publisher.apply(changes, 1)
+    assert await publisher.observe() == before
+
+
+async def test_an_update_that_is_acknowledged_and_ignored_is_reported(publisher, knot):
+    """Knot answers NOERROR to an address beside a CNAME and keeps the CNAME alone."""
+    knot.stop()
+    with Knot(knot.directory.parent / "other", records=["alice.servers CNAME ns1"]) as other:
+        config = PrimaryConfig(
+            address=other.address,
+            port=other.port,
+            tsig_name=other.tsig_name,
+            tsig_secret=other.tsig_secret,
+            nameservers=(),
+        )
+        publisher = Publisher(POLICY, config)
+        await publisher.take_fence(1)
+        with pytest.raises(Rejected, match="not kept: alice"):
+            await publisher.publish(pool("alice"), 1)
+
+
+async def test_a_wrong_secret_is_named(config):
+    wrong = Publisher(POLICY, replace(config, tsig_secret="AAAA"))
+    for attempt in (wrong.observe(), wrong.take_fence(1), wrong.apply(diff(pool("alice"), {}), 1)):
+        with pytest.raises(Rejected, match="the secrets differ"):
+            await attempt
+
+
+async def test_a_key_that_the_primary_does_not_know_is_named(config):
+    with pytest.raises(Rejected, match="does not know the TSIG key"):
+        await Publisher(POLICY, replace(config, tsig_name="stranger")).observe()
+
+
+async def test_a_type_that_the_primary_does_not_grant_is_rejected(publisher):
+    await publisher.take_fence(1)
+    change = Change(ALICE, "TLSA", None, RRset(2, frozenset({f"3 1 1 {'00' * 32}"})))
+    with pytest.raises(Rejected, match="grant"):
+        await publisher.apply([change], 1)
+
+
+def test_the_secret_is_in_no_repr(config):
+    assert config.tsig_secret not in repr(config)
+
+
+async def test_a_primary_that_is_down_is_unreachable_and_comes_back_with_its_data(publisher, knot):
+    await publisher.take_fence(3)
+    await publisher.publish(pool("alice"), 3)
+    knot.stop()
+    for attempt in (publisher.observe(), publisher.publish(pool("bob"), 3), publisher.take_fence(4)):
+        with pytest.raises(Unreachable):
+            await attempt
+    knot.start()
+    seen = await publisher.observe()
+    assert (seen.zone, seen.epoch) == (pool("alice"), "3")
+    await publisher.publish(pool("bob"), 3)
+    assert (await publisher.observe()).zone == pool("bob")
+
+
+async def test_five_hundred_members_are_published_and_verified_in_chunks(publisher):
+    await publisher.take_fence(1)
+    names = [f"member{number}" for number in range(250)]
+    half = pool(*names)
+    await publisher.publish(half, 1)
+    whole = pool(*names, *(f"late{number}" for number in range(250)))
+    await publisher.publish(whole, 1)
+    assert (await publisher.observe()).zone == whole
+    assert await publisher.verify(whole, whole) == ()
+    await publisher.publish(half, 1)
+    assert (await publisher.observe()).zone == half
+
+
+async def test_verify_tells_a_missing_record_a_leftover_and_a_silent_server(config, knot):
+    silent = Nameserver("127.0.0.1", free_port())
+    both = replace(config, nameservers=(*config.nameservers, silent), timeout=1.0)
+    publisher = Publisher(POLICY, both)
+    await publisher.take_fence(1)
+    await publisher.publish(pool("alice", "bob"), 1)
+    expected = pool("alice", "carol")
+    keys = [("carol.servers.pool.example.", "A"), ("bob.servers.pool.example.", "AAAA"), (ALICE, "CAA")]
+    found = await publisher.verify(keys, expected)
+    assert [(some.nameserver, some.key, some.reason) for some in found[:2]] == [
+        (config.nameservers[0], keys[0], "does not show the records"),
+        (config.nameservers[0], keys[1], "still shows the records"),
+    ]
+    assert [(some.nameserver, some.key) for some in found[2:]] == [(silent, None)]
+    assert "timed out" in found[2].reason
+
+
+class Altered(asyncio.DatagramProtocol):
+    """An authoritative server that answers as Knot does, but for what `alter` does to the message."""
+
+    def __init__(self, knot, alter):
+        self.knot = knot
+        self.alter = alter
+
+    def connection_made(self, transport):
+        self.transport = transport
+
+    def datagram_received(self, data, address):
+        query = dns.message.from_wire(data)
+        answer = dns.query.udp(query, self.knot.address, timeout=5, port=self.knot.port)
+        self.alter(answer)
+        self.transport.sendto(answer.to_wire(), address)
+
+
+def refuse(answer):
+    answer.set_rcode(dns.rcode.REFUSED)
+    answer.answer.clear()
+
+
+def from_a_cache(answer):
+    answer.flags &= ~dns.flags.AA
+
+
+def unsigned(answer):
+    answer.answer = [rrset for rrset in answer.answer if rrset.rdtype != dns.rdatatype.RRSIG]
+
+
+def one_less(answer):
+    answer.answer[0].pop()
+
+
+@pytest.mark.parametrize(
+    ("alter", "reason"),
+    [
+        (refuse, "answers REFUSED"),
+        (from_a_cache, "is not authoritative"),
+        (unsigned, "shows the records without a signature"),
+        (one_less, "shows other records"),
+    ],
+)
+async def test_verify_says_what_is_wrong_with_a_server(publisher, config, knot, alter, reason):
+    await publisher.take_fence(1)
+    zone = pool("alice", "bob")
+    await publisher.publish(zone, 1)
+    loop = asyncio.get_running_loop()
+    transport, _ = await loop.create_datagram_endpoint(
+        lambda: Altered(knot, alter), local_addr=("127.0.0.1", 0)
+    )
+    wrong = Nameserver(*transport.get_extra_info("sockname"))
+    both = Publisher(POLICY, replace(config, nameservers=(*config.nameservers, wrong)))
+    found = await both.verify([SERVICE], zone)
+    transport.close()
+    assert found == (Mismatch(wrong, SERVICE, reason),)
+
+
+async def test_a_resolver_validates_what_was_published(publisher, knot, tmp_path):
+    await publisher.take_fence(1)
+    await publisher.publish(pool("alice"), 1)
+    with Unbound(tmp_path / "unbound", [knot]) as unbound:
+        for owner, rdtype in (SERVICE, (ALICE, "A"), (ALICE, "AAAA"), (ALICE, "CAA")):
+            query = dns.message.make_query(owner, rdtype, want_dnssec=True)
+            answer = dns.query.udp(query, unbound.address, timeout=5, port=unbound.port)
+            assert answer.flags & dns.flags.AD
+            assert any(dns.rdatatype.to_text(rrset.rdtype) == rdtype for rrset in answer.answer)

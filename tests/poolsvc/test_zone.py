@@ -1,0 +1,204 @@
+"""The wanted zone and the way to it, as properties over many pools."""
+
+from collections import Counter
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv6Address
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from poolsvc.zone import (
+    CaaIssuer,
+    RRset,
+    ServerRecords,
+    Zone,
+    ZonePolicy,
+    diff,
+    managed,
+    sample,
+    wanted,
+)
+
+POLICY = ZonePolicy(
+    pool="pool.example",
+    srv_ttl=60,
+    address_ttl=300,
+    ke_port=4460,
+    caa=(
+        CaaIssuer("ca.example", "https://ca.example/acct/1", ("http-01",)),
+        CaaIssuer("other.example", "https://other.example/2", ("http-01", "dns-01")),
+    ),
+)
+SERVICE = ("_ntske._tcp.pool.example.", "SRV")
+
+addresses = st.lists(
+    st.one_of(
+        st.integers(0, 2**32 - 1).map(lambda n: str(IPv4Address(n))),
+        st.integers(0, 2**128 - 1).map(lambda n: str(IPv6Address(n))),
+    ),
+    max_size=3,
+).map(tuple)
+labels = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,6}[a-z0-9])?", fullmatch=True)
+servers = st.lists(
+    st.builds(ServerRecords, labels, addresses, st.booleans(), st.integers(1, 10)),
+    max_size=14,
+    unique_by=lambda server: server.name,
+)
+zones = st.builds(
+    lambda some, is_open, draw: wanted(some, POLICY, is_open=is_open, draw=draw),
+    servers,
+    st.booleans(),
+    st.integers(0, 1000),
+)
+
+
+def targets(zone: Zone) -> list[str]:
+    return [text.split()[3] for text in zone[SERVICE].rdatas] if SERVICE in zone else []
+
+
+def resolvable(zone: Zone, owner: str) -> bool:
+    return (owner, "A") in zone or (owner, "AAAA") in zone
+
+
+def test_one_server_of_an_open_pool():
+    server = ServerRecords("alice", ("192.0.2.1", "2001:DB8::1", "192.0.2.2"), listed=True)
+    alice = "alice.servers.pool.example."
+    assert wanted([server], POLICY, is_open=True, draw=0) == {
+        ("servers.pool.example.", "CAA"): RRset(300, frozenset({'0 issue ";"'})),
+        (alice, "A"): RRset(300, frozenset({"192.0.2.1", "192.0.2.2"})),
+        (alice, "AAAA"): RRset(300, frozenset({"2001:db8::1"})),
+        (alice, "CAA"): RRset(
+            300,
+            frozenset(
+                {
+                    '0 issue "ca.example; accounturi=https://ca.example/acct/1; validationmethods=http-01"',
+                    '0 issue "other.example; accounturi=https://other.example/2; validationmethods=http-01,dns-01"',
+                }
+            ),
+        ),
+        SERVICE: RRset(60, frozenset({"0 10 4460 alice.servers.pool.example."})),
+    }
+
+
+def test_a_pool_that_is_not_open_has_no_srv_but_its_servers_have_addresses():
+    zone = wanted([ServerRecords("alice", ("192.0.2.1",), listed=True)], POLICY, is_open=False, draw=0)
+    assert SERVICE not in zone
+    assert resolvable(zone, "alice.servers.pool.example.")
+
+
+def test_without_an_issuer_a_server_is_closed():
+    zone = wanted(
+        [ServerRecords("alice", ("192.0.2.1",), listed=False)], replace(POLICY, caa=()), is_open=True, draw=0
+    )
+    assert zone["alice.servers.pool.example.", "CAA"].rdatas == {'0 issue ";"'}
+
+
+@pytest.mark.parametrize("word", ["a;b", "a b", 'a"b', "a\\b", ""])
+def test_words_that_would_change_the_meaning_of_a_caa_are_refused(word):
+    with pytest.raises(ValueError, match="CAA"):
+        CaaIssuer("ca.example", word, ("http-01",))
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "Alice", "-a", "a-", "_tcp", "*", "a" * 64])
+def test_names_that_are_not_one_label_are_refused(name):
+    with pytest.raises(ValueError, match="server name"):
+        ServerRecords(name, (), listed=False)
+
+
+def test_a_weight_of_zero_is_refused():
+    with pytest.raises(ValueError, match="weight"):
+        ServerRecords("alice", (), listed=False, weight=0)
+
+
+@given(zones)
+def test_every_target_resolves_and_caa_and_addresses_go_together(zone):
+    assert len(targets(zone)) <= POLICY.max_targets
+    assert all(resolvable(zone, target) for target in targets(zone))
+    closed = {owner for owner, rdtype in zone if rdtype == "CAA"} - {POLICY.servers}
+    assert closed == {owner for owner, rdtype in zone if rdtype in {"A", "AAAA"}}
+
+
+@given(zones)
+def test_all_that_is_wanted_is_managed(zone):
+    assert all(managed(owner, rdtype, POLICY) for owner, rdtype in zone)
+
+
+@pytest.mark.parametrize(
+    ("owner", "rdtype"),
+    [
+        ("pool.example.", "CAA"),
+        ("ns1.pool.example.", "A"),
+        ("_fence.pool.example.", "TXT"),
+        ("_ntske._tcp.pool.example.", "RRSIG"),
+        ("_https._tcp.pool.example.", "SRV"),
+        ("alice.servers.pool.example.", "NSEC"),
+        ("_4460._tcp.alice.servers.pool.example.", "TLSA"),
+        ("otherservers.pool.example.", "A"),
+    ],
+)
+def test_the_operators_records_are_not_managed(owner, rdtype):
+    assert not managed(owner, rdtype, POLICY)
+
+
+@given(zones, zones)
+def test_applying_the_difference_gives_what_is_wanted(before, after):
+    zone = dict(before)
+    for change in diff(after, before):
+        key = change.owner, change.rdtype
+        assert zone.pop(key, None) == change.before
+        assert change.before != change.after
+        if change.after is not None:
+            zone[key] = change.after
+    assert zone == after
+    assert (diff(after, before) == ()) == (before == after)
+
+
+@given(zones, zones)
+def test_at_no_step_has_a_target_lost_its_addresses(before, after):
+    zone = dict(before)
+    for change in diff(after, before):
+        zone.pop((change.owner, change.rdtype), None)
+        if change.after is not None:
+            zone[change.owner, change.rdtype] = change.after
+        assert all(resolvable(zone, target) for target in targets(zone))
+
+
+@given(servers)
+def test_a_new_zone_is_closed_before_the_first_name_exists(some):
+    first, *_ = diff(wanted(some, POLICY, is_open=True, draw=0), {})
+    assert (first.owner, first.rdtype) == (POLICY.servers, "CAA")
+
+
+def test_ttl_alone_is_a_difference():
+    rrset = RRset(60, frozenset({"192.0.2.1"}))
+    key = ("alice.servers.pool.example.", "A")
+    (change,) = diff({key: replace(rrset, ttl=300)}, {key: rrset})
+    assert (change.before, change.after) == (rrset, replace(rrset, ttl=300))
+
+
+def test_the_share_of_a_server_follows_its_weight():
+    """One of many small servers is drawn about in proportion: weights 1, 2 and 4 for one place of one."""
+    three = [ServerRecords(f"s{weight}", ("192.0.2.1",), listed=True, weight=weight) for weight in (1, 2, 4)]
+    share = Counter(server.weight for draw in range(7000) for server in sample(three, 1, draw=draw))
+    for weight in (1, 2, 4):
+        # The standard deviation is at most sqrt(7000 * 4/7 * 3/7), about 41.
+        assert abs(share[weight] - 1000 * weight) < 205
+
+
+def test_a_draw_repeats_and_another_rotates():
+    many = [ServerRecords(f"s{number}", ("192.0.2.1",), listed=True) for number in range(40)]
+    chosen = [targets(wanted(many, POLICY, is_open=True, draw=draw)) for draw in range(60)]
+    assert targets(wanted(many[::-1], POLICY, is_open=True, draw=7)) == targets(
+        wanted(many, POLICY, is_open=True, draw=7)
+    )
+    assert all(len(set(some)) == 8 for some in chosen)
+    assert len({target for some in chosen for target in some}) == 40
+
+
+@given(st.lists(labels, min_size=10, max_size=30, unique=True), st.integers(0, 100))
+def test_a_leaving_server_displaces_at_most_one_other(names, draw):
+    many = [ServerRecords(name, ("192.0.2.1",), listed=True) for name in names]
+    before = {server.name for server in sample(many, 8, draw=draw)}
+    after = {server.name for server in sample(many[1:], 8, draw=draw)}
+    assert len(after - before) <= 1
