@@ -1,40 +1,49 @@
 """Children of the laboratory: free ports, start, wait until ready, stop."""
 
 import os
+import secrets
 import shutil
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 READY_DEADLINE = 20.0
 STOP_DEADLINE = 10.0
+_PORTS = range(12000, 32000)
 
 
 class LabError(Exception):
     """A peer is missing, did not come up, or ended early; the text holds the end of its log."""
 
 
-def free_port(address: str = "127.0.0.1") -> int:
-    """A port that is free now for both TCP and UDP on `address`."""
+def is_free(address: str, port: int) -> bool:
+    """Whether nobody listens on the port of `address`, neither by TCP nor by UDP."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    for _ in range(50):
-        with ExitStack() as stack:
-            tcp = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
-            udp = stack.enter_context(socket.socket(family, socket.SOCK_DGRAM))
-            tcp.bind((address, 0))
-            port: int = tcp.getsockname()[1]
+    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+        with socket.socket(family, kind) as probe:
             try:
-                udp.bind((address, port))
+                probe.bind((address, port))
             except OSError:
-                continue
+                return False
+    return True
+
+
+def free_port(*addresses: str) -> int:
+    """A port that is free now on all `addresses` (127.0.0.1 without any).
+
+    Below the range from which the kernel takes the ports of outgoing connections: one of those could take
+    the port again before its server does.
+    """
+    for _ in range(100):
+        port = secrets.choice(_PORTS)
+        if all(is_free(address, port) for address in addresses or ("127.0.0.1",)):
             return port
-    raise LabError(f"no free port on {address}")
+    raise LabError(f"no free port on {', '.join(addresses)}")
 
 
 def require(program: str) -> str:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from lab.certificates import Pair
 from lab.processes import Process
@@ -60,14 +60,14 @@ class AgentServer:
             "pool-agent", [script("pool-agent"), "serve", *files, *options, *arguments], directory
         )
 
-    def start(self) -> "AgentServer":
+    def start(self) -> Self:
         self.process.start(lambda: self._ready_line() is not None)
         return self
 
     def stop(self) -> None:
         self.process.stop()
 
-    def __enter__(self) -> "AgentServer":
+    def __enter__(self) -> Self:
         return self.start()
 
     def __exit__(self, *_: object) -> None:

@@ -7,7 +7,6 @@ between any two calls and another goes on. The worker journals what is returned 
 import asyncio
 import base64
 import datetime as dt
-import hashlib
 import json
 import os
 import tempfile
@@ -18,7 +17,6 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
 from functools import partial, wraps
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, cast
 
@@ -26,28 +24,19 @@ import requests
 from acme import client, errors, messages
 from acme.jws import JWS
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.hazmat.primitives.serialization import Encoding
 from josepy.errors import Error as JoseError
 from josepy.jwa import ES256
 from josepy.jwk import JWKEC
 
-NONCE_RETRIES = 8  # of one request whose nonce is refused; the stock client makes one
-PEM_LIMIT = 65_536  # characters of a chain or CSR
-DETAIL_LIMIT = 1000  # characters of a CA's own words that are kept
-LONGEST_WAIT = dt.timedelta(days=7).total_seconds()
-SHORT_LIFE = dt.timedelta(days=10)
+from poolsvc.certificates import ChainError, check_csr, load_chain, printable
 
-_X509_FAULTS = (
-    ValueError,
-    TypeError,
-    UnsupportedAlgorithm,
-    x509.InvalidVersion,
-    x509.DuplicateExtension,
-    x509.UnsupportedGeneralNameType,
-)
+NONCE_RETRIES = 8  # of one request whose nonce is refused; the stock client makes one
+LONGEST_WAIT = dt.timedelta(days=7).total_seconds()
+
 # Refusals that no repetition of the same request can turn, when they come with a 4xx status.
 _PERMANENT = {
     "badCSR",
@@ -64,14 +53,6 @@ _PERMANENT = {
 _ENDED = {"deactivated", "expired", "revoked"}
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-
-
-class CsrError(Exception):
-    """A certificate signing request that is not what this pool orders; the text names the fault."""
-
-
-class ChainError(Exception):
-    """A certificate chain that does not belong to the request it was ordered for."""
 
 
 class AcmeError(Exception):
@@ -144,17 +125,6 @@ class OrderStatus:
     retry_after: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class ChainFacts:
-    """The leaf: SHA-256 of its DER and of its public key (SPKI) and its serial, in lower-case hex."""
-
-    fingerprint: str
-    serial: str
-    not_before: dt.datetime
-    not_after: dt.datetime
-    spki_sha256: str
-
-
 def _in_thread(
     work: Callable[Concatenate["AcmeAccount", _P], _T],
 ) -> Callable[Concatenate["AcmeAccount", _P], Coroutine[Any, Any, _T]]:
@@ -188,6 +158,11 @@ class AcmeAccount:
     async def open(cls, config: AcmeConfig) -> Self:
         """Load or create the account key (P-256, 0600), then create the account or find it by the key."""
         return cls(*await asyncio.to_thread(_open, config), config.profile)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the CA has said that it knows no such account: open it again (a CA that lost its data)."""
+        return self._network.lost
 
     def close(self) -> None:
         """Give the thread and the connections back; a request under way ends by its own timeout."""
@@ -268,7 +243,7 @@ class AcmeAccount:
             raise AcmeError("orderNotReady", f"the order is {order.get('status')}", retry_after=wait)
         response = self._network.call(_text(order, "certificate"), None)
         try:
-            chain = _chain(response.text)
+            chain = load_chain(response.text)
         except ChainError as error:
             raise AcmeError("server-error", str(error), status=response.status_code) from error
         return "".join(certificate.public_bytes(Encoding.PEM).decode() for certificate in chain)
@@ -293,7 +268,7 @@ class AcmeAccount:
     @_in_thread
     def revoke(self, cert_pem: str, reason: int = 5) -> None:
         """Revoke the first certificate (5: cessationOfOperation); revoked before is success as well."""
-        leaf = _chain(cert_pem)[0].public_bytes(Encoding.DER)
+        leaf = load_chain(cert_pem)[0].public_bytes(Encoding.DER)
         try:
             self._network.call(
                 self._directory["revokeCert"], {"certificate": _base64url(leaf), "reason": reason}
@@ -312,6 +287,7 @@ class _Network(client.ClientNetwork):
     """Signed requests: failures are AcmeError, and a refused nonce is tried again more than once."""
 
     kid: str | None = None
+    lost = False
     new_nonce_url = ""
     thumbprint = ""
 
@@ -329,6 +305,7 @@ class _Network(client.ClientNetwork):
                 if response.ok:
                     return response
                 error = _refusal(response)
+                self.lost = self.lost or error.code == "accountDoesNotExist"
                 if error.code != "badNonce" or attempt == NONCE_RETRIES:
                     raise error
         raise AssertionError  # the last attempt returned or raised
@@ -352,9 +329,9 @@ def _translated() -> Iterator[None]:
     except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as error:
         raise AcmeError("server-error", f"not a usable address: {error}") from error
     except OSError as error:  # requests' exceptions, and a CA file that cannot be read
-        raise AcmeError("unreachable", _clean(str(error))) from error
+        raise AcmeError("unreachable", printable(str(error))) from error
     except (errors.Error, JoseError) as error:
-        raise AcmeError("server-error", _clean(str(error))) from error
+        raise AcmeError("server-error", printable(str(error))) from error
 
 
 def _open(config: AcmeConfig) -> tuple[_Network, dict[str, Any], str]:
@@ -386,7 +363,7 @@ def _account_key(path: Path) -> ec.EllipticCurvePrivateKey:
         if not path.exists():
             _write_key(path)
         key = serialization.load_pem_private_key(path.read_bytes(), password=None)
-    except (OSError, *_X509_FAULTS) as error:
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise AcmeError("account-key", f"{path} cannot be used: {error}", permanent=True) from error
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
         raise AcmeError("account-key", f"{path} is not a P-256 key", permanent=True)
@@ -429,7 +406,7 @@ def _refusal(response: requests.Response) -> AcmeError:
         code = "server-error"
     return AcmeError(
         code,
-        _problem_text(problem) or _clean(f"HTTP {status}: {response.text}"),
+        _problem_text(problem) or printable(f"HTTP {status}: {response.text}"),
         retry_after=_retry_after(response),
         permanent=code in _PERMANENT and 400 <= status < 500,
         status=status,
@@ -479,7 +456,7 @@ def _order_state(order: Mapping[str, Any]) -> OrderState:
     try:
         return OrderState(status)
     except ValueError as error:
-        raise AcmeError("server-error", f"unknown order status: {_clean(str(error))}") from error
+        raise AcmeError("server-error", f"unknown order status: {printable(str(error))}") from error
 
 
 def _http01(authorization: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -499,12 +476,7 @@ def _problem_text(problem: object) -> str | None:
     subproblems = problem.get("subproblems")
     if isinstance(subproblems, list):
         parts += [str(sub.get("detail", "")) for sub in subproblems if isinstance(sub, dict)]
-    return _clean("; ".join(parts))
-
-
-def _clean(text: str) -> str:
-    """Words of a peer, fit for a log line: bounded, without control characters."""
-    return "".join(c if c.isprintable() else " " for c in text[:DETAIL_LIMIT])
+    return printable("; ".join(parts))
 
 
 def _instant(text: object) -> dt.datetime | None:
@@ -539,77 +511,5 @@ def retry_after_seconds(value: str | None, *, now: dt.datetime) -> float | None:
     return min(max((moment - now).total_seconds(), 0.0), LONGEST_WAIT)
 
 
-def check_csr(pem: str, domain: str) -> None:
-    """A signed request for a P-256 key with one name, the domain, and no extension but that name's.
-
-    CsrError names the fault.
-    """
-    if len(pem) > PEM_LIMIT:
-        raise CsrError(f"the request is longer than {PEM_LIMIT} characters")
-    try:
-        csr = x509.load_pem_x509_csr(pem.encode())
-        key, signed, algorithm = csr.public_key(), csr.is_signature_valid, csr.signature_hash_algorithm
-        extensions, attributes, subject = list(csr.extensions), list(csr.attributes), list(csr.subject)
-    except _X509_FAULTS as error:
-        raise CsrError(f"not a certificate signing request: {_clean(str(error))}") from error
-    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
-        raise CsrError("the key is not a P-256 key")
-    if not signed or not isinstance(algorithm, hashes.SHA256 | hashes.SHA384 | hashes.SHA512):
-        raise CsrError("the signature is not valid for the request's key and SHA-2")
-    if [e.oid for e in extensions] != [x509.OID_SUBJECT_ALTERNATIVE_NAME] or len(attributes) != 1:
-        raise CsrError("subjectAltName must be the only extension and attribute")
-    names = list(extensions[0].value) if isinstance(extensions[0].value, x509.SubjectAlternativeName) else []
-    if names != [x509.DNSName(domain)]:
-        raise CsrError(f"the names must be {domain} alone, not {_clean(repr(names))}")
-    if any(a.oid != x509.NameOID.COMMON_NAME or a.value != domain for a in subject):
-        raise CsrError(f"the subject must be empty or the common name {domain}")
-
-
-def _chain(pem: str) -> list[x509.Certificate]:
-    if len(pem) > PEM_LIMIT:
-        raise ChainError(f"the chain is longer than {PEM_LIMIT} characters")
-    try:
-        return x509.load_pem_x509_certificates(pem.encode())
-    except _X509_FAULTS as error:
-        raise ChainError(f"not a certificate chain: {_clean(str(error))}") from error
-
-
-def chain_facts(chain_pem: str) -> ChainFacts:
-    """Facts of the first certificate; ChainError when there is none."""
-    leaf = _chain(chain_pem)[0]
-    return ChainFacts(
-        fingerprint=leaf.fingerprint(hashes.SHA256()).hex(),
-        serial=f"{leaf.serial_number:x}",
-        not_before=leaf.not_valid_before_utc,
-        not_after=leaf.not_valid_after_utc,
-        spki_sha256=hashlib.sha256(_spki(leaf)).hexdigest(),
-    )
-
-
-def check_chain(chain_pem: str, csr_pem: str, domain: str) -> None:
-    """The leaf has the request's key and exactly the domain's name, and each certificate signs the one before."""
-    chain = _chain(chain_pem)
-    try:
-        if _spki(chain[0]) != _spki(x509.load_pem_x509_csr(csr_pem.encode())):
-            raise ChainError("the certificate is not for the request's key")
-        names = list(chain[0].extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
-        for certificate, issuer in pairwise(chain):
-            certificate.verify_directly_issued_by(issuer)
-    except (*_X509_FAULTS, x509.ExtensionNotFound, InvalidSignature) as error:
-        raise ChainError(f"the chain does not hold together: {_clean(str(error))}") from error
-    if names != [x509.DNSName(domain)]:
-        raise ChainError(f"the certificate names {_clean(repr(names))}, not {domain} alone")
-
-
-def _spki(holder: x509.Certificate | x509.CertificateSigningRequest) -> bytes:
-    return holder.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-
-
 def _base64url(octets: bytes) -> str:
     return base64.urlsafe_b64encode(octets).rstrip(b"=").decode("ascii")
-
-
-def renew_at(not_before: dt.datetime, not_after: dt.datetime) -> dt.datetime:
-    """When a third of the life is left; when half is left for lives under 10 days."""
-    life = not_after - not_before
-    return not_after - life / (2 if life < SHORT_LIFE else 3)

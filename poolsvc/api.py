@@ -170,7 +170,7 @@ async def read_pool(services: ServicesDep, session: SessionDep) -> PoolView:
     """The pool and the state of its own parts; needs no token."""
     settings, health = services.settings, services.health
     pool = await servers.the_pool(session, settings)
-    alarms = [f"{part}: {text}" for part, text in (("DNS", health.dns), ("CA", health.ca)) if text]
+    alarms = [f"{part}: {text}" for part, text in (("DNS", health.dns), ("CA", health.ca), ("worker", health.worker)) if text]
     return PoolView(
         pool=settings.pool,
         servers_domain=settings.servers_domain,

@@ -17,17 +17,8 @@ from sqlalchemy.orm import selectinload
 
 from nts_core.control import ACME_PATH, HttpChallenge, IssuedCertificate
 from poolsvc import servers
-from poolsvc.acme import (
-    AcmeAccount,
-    AcmeError,
-    ChainError,
-    CsrError,
-    OrderState,
-    chain_facts,
-    check_chain,
-    check_csr,
-    renew_at,
-)
+from poolsvc.acme import AcmeAccount, AcmeError, OrderState
+from poolsvc.certificates import ChainError, CsrError, chain_facts, check_chain, check_csr, renew_at
 from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.errors import InvalidCsr

@@ -195,7 +195,10 @@ class Publisher:
         raise failure
 
     async def verify(self, keys: Iterable[Key], wanted: Mapping[Key, RRset]) -> tuple[Mismatch, ...]:
-        """Ask every authoritative server for each key: equal and signed, or absent, as `wanted` says."""
+        """Ask every authoritative server for each key: equal and signed, or absent, as `wanted` says.
+
+        The answer is in the order of servers, then keys; a server that falls silent comes first, once.
+        """
         asked = tuple(keys)
         found = await asyncio.gather(
             *(self._verify_at(nameserver, asked, wanted) for nameserver in self._config.nameservers)
@@ -259,7 +262,7 @@ class Publisher:
                     group.create_task(ask_in_turn())
         except* Unreachable as silence:
             found.append(Mismatch(nameserver, None, str(silence.exceptions[0])))
-        return found
+        return sorted(found, key=lambda mismatch: mismatch.key or ())
 
     async def _question(self, to: Nameserver, key: Key) -> dns.message.Message:
         query = dns.message.make_query(*key, want_dnssec=True, payload=VERIFY_PAYLOAD, flags=0)

@@ -11,7 +11,8 @@ import structlog
 
 from nts_core.control import ServerState
 from poolsvc import servers
-from poolsvc.acme import AcmeAccount, AcmeError, OrderState, chain_facts
+from poolsvc.acme import AcmeAccount, AcmeError, OrderState
+from poolsvc.certificates import chain_facts
 from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.models import Order, OrderStatus, Server
@@ -75,8 +76,10 @@ async def advance(
         server = await servers.get(session, server_id)
         for order in server.orders:
             _note(order, done, now)
-        if all(order.deactivated_at for order in server.orders if order.authorization_url):
-            server.authorization_deactivated_at = server.authorization_deactivated_at or now
+        ended = [order.deactivated_at for order in server.orders if order.authorization_url]
+        if None not in ended:
+            # Each order's authorization ends with its issue already: the receipt tells when the last one did.
+            server.authorization_deactivated_at = max(filter(None, ended), default=now)
         if not any(_must_be_revoked(order, now) for order in server.orders):
             server.certificate_revoked_at = server.certificate_revoked_at or now
         server.removal_error = done.error

@@ -13,7 +13,6 @@ from typing import Any
 import structlog
 from cryptography import x509
 from sqlalchemy import select
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import InstrumentedAttribute
 
 from poolsvc import issuance, monitoring, proofs, publication, removal, servers
@@ -49,6 +48,7 @@ class Health:
     def __init__(self) -> None:
         self.dns: str | None = None
         self.ca: str | None = None
+        self.worker: str | None = None
 
 
 class Worker:
@@ -90,8 +90,10 @@ class Worker:
         while True:
             try:
                 await work(datetime.now(UTC))
-            except (DBAPIError, OSError) as error:
-                _log.error("worker_database_error", work=work.__name__, error=type(error).__name__)
+            except Exception as error:  # noqa: BLE001 - a task's root: one kind of work must not end the others
+                self._health.worker = f"{work.__name__}: {type(error).__name__}"
+                _log.error("work_failed", work=work.__name__, exc_info=error)
+                await asyncio.sleep(self._settings.policy.step_retry)
             await asyncio.sleep(self._settings.policy.tick)
 
     async def _each(self, ids: Sequence[int], work: Callable[[int], Awaitable[None]]) -> None:
@@ -143,7 +145,7 @@ class Worker:
 
     async def _open_account(self, now: datetime) -> AcmeAccount | None:
         """The registry's account at the CA; None while the CA is out of reach."""
-        if self._account is not None:
+        if self._account is not None and not self._account.lost:
             return self._account
         ca = self._settings.ca
         config = AcmeConfig(

@@ -1,0 +1,58 @@
+# Everything a person needs: `make demo`, `make test`. Both do all set-up first; see README.md.
+PYTHON ?= /usr/bin/python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-long lint bench lock clean
+
+help:
+	@echo "make demo       the whole life of a pool on this machine, in under a minute"
+	@echo "make test       every check and test at a bounded size"
+	@echo "make test-long  the tests at full size as well"
+	@echo "make bench      our figures beside chronyd's"
+	@echo "make setup      system packages and $(VENV) only"
+
+setup: $(VENV)/.installed .peers/.unpacked
+
+.peers/.unpacked: lab/system-packages
+	@sh lab/system-packages
+	@touch $@
+
+$(VENV)/.installed: requirements.lock pyproject.toml | .peers/.unpacked
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "error: $(PYTHON) is older than 3.11; give another with PYTHON=..." >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+# JSON=1 prints the result as JSON; KEEP=1 leaves the pool running.
+demo: setup
+	@$(BIN)/python -m lab.demo $(if $(JSON),--json) $(if $(KEEP),--keep)
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+test: lint
+	$(BIN)/pytest -m "not long"
+
+test-long: lint
+	$(BIN)/pytest
+
+bench: setup
+	$(BIN)/python -m bench.ntp
+	$(BIN)/python -m bench.ke
+
+# Only this writes the lock; it holds hashes and no index address.
+lock: setup
+	@test -x .lock/bin/pip-compile || { $(PYTHON) -m venv .lock && .lock/bin/pip install --quiet pip-tools; }
+	CUSTOM_COMPILE_COMMAND="make lock" .lock/bin/pip-compile --quiet --generate-hashes --strip-extras \
+	  --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --allow-unsafe --extra dev \
+	  -o requirements.lock pyproject.toml
+
+clean:
+	rm -rf $(VENV) .lock .peers .mypy_cache .ruff_cache .pytest_cache .hypothesis

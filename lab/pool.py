@@ -1,0 +1,264 @@
+"""A whole pool on loopback: CA, signed zone, validating resolver, registry, and members with their agents.
+
+Every member has an address of its own in 127.77.0.0/16, each in another /24, as members on the Internet would.
+"""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+
+from lab.knot import Knot
+from lab.pebble import Pebble
+from lab.processes import LabError, Process, free_port, wait_until
+from lab.programs import Finished, run, script
+from lab.unbound import Unbound
+
+POOL = "pool.example"
+CAA_IDENTITY = "ca.pool.test"
+_TTL = 2
+_API_DEADLINE = 10.0
+
+# Intervals that let a life of months pass in seconds; everything else is as in a real pool.
+_CONFIG = """\
+pool = "{pool}"
+database = "{database}"
+listen = "127.0.0.1:{port}"
+public_url = "http://127.0.0.1:{port}"
+allow_private_addresses = true
+roots_file = "{roots}"
+
+[ports]
+http = {http_port}
+ke = {ke_port}
+
+[dns]
+primary = "{dns}"
+tsig_name = "{tsig_name}"
+tsig_secret_file = "{tsig_file}"
+nameservers = ["{dns}"]
+srv_ttl = {ttl}
+address_ttl = {ttl}
+
+[ca]
+directory_url = "{directory_url}"
+caa_identity = "{caa}"
+account_key_file = "acme-account.pem"
+ca_file = "{ca_file}"
+
+[policy]
+max_stratum = 15
+probe_interval = 0.5
+agent_interval = 0.5
+reconcile_interval = 2
+tick = 0.1
+step_retry = 0.5
+retry = [1, 2, 4]
+"""
+
+
+def member_address(index: int) -> str:
+    """The address of the member number `index`, from 1."""
+    return f"127.77.{index}.1"
+
+
+class Api:
+    """The registry's API with one token."""
+
+    def __init__(self, url: str, token: str | None) -> None:
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        self._client = httpx.Client(base_url=url, headers=headers, timeout=_API_DEADLINE, trust_env=False)
+
+    def request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
+        return self._client.request(method, path, json=body)
+
+    def call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The answer's document; LabError when the API refuses."""
+        response = self.request(method, path, body)
+        if response.is_error:
+            raise LabError(f"{method} {path}: {response.status_code} {response.text}")
+        document: dict[str, Any] = response.json()
+        return document
+
+    def server(self, name: str) -> dict[str, Any]:
+        return self.call("GET", f"/v1/servers/{name}")
+
+
+class Member:
+    """One server of the pool with its agent."""
+
+    def __init__(self, pool: "LabPool", name: str, address: str, *options: str) -> None:
+        self.pool = pool
+        self.name = name
+        self.address = address
+        self.state = pool.directory / f"agent-{name}"
+        argv = [script("pool-agent"), "run", "--state", str(self.state), "--local-stratum", "10"]
+        argv += ["--ntp-port", str(pool.ntp_port), *options]
+        self.process = Process(f"agent-{name}", argv, pool.directory)
+
+    @property
+    def domain(self) -> str:
+        return f"{self.name}.servers.{POOL}"
+
+    def register(self) -> str:
+        """Register the server; the join token."""
+        body = {"name": self.name, "addresses": [self.address]}
+        created = self.pool.member.call("POST", "/v1/servers", body)
+        return str(created["join"]["join_token"])
+
+    def join(self, token: str) -> Finished:
+        return run("pool-agent", "join", self.pool.url, "--token", token, "--state", str(self.state))
+
+    def start(self) -> Self:
+        """Register, join and run; what comes then is the registry's doing."""
+        joined = self.join(self.register())
+        if joined.status:
+            raise LabError(f"{self.name} could not join: {joined.stderr}")
+        self.process.start()
+        return self
+
+    def view(self) -> dict[str, Any]:
+        """The server as its member sees it in the registry."""
+        return self.pool.member.server(self.name)
+
+
+class LabPool:
+    """Everything but the members, started in order; a context manager that ends all it started."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        database: str | None = None,
+        authz_reuse: int | None = None,
+        addresses: int = 6,
+    ) -> None:
+        self.directory = directory.resolve()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        everywhere = [member_address(index) for index in range(1, addresses + 1)]
+        self.http_port, self.ke_port, self.ntp_port = (free_port(*everywhere) for _ in range(3))
+        self.registry_port = free_port()
+        self.url = f"http://127.0.0.1:{self.registry_port}"
+        self.knot = Knot(self.directory / "knot", zone=POOL, ttl=_TTL, soa_minimum=_TTL)
+        self.unbound = Unbound(self.directory / "unbound", [self.knot])
+        self.pebble = Pebble(
+            self.directory / "pebble",
+            resolver=f"{self.unbound.address}:{self.unbound.port}",
+            http_port=self.http_port,
+            authz_reuse=authz_reuse,
+        )
+        self.config = self.directory / "poolsvc.toml"
+        self.roots = self.directory / "roots.pem"
+        self.trust_anchor = self.directory / "trust-anchor"
+        self._database = database or "sqlite+aiosqlite:///registry.db"
+        self.registry = Process(
+            "poolsvc", [script("poolsvc"), "serve", "--config", str(self.config)], self.directory
+        )
+        self.members: list[Member] = []
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            stack.callback(self._stop_members)
+            stack.enter_context(self.knot)
+            stack.enter_context(self.unbound)
+            stack.enter_context(self.pebble)
+            self.write_files()
+            self._prepare_registry()
+            stack.callback(self.registry.stop)
+            self.start_registry()
+            # Members end first, then everything in the reverse of its order.
+            stack.callback(self._stop_members)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _stop_members(self) -> None:
+        for member in self.members:
+            member.process.stop()
+
+    def write_files(self) -> None:
+        """The settings and the trust of this run; again after the CA was restarted with a new root."""
+        self.roots.write_text(self.pebble.issuer_roots())
+        self.trust_anchor.write_text(self.knot.trust_anchor())
+        secret = self.directory / "tsig.secret"
+        secret.touch(mode=0o600)
+        secret.write_text(self.knot.tsig_secret)
+        self.config.write_text(
+            _CONFIG.format(
+                pool=POOL,
+                database=self._database,
+                port=self.registry_port,
+                roots=self.roots,
+                http_port=self.http_port,
+                ke_port=self.ke_port,
+                dns=f"{self.knot.address}:{self.knot.port}",
+                tsig_name=self.knot.tsig_name,
+                tsig_file=secret,
+                ttl=_TTL,
+                directory_url=self.pebble.directory_url,
+                caa=CAA_IDENTITY,
+                ca_file=self.pebble.ca_file,
+            )
+        )
+
+    def _prepare_registry(self) -> None:
+        migrated = run("poolsvc", "migrate", "--config", str(self.config))
+        made = run("poolsvc", "operator", "create", "--config", str(self.config))
+        if migrated.status or made.status:
+            raise LabError(f"the registry's database: {migrated.stderr}{made.stderr}")
+        self._operator_token = made.stdout.strip()
+
+    def start_registry(self) -> None:
+        public = Api(self.url, None)
+
+        def answers() -> bool:
+            try:
+                return public.request("GET", "/v1/pool").is_success
+            except httpx.TransportError:
+                return False
+
+        self.registry.start(answers)
+        self.operator = Api(self.url, self._operator_token)
+        if not hasattr(self, "member"):
+            created = self.operator.call("POST", "/v1/members", {"name": "Laboratory member"})
+            self.member_token = str(created["token"])
+            self.member = Api(self.url, self.member_token)
+
+    def add(self, name: str, *options: str) -> Member:
+        """A member at the next free address, not started yet."""
+        member = Member(self, name, member_address(len(self.members) + 1), *options)
+        self.members.append(member)
+        return member
+
+    def client(self, *arguments: str) -> Finished:
+        """`pool-client sources` for this pool through the validating resolver."""
+        return run(
+            "pool-client",
+            "sources",
+            POOL,
+            f"--resolver={self.unbound.address}:{self.unbound.port}",
+            f"--trust-anchor={self.trust_anchor}",
+            f"--ca={self.roots}",
+            "--json",
+            *arguments,
+        )
+
+    def wait_for_state(self, member: Member, state: str, deadline: float = 40.0) -> dict[str, Any]:
+        """The server's view once it is in that state; LabError with its own explanation otherwise."""
+        view: dict[str, Any] = {}
+
+        def reached() -> bool:
+            view.clear()
+            view.update(member.view())
+            return bool(view["state"] == state)
+
+        try:
+            wait_until(reached, f"{member.name} {state}", deadline)
+        except LabError as error:
+            raise LabError(f"{error}; it is {view.get('state')}: {view.get('why')}") from None
+        return view

@@ -1,0 +1,122 @@
+"""Requests and chains: what may be ordered and what may be installed. Pure."""
+
+import datetime as dt
+import hashlib
+from dataclasses import dataclass
+from itertools import pairwise
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+PEM_LIMIT = 65_536  # characters of a chain or CSR
+DETAIL_LIMIT = 1000  # characters of a peer's own words that are kept
+SHORT_LIFE = dt.timedelta(days=10)
+
+_X509_FAULTS = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
+
+
+class CsrError(Exception):
+    """A certificate signing request that is not what this pool orders; the text names the fault."""
+
+
+class ChainError(Exception):
+    """A certificate chain that does not belong to the request it was ordered for."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChainFacts:
+    """The leaf: SHA-256 of its DER and of its public key (SPKI) and its serial, in lower-case hex."""
+
+    fingerprint: str
+    serial: str
+    not_before: dt.datetime
+    not_after: dt.datetime
+    spki_sha256: str
+
+
+def check_csr(pem: str, domain: str) -> None:
+    """A signed request for a P-256 key with one name, the domain, and no extension but that name's.
+
+    CsrError names the fault.
+    """
+    if len(pem) > PEM_LIMIT:
+        raise CsrError(f"the request is longer than {PEM_LIMIT} characters")
+    try:
+        csr = x509.load_pem_x509_csr(pem.encode())
+        key, signed, algorithm = csr.public_key(), csr.is_signature_valid, csr.signature_hash_algorithm
+        extensions, attributes, subject = list(csr.extensions), list(csr.attributes), list(csr.subject)
+    except _X509_FAULTS as error:
+        raise CsrError(f"not a certificate signing request: {printable(str(error))}") from error
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise CsrError("the key is not a P-256 key")
+    if not signed or not isinstance(algorithm, hashes.SHA256 | hashes.SHA384 | hashes.SHA512):
+        raise CsrError("the signature is not valid for the request's key and SHA-2")
+    if [e.oid for e in extensions] != [x509.OID_SUBJECT_ALTERNATIVE_NAME] or len(attributes) != 1:
+        raise CsrError("subjectAltName must be the only extension and attribute")
+    names = list(extensions[0].value) if isinstance(extensions[0].value, x509.SubjectAlternativeName) else []
+    if names != [x509.DNSName(domain)]:
+        raise CsrError(f"the names must be {domain} alone, not {printable(repr(names))}")
+    if any(a.oid != x509.NameOID.COMMON_NAME or a.value != domain for a in subject):
+        raise CsrError(f"the subject must be empty or the common name {domain}")
+
+
+def load_chain(pem: str) -> list[x509.Certificate]:
+    """The certificates of a PEM text, at least one; ChainError when there is none or the text is too long."""
+    if len(pem) > PEM_LIMIT:
+        raise ChainError(f"the chain is longer than {PEM_LIMIT} characters")
+    try:
+        return x509.load_pem_x509_certificates(pem.encode())
+    except _X509_FAULTS as error:
+        raise ChainError(f"not a certificate chain: {printable(str(error))}") from error
+
+
+def chain_facts(chain_pem: str) -> ChainFacts:
+    """Facts of the first certificate; ChainError when there is none."""
+    leaf = load_chain(chain_pem)[0]
+    return ChainFacts(
+        fingerprint=leaf.fingerprint(hashes.SHA256()).hex(),
+        serial=f"{leaf.serial_number:x}",
+        not_before=leaf.not_valid_before_utc,
+        not_after=leaf.not_valid_after_utc,
+        spki_sha256=hashlib.sha256(_spki(leaf)).hexdigest(),
+    )
+
+
+def check_chain(chain_pem: str, csr_pem: str, domain: str) -> None:
+    """The leaf has the request's key and exactly the domain's name, and each certificate signs the one before."""
+    chain = load_chain(chain_pem)
+    try:
+        if _spki(chain[0]) != _spki(x509.load_pem_x509_csr(csr_pem.encode())):
+            raise ChainError("the certificate is not for the request's key")
+        names = list(chain[0].extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
+        for certificate, issuer in pairwise(chain):
+            certificate.verify_directly_issued_by(issuer)
+    except (*_X509_FAULTS, x509.ExtensionNotFound, InvalidSignature) as error:
+        raise ChainError(f"the chain does not hold together: {printable(str(error))}") from error
+    if names != [x509.DNSName(domain)]:
+        raise ChainError(f"the certificate names {printable(repr(names))}, not {domain} alone")
+
+
+def _spki(holder: x509.Certificate | x509.CertificateSigningRequest) -> bytes:
+    return holder.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+
+def renew_at(not_before: dt.datetime, not_after: dt.datetime) -> dt.datetime:
+    """When a third of the life is left; when half is left for lives under 10 days."""
+    life = not_after - not_before
+    return not_after - life / (2 if life < SHORT_LIFE else 3)
+
+
+def printable(text: str) -> str:
+    """Words of a peer, fit for a log line: bounded, without control characters."""
+    return "".join(c if c.isprintable() else " " for c in text[:DETAIL_LIMIT])
