@@ -3,7 +3,7 @@
 Every member has an address of its own in 127.77.0.0/16, each in another /24, as members on the Internet would.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -11,22 +11,24 @@ from typing import Any, Self
 import httpx
 
 from lab.knot import Knot
-from lab.pebble import Pebble
+from lab.pebble import SIX_DAYS, Pebble
 from lab.processes import LabError, Process, free_port, wait_until
 from lab.programs import Finished, run, script
 from lab.unbound import Unbound
+from member_agent.sockets import is_local
 
 POOL = "pool.example"
 CAA_IDENTITY = "ca.pool.test"
 _TTL = 2
 _API_DEADLINE = 10.0
+HAS_IPV6 = is_local("::1")
 
 # Intervals that let a life of months pass in seconds; everything else is as in a real pool.
 _CONFIG = """\
 pool = "{pool}"
 database = "{database}"
-listen = "127.0.0.1:{port}"
-public_url = "http://127.0.0.1:{port}"
+listen = ["{listen}"]
+public_url = "{url}"
 allow_private_addresses = true
 roots_file = "{roots}"
 
@@ -49,6 +51,7 @@ account_key_file = "acme-account.pem"
 ca_file = "{ca_file}"
 
 [policy]
+opening_size = {opening_size}
 max_stratum = 15
 probe_interval = 0.5
 agent_interval = 0.5
@@ -68,11 +71,13 @@ class Api:
     """The registry's API with one token."""
 
     def __init__(self, url: str, token: str | None) -> None:
-        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        self._client = httpx.Client(base_url=url, headers=headers, timeout=_API_DEADLINE, trust_env=False)
+        self._url = url
+        self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
 
     def request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
-        return self._client.request(method, path, json=body)
+        return httpx.request(
+            method, self._url + path, json=body, headers=self._headers, timeout=_API_DEADLINE, trust_env=False
+        )
 
     def call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The answer's document; LabError when the API refuses."""
@@ -89,14 +94,18 @@ class Api:
 class Member:
     """One server of the pool with its agent."""
 
-    def __init__(self, pool: "LabPool", name: str, address: str, *options: str) -> None:
+    def __init__(self, pool: "LabPool", name: str, addresses: Sequence[str], *options: str) -> None:
         self.pool = pool
         self.name = name
-        self.address = address
+        self.addresses = tuple(addresses)
         self.state = pool.directory / f"agent-{name}"
         argv = [script("pool-agent"), "run", "--state", str(self.state), "--local-stratum", "10"]
         argv += ["--ntp-port", str(pool.ntp_port), *options]
         self.process = Process(f"agent-{name}", argv, pool.directory)
+
+    @property
+    def address(self) -> str:
+        return self.addresses[0]
 
     @property
     def domain(self) -> str:
@@ -104,7 +113,7 @@ class Member:
 
     def register(self) -> str:
         """Register the server; the join token."""
-        body = {"name": self.name, "addresses": [self.address]}
+        body = {"name": self.name, "addresses": list(self.addresses)}
         created = self.pool.member.call("POST", "/v1/servers", body)
         return str(created["join"]["join_token"])
 
@@ -134,13 +143,16 @@ class LabPool:
         database: str | None = None,
         authz_reuse: int | None = None,
         addresses: int = 6,
+        registry_address: str = "127.0.0.1",
+        opening_size: int = 4,
+        validity: int = SIX_DAYS,
     ) -> None:
         self.directory = directory.resolve()
         self.directory.mkdir(parents=True, exist_ok=True)
         everywhere = [member_address(index) for index in range(1, addresses + 1)]
         self.http_port, self.ke_port, self.ntp_port = (free_port(*everywhere) for _ in range(3))
-        self.registry_port = free_port()
-        self.url = f"http://127.0.0.1:{self.registry_port}"
+        self._listen = f"{registry_address}:{free_port()}"
+        self.url = f"http://{self._listen}"
         self.knot = Knot(self.directory / "knot", zone=POOL, ttl=_TTL, soa_minimum=_TTL)
         self.unbound = Unbound(self.directory / "unbound", [self.knot])
         self.pebble = Pebble(
@@ -148,10 +160,12 @@ class LabPool:
             resolver=f"{self.unbound.address}:{self.unbound.port}",
             http_port=self.http_port,
             authz_reuse=authz_reuse,
+            validity=validity,
         )
         self.config = self.directory / "poolsvc.toml"
         self.roots = self.directory / "roots.pem"
         self.trust_anchor = self.directory / "trust-anchor"
+        self._opening_size = opening_size
         self._database = database or "sqlite+aiosqlite:///registry.db"
         self.registry = Process(
             "poolsvc", [script("poolsvc"), "serve", "--config", str(self.config)], self.directory
@@ -192,7 +206,8 @@ class LabPool:
             _CONFIG.format(
                 pool=POOL,
                 database=self._database,
-                port=self.registry_port,
+                listen=self._listen,
+                url=self.url,
                 roots=self.roots,
                 http_port=self.http_port,
                 ke_port=self.ke_port,
@@ -203,6 +218,7 @@ class LabPool:
                 directory_url=self.pebble.directory_url,
                 caa=CAA_IDENTITY,
                 ca_file=self.pebble.ca_file,
+                opening_size=self._opening_size,
             )
         )
 
@@ -229,9 +245,9 @@ class LabPool:
             self.member_token = str(created["token"])
             self.member = Api(self.url, self.member_token)
 
-    def add(self, name: str, *options: str) -> Member:
-        """A member at the next free address, not started yet."""
-        member = Member(self, name, member_address(len(self.members) + 1), *options)
+    def add(self, name: str, *options: str, addresses: Sequence[str] = ()) -> Member:
+        """A member at the next free address unless told where, not started yet."""
+        member = Member(self, name, addresses or [member_address(len(self.members) + 1)], *options)
         self.members.append(member)
         return member
 

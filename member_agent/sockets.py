@@ -80,9 +80,9 @@ _REMEDIES = {
 
 def is_local(address: str) -> bool:
     """Whether this host can listen on the address; it cannot when the address is translated (NAT)."""
-    with socket.socket(Endpoint(address, 0).family, socket.SOCK_DGRAM) as probe:
-        try:
+    try:
+        with socket.socket(Endpoint(address, 0).family, socket.SOCK_DGRAM) as probe:
             probe.bind((address, 0))
-        except OSError:
-            return False
-        return True
+    except OSError:
+        return False
+    return True

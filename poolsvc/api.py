@@ -170,7 +170,11 @@ async def read_pool(services: ServicesDep, session: SessionDep) -> PoolView:
     """The pool and the state of its own parts; needs no token."""
     settings, health = services.settings, services.health
     pool = await servers.the_pool(session, settings)
-    alarms = [f"{part}: {text}" for part, text in (("DNS", health.dns), ("CA", health.ca), ("worker", health.worker)) if text]
+    alarms = [
+        f"{part}: {text}"
+        for part, text in (("DNS", health.dns), ("CA", health.ca), ("worker", health.worker))
+        if text
+    ]
     return PoolView(
         pool=settings.pool,
         servers_domain=settings.servers_domain,
@@ -253,7 +257,8 @@ async def join(
     _check_public_key(body.public_key)
     await auth.use_up(session, principal, now)
     await auth.revoke_server_tokens(session, server.id, TokenKind.AGENT, now)
-    server.agent_key, server.joined_at = body.public_key, server.joined_at or now
+    server.agent_key, server.joined_at = body.public_key, now
+    issuance.start_anew(server, now)
     token = await auth.issue(session, TokenKind.AGENT, now=now, server_id=server.id)
     settings = services.settings
     return JoinAnswer(

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import io
 import logging
+import socket
 import ssl
 import sys
 from datetime import UTC, datetime
@@ -96,21 +97,33 @@ def serve(config: ConfigOption) -> None:
     settings = _settings(config)
     configure_logging()
     _check_migrated(settings)
-    host, port = split_endpoint(settings.listen)
     if settings.allow_private_addresses:
         structlog.get_logger().warning("private_addresses_allowed")
+    sockets = [_bind(endpoint) for endpoint in settings.listen]
     application = create_app(settings, Database(settings.database), _roots(settings))
-    uvicorn.run(
-        application,
-        host=host,
-        port=port,
-        log_level="warning",
-        server_header=False,
-        proxy_headers=False,
-        limit_concurrency=1000,
-        timeout_keep_alive=15,
-        timeout_graceful_shutdown=5,
+    server = uvicorn.Server(
+        uvicorn.Config(
+            application,
+            log_level="warning",
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=1000,
+            timeout_keep_alive=15,
+            timeout_graceful_shutdown=5,
+        )
     )
+    server.run(sockets=sockets)
+
+
+def _bind(endpoint: str) -> socket.socket:
+    address, port = split_endpoint(endpoint)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        return socket.create_server((address, port), family=family, backlog=512)
+    except OSError as error:
+        _fail(
+            ExitStatus.CONFIGURATION, f"listen {endpoint}: {error.strerror}", "choose another address or port"
+        )
 
 
 def _check_migrated(settings: Settings) -> None:

@@ -110,7 +110,7 @@ class Settings(BaseSettings):
 
     pool: DomainName
     database: str = "sqlite+aiosqlite:///registry.db"
-    listen: EndpointText = "127.0.0.1:8080"
+    listen: tuple[EndpointText, ...] = Field(("127.0.0.1:8080",), min_length=1)
     public_url: str = "http://127.0.0.1:8080"
     allow_private_addresses: bool = False
     roots_file: Path | None = Field(None, description="roots the prober trusts instead of the system's")

@@ -49,6 +49,16 @@ def want(server: Server, now: datetime) -> None:
         server.orders.append(Order(server_id=server.id, status=OrderStatus.WANTED, created_at=now))
 
 
+def start_anew(server: Server, now: datetime) -> None:
+    """An agent has joined. One that joined again has lost the keys of all orders before: order once more."""
+    order = open_order(server)
+    if order is not None:
+        order.status, order.error = OrderStatus.FAILED, "the agent joined again"
+        order.due_at = now if order.authorization_url else None
+    if server.named_at is not None:
+        server.order_due_at = now
+
+
 def take_csr(settings: Settings, server: Server, order_id: int, pem: str, now: datetime) -> None:
     """The agent's answer to a WANTED order. Raises InvalidCsr; repeating it changes nothing."""
     order = next((order for order in server.orders if order.id == order_id), None)
@@ -79,8 +89,10 @@ def challenges(server: Server) -> tuple[HttpChallenge, ...]:
 
 
 def newest(server: Server) -> IssuedCertificate | None:
-    """The certificate that the agent has to install."""
+    """The certificate that the agent has to install; none for a key of an agent before it."""
     for order in reversed(server.orders):
+        if server.joined_at is None or order.created_at < server.joined_at:
+            return None
         if order.status is OrderStatus.ISSUED and order.chain and order.fingerprint:
             return IssuedCertificate(order.id, order.chain, order.fingerprint)
     return None

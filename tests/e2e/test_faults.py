@@ -1,0 +1,163 @@
+"""Parts of the pool that fail while members come and go: the work resumes, and the reason is shown meanwhile."""
+
+import signal
+
+import httpx
+import pytest
+
+from lab.processes import wait_until
+from lab.programs import run
+from member_agent.errors import ExitStatus
+
+pytestmark = pytest.mark.timeout(150)
+
+
+def test_join_with_a_wrong_token_is_refused(pool, tmp_path):
+    done = run("pool-agent", "join", pool.url, "--token", "tc_join_wrong", "--state", str(tmp_path))
+
+    assert done.status == ExitStatus.REGISTRY
+    assert "the token is not valid" in done.stderr
+    assert "copied whole" in done.stderr
+
+
+def test_join_twice_is_refused_on_either_side(pool, tmp_path):
+    """The same host says that it has joined; another host's second use of the token is refused."""
+    member = pool.add("twice")
+    token = member.register()
+    assert member.join(token).status == 0
+
+    again = member.join(token)
+    stranger = run("pool-agent", "join", pool.url, "--token", token, "--state", str(tmp_path))
+
+    assert again.status == ExitStatus.STATE
+    assert "already is twice.servers.pool.example" in again.stderr
+    assert stranger.status == ExitStatus.REGISTRY
+    assert "used already" in stranger.stderr
+
+
+def test_join_needs_https_beyond_loopback(tmp_path):
+    done = run("pool-agent", "join", "http://pool.example", "--token", "x", "--state", str(tmp_path))
+
+    assert done.status == ExitStatus.USAGE
+    assert "https" in done.stderr
+
+
+def test_run_before_join_names_the_next_step(tmp_path):
+    done = run("pool-agent", "run", "--state", str(tmp_path))
+
+    assert done.status == ExitStatus.STATE
+    assert "pool-agent join" in done.stderr
+
+
+def test_registry_down_at_join_is_said_and_nothing_is_kept(pool, tmp_path):
+    member = pool.add("later")
+    token = member.register()
+    pool.registry.stop()
+    try:
+        refused = member.join(token)
+    finally:
+        pool.start_registry()
+
+    assert refused.status == ExitStatus.REGISTRY
+    assert "does not answer" in refused.stderr
+    assert member.join(token).status == 0
+
+
+def test_members_serve_on_while_the_registry_is_down(pool):
+    """Also an agent that starts meanwhile: it has its certificate and knows where it served."""
+    member = pool.add("steady").start()
+    pool.wait_for_state(member, "active")
+    pool.registry.stop()
+    try:
+        query = _query(pool, member)
+        member.process.signal(signal.SIGKILL)
+        member.process.wait()
+        member.process.start()
+        wait_until(lambda: _query(pool, member).status == 0, "the restarted agent serves")
+    finally:
+        pool.start_registry()
+
+    assert query.document["authenticated"] is True
+    seen = member.view()["agent"]["seen_at"]
+    wait_until(lambda: member.view()["agent"]["seen_at"] > seen, "the agent reports again")
+    assert member.view()["state"] == "active"
+
+
+def test_a_dead_primary_delays_and_loses_nothing(pool):
+    """The pool says which of its parts is down; once it is back, the member gets in by itself."""
+    pool.knot.stop()
+    try:
+        member = pool.add("patient").start()
+        pool.wait_for_state(member, "verified")
+        wait_until(lambda: any(text.startswith("DNS") for text in _alarms(pool)), "the alarm about DNS")
+        waiting = member.view()
+    finally:
+        pool.knot.start()
+
+    assert waiting["why"].startswith("addresses: proved, on the way into DNS")
+    view = pool.wait_for_state(member, "active")
+    assert view["certificates"][-1]["status"] == "issued"
+    wait_until(lambda: not _alarms(pool), "the alarm ends")
+
+
+def test_a_dead_ca_delays_issue_and_removal_and_loses_nothing(pool):
+    """A CA that comes back with its accounts forgotten is met with a new account, by itself."""
+    leaver = pool.add("leaver").start()
+    pool.wait_for_state(leaver, "active")
+    pool.pebble.stop()
+    member = pool.add("thrifty").start()
+    wait_until(lambda: member.view()["why"].startswith("issuance: CA:"), "the reason is shown")
+    pool.member.call("DELETE", f"/v1/servers/{leaver.name}")
+    wait_until(lambda: leaver.view()["receipt"]["name_broken_at"], "DNS does not wait for the CA")
+    outstanding = leaver.view()
+    pool.pebble.start()
+    # Pebble forgets everything, its issuing root too: the prober and the clients are told the new one.
+    pool.write_files()
+    pool.registry.stop()
+    pool.start_registry()
+
+    assert outstanding["state"] == "leaving"
+    assert outstanding["receipt"]["certificate_revoked_at"] is None
+    assert outstanding["receipt"]["error"].startswith("CA: ")
+    pool.wait_for_state(member, "active")
+
+
+def test_a_lying_host_proves_nothing(pool):
+    """Another web server on the address: the proof fails at the stage that says so."""
+    member = pool.add("squatter")
+    token = member.register()
+    assert member.join(token).status == 0
+    other = pool.add("other")
+    other_token = other.register()
+    assert other.join(other_token).status == 0
+    # The agent of one server calls for the address of the other.
+    (member.state / "agent.toml").write_text(f'listen = ["{other.address}"]\n')
+    member.process.start()
+    wait_until(lambda: member.view()["addresses"][0]["proof_error"], "the failed proof")
+
+    view = member.view()
+    assert view["state"] == "registered"
+    assert view["why"].startswith("addresses: ")
+    assert "no HTTP answer" in view["why"]
+
+
+def test_the_api_says_where_its_documents_are(pool):
+    document = httpx.get(f"{pool.url}/openapi.json", trust_env=False).json()
+
+    assert {"/v1/members", "/v1/servers", "/v1/servers/{name}", "/v1/agent/sync"} <= set(document["paths"])
+
+
+def _query(pool, member):
+    return run(
+        "pool-client",
+        "query",
+        f"{member.domain}:{pool.ke_port}",
+        f"--address={member.address}",
+        f"--ca={pool.roots}",
+        "--samples=1",
+        "--json",
+    )
+
+
+def _alarms(pool):
+    return httpx.get(f"{pool.url}/v1/pool", trust_env=False).json()["alarms"]
