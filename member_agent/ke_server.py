@@ -15,6 +15,8 @@ from nts_core.tls import ServerCredentials, TlsChannel
 
 # The whole exchange, TLS included. chrony allows 2 s, ntpd-rs 1 s; mobile networks need more than either.
 DEADLINE = 5.0
+# For the peer's close after our answer.
+LINGER = 1.0
 # Idle and slow peers cost a slot for the deadline and no more; ntpd-rs has 512 slots.
 MAX_CONNECTIONS = 1024
 _BACKLOG = 512
@@ -61,6 +63,7 @@ class KeListeners:
         self.connections += 1
         try:
             self.counters[await self._serve(ntp, reader, writer)] += 1
+            await _linger(reader, writer)
         finally:
             self.connections -= 1
             writer.close()
@@ -75,7 +78,6 @@ class KeListeners:
                 return await _converse(channel, ke, reader, writer)
         except TimeoutError:
             if not channel.established:
-                writer.transport.abort()
                 return "tls-timeout"
             reply = ke.timeout()
             _finish(channel, reply, writer)
@@ -102,9 +104,6 @@ async def _converse(
         if reply is not None:
             _finish(channel, reply, writer)
             await writer.drain()
-            with contextlib.suppress(OSError):
-                # The client's close_notify; closing first could reset away our answer on its way.
-                await reader.read(_READ)
             return reply.outcome
         if channel.closed_by_peer:
             return "connection-lost"
@@ -116,3 +115,12 @@ def _finish(channel: TlsChannel, reply: KeReply, writer: asyncio.StreamWriter) -
     channel.send(reply.octets)
     channel.close()
     writer.write(channel.to_send())
+
+
+async def _linger(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Wait for the peer to close: closing over unread octets would reset our answer away on its way."""
+    with contextlib.suppress(OSError, TimeoutError):
+        async with asyncio.timeout(LINGER):
+            writer.write_eof()
+            while await reader.read(_READ):
+                pass

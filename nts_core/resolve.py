@@ -33,6 +33,8 @@ from dns.rdtypes.ANY.RRSIG import RRSIG
 from dns.rdtypes.dnskeybase import Flag
 from dns.rdtypes.IN.SRV import SRV
 
+from nts_core.errors import NtsError
+
 PAYLOAD = 1232  # octets of a UDP answer that no path has to fragment
 TRIES = 2
 MAX_QUESTIONS = 40  # of one lookup
@@ -59,7 +61,7 @@ _REMEDIES = {
 }
 
 
-class ResolveError(Exception):
+class ResolveError(NtsError):
     """A lookup gave nothing to rely on; `code` is stable, `remedy` says what the reader can do."""
 
     def __init__(self, code: str, message: str, remedy: str) -> None:

@@ -170,11 +170,10 @@ async def read_pool(services: ServicesDep, session: SessionDep) -> PoolView:
     """The pool and the state of its own parts; needs no token."""
     settings, health = services.settings, services.health
     pool = await servers.the_pool(session, settings)
-    alarms = [
-        f"{part}: {text}"
-        for part, text in (("DNS", health.dns), ("CA", health.ca), ("worker", health.worker))
-        if text
-    ]
+    parts = (("DNS", health.dns), ("CA", health.ca), ("worker", health.worker))
+    alarms = [f"{part}: {text}" for part, text in parts if text]
+    if kept := await servers.count_kept_low(session):
+        alarms.append(f"scores: {kept} failing servers are kept listed, since too few others are active")
     return PoolView(
         pool=settings.pool,
         servers_domain=settings.servers_domain,

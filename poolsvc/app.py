@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, generate_latest
+from sqlalchemy.exc import IntegrityError, OperationalError
 from starlette.exceptions import HTTPException
 
 from poolsvc.api import Services, router
@@ -104,6 +105,23 @@ def _add_problems(app: FastAPI) -> None:
             f"{field or 'the body'}: {first['msg']}",
             remedy="see /docs for the documents",
             field=field,
+        )
+
+    @app.exception_handler(IntegrityError)
+    async def lost_race(_request: Request, _error: IntegrityError) -> JSONResponse:
+        # Two requests wanted the same name, or the like, at the same moment.
+        return _problem(
+            HTTPStatus.CONFLICT, "conflict", "another request was faster", remedy="look again, then try again"
+        )
+
+    @app.exception_handler(OperationalError)
+    async def database_away(_request: Request, _error: OperationalError) -> JSONResponse:
+        return _problem(
+            HTTPStatus.SERVICE_UNAVAILABLE,
+            "database-unavailable",
+            "the registry's database does not answer",
+            remedy="try again in a minute",
+            headers={"Retry-After": "60"},
         )
 
     @app.exception_handler(HTTPException)

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import dns.asyncquery
 import dns.exception
@@ -32,6 +33,7 @@ from poolsvc.zone import Change, Key, RRset, Zone, ZonePolicy, diff, managed
 
 CHUNK_RECORDS = 400  # old and new records of one message, which primaries sign in a fraction of a second
 CHUNK_OCTETS = 40_000  # of their text; a message holds 64 KiB
+TRANSFER_BUFFER = 64 * 1024 * 1024  # octets that may wait to be parsed, some 250,000 records
 ATTEMPTS = 5  # rounds of observe and apply before a moving zone is reported
 VERIFY_CONCURRENCY = 16  # questions in flight to one authoritative server
 VERIFY_PAYLOAD = 1232
@@ -90,7 +92,7 @@ class PrimaryConfig:
     tsig_algorithm: str = "hmac-sha256"
     nameservers: tuple[Nameserver, ...]
     timeout: float = 5.0
-    transfer_timeout: float = 60.0
+    transfer_timeout: float = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +136,11 @@ class Publisher:
         self._tsig = dns.tsig.Key(config.tsig_name, config.tsig_secret, config.tsig_algorithm)
 
     async def observe(self) -> Observation:
-        """The zone by AXFR; in a thread, because parsing 10,000 records takes more than a second."""
-        await self._fence()  # finds a silent primary within `timeout`, before a thread waits for it
+        """The zone by AXFR."""
         with _primary_errors():
-            return await asyncio.to_thread(self._transfer)
+            async with asyncio.timeout(self._config.transfer_timeout):
+                zone = await self._transfer()
+                return await asyncio.to_thread(self._observation, zone)
 
     async def take_fence(self, epoch: int) -> None:
         """Make `epoch` the zone's epoch; Fenced when the zone has a higher one."""
@@ -205,11 +208,31 @@ class Publisher:
         )
         return tuple(mismatch for mismatches in found for mismatch in mismatches)
 
-    def _transfer(self) -> Observation:
+    async def _transfer(self) -> dns.zone.Zone:
+        """The whole zone by a signed transfer (RFC 5936); parsed in threads, as that takes seconds."""
+        to = self._config
         zone = dns.zone.Zone(self._apex, relativize=False)
         query, _ = dns.xfr.make_query(zone, serial=None, keyring=self._tsig)
-        to = self._config
-        dns.query.inbound_xfr(to.address, zone, query, to.port, to.timeout, to.transfer_timeout)
+        async with asyncio.timeout(to.timeout):
+            # The stream goes on reading while a message is parsed: primaries give up on one that stalls
+            # (Knot after half a second).
+            reader, writer = await asyncio.open_connection(to.address, to.port, limit=TRANSFER_BUFFER)
+        try:
+            writer.write(query.to_wire(prepend_length=True))
+            done, signing = False, None
+            with dns.xfr.Inbound(zone) as inbound:
+                while not done:
+                    async with asyncio.timeout(to.timeout):
+                        size = int.from_bytes(await reader.readexactly(2), "big")
+                        octets = await reader.readexactly(size)
+                    message = await asyncio.to_thread(_transferred, query, octets, signing)
+                    done = await asyncio.to_thread(inbound.process_message, message)
+                    signing = message.tsig_ctx
+        finally:
+            writer.close()
+        return zone
+
+    def _observation(self, zone: dns.zone.Zone) -> Observation:
         found: Zone = {}
         for name, rdataset in zone.iterate_rdatasets():
             owner, rdtype = name.to_text().lower(), dns.rdatatype.to_text(rdataset.rdtype)
@@ -278,6 +301,16 @@ class Publisher:
             except Unreachable as unreachable:
                 failure = unreachable
         raise failure
+
+
+def _transferred(query: dns.message.Message, octets: bytes, signing: Any) -> dns.message.Message:
+    """One message of a transfer; `signing` is the TSIG context after the one before, None for the first."""
+    message = dns.message.from_wire(
+        octets, keyring=query.keyring, request_mac=query.mac, xfr=True, tsig_ctx=signing, multi=True
+    )
+    if not query.is_response(message, xfr_continuation=signing is not None):
+        raise dns.query.BadResponse
+    return message
 
 
 def _chunks(changes: Iterable[Change]) -> Iterator[list[Change]]:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from enum import StrEnum
 
-from sqlalchemy import func, select
+from sqlalchemy import func, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import selectinload
 
@@ -231,9 +231,12 @@ async def expire_unfinished(session: AsyncSession, settings: Settings, now: date
         server.released_at = now
 
 
-async def the_pool(session: AsyncSession, settings: Settings) -> Pool:
-    """The pool's row, made on first use. Raises WrongState when the database is of another pool."""
-    pool = await session.get(Pool, 1, with_for_update=True)
+async def the_pool(session: AsyncSession, settings: Settings, *, lock: bool = False) -> Pool:
+    """The pool's row, made on first use; locked for those who change it.
+
+    Raises WrongState when the database is of another pool.
+    """
+    pool = await session.get(Pool, 1, with_for_update=True if lock else None)
     if pool is None:
         pool = Pool(id=1, domain=settings.pool, epoch=0)
         session.add(pool)
@@ -245,3 +248,12 @@ async def the_pool(session: AsyncSession, settings: Settings) -> Pool:
 
 async def count_active(session: AsyncSession) -> int:
     return await session.scalar(select(func.count()).where(Server.state == ServerState.ACTIVE)) or 0
+
+
+async def count_kept_low(session: AsyncSession) -> int:
+    """ACTIVE servers without one good address: kept in the answer because too few others are active."""
+    good = select(Address.server_id).where(
+        or_(Address.score.is_(None), Address.score >= scoring.CUTOFF), Address.proved_at.is_not(None)
+    )
+    kept = select(func.count()).where(Server.state == ServerState.ACTIVE, Server.id.not_in(good))
+    return await session.scalar(kept) or 0

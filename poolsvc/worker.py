@@ -164,7 +164,7 @@ class Worker:
             return None
         self._health.ca = None
         async with self._database.transaction() as session:
-            pool = await servers.the_pool(session, self._settings)
+            pool = await servers.the_pool(session, self._settings, lock=True)
             pool.account_uri = account.uri
         self._account = account
         _log.info("acme_account_open", uri=account.uri, at=now.isoformat())
@@ -205,6 +205,6 @@ class Worker:
     async def _new_epoch(self) -> int:
         """An epoch above all earlier ones: whoever published before cannot any more."""
         async with self._database.transaction() as session:
-            pool = await servers.the_pool(session, self._settings)
+            pool = await servers.the_pool(session, self._settings, lock=True)
             pool.epoch += 1
             return pool.epoch

@@ -81,13 +81,15 @@ class Liar(asyncio.DatagramProtocol):
 async def lying(knot, alter, *, timeout=3.0):
     loop = asyncio.get_running_loop()
     transport, liar = await loop.create_datagram_endpoint(
-        lambda: Liar(knot, alter), local_addr=("127.0.0.1", 0)
+        lambda: Liar(knot, alter), local_addr=("127.0.0.1", free_port())
     )
     host, port = transport.get_extra_info("sockname")
     resolver = Resolver(host, port, TrustAnchors.parse(knot.trust_anchor()), timeout)
     resolver.liar = liar
-    yield resolver
-    transport.close()
+    try:
+        yield resolver
+    finally:
+        transport.close()
 
 
 async def failure(coroutine):
@@ -265,14 +267,15 @@ def without_signatures(*rdtypes):
 
 
 def many_signatures(answer):
-    """As in KeyTrap: a hundred signatures that carry the right tag stand before the good one."""
+    """As in KeyTrap: a hundred signatures that carry the right tag stand before the good one.
+
+    Each is an RRset of its own here, because dnspython shuffles the records of one when it writes them.
+    """
     for rrset in answer.answer:
         if rrset.covers == dns.rdatatype.A:
-            good = rrset[0]
-            bad = [good.replace(signature=number.to_bytes(64, "big")) for number in range(1, 101)]
-            rrset.clear()
-            for record in (*bad, good):
-                rrset.add(record)
+            bad = [rrset[0].replace(signature=number.to_bytes(64, "big")) for number in range(1, 101)]
+            alone = [dns.rrset.from_rdata(rrset.name, rrset.ttl, record) for record in (*bad, rrset[0])]
+            answer.answer = [other for other in answer.answer if other is not rrset] + alone
     return answer
 
 

@@ -1,7 +1,9 @@
 """The publisher against a real Knot that signs, and what a validating Unbound makes of it."""
 
 import asyncio
+from contextlib import asynccontextmanager
 from dataclasses import replace
+from itertools import count
 
 import dns.flags
 import dns.message
@@ -160,6 +162,38 @@ async def test_a_stale_leader_is_fenced_and_changes_nothing(publisher):
     assert (seen.zone, seen.epoch) == (pool("alice"), "5")
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+async def test_a_leader_that_was_overtaken_between_reading_and_writing_does_not_lower_the_fence(
+    publisher, config, knot, is_first
+):
+    if not is_first:
+        await publisher.take_fence(1)
+    gate, asked, connections = asyncio.Event(), asyncio.Event(), count()
+
+    async def forward(reader, writer):
+        message = await reader.readexactly(int.from_bytes(await reader.readexactly(2), "big"))
+        if next(connections) == 1:
+            asked.set()
+            await gate.wait()
+        upstream_reader, upstream = await asyncio.open_connection(knot.address, knot.port)
+        upstream.write(len(message).to_bytes(2, "big") + message)
+        size = await upstream_reader.readexactly(2)
+        writer.write(size + await upstream_reader.readexactly(int.from_bytes(size, "big")))
+        for stream in (upstream, writer):
+            stream.close()
+            await stream.wait_closed()
+
+    async with await asyncio.start_server(forward, "127.0.0.1", 0) as server:
+        slow = Publisher(POLICY, replace(config, port=server.sockets[0].getsockname()[1]))
+        overtaken = asyncio.create_task(slow.take_fence(2))
+        await asyncio.wait_for(asked.wait(), 5)
+        await publisher.take_fence(3)
+        gate.set()
+        with pytest.raises(Fenced):
+            await overtaken
+    assert (await publisher.observe()).epoch == "3"
+
+
 async def test_without_a_fence_nothing_is_written(publisher):
     with pytest.raises(Fenced):
         await publisher.publish(pool("alice"), 1)
@@ -172,11 +206,13 @@ async def test_a_fence_that_is_not_a_number_needs_the_operator(publisher, knot):
         await publisher.take_fence(1)
 
 
-async def test_a_change_against_an_older_zone_is_a_conflict(publisher, knot):
+@pytest.mark.parametrize("name", ["alice", "bob"])
+async def test_a_change_against_an_older_zone_is_a_conflict(publisher, knot, name):
+    """Alice's address was to be deleted and has changed; Bob's was to be created and exists."""
     await publisher.take_fence(1)
     await publisher.publish(pool("alice"), 1)
     changes = diff(pool("bob"), (await publisher.observe()).zone)
-    by_hand(knot, lambda update: update.replace(ALICE, 2, "A", "198.51.100.9"))
+    by_hand(knot, lambda update: update.replace(f"{name}.servers.pool.example.", 2, "A", "198.51.100.9"))
     before = await publisher.observe()
     with pytest.raises(Conflict):
         await publisher.apply(changes, 1)
@@ -250,6 +286,23 @@ async def test_five_hundred_members_are_published_and_verified_in_chunks(publish
     assert (await publisher.observe()).zone == half
 
 
+@pytest.mark.parametrize(
+    ("members", "rdtype", "text"),
+    [(900, "A", "192.0.2.1"), (200, "CAA", f'0 issue "{"x" * 400}"')],
+    ids=["records", "octets"],
+)
+async def test_neither_many_nor_long_records_overflow_a_message(publisher, members, rdtype, text):
+    await publisher.take_fence(1)
+    before = await publisher.observe()
+    zone = {
+        (f"m{number}.servers.pool.example.", rdtype): RRset.of(2, rdtype, [text]) for number in range(members)
+    }
+    await publisher.apply(diff(zone, {}), 1)
+    after = await publisher.observe()
+    assert after.zone == zone
+    assert after.serial - before.serial == 3
+
+
 async def test_verify_tells_a_missing_record_a_leftover_and_a_silent_server(config, knot):
     silent = Nameserver("127.0.0.1", free_port())
     both = replace(config, nameservers=(*config.nameservers, silent), timeout=1.0)
@@ -257,14 +310,17 @@ async def test_verify_tells_a_missing_record_a_leftover_and_a_silent_server(conf
     await publisher.take_fence(1)
     await publisher.publish(pool("alice", "bob"), 1)
     expected = pool("alice", "carol")
-    keys = [("carol.servers.pool.example.", "A"), ("bob.servers.pool.example.", "AAAA"), (ALICE, "CAA")]
+    keys = [(ALICE, "CAA"), ("bob.servers.pool.example.", "AAAA"), ("carol.servers.pool.example.", "A")]
     found = await publisher.verify(keys, expected)
     assert [(some.nameserver, some.key, some.reason) for some in found[:2]] == [
-        (config.nameservers[0], keys[0], "does not show the records"),
         (config.nameservers[0], keys[1], "still shows the records"),
+        (config.nameservers[0], keys[2], "does not show the records"),
     ]
     assert [(some.nameserver, some.key) for some in found[2:]] == [(silent, None)]
     assert "timed out" in found[2].reason
+
+
+LOST = object()
 
 
 class Altered(asyncio.DatagramProtocol):
@@ -280,8 +336,8 @@ class Altered(asyncio.DatagramProtocol):
     def datagram_received(self, data, address):
         query = dns.message.from_wire(data)
         answer = dns.query.udp(query, self.knot.address, timeout=5, port=self.knot.port)
-        self.alter(answer)
-        self.transport.sendto(answer.to_wire(), address)
+        if self.alter(answer) is not LOST:
+            self.transport.sendto(answer.to_wire(), address)
 
 
 def refuse(answer):
@@ -301,6 +357,18 @@ def one_less(answer):
     answer.answer[0].pop()
 
 
+@asynccontextmanager
+async def altered(knot, alter):
+    loop = asyncio.get_running_loop()
+    transport, _ = await loop.create_datagram_endpoint(
+        lambda: Altered(knot, alter), local_addr=("127.0.0.1", 0)
+    )
+    try:
+        yield Nameserver(*transport.get_extra_info("sockname"))
+    finally:
+        transport.close()
+
+
 @pytest.mark.parametrize(
     ("alter", "reason"),
     [
@@ -314,15 +382,19 @@ async def test_verify_says_what_is_wrong_with_a_server(publisher, config, knot, 
     await publisher.take_fence(1)
     zone = pool("alice", "bob")
     await publisher.publish(zone, 1)
-    loop = asyncio.get_running_loop()
-    transport, _ = await loop.create_datagram_endpoint(
-        lambda: Altered(knot, alter), local_addr=("127.0.0.1", 0)
-    )
-    wrong = Nameserver(*transport.get_extra_info("sockname"))
-    both = Publisher(POLICY, replace(config, nameservers=(*config.nameservers, wrong)))
-    found = await both.verify([SERVICE], zone)
-    transport.close()
+    async with altered(knot, alter) as wrong:
+        both = Publisher(POLICY, replace(config, nameservers=(*config.nameservers, wrong)))
+        found = await both.verify([SERVICE], zone)
     assert found == (Mismatch(wrong, SERVICE, reason),)
+
+
+async def test_a_lost_datagram_is_no_mismatch(publisher, config, knot):
+    await publisher.take_fence(1)
+    await publisher.publish(pool("alice"), 1)
+    losses = iter([LOST])
+    async with altered(knot, lambda answer: next(losses, None)) as lossy:
+        again = Publisher(POLICY, replace(config, nameservers=(lossy,), timeout=1.0))
+        assert await again.verify([SERVICE], pool("alice")) == ()
 
 
 async def test_a_resolver_validates_what_was_published(publisher, knot, tmp_path):

@@ -87,6 +87,18 @@ def test_a_pool_that_is_not_open_has_no_srv_but_its_servers_have_addresses():
     assert resolvable(zone, "alice.servers.pool.example.")
 
 
+def test_a_server_that_is_not_listed_or_has_no_address_is_no_target():
+    some = [
+        ServerRecords("alice", ("192.0.2.1",), listed=True),
+        ServerRecords("bob", ("192.0.2.2",), listed=False),
+        ServerRecords("carol", (), listed=True),
+    ]
+    zone = wanted(some, POLICY, is_open=True, draw=0)
+    assert targets(zone) == ["alice.servers.pool.example."]
+    assert resolvable(zone, "bob.servers.pool.example.")
+    assert not any(owner.startswith("carol") for owner, _ in zone)
+
+
 def test_without_an_issuer_a_server_is_closed():
     zone = wanted(
         [ServerRecords("alice", ("192.0.2.1",), listed=False)], replace(POLICY, caa=()), is_open=True, draw=0
