@@ -30,14 +30,13 @@ from lab.processes import LabError, wait_until
 from member_agent.challenges import Responder
 from member_agent.errors import ExitStatus
 from member_agent.install import new_key_and_csr
-from nts_core.control import ACME_PATH
+from nts_core.control import ACME_PATH, Stage, StageStatus
 from poolsvc.acme import AcmeAccount, AcmeConfig, OrderState
 
 GOOD = ("alice", "bob", "carol", "dave", "erin")
 WRONG = "mallory"
 WRONG_CLOCK = 5
 SOURCES = 4
-_STATES = ("registered", "verified", "certified", "active")
 _WAIT = 40.0
 # Pebble's words for a name that does not exist.
 _UNRESOLVED = "could not resolve"
@@ -53,6 +52,7 @@ class Story:
 
     console: Console
     started: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=time.time)
     statements: list[dict[str, Any]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -95,25 +95,21 @@ def _join(story: Story, pool: LabPool) -> list[Member]:
 
 
 def _admit(story: Story, pool: LabPool, members: list[Member]) -> None:
-    seen: dict[str, dict[str, float]] = {member.name: {} for member in members}
     views: dict[str, dict[str, Any]] = {}
 
     def settled() -> bool:
-        for member in members:
-            views[member.name] = view = member.view()
-            seen[member.name].setdefault(view["state"], story.at())
-        listed = all(views[name]["in_dns"] for name in GOOD)
-        return listed and _failed_stage(views[WRONG]) is not None
+        views.update((member.name, member.view()) for member in members)
+        return all(views[name]["in_dns"] for name in GOOD) and _failed_stage(views[WRONG]) is not None
 
     with Live(console=story.console, refresh_per_second=8, transient=True) as live:
 
         def look() -> bool:
             done = settled()
-            live.update(_progress(members, views, seen))
+            live.update(_progress(story, views))
             return done
 
         wait_until(look, "five servers in DNS, one refused", _WAIT)
-    story.console.print(_progress(members, views, seen))
+    story.console.print(_progress(story, views))
     story.check(
         f"{', '.join(GOOD)} proved their addresses, hold certificates, were probed, and are active",
         all(views[name]["state"] == "active" for name in GOOD),
@@ -138,23 +134,23 @@ def _failed_stage(view: dict[str, Any]) -> dict[str, Any] | None:
     return next((stage for stage in view["stages"] if stage["status"] == "failed"), None)
 
 
-def _progress(
-    members: list[Member], views: dict[str, dict[str, Any]], seen: dict[str, dict[str, float]]
-) -> Table:
-    """Each member with the second at which it reached each state, and what it waits for."""
+def _progress(story: Story, views: dict[str, dict[str, Any]]) -> Table:
+    """Each stage of each member with the second at which it was met, or what stands in its way."""
     table = Table(box=None, pad_edge=False)
-    for column in ("  server", *_STATES, "in DNS"):
-        table.add_column(column)
-    table.add_column("first stage not met", overflow="fold")
-    for member in members:
-        view = views.get(member.name, {})
-        cells = [
-            f"{seen[member.name][state]:.1f} s" if state in seen[member.name] else "" for state in _STATES
-        ]
-        unmet = next((stage for stage in view.get("stages", ()) if stage["status"] != "met"), None)
-        why = "" if unmet is None else f"{unmet['stage']}: {unmet['detail']}"
-        table.add_row(f"  {member.name}", *cells, "yes" if view.get("in_dns") else "no", why)
+    table.add_column("  stage")
+    for name in views:
+        table.add_column(name, justify="right")
+    for position, stage in enumerate(Stage):
+        cells = (_cell(story, view["stages"][position]) for view in views.values())
+        table.add_row(f"  {stage}", *cells)
+    table.add_row("  [bold]state[/]", *(f"[bold]{view['state']}[/]" for view in views.values()))
     return table
+
+
+def _cell(story: Story, stage: dict[str, Any]) -> str:
+    if stage["status"] == StageStatus.MET:
+        return f"{datetime.fromisoformat(stage['since']).timestamp() - story.began:.1f} s"
+    return "[red]failed[/]" if stage["status"] == StageStatus.FAILED else "[dim]waiting[/]"
 
 
 def _look_up(story: Story, pool: LabPool) -> list[str]:

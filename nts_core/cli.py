@@ -28,6 +28,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _RESOLVER_TIMEOUT = 3.0
+MAX_SAMPLES = 64
+# A pool's answer holds eight targets at most.
+MAX_COUNT = 8
 
 
 class ExitStatus(IntEnum):
@@ -130,6 +133,12 @@ def _system_resolver() -> str:
     raise _unusable("/etc/resolv.conf names no resolver", "give one with --resolver ADDRESS:PORT")
 
 
+def _check_range(option: str, value: int, maximum: int) -> None:
+    """Here and not by the option parser, so that `--json` also says this as one object."""
+    if not 1 <= value <= maximum:
+        raise _unusable(f"{option} {value} is out of range", f"give a number from 1 to {maximum}")
+
+
 def _error(error: ClientError | None) -> dict[str, str] | None:
     return None if error is None else {"code": error.code, "message": error.message, "remedy": error.remedy}
 
@@ -168,7 +177,7 @@ def query_command(
     host: Annotated[str, typer.Argument(metavar="HOST[:KEPORT]", help="the server's TLS name")],
     ca: Annotated[Path | None, typer.Option(help="trusted roots (PEM) instead of the system's")] = None,
     address: Annotated[str | None, typer.Option(help="connect to this IP address")] = None,
-    samples: Annotated[int, typer.Option(min=1, max=64, help="authenticated exchanges")] = 4,
+    samples: Annotated[int, typer.Option(help="authenticated exchanges, 1 to 64")] = 4,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,  # noqa: FBT002 - a flag
 ) -> None:
     """Key establishment and authenticated exchanges with one server."""
@@ -176,6 +185,7 @@ def query_command(
     found: Measurement | None = None
     failure: ClientError | None = None
     try:
+        _check_range("--samples", samples, MAX_SAMPLES)
         endpoint = parse_endpoint(host, KE_PORT)
         if address is not None:
             address = _parse_address(address)
@@ -234,7 +244,7 @@ def _sources_document(pool: str, view: PoolView | None) -> dict[str, Any]:
 def sources_command(
     pool: Annotated[str, typer.Argument(help="the pool's domain, such as pool.example")],
     trust_anchor: Annotated[Path, typer.Option(help="file of DS or DNSKEY lines")],
-    count: Annotated[int, typer.Option(min=1, max=8, help="how many sources must agree")] = 4,
+    count: Annotated[int, typer.Option(help="how many sources must agree, 1 to 8")] = 4,
     resolver: Annotated[str | None, typer.Option(metavar="ADDR:PORT", help="instead of the system's")] = None,
     ca: Annotated[Path | None, typer.Option(help="trusted roots (PEM) instead of the system's")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,  # noqa: FBT002 - a flag
@@ -243,6 +253,7 @@ def sources_command(
     view: PoolView | None = None
     failure: ClientError | None = None
     try:
+        _check_range("--count", count, MAX_COUNT)
         now = datetime.now(UTC)
         found = _load_resolver(resolver, _load_anchors(trust_anchor))
         trust = Trust.of(load_roots(ca), now)

@@ -29,15 +29,20 @@ _LOGGED_MISMATCHES = 10
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One pass: the zone as it should be, whose names are in it, and which keys have to be asked about."""
+    """One pass: the zone as it should be, who may be a target, and which keys have to be asked about."""
 
     policy: ZonePolicy
     zone: Zone
     keys: frozenset[Key]
+    candidates: frozenset[str]  # owners that the SRV may hold; at most eight of them are in it at a time
 
     def shows(self, owner: str, wrong: AbstractSet[Key]) -> bool:
         """Whether every authoritative server has the owner's records exactly as planned."""
         return not any((owner, kind) in wrong for kind in _RECORD_TYPES)
+
+    @property
+    def is_open(self) -> bool:
+        return (self.policy.service, "SRV") in self.zone
 
     def lists(self, owner: str) -> bool:
         rrset = self.zone.get((self.policy.service, "SRV"))
@@ -78,7 +83,8 @@ async def plan(database: Database, settings: Settings, now: datetime) -> Plan | 
         zone = wanted(records, policy, is_open=pool.opened_at is not None, draw=draw)
         gone = {policy.domain(row.name) for row in rows if not _is_named(row)}
     keys = {*zone, (policy.service, "SRV"), *((owner, kind) for owner in gone for kind in _RECORD_TYPES)}
-    return Plan(policy, zone, frozenset(keys))
+    candidates = {policy.domain(record.name) for record in records if record.listed}
+    return Plan(policy, zone, frozenset(keys), frozenset(candidates))
 
 
 async def publish(database: Database, settings: Settings, made: Plan, epoch: int, now: datetime) -> bool:
@@ -157,19 +163,16 @@ def _note(row: Server, made: Plan, wrong: AbstractSet[Key], negative_ttl: timede
         row.named_at = now
         # Resolvers may have cached that the name does not exist, or a whole gap of names around it.
         row.order_due_at = now + negative_ttl
-    if row.state is ServerState.ACTIVE and made.lists(owner) and service_is_right:
-        row.listed_at = row.listed_at or now
-    elif row.state is not ServerState.ACTIVE:
+    if row.state is not ServerState.ACTIVE:
         row.listed_at = None
+    elif owner in made.candidates and made.is_open and service_is_right:
+        row.listed_at = row.listed_at or now
 
 
 def _note_leaving(
     row: Server, made: Plan, owner: str, *, service_is_right: bool, shown: bool, now: datetime
 ) -> None:
-    if row.srv_withdrawn_at is None and (
-        row.burnt_at is None or (service_is_right and not made.lists(owner))
-    ):
+    if row.srv_withdrawn_at is None and service_is_right and not made.lists(owner):
         row.srv_withdrawn_at = now
-    if row.name_broken_at is None and (row.burnt_at is None or ((owner, "CAA") not in made.zone and shown)):
-        row.name_broken_at = now
-        row.removal_due_at = now
+    if row.name_broken_at is None and (owner, "CAA") not in made.zone and shown:
+        row.name_broken_at = row.removal_due_at = now

@@ -211,6 +211,9 @@ async def leave(session: AsyncSession, server: Server, *, actor: str, reason: st
     await apply(session, server, EventKind.LEAVE, actor=actor, reason=reason, now=now)
     server.leave_reason = reason[:300]
     server.removal_due_at = now
+    if server.burnt_at is None:
+        # It never was in DNS: there is nothing to take out.
+        server.srv_withdrawn_at = server.name_broken_at = now
     server.order_due_at = server.probe_due_at = None
     for address in server.addresses:
         address.nonce = address.proof_due_at = None
