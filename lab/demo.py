@@ -314,7 +314,7 @@ def _how_to_go_on(story: Story, pool: LabPool) -> None:
     story.console.print(
         f"""
 [bold]The pool goes on until Ctrl-C.[/]
-  registry     {pool.url}/docs
+  registry     {pool.url}/openapi.json
   resolver     {pool.unbound.address}:{pool.unbound.port}     trust anchor {pool.trust_anchor}
   client       pool-client sources {POOL} --resolver {pool.unbound.address}:{pool.unbound.port} \\
                  --trust-anchor {pool.trust_anchor} --ca {pool.roots}

@@ -76,10 +76,7 @@ class Chronyd:
         config = directory / "chrony.conf"
         config.write_text(configuration + _CHRONY_COMMON.format(directory=directory))
         argv = [peer_program("chrony", "usr/sbin/chronyd"), "-x", "-d", "-f", str(config)]
-        if os.geteuid() == 0:
-            argv = [*_NO_CLOCK, *argv, "-u", "root"]
-        else:
-            argv = [*argv, "-U"]
+        argv = [*_NO_CLOCK, *argv, "-u", "root"] if os.geteuid() == 0 else [*argv, "-U"]
         self.process = Process("chronyd", argv, directory, env=_environment())
 
     def start(self) -> Self:
@@ -149,6 +146,7 @@ driftfile {directory}/drift
 statsdir {directory}/
 tos orphan {stratum} orphanwait 1 minsane 1 minclock 1
 restrict default
+limit average 1000
 nts enable
 nts cert {pair.cert}
 nts key {pair.key}
@@ -179,8 +177,7 @@ class NtpsecNtpd:
     """NTPsec's ntpd as an NTS server on 127.0.0.1 and ::1 of a network namespace of its own.
 
     It knows no ports but 123 and 4460, hence the namespace; `inside` is what a command line needs in front
-    to run there. Namespaces of a user need no rights, and have no power over the system's clock. It rests a
-    second or more between key establishments: ask it sparingly.
+    to run there. Namespaces of a user need no rights, and have no power over the system's clock.
     """
 
     address = "127.0.0.1"

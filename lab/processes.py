@@ -84,7 +84,11 @@ class Process:
                 self.argv, cwd=self.directory, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
         if ready is not None:
-            wait_until(lambda: self._alive() and ready(), f"{self.name} ready", deadline)
+            try:
+                wait_until(lambda: self._alive() and ready(), f"{self.name} ready", deadline)
+            except BaseException:
+                self.stop()
+                raise
         return self
 
     def _alive(self) -> bool:

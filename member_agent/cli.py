@@ -14,7 +14,7 @@ import typer
 from member_agent import daemon
 from member_agent.clock import Clock
 from member_agent.config import load_settings
-from member_agent.errors import AgentError, ExitStatus
+from member_agent.errors import AgentError
 from member_agent.sockets import parse_endpoint
 from member_agent.state import StateDirectory
 from nts_core.ke import DEFAULT_NTP_PORT
@@ -148,26 +148,17 @@ def run(
 @app.command()
 def status(state: StateOption = _DEFAULT_STATE) -> None:
     """Who this host is in the pool, and what its clock looks like."""
-    try:
-        membership = StateDirectory(state).membership()
-    except AgentError as error:
-        _fail(error)
-        return
-    if membership is None:
-        _fail(
-            AgentError(
-                f"{state} holds no membership",
-                "run `pool-agent join REGISTRY_URL --token TOKEN` first",
-                ExitStatus.STATE,
-            )
-        )
-        return
-    settings = load_settings(state, {})
-    clock = Clock(settings.local_stratum, round(settings.clock_offset * 1e9))
-    typer.echo(f"server    {membership.domain}")
-    typer.echo(f"registry  {membership.registry}")
-    typer.echo("engine    builtin (Python)")
-    typer.echo(f"clock     {clock.describe()}")
+
+    async def work() -> None:
+        membership = StateDirectory(state, create=False).require_membership()
+        settings = load_settings(state, {})
+        clock = Clock(settings.local_stratum, round(settings.clock_offset * 1e9))
+        typer.echo(f"server    {membership.domain}")
+        typer.echo(f"registry  {membership.registry}")
+        typer.echo("engine    builtin (Python)")
+        typer.echo(f"clock     {clock.describe()}")
+
+    _run(work())
 
 
 def main() -> None:

@@ -189,13 +189,7 @@ class Member:
     """A pool member's agent: one server, its addresses, one certificate."""
 
     def __init__(self, state: StateDirectory, settings: AgentSettings) -> None:
-        membership = state.membership()
-        if membership is None:
-            raise AgentError(
-                f"{state.path} holds no membership",
-                "run `pool-agent join REGISTRY_URL --token TOKEN` first",
-                ExitStatus.STATE,
-            )
+        membership = state.require_membership()
         self._state = state
         self._settings = settings
         self._me = membership

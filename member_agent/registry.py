@@ -101,7 +101,7 @@ class Registry:
         except httpx.HTTPError as error:
             raise RegistryError(
                 f"the registry {self._url} does not answer: {error or type(error).__name__}",
-                "check the network; the agent tries again by itself, and goes on serving meanwhile",
+                "check the registry's address and the network; a running agent tries again by itself",
             ) from None
         if response.status_code >= httpx.codes.BAD_REQUEST:
             raise _refusal(response.status_code, body)

@@ -64,17 +64,21 @@ def write_atomically(path: Path, content: bytes) -> None:
 class StateDirectory:
     """One agent's directory; `lock` keeps a second agent out of it."""
 
-    def __init__(self, path: Path) -> None:
-        try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise _unusable(path, error) from None
+    def __init__(self, path: Path, *, create: bool = True) -> None:
+        if create:
+            try:
+                path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                raise _unusable(path, error) from None
         self.path = path
         self._lock: int | None = None
 
     def lock(self) -> None:
         """Hold the directory until this process ends; AgentError when another process holds it."""
-        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise _unusable(self.path / "lock", error) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -100,6 +104,17 @@ class StateDirectory:
                 "ask for a new join token and run `pool-agent join` again",
                 ExitStatus.STATE,
             ) from None
+
+    def require_membership(self) -> Membership:
+        """Who we are; AgentError with the next step before we joined."""
+        membership = self.membership()
+        if membership is None:
+            raise AgentError(
+                f"{self.path} holds no membership",
+                "run `pool-agent join REGISTRY_URL --token TOKEN` first",
+                ExitStatus.STATE,
+            )
+        return membership
 
     def save_membership(self, membership: Membership) -> None:
         self._write(_MEMBERSHIP, _membership_adapter.dump_json(membership))

@@ -3,7 +3,6 @@
 import asyncio
 import ipaddress
 import json
-import ssl
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,11 +11,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from cryptography import x509
 from rich.console import Console
 from rich.table import Table
 
-from nts_core.client import KE_PORT, ClientError, Failure, Measurement, PoolView, Verdict, query, sources
+from nts_core.client import (
+    KE_PORT,
+    ClientError,
+    Failure,
+    Measurement,
+    PoolView,
+    Verdict,
+    load_roots,
+    query,
+    sources,
+)
 from nts_core.resolve import ResolveError, Resolver, TrustAnchors
 from nts_core.tls import Trust
 
@@ -64,8 +72,10 @@ def parse_endpoint(text: str, default_port: int | None) -> Endpoint:
     """HOST, HOST:PORT, [IPV6] or [IPV6]:PORT. Raises ClientError."""
     host, port = text, default_port
     if text.startswith("["):
-        host, _, rest = text[1:].partition("]")
-        tail = rest.removeprefix(":") if rest else None
+        host, closing, rest = text[1:].partition("]")
+        if not closing or (rest and not rest.startswith(":")):
+            raise _unusable(f"{text!r} is not an address in brackets", "write IPv6 as [ADDRESS]:PORT")
+        tail = rest[1:] if rest else None
     elif text.count(":") == 1:
         host, _, tail = text.partition(":")
     else:
@@ -82,19 +92,6 @@ def parse_endpoint(text: str, default_port: int | None) -> Endpoint:
 
 def _unusable(message: str, remedy: str) -> ClientError:
     return ClientError(Failure.CONFIGURATION, message, remedy)
-
-
-def load_roots(file: Path | None) -> list[x509.Certificate]:
-    """The trusted roots: those of a PEM file, else the system's. Raises ClientError."""
-    if file is None:
-        found = ssl.create_default_context().get_ca_certs(binary_form=True)
-        if not found:
-            raise _unusable("this system has no trusted roots", "install ca-certificates, or give --ca FILE")
-        return [x509.load_der_x509_certificate(der) for der in found]
-    try:
-        return x509.load_pem_x509_certificates(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise _unusable(f"--ca {file}: {error}", "give a readable file of PEM certificates") from None
 
 
 def _load_anchors(file: Path) -> TrustAnchors:

@@ -8,15 +8,20 @@ counts. Nothing here touches the system clock.
 import asyncio
 import secrets
 import socket
+import ssl
 import struct
 import time
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from ipaddress import ip_address
+from pathlib import Path
 
 from cryptography import x509
+from cryptography.utils import CryptographyDeprecationWarning
 
 from nts_core import select
 from nts_core.association import Association, Sample
@@ -39,6 +44,8 @@ KE_PORT = 4460
 KE_TIMEOUT = 5.0
 NTP_TIMEOUT = 1.5
 _READ = 16 * 1024
+# Kiss codes that tell of the server's own clock and refuse nobody (RFC 5905 section 7.4).
+_STARTING = frozenset({"INIT", "STEP"})
 _TIMESPEC = struct.Struct("@qq")
 # asm-generic/socket.h; Python names it from 3.13 on only.
 _SO_TIMESTAMPNS = 35
@@ -80,6 +87,39 @@ class ClientError(Exception):
         self.code = code
         self.message = message
         self.remedy = _REMEDIES.get(Failure(code), "") if remedy is None else remedy
+
+
+def load_roots(file: Path | None) -> list[x509.Certificate]:
+    """The trusted roots: those of a PEM file, else the system's that can be used. Raises ClientError."""
+    if file is not None:
+        try:
+            return x509.load_pem_x509_certificates(file.read_bytes())
+        except (OSError, ValueError) as error:
+            raise ClientError(
+                Failure.CONFIGURATION,
+                f"{file} holds no roots: {_strerror(error)}",
+                "give a readable file of PEM certificates",
+            ) from None
+    roots: list[x509.Certificate] = []
+    for der in ssl.create_default_context().get_ca_certs(binary_form=True):
+        # Some systems carry a root that breaks X.509's rules; it must not take the others with it.
+        with suppress(ValueError), warnings.catch_warnings():
+            warnings.simplefilter("error", CryptographyDeprecationWarning)
+            roots.append(_parse_root(der))
+    if not roots:
+        raise ClientError(
+            Failure.CONFIGURATION,
+            "this system has no trusted roots",
+            "install ca-certificates, or give a file of roots",
+        )
+    return roots
+
+
+def _parse_root(der: bytes) -> x509.Certificate:
+    try:
+        return x509.load_der_x509_certificate(der)
+    except CryptographyDeprecationWarning as warning:
+        raise ValueError(str(warning)) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +191,8 @@ async def _key_exchange(
             await writer.drain()
             return result
         await writer.drain()
-        octets = await reader.read(_READ)
-        if not octets or channel.closed_by_peer:
+        octets = b"" if channel.closed_by_peer else await reader.read(_READ)
+        if not octets:
             raise TlsError("the server closed the connection before it had answered")
 
 
@@ -243,7 +283,8 @@ async def measure(established: Established, samples: int) -> Measurement:
         except ClientError as error:
             failure = error
         except KissOfDeath as kiss:
-            raise ClientError(Failure.KISS, str(kiss)) from None
+            code = Failure.UNSYNCHRONISED if kiss.code in _STARTING else Failure.KISS
+            raise ClientError(code, str(kiss)) from None
         except OutOfCookies as error:
             raise ClientError(Failure.NTP, str(error)) from None
     if not taken:

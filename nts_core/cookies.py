@@ -109,7 +109,7 @@ class Keyring:
             if any(len(key.secret) != _KEY_LENGTH or not 0 <= key.id < 65536 for key in keys):
                 raise WireError("a cookie key with a wrong length or id")
             return cls(keys)
-        except (ValueError, KeyError, TypeError, binascii.Error) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError, binascii.Error) as error:
             raise WireError(f"not a file of cookie keys: {error}") from None
 
 

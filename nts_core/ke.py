@@ -121,6 +121,8 @@ class KeServer:
         if aead_record is None:
             raise WireError("NTPv4 without an AEAD Algorithm Negotiation record")
         offered = uint16_list(aead_record.body)
+        if not offered:
+            raise WireError("an empty list of AEAD algorithms")
         next_protocol = Record(RecordType.NEXT_PROTOCOL, uint16(NTPV4), critical=True)
         aead = next((algorithm for algorithm in PREFERENCE if algorithm in offered), None)
         if aead is None:

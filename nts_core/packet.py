@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
-from nts_core.aead import TAG_LENGTH, Aead
+from nts_core.aead import NONCE_LENGTH, TAG_LENGTH, Aead
 from nts_core.errors import NotAuthentic, WireError
 from nts_core.wire import Reader, pad4, uint16
 
@@ -119,16 +119,16 @@ def encode_fields(fields: Iterable[Field]) -> bytes:
     return b"".join(field.encode() for field in fields)
 
 
-def parse_fields(octets: bytes, start: int = 0) -> list[Field]:
+def parse_fields(octets: bytes, start: int = 0, *, shortest: int = MIN_FIELD) -> list[Field]:
     """The extension fields from `start` to the end; WireError unless they fill it exactly."""
     fields: list[Field] = []
     while start < len(octets):
-        if len(octets) - start < MIN_FIELD:
+        if len(octets) - start < shortest:
             raise WireError(f"{len(octets) - start} octets after the last extension field")
         kind = octets[start] << 8 | octets[start + 1]
         length = octets[start + 2] << 8 | octets[start + 3]
         end = start + length
-        if length < MIN_FIELD or length % 4 or end > len(octets):
+        if length < shortest or length % 4 or end > len(octets):
             raise WireError(f"an extension field of {length} octets")
         fields.append(Field(kind, octets[start + 4 : end], start))
         start = end
@@ -161,6 +161,12 @@ class Authenticator:
         nonce = reader.take(nonce_length + -nonce_length % 4)[:nonce_length]
         ciphertext = reader.take(ciphertext_length + -ciphertext_length % 4)[:ciphertext_length]
         return cls(nonce, ciphertext)
+
+    @staticmethod
+    def leaves_room(value: bytes) -> bool:
+        """Whether nonce and additional padding have room for a server's nonce (section 5.6)."""
+        ciphertext_length = int.from_bytes(value[2:4], "big")
+        return len(value) - 4 - ciphertext_length - -ciphertext_length % 4 >= NONCE_LENGTH
 
     def field(self) -> Field:
         lengths = uint16(len(self.nonce)) + uint16(len(self.ciphertext))
@@ -208,7 +214,8 @@ class Packet:
         try:
             body = Authenticator.decode(self.authenticator.value)
             plaintext = aead.open(body.nonce, body.ciphertext, datagram[: self.authenticator.start])
-            return parse_fields(plaintext)
+            # Encrypted fields may be arbitrarily short (section 5.6).
+            return parse_fields(plaintext, shortest=4)
         except WireError as error:
             raise NotAuthentic(f"a malformed authenticator: {error}") from None
 

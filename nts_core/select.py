@@ -5,7 +5,7 @@ algorithm finds the smallest interval that a majority of the claims share; who d
 falseticker.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from nts_core.association import Sample
@@ -62,19 +62,21 @@ def select(estimates: Sequence[Estimate]) -> Selection:
 
 
 def _intersection(estimates: Sequence[Estimate], wanted: int) -> tuple[int, int] | None:
-    """The first interval that at least `wanted` claims cover, None when there is none."""
-    if wanted < 1:
-        return None
+    """From the lowest to the highest point that at least `wanted` claims cover, None when there is none."""
+    low = _lowest(((claim.offset, claim.distance) for claim in estimates), wanted)
+    mirrored = _lowest(((-claim.offset, claim.distance) for claim in estimates), wanted)
+    return None if low is None or mirrored is None else (low, -mirrored)
+
+
+def _lowest(claims: Iterable[tuple[int, int]], wanted: int) -> int | None:
     edges = sorted(
-        edge
-        for claim in estimates
-        for edge in ((claim.offset - claim.distance, 0), (claim.offset + claim.distance, 1))
+        edge for offset, distance in claims for edge in ((offset - distance, 0), (offset + distance, 1))
     )
     covering = 0
-    for position, (low, is_upper) in enumerate(edges):
+    for point, is_upper in edges:
         covering += -1 if is_upper else 1
         if covering >= wanted:
-            return low, next(edge for edge, upper in edges[position:] if upper)
+            return point
     return None
 
 

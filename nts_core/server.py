@@ -132,6 +132,8 @@ class NtpServer:
             or len(identifiers[0].value) < _MIN_UNIQUE_IDENTIFIER
         ):
             return Drop(Outcome.INCOMPLETE_NTS)
+        if not Authenticator.leaves_room(packet.authenticator.value):
+            return Drop(Outcome.MALFORMED)
         try:
             keys = self.keyring.open(cookies[0].value)
             hidden = packet.decrypt(datagram, Aead(keys.c2s))

@@ -81,10 +81,10 @@ class Trust:
     def verify(self, name: str, chain: Sequence[x509.Certificate]) -> None:
         """Raise CertificateError unless `chain` is good for `name` (a DNS name or an IP address)."""
         builder = PolicyBuilder().store(self.roots).time(self.at)
-        verifier = builder.build_server_verifier(_subject(name))
         try:
-            verifier.verify(chain[0], list(chain[1:]))
-        except VerificationError as error:
+            # A name that no certificate can carry is a ValueError.
+            builder.build_server_verifier(_subject(name)).verify(chain[0], list(chain[1:]))
+        except (ValueError, VerificationError) as error:
             raise CertificateError(f"the certificate is not acceptable for {name}: {error}") from None
 
 
@@ -92,7 +92,11 @@ def _subject(name: str) -> x509.DNSName | x509.IPAddress:
     try:
         return x509.IPAddress(ipaddress.ip_address(name))
     except ValueError:
+        pass
+    try:
         return x509.DNSName(name)
+    except ValueError:
+        raise CertificateError(f"{name!r} is not a DNS name: write it in its ASCII form") from None
 
 
 _client_context: list[SSL.Context] = []
@@ -145,8 +149,11 @@ class TlsChannel:
     def _finish_handshake(self) -> None:
         if self._connection.get_alpn_proto_negotiated() != ALPN:
             raise TlsError("the peer does not speak ntske/1")
-        chain = self._connection.get_peer_cert_chain(as_cryptography=True) or []
-        self.peer_chain = tuple(chain)
+        try:
+            self.peer_chain = tuple(self._connection.get_peer_cert_chain(as_cryptography=True) or ())
+        except ValueError as error:
+            # OpenSSL reads more than DER.
+            raise CertificateError(f"the server's certificate is not well-formed: {error}") from None
         if self._verify is not None:
             name, trust = self._verify
             if not self.peer_chain:

@@ -170,8 +170,8 @@ async def read_pool(services: ServicesDep, session: SessionDep) -> PoolView:
     """The pool and the state of its own parts; needs no token."""
     settings, health = services.settings, services.health
     pool = await servers.the_pool(session, settings)
-    parts = (("DNS", health.dns), ("CA", health.ca), ("worker", health.worker))
-    alarms = [f"{part}: {text}" for part, text in parts if text]
+    alarms = [f"{part}: {text}" for part, text in (("DNS", health.dns), ("CA", health.ca)) if text]
+    alarms += [f"worker: {work.strip('_')} failed with {error}" for work, error in health.work.items()]
     if kept := await servers.count_kept_low(session):
         alarms.append(f"scores: {kept} failing servers are kept listed, since too few others are active")
     return PoolView(
@@ -366,7 +366,7 @@ async def _view(session: AsyncSession, settings: Settings, server_id: int) -> Se
         domain=settings.domain_of(server.name),
         state=server.state,
         state_since=server.state_since,
-        in_dns=server.listed_at is not None,
+        in_dns=server.state is ServerState.ACTIVE and server.listed_at is not None,
         why=why_not(views, server),
         stages=views,
         addresses=[AddressView.model_validate(row) for row in server.addresses],

@@ -39,7 +39,14 @@ def create_app(settings: Settings, database: Database, roots: Sequence[x509.Cert
                 await worker
             await database.close()
 
-    app = FastAPI(title=f"Truechimer registry of {settings.pool}", version="1", lifespan=lifespan)
+    # No /docs: FastAPI's page would load scripts of a third party into the registry's origin.
+    app = FastAPI(
+        title=f"Truechimer registry of {settings.pool}",
+        version="1",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
     app.state.services = Services(settings, database, health)
     app.include_router(router)
     _add_metrics(app)
@@ -103,7 +110,7 @@ def _add_problems(app: FastAPI) -> None:
             HTTPStatus.UNPROCESSABLE_ENTITY,
             "invalid-document",
             f"{field or 'the body'}: {first['msg']}",
-            remedy="see /docs for the documents",
+            remedy="see /openapi.json for the documents",
             field=field,
         )
 

@@ -107,10 +107,11 @@ async def authenticate(session: AsyncSession, secret: str | None, now: datetime)
         raise Unauthenticated("the token is not valid", remedy="check that it was copied whole")
     if token.kind is TokenKind.JOIN and token.used_at is not None:
         raise TokenUsed("the join token was used already", remedy=_NEW_JOIN_TOKEN)
+    is_servers = token.kind in (TokenKind.JOIN, TokenKind.AGENT)
+    remedy = _NEW_JOIN_TOKEN if is_servers else "ask the pool's operator for a new one"
     if token.revoked_at is not None:
-        raise Unauthenticated("the token was revoked", remedy="get a new one")
+        raise Unauthenticated("the token was revoked", remedy=remedy)
     if token.expires_at is not None and token.expires_at <= now:
-        remedy = _NEW_JOIN_TOKEN if token.kind is TokenKind.JOIN else "get a new one"
         raise TokenExpired("the token has expired", remedy=remedy)
     return Principal(token.id, token.kind, token.member_id, token.server_id)
 

@@ -1,11 +1,10 @@
 """`poolsvc`: run the registry, prepare its database, make the first operator. Rendering only."""
 
 import asyncio
-import contextlib
 import io
 import logging
+import os
 import socket
-import ssl
 import sys
 from datetime import UTC, datetime
 from enum import IntEnum
@@ -22,6 +21,7 @@ from cryptography import x509
 from sqlalchemy.exc import SQLAlchemyError
 
 import migrations
+from nts_core.client import ClientError, load_roots
 from poolsvc import members
 from poolsvc.app import create_app
 from poolsvc.config import ConfigError, Settings, load_settings, split_endpoint
@@ -75,7 +75,7 @@ def configure_logging() -> None:
 
 
 def _alembic(settings: Settings) -> AlembicConfig:
-    config = AlembicConfig()
+    config = AlembicConfig(stdout=io.StringIO())
     config.set_main_option("script_location", str(Path(migrations.__file__).parent))
     config.attributes["url"] = settings.database
     return config
@@ -122,32 +122,31 @@ def _bind(endpoint: str) -> socket.socket:
         return socket.create_server((address, port), family=family, backlog=512)
     except OSError as error:
         _fail(
-            ExitStatus.CONFIGURATION, f"listen {endpoint}: {error.strerror}", "choose another address or port"
+            ExitStatus.CONFIGURATION,
+            f"listen {endpoint}: {os.strerror(error.errno or 0)}",
+            "choose another address or port",
         )
 
 
 def _check_migrated(settings: Settings) -> None:
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            command.current(_alembic(settings), check_heads=True)
+        command.current(_alembic(settings), check_heads=True)
     except (SQLAlchemyError, CommandError, OSError) as error:
         _fail(ExitStatus.DATABASE, f"the database: {error}", "run `poolsvc migrate --config FILE` first")
 
 
 def _roots(settings: Settings) -> list[x509.Certificate]:
-    if settings.roots_file is None:
-        found = ssl.create_default_context().get_ca_certs(binary_form=True)
-        return [x509.load_der_x509_certificate(der) for der in found]
     try:
-        return x509.load_pem_x509_certificates(settings.roots_file.read_bytes())
-    except (OSError, ValueError) as error:
-        _fail(ExitStatus.CONFIGURATION, f"roots_file: {error}", "give a readable file of PEM certificates")
+        return load_roots(settings.roots_file)
+    except ClientError as error:
+        _fail(ExitStatus.CONFIGURATION, f"roots_file: {error.message}", error.remedy)
 
 
 @operator_app.command("create")
 def operator_create(config: ConfigOption) -> None:
     """Make an operator, and print its token once."""
     settings = _settings(config)
+    _check_migrated(settings)
 
     async def create() -> str:
         database = Database(settings.database)
@@ -160,7 +159,7 @@ def operator_create(config: ConfigOption) -> None:
     try:
         token = asyncio.run(create())
     except (SQLAlchemyError, OSError) as error:
-        _fail(ExitStatus.DATABASE, f"the database: {error}", "run `poolsvc migrate --config FILE` first")
+        _fail(ExitStatus.DATABASE, f"the database: {error}", "check `database` in the settings")
     typer.echo(token)
 
 

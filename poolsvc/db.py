@@ -3,6 +3,7 @@
 Network I/O never happens inside a transaction. Times are aware UTC; a naive one is refused.
 """
 
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -51,9 +52,11 @@ class Database:
     """An engine and its sessions."""
 
     def __init__(self, url: str) -> None:
-        self.engine: AsyncEngine = create_async_engine(url, pool_pre_ping=True)
+        # Parameters stay out of errors: some are hashes of tokens.
+        self.engine: AsyncEngine = create_async_engine(url, pool_pre_ping=True, hide_parameters=True)
         self._sessions = async_sessionmaker(self.engine, expire_on_commit=False)
         if self.engine.dialect.name == "sqlite":
+            _make_private(self.engine.url.database)
             event.listen(self.engine.sync_engine, "connect", _prepare_sqlite)
             event.listen(self.engine.sync_engine, "begin", _begin_immediate)
 
@@ -65,6 +68,12 @@ class Database:
 
     async def close(self) -> None:
         await self.engine.dispose()
+
+
+def _make_private(file: str | None) -> None:
+    """Let nobody but the owner read a database that SQLite is about to make."""
+    if file and file != ":memory:":
+        os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:

@@ -173,6 +173,6 @@ def _note_leaving(
     row: Server, made: Plan, owner: str, *, service_is_right: bool, shown: bool, now: datetime
 ) -> None:
     if row.srv_withdrawn_at is None and service_is_right and not made.lists(owner):
-        row.srv_withdrawn_at = now
+        row.srv_withdrawn_at, row.listed_at = now, None
     if row.name_broken_at is None and (owner, "CAA") not in made.zone and shown:
         row.name_broken_at = row.removal_due_at = now

@@ -48,7 +48,7 @@ class Health:
     def __init__(self) -> None:
         self.dns: str | None = None
         self.ca: str | None = None
-        self.worker: str | None = None
+        self.work: dict[str, str] = {}  # kinds of work that failed last time, with the error's name
 
 
 class Worker:
@@ -90,8 +90,9 @@ class Worker:
         while True:
             try:
                 await work(datetime.now(UTC))
+                self._health.work.pop(work.__name__, None)
             except Exception as error:  # noqa: BLE001 - a task's root: one kind of work must not end the others
-                self._health.worker = f"{work.__name__}: {type(error).__name__}"
+                self._health.work[work.__name__] = type(error).__name__
                 _log.error("work_failed", work=work.__name__, exc_info=error)
                 await asyncio.sleep(self._settings.policy.step_retry)
             await asyncio.sleep(self._settings.policy.tick)

@@ -1,0 +1,421 @@
+"""Key establishment (RFC 8915 sections 4 and 5.1): the server's table of outcomes and the client's judgement."""
+
+import hashlib
+import secrets
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nts_core import records
+from nts_core.aead import AeadId
+from nts_core.cookies import MAX_COOKIE_LENGTH, Keyring
+from nts_core.errors import KeError, NoOverlap, WireError
+from nts_core.ke import KeClient, KeServer, NtpEndpoint, export_keys
+from nts_core.records import MessageReader, Record, RecordType
+from nts_core.wire import uint16
+
+VECTORS = Path(__file__).parent.parent / "vectors"
+END = Record(RecordType.END_OF_MESSAGE, critical=True)
+NTPV4 = Record(RecordType.NEXT_PROTOCOL, uint16(0), critical=True)
+SIV = Record(RecordType.AEAD_ALGORITHM, uint16(15), critical=True)
+COOKIE = Record(RecordType.NEW_COOKIE, b"c" * 100)
+
+
+def vector(name):
+    """The named octets of a vector file."""
+    named = tomllib.loads((VECTORS / f"{name}.toml").read_text())
+    return {key: bytes.fromhex(value) for key, value in named.items()}
+
+
+def export(context, length):
+    """Stands for the exporter of one TLS session: both ends get the same octets for the same context."""
+    return hashlib.shake_256(context).digest(length)
+
+
+def message(*body):
+    return records.encode([*body, END])
+
+
+def make_server(endpoint=None, keyring=None):
+    keyring = keyring or Keyring.new(0, secrets.token_bytes)
+    return KeServer(keyring, endpoint or NtpEndpoint(), export, secrets.token_bytes)
+
+
+def parse(octets):
+    found = MessageReader(records.MAX_RESPONSE).receive(octets)
+    assert found is not None, "the answer is not a whole message"
+    return list(found)
+
+
+def answer(*body):
+    """What the server answers to a request, and the word for its counter."""
+    reply = make_server().receive(message(*body))
+    assert reply is not None
+    return parse(reply.octets), reply.outcome
+
+
+# The exporter
+
+
+def test_the_exporter_contexts_are_those_of_the_rfc():
+    expected = vector("exporter-contexts")
+    asked = []
+
+    def recorded(context, length):
+        asked.append((context, length))
+        return bytes(length)
+
+    export_keys(recorded, AeadId.AES_SIV_CMAC_256)
+    assert asked == [(expected["c2s"], 32), (expected["s2c"], 32)]
+
+
+def test_the_directions_get_different_keys():
+    keys = export_keys(export, AeadId.AES_SIV_CMAC_256)
+    assert keys.c2s == export(b"\0\0\0\x0f\0", 32)
+    assert keys.s2c == export(b"\0\0\0\x0f\1", 32)
+
+
+# The server's table of outcomes
+
+
+def test_a_good_request_gets_eight_cookies_that_open():
+    keyring = Keyring.new(0, secrets.token_bytes)
+    reply = make_server(keyring=keyring).receive(message(NTPV4, SIV))
+    assert reply.outcome == "ok"
+    protocol, aead, *cookies = parse(reply.octets)
+    assert (protocol, aead) == (NTPV4, SIV)
+    assert [cookie.type for cookie in cookies] == [RecordType.NEW_COOKIE] * 8
+    assert len({cookie.body for cookie in cookies}) == 8
+    for cookie in cookies:
+        assert keyring.open(cookie.body) == export_keys(export, AeadId.AES_SIV_CMAC_256)
+        assert not cookie.critical
+
+
+def test_the_request_of_chronyd_is_served():
+    reply = make_server().receive(vector("chrony-ke-request")["request"])
+    assert reply.outcome == "ok"
+
+
+def test_our_own_request_is_as_chronyds():
+    assert KeClient(export).request() == vector("chrony-ke-request")["request"]
+
+
+def test_record_6_and_7_say_where_ntp_is():
+    reply = make_server(NtpEndpoint("192.0.2.1", 11123)).receive(message(NTPV4, SIV))
+    told = {record.type: record for record in parse(reply.octets)}
+    assert told[RecordType.NTP_SERVER] == Record(6, b"192.0.2.1", critical=True)
+    assert told[RecordType.NTP_PORT] == Record(7, uint16(11123), critical=True)
+
+
+def test_nothing_is_said_of_the_usual_port():
+    told = {record.type for record in parse(make_server().receive(message(NTPV4, SIV)).octets)}
+    assert not told & {RecordType.NTP_SERVER, RecordType.NTP_PORT}
+
+
+IGNORED = {
+    "an unknown record": Record(0x4000, b"x"),
+    "record 1024 of chrony": Record(1024, b""),
+    "a wish for a server": Record(RecordType.NTP_SERVER, b"ntp.example."),
+    "a wish for a port": Record(RecordType.NTP_PORT, uint16(4123)),
+}
+
+
+@pytest.mark.parametrize("extra", IGNORED.values(), ids=IGNORED)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_what_a_request_may_contain_besides(extra, place):
+    body = [NTPV4, SIV]
+    body.insert(place, extra)
+    assert answer(*body)[1] == "ok"
+
+
+def test_records_in_another_order_and_uncritical_aead():
+    """The critical bit of the AEAD record MAY be set (section 4.1.5); no order is demanded."""
+    assert answer(Record(RecordType.AEAD_ALGORITHM, uint16(15)), NTPV4)[1] == "ok"
+
+
+def test_algorithms_we_do_not_speak_are_passed_over():
+    offered = Record(RecordType.AEAD_ALGORITHM, uint16(30) + uint16(17) + uint16(15), critical=True)
+    told, outcome = answer(NTPV4, offered)
+    assert outcome == "ok"
+    assert told[1] == SIV
+
+
+def test_protocols_we_do_not_speak_are_passed_over():
+    protocols = Record(RecordType.NEXT_PROTOCOL, uint16(0x8001) + uint16(0), critical=True)
+    told, outcome = answer(protocols, SIV)
+    assert outcome == "ok"
+    assert told[0] == NTPV4
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_unknown_critical_record(place):
+    body = [NTPV4, SIV]
+    body.insert(place, Record(0x4000, b"x", critical=True))
+    assert answer(*body) == ([Record(RecordType.ERROR, uint16(0), critical=True)], "unknown-critical")
+
+
+BAD = {
+    "nothing": (),
+    "no protocol": (SIV,),
+    "no algorithm": (NTPV4,),
+    "protocol twice": (NTPV4, NTPV4, SIV),
+    "algorithm twice": (NTPV4, SIV, SIV),
+    "an empty list of protocols": (Record(RecordType.NEXT_PROTOCOL, critical=True), SIV),
+    "an empty list of algorithms": (NTPV4, Record(RecordType.AEAD_ALGORITHM, critical=True)),
+    "half a protocol": (Record(RecordType.NEXT_PROTOCOL, b"\0\0\0", critical=True), SIV),
+    "half an algorithm": (NTPV4, Record(RecordType.AEAD_ALGORITHM, b"\0\x0f\0", critical=True)),
+    "an Error record": (NTPV4, SIV, Record(RecordType.ERROR, uint16(1), critical=True)),
+    "a Warning record": (NTPV4, SIV, Record(RecordType.WARNING, uint16(1), critical=True)),
+    "a cookie": (NTPV4, SIV, COOKIE),
+    "two wishes for a server": (NTPV4, SIV, *([IGNORED["a wish for a server"]] * 2)),
+}
+
+
+@pytest.mark.parametrize("body", BAD.values(), ids=BAD)
+def test_bad_requests(body):
+    assert answer(*body) == ([Record(RecordType.ERROR, uint16(1), critical=True)], "bad-request")
+
+
+@pytest.mark.parametrize("octets", ["00000000", "8000000100", "800000000000", "8000000080000000"])
+def test_bad_ends_of_message(octets):
+    reply = make_server().receive(bytes.fromhex(octets))
+    assert reply.outcome == "bad-request"
+    assert parse(reply.octets) == [Record(RecordType.ERROR, uint16(1), critical=True)]
+
+
+def test_no_protocol_in_common():
+    told, outcome = answer(Record(RecordType.NEXT_PROTOCOL, uint16(0x8001), critical=True), SIV)
+    assert (told, outcome) == ([Record(RecordType.NEXT_PROTOCOL, critical=True)], "no-protocol")
+
+
+def test_no_algorithm_in_common():
+    told, outcome = answer(NTPV4, Record(RecordType.AEAD_ALGORITHM, uint16(30), critical=True))
+    assert (told, outcome) == ([NTPV4, Record(RecordType.AEAD_ALGORITHM, critical=True)], "no-aead")
+
+
+def test_silence_until_the_deadline():
+    server = make_server()
+    assert server.receive(message(NTPV4, SIV)[:-1]) is None
+    reply = server.timeout()
+    assert reply.outcome == "timeout"
+    assert parse(reply.octets) == [Record(RecordType.ERROR, uint16(1), critical=True)]
+
+
+def test_every_truncation_of_a_request_is_waited_for():
+    request = message(NTPV4, Record(0x4000, b"xyz"), SIV)
+    for length in range(len(request)):
+        assert make_server().receive(request[:length]) is None
+
+
+def test_a_request_may_come_octet_by_octet():
+    server = make_server()
+    request = message(NTPV4, SIV)
+    replies = [server.receive(bytes((octet,))) for octet in request]
+    assert replies[:-1] == [None] * (len(request) - 1)
+    assert replies[-1].outcome == "ok"
+
+
+def test_a_request_longer_than_the_limit_is_bad():
+    """A server must take 1,024 octets (section 4) and needs a bound."""
+    room = records.MAX_REQUEST - len(message(NTPV4, SIV))
+    assert room > 1024
+    filler = [Record(0x4000, bytes(room - 4))]
+    assert answer(NTPV4, SIV, *filler)[1] == "ok"
+    reply = make_server().receive(message(NTPV4, SIV, Record(0x4000, bytes(room - 3))))
+    assert reply.outcome == "bad-request"
+
+
+@given(st.lists(st.binary(max_size=64), max_size=8))
+def test_the_server_survives_random_octets(pieces):
+    server = make_server()
+    for piece in pieces:
+        reply = server.receive(piece)
+        if reply is not None:
+            parse(reply.octets)
+            break
+
+
+@given(
+    st.lists(
+        st.builds(
+            Record,
+            type=st.sampled_from([*range(9), 1024, 0x7FFF]),
+            body=st.binary(max_size=6),
+            critical=st.booleans(),
+        ),
+        max_size=6,
+    )
+)
+def test_the_server_answers_every_whole_message(body):
+    reply = make_server().receive(records.encode([*body, END]))
+    assert reply is not None
+    parse(reply.octets)
+
+
+# The client
+
+
+def conclude(*body, octets=None):
+    return KeClient(export).receive(message(*body) if octets is None else octets)
+
+
+def test_client_and_server_agree():
+    client = KeClient(export)
+    reply = make_server(NtpEndpoint("2001:db8::1", 4123)).receive(client.request())
+    result = client.receive(reply.octets)
+    assert result.keys == export_keys(export, AeadId.AES_SIV_CMAC_256)
+    assert len(result.cookies) == 8
+    assert result.endpoint == NtpEndpoint("2001:db8::1", 4123)
+
+
+def test_a_result_shows_no_secrets():
+    result = conclude(NTPV4, SIV, Record(RecordType.NEW_COOKIE, b"COOKIE" * 4))
+    assert "COOKIE" not in repr(result)
+    assert repr(result.keys.c2s) not in repr(result)
+
+
+def test_every_truncation_of_an_answer_is_waited_for():
+    octets = message(NTPV4, SIV, COOKIE, COOKIE)
+    for length in range(len(octets)):
+        assert conclude(octets=octets[:length]) is None
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 77])
+@pytest.mark.parametrize("kind", [RecordType.ERROR, RecordType.WARNING])
+def test_errors_and_warnings_end_it_whatever_else_was_sent(kind, code):
+    """Section 4.1.4: unknown warnings count as errors, and none is defined."""
+    with pytest.raises(KeError) as caught:
+        conclude(NTPV4, SIV, COOKIE, Record(kind, uint16(code), critical=True))
+    assert caught.value.code == code
+
+
+def test_an_error_alone():
+    with pytest.raises(KeError) as caught:
+        conclude(Record(RecordType.ERROR, uint16(1), critical=True))
+    assert caught.value.code == 1
+
+
+NO_OVERLAP = {
+    "an empty protocol list": (Record(RecordType.NEXT_PROTOCOL, critical=True),),
+    "another protocol": (Record(RecordType.NEXT_PROTOCOL, uint16(1), critical=True), SIV, COOKIE),
+    "an empty algorithm list": (NTPV4, Record(RecordType.AEAD_ALGORITHM, critical=True)),
+}
+
+
+@pytest.mark.parametrize("body", NO_OVERLAP.values(), ids=NO_OVERLAP)
+def test_nothing_in_common(body):
+    with pytest.raises(NoOverlap):
+        conclude(*body)
+
+
+UNUSABLE = {
+    "an algorithm that was not offered": (
+        NTPV4,
+        Record(RecordType.AEAD_ALGORITHM, uint16(17), critical=True),
+        COOKIE,
+    ),
+    "two algorithms": (NTPV4, Record(RecordType.AEAD_ALGORITHM, uint16(15) * 2, critical=True), COOKIE),
+    "no cookie": (NTPV4, SIV),
+    "only empty cookies": (NTPV4, SIV, *([Record(RecordType.NEW_COOKIE)] * 8)),
+    "only cookies that are too long": (
+        NTPV4,
+        SIV,
+        Record(RecordType.NEW_COOKIE, bytes(MAX_COOKIE_LENGTH + 1)),
+    ),
+    "an unknown critical record": (NTPV4, SIV, COOKIE, Record(0x4000, critical=True)),
+}
+
+
+@pytest.mark.parametrize("body", UNUSABLE.values(), ids=UNUSABLE)
+def test_answers_that_cannot_be_used(body):
+    with pytest.raises(KeError):
+        conclude(*body)
+
+
+MALFORMED = {
+    "nothing": (),
+    "no protocol": (SIV, COOKIE),
+    "no algorithm": (NTPV4, COOKIE),
+    "protocol twice": (NTPV4, NTPV4, SIV, COOKIE),
+    "algorithm twice": (NTPV4, SIV, SIV, COOKIE),
+    "server twice": (NTPV4, SIV, COOKIE, *([Record(RecordType.NTP_SERVER, b"a.example")] * 2)),
+    "port twice": (NTPV4, SIV, COOKIE, *([Record(RecordType.NTP_PORT, uint16(123))] * 2)),
+    "half an algorithm": (NTPV4, Record(RecordType.AEAD_ALGORITHM, b"\0\x0f\0"), COOKIE),
+    "an Error record of one octet": (Record(RecordType.ERROR, b"\0", critical=True),),
+    "an Error record of four octets": (Record(RecordType.ERROR, bytes(4), critical=True),),
+    "an empty server name": (NTPV4, SIV, COOKIE, Record(RecordType.NTP_SERVER)),
+    "a server name that is not ASCII": (
+        NTPV4,
+        SIV,
+        COOKIE,
+        Record(RecordType.NTP_SERVER, "z\u00fcrich".encode()),
+    ),
+    "a server name with a control character": (NTPV4, SIV, COOKIE, Record(RecordType.NTP_SERVER, b"a\0b")),
+    "a server name with a space": (NTPV4, SIV, COOKIE, Record(RecordType.NTP_SERVER, b"a b")),
+    "a long server name": (NTPV4, SIV, COOKIE, Record(RecordType.NTP_SERVER, b"a" * 254)),
+    "port 0": (NTPV4, SIV, COOKIE, Record(RecordType.NTP_PORT, uint16(0))),
+    "no port": (NTPV4, SIV, COOKIE, Record(RecordType.NTP_PORT)),
+    "two ports": (NTPV4, SIV, COOKIE, Record(RecordType.NTP_PORT, uint16(1) * 2)),
+}
+
+
+@pytest.mark.parametrize("body", MALFORMED.values(), ids=MALFORMED)
+def test_malformed_answers(body):
+    with pytest.raises(WireError):
+        conclude(*body)
+
+
+def test_unusable_cookies_are_left_out():
+    empty, long = Record(RecordType.NEW_COOKIE), Record(RecordType.NEW_COOKIE, bytes(60_000))
+    result = conclude(NTPV4, empty, SIV, long, COOKIE, empty)
+    assert result.cookies == (COOKIE.body,)
+
+
+def test_no_more_than_eight_cookies_are_kept():
+    cookies = [Record(RecordType.NEW_COOKIE, bytes((n,)) * 100) for n in range(20)]
+    assert conclude(NTPV4, SIV, *cookies).cookies == tuple(record.body for record in cookies[:8])
+
+
+def test_64_kib_of_unknown_records_are_read():
+    filler = [Record(0x4000)] * ((records.MAX_RESPONSE - len(message(NTPV4, SIV, COOKIE))) // 4)
+    assert conclude(NTPV4, *filler, SIV, COOKIE).cookies == (COOKIE.body,)
+    with pytest.raises(WireError):
+        conclude(NTPV4, *filler, SIV, COOKIE, COOKIE)
+
+
+@pytest.mark.parametrize("name", [b"ntp.example", b"ntp.example."])
+def test_a_server_name_with_and_without_its_dot(name):
+    """Section 4.1.7: a name is fully qualified, with or without the dot."""
+    result = conclude(NTPV4, SIV, COOKIE, Record(RecordType.NTP_SERVER, name))
+    assert result.endpoint == NtpEndpoint("ntp.example", 123)
+
+
+@given(st.binary(max_size=200))
+def test_the_client_survives_random_octets(octets):
+    try:
+        assert conclude(octets=octets) is None
+    except (KeError, WireError):
+        return
+
+
+@given(
+    st.lists(
+        st.builds(
+            Record,
+            type=st.sampled_from([*range(9), 1024, 0x7FFF]),
+            body=st.one_of(st.binary(max_size=6), st.just(uint16(0)), st.just(uint16(15))),
+            critical=st.booleans(),
+        ),
+        max_size=8,
+    )
+)
+def test_the_client_judges_every_whole_message(body):
+    try:
+        result = KeClient(export).receive(records.encode([*body, END]))
+    except (KeError, WireError):
+        return
+    assert result is not None
+    assert result.cookies
