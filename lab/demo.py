@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import json
+import shlex
 import shutil
 import signal
 import sys
@@ -25,6 +26,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from lab.peers import ChronydClient
 from lab.pool import POOL, LabPool, Member
 from lab.processes import LabError, wait_until
 from member_agent.challenges import Responder
@@ -311,23 +313,32 @@ def _ca(pool: LabPool, key: str) -> AcmeConfig:
 def _how_to_go_on(story: Story, pool: LabPool) -> None:
     """What `--keep` prints: how to look at the pool, and how a stock chronyd uses it."""
     member = next(member for member in pool.members if member.process.running())
+    chronyd = stock_chronyd(pool, member)
     story.console.print(
         f"""
 [bold]The pool goes on until Ctrl-C.[/]
-  registry     {pool.url}/openapi.json
-  resolver     {pool.unbound.address}:{pool.unbound.port}     trust anchor {pool.trust_anchor}
-  client       pool-client sources {POOL} --resolver {pool.unbound.address}:{pool.unbound.port} \\
-                 --trust-anchor {pool.trust_anchor} --ca {pool.roots}
-  member       curl -H 'Authorization: Bearer {pool.member_token}' {pool.url}/v1/servers/{member.name}
+  client    pool-client sources {POOL} --resolver {pool.unbound.address}:{pool.unbound.port} \\
+              --trust-anchor {pool.trust_anchor} --ca {pool.roots}
+  member    curl --cacert {pool.registry_root} -H 'Authorization: Bearer {pool.member_token}' \\
+              {pool.url}/v1/servers/{member.name}
+  documents {pool.url}/openapi.json
 
-A stock chronyd does not look SRV records up: point it at one member. It needs the name in /etc/hosts:
-  {member.address} {member.domain}
-and these lines in a configuration of its own (run it with -x, so that it leaves this clock alone):
-  server {member.domain} nts ntsport {pool.ke_port} iburst
-  ntstrustedcerts {pool.roots}
+A stock chronyd does not look SRV records up: it is pointed at one member by name. As the name exists in this
+pool's DNS only, this chronyd gets a hosts file of its own; it leaves the clock alone (-x):
+  {shlex.join(chronyd.process.argv)}
+and in another terminal:
+  {chronyd.chronyc("sources")}
+  {chronyd.chronyc("authdata")}
 """,
-        markup=True,
         soft_wrap=True,
+        markup=True,
+    )
+
+
+def stock_chronyd(pool: LabPool, member: Member) -> ChronydClient:
+    """A stock chronyd whose source is one member, not started."""
+    return ChronydClient(
+        pool.directory / "chrony", pool.roots, member.domain, pool.ke_port, address=member.address
     )
 
 

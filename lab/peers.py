@@ -6,6 +6,7 @@ clock: chronyd runs with -x, and both without the capability that setting takes.
 """
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -92,7 +93,7 @@ class Chronyd:
         Empty while chronyd does not answer.
         """
         done = subprocess.run(
-            [peer_program("chrony", "usr/bin/chronyc"), "-n", "-c", "-h", str(self._socket), name],
+            [*self._chronyc("-n", "-c"), name],
             capture_output=True,
             text=True,
             timeout=_REPORT_DEADLINE,
@@ -102,6 +103,13 @@ class Chronyd:
         if done.returncode:
             return []
         return [line.split(",") for line in done.stdout.splitlines()]
+
+    def chronyc(self, name: str) -> str:
+        """The command line that shows a report to a person."""
+        return shlex.join([*self._chronyc("-n"), name])
+
+    def _chronyc(self, *options: str) -> list[str]:
+        return [peer_program("chrony", "usr/bin/chronyc"), *options, "-h", str(self._socket)]
 
     def _answers(self) -> bool:
         return self._socket.exists() and bool(self.report("tracking"))
@@ -133,12 +141,32 @@ class ChronydServer(Chronyd):
 
 
 class ChronydClient(Chronyd):
-    """chronyd as an NTS client of one server, trusting one root; `poll` is log2 of seconds."""
+    """chronyd as an NTS client of one server, trusting one root; `poll` is log2 of seconds.
 
-    def __init__(self, directory: Path, root: Path, server: str, ke_port: int, *, poll: int = -2) -> None:
+    With `address`, the server's name leads there in a mount namespace of chronyd's own (root only), as a line
+    in /etc/hosts would: chronyd has no option for it.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        root: Path,
+        server: str,
+        ke_port: int,
+        *,
+        poll: int = -2,
+        address: str | None = None,
+    ) -> None:
         super().__init__(
             directory, _CHRONY_CLIENT.format(server=server, ke_port=ke_port, root=root, poll=poll)
         )
+        if address is not None:
+            hosts = directory / "hosts"
+            hosts.write_text(f"127.0.0.1 localhost\n{address} {server}\n")
+            command = (
+                f"mount --bind {shlex.quote(str(hosts))} /etc/hosts && exec {shlex.join(self.process.argv)}"
+            )
+            self.process.argv = ["unshare", "--mount", "sh", "-c", command]
 
 
 _NTPSEC = """\

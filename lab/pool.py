@@ -3,6 +3,7 @@
 Every member has an address of its own in 127.77.0.0/16, each in another /24, as members on the Internet would.
 """
 
+import ssl
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Self
 
 import httpx
 
+from lab.certificates import Authority
 from lab.knot import Knot
 from lab.pebble import SIX_DAYS, Pebble
 from lab.processes import LabError, Process, free_port, wait_until
@@ -29,6 +31,8 @@ pool = "{pool}"
 database = "{database}"
 listen = ["{listen}"]
 public_url = "{url}"
+tls_certificate = "{tls.cert}"
+tls_key = "{tls.key}"
 allow_private_addresses = true
 roots_file = "{roots}"
 
@@ -68,15 +72,22 @@ def member_address(index: int) -> str:
 
 
 class Api:
-    """The registry's API with one token."""
+    """The registry's API with one token; `root` is the file of the root that its certificate comes from."""
 
-    def __init__(self, url: str, token: str | None) -> None:
+    def __init__(self, url: str, root: Path, token: str | None = None) -> None:
         self._url = url
+        self._tls = ssl.create_default_context(cafile=str(root))
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
 
     def request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
         return httpx.request(
-            method, self._url + path, json=body, headers=self._headers, timeout=_API_DEADLINE, trust_env=False
+            method,
+            self._url + path,
+            json=body,
+            headers=self._headers,
+            timeout=_API_DEADLINE,
+            verify=self._tls,
+            trust_env=False,
         )
 
     def call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -118,7 +129,7 @@ class Member:
         return str(created["join"]["join_token"])
 
     def join(self, token: str) -> Finished:
-        return run("pool-agent", "join", self.pool.url, "--token", token, "--state", str(self.state))
+        return self.pool.join(token, self.state)
 
     def start(self) -> Self:
         """Register, join and run; what comes then is the registry's doing."""
@@ -152,7 +163,10 @@ class LabPool:
         everywhere = [member_address(index) for index in range(1, addresses + 1)]
         self.http_port, self.ke_port, self.ntp_port = (free_port(*everywhere) for _ in range(3))
         self._listen = f"{registry_address}:{free_port()}"
-        self.url = f"http://{self._listen}"
+        self.url = f"https://{self._listen}"
+        authority = Authority(self.directory / "tls")
+        self._tls = authority.issue("127.0.0.1", "::1", "localhost", file="registry")
+        self.registry_root = authority.root
         self.knot = Knot(self.directory / "knot", zone=POOL, ttl=_TTL, soa_minimum=_TTL)
         self.unbound = Unbound(self.directory / "unbound", [self.knot])
         self.pebble = Pebble(
@@ -208,6 +222,7 @@ class LabPool:
                 database=self._database,
                 listen=self._listen,
                 url=self.url,
+                tls=self._tls,
                 roots=self.roots,
                 http_port=self.http_port,
                 ke_port=self.ke_port,
@@ -229,8 +244,13 @@ class LabPool:
             raise LabError(f"the registry's database: {migrated.stderr}{made.stderr}")
         self._operator_token = made.stdout.strip()
 
+    def join(self, token: str, state: Path) -> Finished:
+        """`pool-agent join` with a token, into a state directory."""
+        options = ["--token", token, "--state", str(state), "--ca", str(self.registry_root)]
+        return run("pool-agent", "join", self.url, *options)
+
     def start_registry(self) -> None:
-        public = Api(self.url, None)
+        public = self.api()
 
         def answers() -> bool:
             try:
@@ -239,11 +259,14 @@ class LabPool:
                 return False
 
         self.registry.start(answers)
-        self.operator = Api(self.url, self._operator_token)
+        self.operator = self.api(self._operator_token)
         if not hasattr(self, "member"):
             created = self.operator.call("POST", "/v1/members", {"name": "Laboratory member"})
             self.member_token = str(created["token"])
-            self.member = Api(self.url, self.member_token)
+            self.member = self.api(self.member_token)
+
+    def api(self, token: str | None = None) -> Api:
+        return Api(self.url, self.registry_root, token)
 
     def add(self, name: str, *options: str, addresses: Sequence[str] = ()) -> Member:
         """A member at the next free address unless told where, not started yet."""

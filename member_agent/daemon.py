@@ -327,7 +327,8 @@ class Member:
         for challenge in assignment.challenges:
             validate_challenge(challenge)
         self._publish(assignment)
-        self._facts.serving = tuple(challenge.token for challenge in assignment.challenges)
+        nonces = (path.removeprefix(PROOF_PATH) for path in self._proofs)
+        self._facts.serving = (*(challenge.token for challenge in assignment.challenges), *nonces)
 
     def _publish(self, assignment: Assignment) -> None:
         challenges = {

@@ -147,7 +147,7 @@ class AgentReport:
 
     engine: str
     clock: str = ""
-    serving: tuple[str, ...] = ()  # challenge tokens that are answered now
+    serving: tuple[str, ...] = ()  # challenge tokens and proof nonces that are answered now
     csr: CsrAnswer | None = None
     installed: str | None = None  # fingerprint of the certificate that is served
     problem: str | None = None

@@ -311,6 +311,7 @@ async def sync(
     if report.csr is not None:
         issuance.take_csr(settings, server, report.csr.order, report.csr.pem, now)
     issuance.note_serving(server, report.serving, now)
+    proofs.note_serving(server, report.serving, now)
     return await _assignment(session, settings, server, now)
 
 

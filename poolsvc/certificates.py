@@ -51,6 +51,8 @@ def check_csr(pem: str, domain: str) -> None:
     """
     if len(pem) > PEM_LIMIT:
         raise CsrError(f"the request is longer than {PEM_LIMIT} characters")
+    if "\x00" in pem:  # readers skip what stands around the armour; PostgreSQL cannot store it
+        raise CsrError("not a certificate signing request: it contains a NUL")
     try:
         csr = x509.load_pem_x509_csr(pem.encode())
         key, signed, algorithm = csr.public_key(), csr.is_signature_valid, csr.signature_hash_algorithm

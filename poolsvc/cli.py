@@ -101,18 +101,23 @@ def serve(config: ConfigOption) -> None:
         structlog.get_logger().warning("private_addresses_allowed")
     sockets = [_bind(endpoint) for endpoint in settings.listen]
     application = create_app(settings, Database(settings.database), _roots(settings))
-    server = uvicorn.Server(
-        uvicorn.Config(
+    try:
+        server_config = uvicorn.Config(
             application,
             log_level="warning",
             server_header=False,
-            proxy_headers=False,
+            proxy_headers=bool(settings.trusted_proxies),
+            forwarded_allow_ips=[str(address) for address in settings.trusted_proxies],
+            ssl_certfile=settings.tls_certificate,
+            ssl_keyfile=settings.tls_key,
             limit_concurrency=1000,
             timeout_keep_alive=15,
             timeout_graceful_shutdown=5,
         )
-    )
-    server.run(sockets=sockets)
+        server_config.load()
+    except OSError as error:
+        _fail(ExitStatus.CONFIGURATION, f"tls_certificate, tls_key: {error}", "give a PEM chain and its key")
+    uvicorn.Server(server_config).run(sockets=sockets)
 
 
 def _bind(endpoint: str) -> socket.socket:

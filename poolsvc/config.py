@@ -1,11 +1,20 @@
 """The registry's settings: environment (POOLSVC_*) before the TOML file before defaults; one frozen object."""
 
 import ipaddress
+import os
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    IPvAnyAddress,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -14,6 +23,8 @@ from pydantic_settings import (
 )
 
 from poolsvc.names import DOMAIN
+
+_PREFIX = "POOLSVC_"
 
 
 class ConfigError(Exception):
@@ -105,13 +116,18 @@ class Settings(BaseSettings):
     """Everything `poolsvc` needs to know. Relative paths are relative to the settings file."""
 
     model_config = SettingsConfigDict(
-        env_prefix="POOLSVC_", env_nested_delimiter="__", extra="forbid", frozen=True
+        env_prefix=_PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True
     )
 
     pool: DomainName
     database: str = "sqlite+aiosqlite:///registry.db"
     listen: tuple[EndpointText, ...] = Field(("127.0.0.1:8080",), min_length=1)
     public_url: str = "http://127.0.0.1:8080"
+    tls_certificate: Path | None = Field(None, description="PEM chain; without it TLS is a reverse proxy's")
+    tls_key: Path | None = None
+    trusted_proxies: tuple[IPvAnyAddress, ...] = Field(
+        (), description="reverse proxies whose X-Forwarded-For tells where a call came from"
+    )
     allow_private_addresses: bool = False
     roots_file: Path | None = Field(None, description="roots the prober trusts instead of the system's")
     ports: PortSettings = PortSettings()
@@ -130,6 +146,12 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
+    @model_validator(mode="after")
+    def _both_or_neither(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key go together")
+        return self
+
     @property
     def servers_domain(self) -> str:
         return f"servers.{self.pool}"
@@ -147,6 +169,13 @@ def load_settings(file: Path) -> Settings:
     """The settings of a TOML file and the environment. Raises ConfigError that names the setting."""
     if not file.is_file():
         raise ConfigError(f"{file}: there is no such settings file")
+
+    for variable in os.environ:
+        setting = variable.removeprefix(_PREFIX).lower().split("__")[0]
+        if variable.startswith(_PREFIX) and setting not in Settings.model_fields:
+            raise ConfigError(
+                f"the environment variable {variable} sets nothing: there is no setting {setting}"
+            )
 
     class FileSettings(Settings):
         model_config = SettingsConfigDict(toml_file=file)
@@ -172,7 +201,7 @@ def _resolve_paths(settings: Settings, base: Path) -> Settings:
     return settings.model_copy(
         update={
             "database": database,
-            **absolute(settings, "roots_file"),
+            **absolute(settings, "roots_file", "tls_certificate", "tls_key"),
             "dns": settings.dns.model_copy(update=absolute(settings.dns, "tsig_secret_file")),
             "ca": settings.ca.model_copy(update=absolute(settings.ca, "account_key_file", "ca_file")),
         }

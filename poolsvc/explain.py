@@ -117,9 +117,11 @@ def _score(server: Server, settings: Settings) -> StageView:
         return _view(Stage.SCORE, StageStatus.FAILED, holds[0].set_at, reasons)
     if server.state is ServerState.ACTIVE:
         return _view(Stage.SCORE, StageStatus.MET, server.state_since)
-    probes = min((row.full_probes for row in server.addresses if row.proved_at), default=0)
-    needed = settings.policy.admission_probes
-    return _view(Stage.SCORE, StageStatus.WAITING, None, f"{probes} of {needed} full probes in a row")
+    proved = [row for row in server.addresses if row.proved_at]
+    probes = min((row.full_probes for row in proved), default=0)
+    detail = f"{probes} of {settings.policy.admission_probes} full probes in a row"
+    reasons = "; ".join(f"{row.address}: {row.step_reason}" for row in proved if row.step_reason)
+    return _view(Stage.SCORE, StageStatus.WAITING, None, f"{detail}; {reasons}" if reasons else detail)
 
 
 def _pool(server: Server, pool: Pool, settings: Settings, active: int) -> StageView:

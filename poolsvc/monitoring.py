@@ -110,6 +110,7 @@ def _score(server: Server, settings: Settings, results: Sequence[ProbeResult]) -
         if result is None:
             continue
         step = scoring.step(result, max_stratum=settings.policy.max_stratum)
+        row.step_reason = step.reason
         if row.score is not None:
             row.score = scoring.advance(row.score, step)
         elif step.value >= scoring.FULL_STEP and result.failed is None:

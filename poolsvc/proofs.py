@@ -47,8 +47,16 @@ async def call(
         )
     await _limit(session, settings, row.address, now)
     row.nonce = secrets.token_urlsafe(32)
-    row.proof_due_at = now
+    # The agent's next report says that it serves the answer (`note_serving`); if none comes, we look anyway.
+    row.proof_due_at = now + timedelta(seconds=settings.policy.proof_deadline)
     return row.nonce
+
+
+def note_serving(server: Server, nonces: tuple[str, ...], now: datetime) -> None:
+    """The agent says which nonces it answers: time to connect back."""
+    for row in server.addresses:
+        if row.nonce is not None and row.nonce in nonces and row.proof_due_at and row.proof_due_at > now:
+            row.proof_due_at = now
 
 
 def _canonical(source: str) -> str:

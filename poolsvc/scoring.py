@@ -5,7 +5,7 @@
 Twenty times the mean step is where a score settles, so the cutoff stands for a mean step of one half.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nts_core.control import ProbeResult
 from nts_core.packet import Leap
@@ -21,22 +21,24 @@ _MS = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one probe adds to a score, and the score that cannot be passed with it."""
+    """What one probe adds to a score, the score that cannot be passed with it, and why it is not a full step."""
 
     value: float
     cap: float = MAX_SCORE
+    reason: str = field(default="", compare=False)
 
 
 def step(result: ProbeResult, *, max_stratum: int = 7) -> Step:
     """The lowest step that applies to a probe; the pool does not want strata above `max_stratum`."""
     if result.kiss is not None:
-        return _KISSES.get(result.kiss, Step(-2, 5))
+        value, cap = _KISSES.get(result.kiss, (-2.0, 5.0))
+        return Step(value, cap, f"the kiss code {result.kiss}")
     if result.offset is None or result.stratum is None:
-        return Step(-5)
+        return Step(-5, reason="no authenticated answer")
     return min(_faults(result, max_stratum), key=lambda found: found.value)
 
 
-_KISSES = {"RATE": Step(-3.5), "DENY": Step(-10, -50), "RSTR": Step(-10, -50)}
+_KISSES = {"RATE": (-3.5, MAX_SCORE), "DENY": (-10.0, -50.0), "RSTR": (-10.0, -50.0)}
 
 
 def _faults(result: ProbeResult, max_stratum: int) -> list[Step]:
@@ -44,27 +46,28 @@ def _faults(result: ProbeResult, max_stratum: int) -> list[Step]:
     assert result.stratum is not None
     found = [_offset_step(abs(result.offset))]
     if result.stratum > max_stratum:
-        found.append(Step(-4))
+        found.append(Step(-4, reason=f"stratum {result.stratum}, where {max_stratum} is the pool's limit"))
     if result.leap == Leap.UNSYNCHRONISED:
-        found.append(Step(-4))
+        found.append(Step(-4, reason="the server is not synchronised"))
     if result.root_distance > 3 * _SECOND // 2:
-        found.append(Step(-4))
+        found.append(Step(-4, reason=f"a root distance of {result.root_distance / _SECOND:.1f} s"))
     if result.cookies < result.asked:
-        found.append(Step(-1))
+        found.append(Step(-1, reason=f"{result.cookies} of {result.asked} cookies"))
     return found
 
 
 def _offset_step(offset: int) -> Step:
     """`offset` in nanoseconds, not negative; the line segments of the NTP Pool's scorer."""
     seconds = offset / _SECOND
+    reason = f"the clock is {seconds:.3f} s off, where 0.025 s is a full step"
     if offset > 3 * _SECOND:
-        return Step(-4, -20)
+        return Step(-4, -20, reason)
     if offset > 750 * _MS:
-        return Step(-2)
+        return Step(-2, reason=reason)
     if offset > 100 * _MS:
-        return Step(-2.308 * seconds + 0.731)
+        return Step(-2.308 * seconds + 0.731, reason=reason)
     if offset > 25 * _MS:
-        return Step(-6.667 * seconds + 1.167)
+        return Step(-6.667 * seconds + 1.167, reason=reason)
     return Step(FULL_STEP)
 
 

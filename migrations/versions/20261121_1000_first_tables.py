@@ -117,6 +117,7 @@ def upgrade() -> None:
         sa.Column("proved_at", UtcDateTime(), nullable=True),
         sa.Column("full_probes", sa.Integer(), nullable=False),
         sa.Column("score", sa.Double(), nullable=True),
+        sa.Column("step_reason", sa.String(length=200), nullable=False),
         sa.ForeignKeyConstraint(["server_id"], ["servers.id"], name=op.f("fk_addresses_server_id_servers")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_addresses")),
         sa.UniqueConstraint("server_id", "address", name=op.f("uq_addresses_server_id")),

@@ -2,7 +2,6 @@
 
 import signal
 
-import httpx
 import pytest
 
 from lab.processes import wait_until
@@ -13,7 +12,7 @@ pytestmark = pytest.mark.timeout(150)
 
 
 def test_join_with_a_wrong_token_is_refused(pool, tmp_path):
-    done = run("pool-agent", "join", pool.url, "--token", "tc_join_wrong", "--state", str(tmp_path))
+    done = pool.join("tc_join_wrong", tmp_path)
 
     assert done.status == ExitStatus.REGISTRY
     assert "the token is not valid" in done.stderr
@@ -27,7 +26,7 @@ def test_join_twice_is_refused_on_either_side(pool, tmp_path):
     assert member.join(token).status == 0
 
     again = member.join(token)
-    stranger = run("pool-agent", "join", pool.url, "--token", token, "--state", str(tmp_path))
+    stranger = pool.join(token, tmp_path)
 
     assert again.status == ExitStatus.STATE
     assert "already is twice.servers.pool.example" in again.stderr
@@ -40,6 +39,14 @@ def test_join_needs_https_beyond_loopback(tmp_path):
 
     assert done.status == ExitStatus.USAGE
     assert "https" in done.stderr
+
+
+def test_join_with_a_registry_whose_certificate_is_not_trusted_is_refused(pool, tmp_path):
+    """No token leaves before the registry has shown who it is."""
+    done = run("pool-agent", "join", pool.url, "--token", "tc_join_x", "--state", str(tmp_path))
+
+    assert done.status == ExitStatus.REGISTRY
+    assert "certificate" in done.stderr
 
 
 def test_run_before_join_names_the_next_step(tmp_path):
@@ -142,7 +149,7 @@ def test_a_lying_host_proves_nothing(pool):
 
 
 def test_the_api_says_where_its_documents_are(pool):
-    document = httpx.get(f"{pool.url}/openapi.json", trust_env=False).json()
+    document = pool.api().call("GET", "/openapi.json")
 
     assert {"/v1/members", "/v1/servers", "/v1/servers/{name}", "/v1/agent/sync"} <= set(document["paths"])
 
@@ -160,4 +167,4 @@ def _query(pool, member):
 
 
 def _alarms(pool):
-    return httpx.get(f"{pool.url}/v1/pool", trust_env=False).json()["alarms"]
+    return pool.api().call("GET", "/v1/pool")["alarms"]
