@@ -105,7 +105,9 @@ def _add_problems(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"] if part != "body") or None
+        parts = [part for part in first["loc"] if part != "body"]
+        # A number alone is a position in a body that is no JSON at all.
+        field = ".".join(map(str, parts)) if any(isinstance(part, str) for part in parts) else None
         return _problem(
             HTTPStatus.UNPROCESSABLE_ENTITY,
             "invalid-document",

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import json
 import logging
 import os
 import socket
@@ -18,6 +19,7 @@ from alembic import command
 from alembic.config import Config as AlembicConfig
 from alembic.util.exc import CommandError
 from cryptography import x509
+from sqlalchemy import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 import migrations
@@ -171,7 +173,9 @@ def operator_create(config: ConfigOption) -> None:
 @config_app.command("show")
 def config_show(config: ConfigOption) -> None:
     """Print the effective settings. Secrets are only ever named by file."""
-    typer.echo(_settings(config).model_dump_json(indent=2))
+    shown = _settings(config).model_dump(mode="json")
+    shown["database"] = make_url(shown["database"]).render_as_string(hide_password=True)
+    typer.echo(json.dumps(shown, indent=2))
 
 
 def main() -> None:

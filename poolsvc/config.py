@@ -46,6 +46,13 @@ def _domain(text: str) -> str:
     return name
 
 
+def _database(text: str) -> str:
+    if not text.startswith(("sqlite+aiosqlite:///", "postgresql+psycopg://")):
+        raise ValueError("write sqlite+aiosqlite:///FILE or postgresql+psycopg://USER@HOST/DATABASE")
+    return text
+
+
+DatabaseUrl = Annotated[str, AfterValidator(_database)]
 EndpointText = Annotated[str, AfterValidator(_endpoint)]
 DomainName = Annotated[str, AfterValidator(_domain)]
 
@@ -120,7 +127,7 @@ class Settings(BaseSettings):
     )
 
     pool: DomainName
-    database: str = "sqlite+aiosqlite:///registry.db"
+    database: DatabaseUrl = Field("sqlite+aiosqlite:///registry.db", repr=False)
     listen: tuple[EndpointText, ...] = Field(("127.0.0.1:8080",), min_length=1)
     public_url: str = "http://127.0.0.1:8080"
     tls_certificate: Path | None = Field(None, description="PEM chain; without it TLS is a reverse proxy's")

@@ -9,6 +9,7 @@ process that dies leaves the order to the next one. No network I/O happens insid
 
 from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
+from http import HTTPStatus
 
 import structlog
 from sqlalchemy import select
@@ -31,6 +32,7 @@ _OPEN = frozenset(OrderStatus) - {OrderStatus.ISSUED, OrderStatus.FAILED}
 _POLL = timedelta(seconds=0.25)
 _MAX_POLL = timedelta(seconds=30)
 _KEY_AUTHORIZATION_LIMIT = 512
+_GONE = frozenset({HTTPStatus.NOT_FOUND, HTTPStatus.GONE})
 
 
 class _OrderFailed(Exception):
@@ -59,10 +61,15 @@ def start_anew(server: Server, now: datetime) -> None:
         server.order_due_at = now
 
 
+def wants_csr(server: Server, order: Order) -> bool:
+    """Whether the agent is asked for a signing request; not for a server that leaves."""
+    return order.status is OrderStatus.WANTED and server.state in servers.NAMED_STATES
+
+
 def take_csr(settings: Settings, server: Server, order_id: int, pem: str, now: datetime) -> None:
     """The agent's answer to a WANTED order. Raises InvalidCsr; repeating it changes nothing."""
     order = next((order for order in server.orders if order.id == order_id), None)
-    if order is None or order.status is not OrderStatus.WANTED:
+    if order is None or not wants_csr(server, order):
         return
     try:
         check_csr(pem, settings.domain_of(server.name))
@@ -111,7 +118,9 @@ async def advance(
     try:
         change = await step(settings, account, order, server, now)
     except AcmeError as error:
-        change = _failed(order, error.detail) if error.permanent else _retry(settings, order, error, now)
+        # An order that the CA knows no more has expired, or the CA has lost its data.
+        is_over = error.permanent or (error.status in _GONE and not account.lost)
+        change = _failed(order, error.detail) if is_over else _retry(settings, order, error, now)
     except (_OrderFailed, CsrError, ChainError) as error:
         change = _failed(order, str(error))
     except FetchError as error:
@@ -211,26 +220,53 @@ async def _collect(
         return _poll_again(order, found.error_detail, found.retry_after, now)
     chain = await account.download(order.url)
     check_chain(chain, order.csr, settings.domain_of(server.name))
-    facts = chain_facts(chain)
 
     def change(row: Order, now: datetime) -> None:
         row.status, row.issued_at, row.due_at = OrderStatus.ISSUED, now, now
-        row.chain, row.fingerprint, row.serial = chain, facts.fingerprint, facts.serial
-        row.not_before, row.not_after = facts.not_before, facts.not_after
+        keep_chain(row, chain)
         row.attempts, row.error = 0, None
-        _log.info("certificate_issued", server=server.name, serial=facts.serial)
+        _log.info("certificate_issued", server=server.name, serial=row.serial)
 
     return change
+
+
+async def settle(account: AcmeAccount, order: Order) -> str | None:
+    """End an order's authorization; then an order under way can only have become a certificate already.
+
+    Returns the chain of such a certificate, which nobody asked for any more and which has to be revoked one
+    day. Raises AcmeError, also while the CA still works on the order.
+    """
+    if order.authorization_url is not None:
+        await account.deactivate_authorization(order.authorization_url)
+    if order.url is None or order.chain is not None:
+        return None
+    try:
+        status = (await account.poll(order.url)).status
+    except AcmeError as error:
+        if error.status in _GONE and not account.lost:
+            return None
+        raise
+    if status is OrderState.PROCESSING:
+        raise AcmeError("orderNotReady", "the CA is still working on an order")
+    return await account.download(order.url) if status is OrderState.VALID else None
+
+
+def keep_chain(order: Order, chain: str) -> None:
+    """Note a certificate with what is needed to recognise, renew and revoke it."""
+    facts = chain_facts(chain)
+    order.chain, order.fingerprint, order.serial = chain, facts.fingerprint, facts.serial
+    order.not_before, order.not_after = facts.not_before, facts.not_after
 
 
 async def _deactivate(
     _settings: Settings, account: AcmeAccount, order: Order, _server: Server, _now: datetime
 ) -> Change:
     """A cached authorization would let a removed name be renewed: it ends with the order it was made for."""
-    if order.authorization_url is not None:
-        await account.deactivate_authorization(order.authorization_url)
+    late_chain = await settle(account, order)
 
     def change(row: Order, now: datetime) -> None:
+        if late_chain is not None:
+            keep_chain(row, late_chain)
         row.deactivated_at, row.due_at = now, None
         row.attempts, row.error = 0, None
 

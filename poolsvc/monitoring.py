@@ -49,7 +49,7 @@ async def record(
     session: AsyncSession, settings: Settings, server: Server, results: Sequence[ProbeResult], now: datetime
 ) -> None:
     """Let one round of probes of a server take effect."""
-    if server.state not in servers.PROBED_STATES:
+    if server.state not in servers.PROBED_STATES or not results:
         return
     _record_stages(server, results, now)
     _score(server, settings, results)
@@ -121,7 +121,9 @@ def _score(server: Server, settings: Settings, results: Sequence[ProbeResult]) -
 
 def _admissible(server: Server, settings: Settings) -> bool:
     proved = [row for row in server.addresses if row.proved_at is not None]
-    return bool(proved) and all(row.full_probes >= settings.policy.admission_probes for row in proved)
+    held = any(hold.lifted_at is None for hold in server.holds)
+    enough = all(row.full_probes >= settings.policy.admission_probes for row in proved)
+    return bool(proved) and enough and not held
 
 
 async def _admit(session: AsyncSession, server: Server, settings: Settings, now: datetime) -> None:

@@ -27,10 +27,15 @@ RESERVED = frozenset(
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
+def is_label(name: str) -> bool:
+    """Whether anything could ever have been registered under this name."""
+    return len(name) <= MAX_NAME and _LABEL.fullmatch(name.lower()) is not None
+
+
 def check_name(name: str) -> str:
     """The name in lower case. Raises InvalidName or ReservedName."""
     lowered = name.strip().lower()
-    if not lowered.isascii() or lowered.startswith("xn--"):
+    if not name.isascii() or lowered.startswith("xn--"):
         raise InvalidName(
             f"the name {name!r} is internationalised",
             remedy="use letters a to z, digits and hyphens",
@@ -78,13 +83,25 @@ def check_address(text: str, *, allow_private: bool) -> IpAddress:
         raise InvalidAddress(
             f"{text} is not a unicast address", remedy="give the host's address", field="addresses"
         )
-    if not allow_private and not address.is_global:
+    if not allow_private and not _is_global_unicast(address):
         raise InvalidAddress(
             f"{text} is not a public address",
             remedy="give the address by which the Internet reaches the server",
             field="addresses",
         )
     return address
+
+
+def _is_global_unicast(address: IpAddress) -> bool:
+    """What the Internet routes to one host; stricter than `is_global`, whose lists age with Python."""
+    if address.version == 6 and address not in _IPV6_UNICAST:
+        return False
+    return address.is_global and not any(address in network for network in _NOT_ROUTED)
+
+
+_IPV6_UNICAST = ipaddress.ip_network("2000::/3")
+# Set aside by IANA without being private: 6to4 relays, future use, documentation.
+_NOT_ROUTED = tuple(map(ipaddress.ip_network, ("192.88.99.0/24", "240.0.0.0/4", "3fff::/20")))
 
 
 def prefix_of(address: str) -> str:

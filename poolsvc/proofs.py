@@ -5,6 +5,7 @@
 3. The answer is the agent key's signature over nonce, pool, server and address.
 """
 
+import asyncio
 import base64
 import binascii
 import secrets
@@ -88,9 +89,19 @@ async def prove(database: Database, settings: Settings, address_id: int, now: da
     """Connect back to one address that called, and record what came of it."""
     async with database.transaction() as session:
         row = await session.get(Address, address_id)
-        if row is None or row.nonce is None:
+        if row is None:
+            return
+        if row.nonce is None:
+            # The wait after a failure is over: the agent may call again.
+            row.proof_due_at = None
             return
         server = await servers.get(session, row.server_id)
+        try:
+            await _limit(session, settings, row.address, now)
+        except TooManyRequests as error:
+            row.nonce, row.proof_error = None, error.detail
+            row.proof_due_at = now + _HOUR / settings.policy.proofs_per_hour
+            return
         session.add(ConnectBack(address=row.address, prefix=prefix_of(row.address), at=now))
         nonce, address, key = row.nonce, row.address, server.agent_key or ""
         name = server.name
@@ -100,6 +111,8 @@ async def prove(database: Database, settings: Settings, address_id: int, now: da
         current = next((entry for entry in server.addresses if entry.id == address_id), None)
         if current is None or current.nonce != nonce:
             return
+        if failure is None and await servers.taken_address(session, [address]) is not None:
+            failure = "the address belongs to another server of this pool"
         await _record(session, settings, server, current, failure, now)
 
 
@@ -112,7 +125,7 @@ async def _record(
     now: datetime,
 ) -> None:
     row.nonce = None
-    row.proof_error = failure
+    row.proof_error = failure and "".join(char if char.isprintable() else " " for char in failure)[:300]
     if failure is not None:
         row.proof_due_at = now + _HOUR / settings.policy.proofs_per_hour
         return
@@ -157,10 +170,10 @@ def http_origin(address: str, port: int) -> str:
 
 async def fetch(url: str, *, host: str, deadline: float, limit: int) -> bytes:
     """The body of a plain HTTP answer, of `limit` octets at most; redirects are never followed."""
-    timeout = httpx.Timeout(deadline)
     try:
         async with (
-            httpx.AsyncClient(timeout=timeout, follow_redirects=False, trust_env=False) as client,
+            asyncio.timeout(deadline),
+            httpx.AsyncClient(timeout=deadline, follow_redirects=False, trust_env=False) as client,
             client.stream("GET", url, headers={"Host": host}) as response,
         ):
             if response.status_code != httpx.codes.OK:
@@ -171,7 +184,7 @@ async def fetch(url: str, *, host: str, deadline: float, limit: int) -> bytes:
                 if len(body) > limit:
                     raise FetchError(f"an answer of more than {limit} octets")
             return bytes(body)
-    except httpx.TimeoutException:
+    except (TimeoutError, httpx.TimeoutException):
         raise FetchError(f"no answer on the HTTP port within {deadline:g} s") from None
     except httpx.HTTPError as error:
         raise FetchError(f"no HTTP answer: {error or type(error).__name__}") from None

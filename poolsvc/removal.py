@@ -10,9 +10,8 @@ from datetime import datetime, timedelta
 import structlog
 
 from nts_core.control import ServerState
-from poolsvc import servers
-from poolsvc.acme import AcmeAccount, AcmeError, OrderState
-from poolsvc.certificates import chain_facts
+from poolsvc import issuance, servers
+from poolsvc.acme import AcmeAccount, AcmeError
 from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.models import Order, OrderStatus, Server
@@ -79,13 +78,16 @@ async def advance(
         ended = [order.deactivated_at for order in server.orders if order.authorization_url]
         if None not in ended:
             # Each order's authorization ends with its issue already: the receipt tells when the last one did.
-            server.authorization_deactivated_at = max(filter(None, ended), default=now)
+            last = server.authorization_deactivated_at or now
+            server.authorization_deactivated_at = max(filter(None, ended), default=last)
         if not any(_must_be_revoked(order, now) for order in server.orders):
             server.certificate_revoked_at = server.certificate_revoked_at or now
         server.removal_error = done.error
         server.removal_due_at = now + timedelta(seconds=settings.policy.step_retry)
         if _is_complete(server):
             server.removal_due_at = None
+            if server.burnt_at is None:
+                server.released_at = now  # nobody can have seen the name
             await servers.apply(
                 session, server, EventKind.CLOSED, actor="worker", reason="every step is done", now=now
             )
@@ -102,12 +104,7 @@ def _is_complete(server: Server) -> bool:
 
 
 def _must_be_revoked(order: Order, now: datetime) -> bool:
-    return (
-        order.status is OrderStatus.ISSUED
-        and order.revoked_at is None
-        and order.not_after is not None
-        and order.not_after > now
-    )
+    return order.revoked_at is None and order.not_after is not None and order.not_after > now
 
 
 @dataclass(slots=True)
@@ -129,7 +126,10 @@ async def _ca_steps(account: AcmeAccount | None, server: Server, now: datetime) 
             continue
         try:
             if _is_unsettled(order):
-                await _settle(account, order, done)
+                late = await issuance.settle(account, order)
+                done.settled.add(order.id)
+                if late is not None:
+                    done.late_chains[order.id] = late
             chain = done.late_chains.get(order.id) or (order.chain if _must_be_revoked(order, now) else None)
             if chain is not None:
                 await account.revoke(chain)
@@ -143,25 +143,9 @@ def _is_unsettled(order: Order) -> bool:
     return order.authorization_url is not None and order.deactivated_at is None
 
 
-async def _settle(account: AcmeAccount, order: Order, done: _Done) -> None:
-    """End the authorization; then an order under way can only have become a certificate already."""
-    assert order.authorization_url is not None
-    await account.deactivate_authorization(order.authorization_url)
-    if order.url is not None and order.chain is None:
-        status = (await account.poll(order.url)).status
-        if status is OrderState.PROCESSING:
-            raise AcmeError("orderNotReady", "the CA is still working on an order")
-        if status is OrderState.VALID:
-            done.late_chains[order.id] = await account.download(order.url)
-    done.settled.add(order.id)
-
-
 def _note(order: Order, done: _Done, now: datetime) -> None:
     if order.id in done.late_chains:
-        order.chain = done.late_chains[order.id]
-        facts = chain_facts(order.chain)
-        order.fingerprint, order.serial = facts.fingerprint, facts.serial
-        order.not_before, order.not_after = facts.not_before, facts.not_after
+        issuance.keep_chain(order, done.late_chains[order.id])
         order.status, order.issued_at = OrderStatus.ISSUED, now
     if order.id in done.settled:
         order.deactivated_at = now

@@ -12,10 +12,12 @@ Rules:
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 from enum import StrEnum
 
 from sqlalchemy import func, or_, select
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import selectinload
 
@@ -24,7 +26,7 @@ from poolsvc import scoring
 from poolsvc.config import Settings
 from poolsvc.errors import AddressTaken, NameTaken, NotFound, WrongState
 from poolsvc.models import Address, Event, Hold, HoldKind, Member, Pool, Server
-from poolsvc.names import check_addresses, check_name
+from poolsvc.names import check_addresses, check_name, is_label
 
 
 class EventKind(StrEnum):
@@ -106,7 +108,12 @@ async def register(
             remedy="choose another name",
             field="name",
         )
-    await _refuse_taken_addresses(session, checked)
+    if (taken := await taken_address(session, checked)) is not None:
+        raise AddressTaken(
+            f"{taken} belongs to another server of this pool",
+            remedy="list the addresses of this server only, or remove the other server first",
+            field="addresses",
+        )
     server = Server(
         member_id=member.id, name=label, state=ServerState.REGISTERED, state_since=now, created_at=now
     )
@@ -127,9 +134,12 @@ async def register(
     return server
 
 
-async def _refuse_taken_addresses(session: AsyncSession, addresses: Sequence[str]) -> None:
-    """An address has one owner from its proof on; an unproved claim keeps nobody out."""
-    taken = await session.scalar(
+async def taken_address(session: AsyncSession, addresses: Sequence[str]) -> str | None:
+    """One of the addresses that a server of the pool has proved: it has one owner from then on.
+
+    An unproved claim keeps nobody out.
+    """
+    return await session.scalar(
         select(Address.address)
         .join(Server, Server.id == Address.server_id)
         .where(
@@ -139,19 +149,14 @@ async def _refuse_taken_addresses(session: AsyncSession, addresses: Sequence[str
         )
         .limit(1)
     )
-    if taken is not None:
-        raise AddressTaken(
-            f"{taken} belongs to another server of this pool",
-            remedy="list the addresses of this server only, or remove the other server first",
-            field="addresses",
-        )
 
 
 async def find(session: AsyncSession, name: str) -> Server:
     """The server that holds, or last held, a name, with everything that `explain` reads."""
-    server = await session.scalar(
-        select(Server).where(Server.name == name.lower()).order_by(Server.id.desc()).limit(1).options(*WHOLE)
-    )
+    server = None
+    if is_label(name):
+        found = select(Server).where(Server.name == name.lower()).order_by(Server.id.desc()).limit(1)
+        server = await session.scalar(found.options(*WHOLE))
     if server is None:
         raise NotFound(f"there is no server named {name!r}", remedy="check the name")
     return server
@@ -241,9 +246,11 @@ async def the_pool(session: AsyncSession, settings: Settings, *, lock: bool = Fa
     """
     pool = await session.get(Pool, 1, with_for_update=True if lock else None)
     if pool is None:
-        pool = Pool(id=1, domain=settings.pool, epoch=0)
-        session.add(pool)
-        await session.flush()
+        # Another process may make the row at the same moment; then its row it is.
+        with suppress(IntegrityError):
+            async with session.begin_nested():
+                session.add(Pool(id=1, domain=settings.pool, epoch=0))
+        pool = await session.get_one(Pool, 1, with_for_update=True if lock else None)
     if pool.domain != settings.pool:
         raise WrongState(f"the database is that of the pool {pool.domain}, not of {settings.pool}")
     return pool

@@ -67,6 +67,7 @@ class Worker:
         self._planned: publication.Plan | None = None
         self._reconciled_at: datetime | None = None
         self._slots = asyncio.Semaphore(_CONCURRENCY)
+        self._opening = asyncio.Lock()
 
     async def run(self) -> None:
         """Work until cancelled."""
@@ -102,9 +103,9 @@ class Worker:
             async with self._slots:
                 await work(identifier)
 
-        async with asyncio.TaskGroup() as group:
-            for identifier in ids:
-                group.create_task(one(identifier))
+        outcomes = await asyncio.gather(*map(one, ids), return_exceptions=True)
+        if failures := [outcome for outcome in outcomes if isinstance(outcome, Exception)]:
+            raise ExceptionGroup("pieces of work failed", failures)
 
     async def _prove(self, now: datetime) -> None:
         ids = await claim(self._database, Address, Address.proof_due_at, now)
@@ -146,6 +147,10 @@ class Worker:
 
     async def _open_account(self, now: datetime) -> AcmeAccount | None:
         """The registry's account at the CA; None while the CA is out of reach."""
+        async with self._opening:
+            return await self._opened(now)
+
+    async def _opened(self, now: datetime) -> AcmeAccount | None:
         if self._account is not None and not self._account.lost:
             return self._account
         ca = self._settings.ca

@@ -4,137 +4,25 @@ import asyncio
 import contextlib
 import datetime as dt
 import socket
-import socketserver
-import threading
 import time
-from pathlib import Path
 
-import dns.flags
-import dns.message
-import dns.rcode
-import dns.rdatatype
-import dns.rrset
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
-from lab.pebble import Pebble
-from lab.processes import free_port
-from member_agent.challenges import Responder
+from member_agent.install import new_key_and_csr
 from nts_core.control import ACME_PATH
 from poolsvc.acme import (
     AcmeAccount,
     AcmeConfig,
     AcmeError,
-    ChainError,
-    CsrError,
     OrderState,
-    chain_facts,
-    check_chain,
-    check_csr,
-    renew_at,
     retry_after_seconds,
 )
+from poolsvc.certificates import CsrError, chain_facts, check_chain
 
 NAME = "alice.servers.pool.example"
-SAN = x509.SubjectAlternativeName([x509.DNSName(NAME)])
 NOW = dt.datetime(2026, 3, 1, 12, tzinfo=dt.UTC)
-
-
-class Udp(socketserver.BaseRequestHandler):
-    def handle(self):
-        octets, sock = self.request
-        sock.sendto(answer_dns(octets), self.client_address)
-
-
-class Tcp(socketserver.StreamRequestHandler):
-    timeout = 5
-
-    def handle(self):
-        while length := self.rfile.read(2):
-            answer = answer_dns(self.rfile.read(int.from_bytes(length)))
-            self.wfile.write(len(answer).to_bytes(2) + answer)
-
-
-class TcpServer(socketserver.ThreadingTCPServer):
-    allow_reuse_address = True
-    daemon_threads = True
-
-
-def answer_dns(octets: bytes) -> bytes:
-    """Names under servers.pool.example have the address 127.0.0.1, others do not exist."""
-    query = dns.message.from_wire(octets)
-    answer = dns.message.make_response(query)
-    answer.flags |= dns.flags.AA
-    question = query.question[0]
-    if not question.name.to_text().lower().endswith(".servers.pool.example."):
-        answer.set_rcode(dns.rcode.NXDOMAIN)
-    elif question.rdtype == dns.rdatatype.A:
-        answer.answer.append(dns.rrset.from_text(question.name, 1, "IN", "A", "127.0.0.1"))
-    return answer.to_wire()
-
-
-@pytest.fixture(scope="module")
-def resolver():
-    address = ("127.0.0.1", free_port())
-    with TcpServer(address, Tcp) as tcp, socketserver.ThreadingUDPServer(address, Udp) as udp:
-        threads = [threading.Thread(target=server.serve_forever, args=(0.05,)) for server in (tcp, udp)]
-        for thread in threads:
-            thread.start()
-        yield f"127.0.0.1:{address[1]}"
-        for server in (tcp, udp):
-            server.shutdown()
-        for thread in threads:
-            thread.join()
-
-
-@pytest.fixture
-async def responder():
-    async with Responder([NAME]) as responder:
-        await responder.listen(("127.0.0.1", 0))
-        yield responder
-
-
-@pytest.fixture
-def lab(tmp_path, resolver, responder):
-    """Starts a Pebble that validates on our responder's port, and gives accounts there."""
-    with Lab(tmp_path, resolver, responder) as lab:
-        yield lab
-
-
-class Lab(contextlib.ExitStack):
-    def __init__(self, directory: Path, resolver: str, responder: Responder):
-        super().__init__()
-        self.directory, self.resolver, self.responder = directory, resolver, responder
-
-    def pebble(self, **options) -> Pebble:
-        port = self.responder.endpoints[0][1]
-        pebble = Pebble(self.directory / "pebble", resolver=self.resolver, http_port=port, **options)
-        return self.enter_context(pebble)
-
-    def config(self, pebble: Pebble) -> AcmeConfig:
-        return AcmeConfig(
-            directory_url=pebble.directory_url,
-            account_key_file=self.directory / "keys" / "account.pem",
-            contact=("mailto:operator@pool.example",),
-            ca_file=pebble.ca_file,
-            user_agent="truechimer-test",
-        )
-
-    async def account(self, pebble: Pebble) -> AcmeAccount:
-        account = await AcmeAccount.open(self.config(pebble))
-        self.callback(account.close)
-        return account
-
-    async def validated(self, account, csr_pem):
-        """An order whose challenge was answered with success."""
-        order = await account.order(csr_pem, NAME)
-        self.responder.publish(NAME, ACME_PATH + order.token, order.key_authorization.encode())
-        await account.answer(order.challenge_url)
-        status = await polled(account, order.url)
-        assert status.status is OrderState.READY, status
-        return order
 
 
 async def polled(account, url, *, until=(OrderState.READY, OrderState.VALID, OrderState.INVALID)):
@@ -143,6 +31,20 @@ async def polled(account, url, *, until=(OrderState.READY, OrderState.VALID, Ord
         assert time.monotonic() < end, f"still {status}"
         await asyncio.sleep(0.02)
     return status
+
+
+def make_csr(name=NAME) -> str:
+    return new_key_and_csr(name)[1]
+
+
+async def validated(lab, account, csr_pem):
+    """An order whose challenge was answered with success."""
+    order = await account.order(csr_pem, NAME)
+    lab.responder.publish(NAME, ACME_PATH + order.token, order.key_authorization.encode())
+    await account.answer(order.challenge_url)
+    status = await polled(account, order.url)
+    assert status.status is OrderState.READY, status
+    return order
 
 
 async def patient(step):
@@ -155,19 +57,11 @@ async def patient(step):
         return await step()
 
 
-def make_csr(*, key=None, extensions=((SAN, False),), subject=()) -> str:
-    key = key or ec.generate_private_key(ec.SECP256R1())
-    builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name(subject))
-    for extension, critical in extensions:
-        builder = builder.add_extension(extension, critical=critical)
-    return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
-
-
 async def test_a_whole_issue_with_half_of_the_nonces_refused(lab):
     pebble = lab.pebble(nonce_reject=50, validity=5 * 86_400)
     csr = make_csr()
     account = await patient(lambda: lab.account(pebble))
-    order = await patient(lambda: lab.validated(account, csr))
+    order = await patient(lambda: validated(lab, account, csr))
     assert order.expires > dt.datetime.now(dt.UTC)
     await patient(lambda: account.finalize(order.url, csr))
     status = await patient(lambda: polled(account, order.url, until=(OrderState.VALID,)))
@@ -242,7 +136,7 @@ async def test_a_wrong_body_makes_the_order_invalid_with_the_cas_words(lab):
 
 async def test_a_name_without_address_makes_the_order_invalid(lab):
     name = "alice.nowhere.example"
-    csr = make_csr(extensions=[(x509.SubjectAlternativeName([x509.DNSName(name)]), False)])
+    csr = make_csr(name)
     account = await lab.account(lab.pebble())
     order = await account.order(csr, name)
     await account.answer(order.challenge_url)
@@ -265,18 +159,44 @@ async def test_a_ca_that_is_down_is_unreachable_and_works_when_it_returns(lab):
             await attempt
         assert caught.value.code == "unreachable"
         assert not caught.value.permanent
+    assert not account.lost, "a CA that is away has not forgotten anybody"
     pebble.start()
     with pytest.raises(AcmeError) as caught:
         await account.poll(order.url)
     assert caught.value.code == "accountDoesNotExist", "Pebble forgets its accounts"
     account = await lab.account(pebble)
-    await account.finalize((await lab.validated(account, csr)).url, csr)
+    await account.finalize((await validated(lab, account, csr)).url, csr)
+
+
+@pytest.mark.parametrize("call", ["order", "answer", "poll", "finalize", "download", "revoke", "deactivate"])
+async def test_a_ca_that_forgot_the_account_makes_it_lost_whatever_was_called(lab, call):
+    pebble, csr = lab.pebble(), make_csr()
+    account = await lab.account(pebble)
+    order = await account.order(csr, NAME)
+    calls = {
+        "order": lambda: account.order(csr, NAME),
+        "answer": lambda: account.answer(order.challenge_url),
+        "poll": lambda: account.poll(order.url),
+        "finalize": lambda: account.finalize(order.url, csr),
+        "download": lambda: account.download(order.url),
+        "revoke": lambda: account.revoke(pebble.ca_file.read_text()),
+        "deactivate": lambda: account.deactivate_authorization(order.authorization_url),
+    }
+    pebble.restart()
+    assert not account.lost
+    with pytest.raises(AcmeError):
+        await calls[call]()
+    assert account.lost
+    again = await lab.account(pebble)
+    assert not again.lost
+    assert (await again.order(csr, NAME)).token is not None
+    assert account.lost, "a lost account stays lost"
 
 
 async def test_a_valid_authorization_is_used_again_unless_it_was_deactivated(lab):
     pebble = lab.pebble(authz_reuse=100)
     account = await lab.account(pebble)
-    first = await lab.validated(account, make_csr())
+    first = await validated(lab, account, make_csr())
     again = await account.order(make_csr(), NAME)
     assert (again.token, again.challenge_url, again.key_authorization) == (None, None, None)
     assert again.authorization_url == first.authorization_url
@@ -307,7 +227,7 @@ async def test_deactivating_what_never_was_is_success(lab):
 
 async def test_a_certificate_can_be_fetched_after_its_authorization_was_deactivated(lab):
     account, csr = await lab.account(lab.pebble()), make_csr()
-    order = await lab.validated(account, csr)
+    order = await validated(lab, account, csr)
     await account.finalize(order.url, csr)
     await polled(account, order.url, until=(OrderState.VALID,))
     await account.deactivate_authorization(order.authorization_url)
@@ -318,7 +238,7 @@ async def test_a_certificate_can_be_fetched_after_its_authorization_was_deactiva
 async def test_revoking_twice_is_success_and_the_ca_says_revoked(lab):
     pebble, csr = lab.pebble(), make_csr()
     account = await lab.account(pebble)
-    order = await lab.validated(account, csr)
+    order = await validated(lab, account, csr)
     await account.finalize(order.url, csr)
     await polled(account, order.url, until=(OrderState.VALID,))
     chain = await account.download(order.url)
@@ -350,8 +270,14 @@ async def test_the_account_key_as_certificate_key_is_refused_for_ever(lab):
     account = await lab.account(lab.pebble())
     key_file = lab.directory / "keys" / "account.pem"
     key = serialization.load_pem_private_key(await asyncio.to_thread(key_file.read_bytes), None)
-    csr = make_csr(key=key)
-    order = await lab.validated(account, csr)
+    csr = (
+        x509.CertificateSigningRequestBuilder(x509.Name([]))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(NAME)]), critical=False)
+        .sign(key, hashes.SHA256())
+        .public_bytes(serialization.Encoding.PEM)
+        .decode()
+    )
+    order = await validated(lab, account, csr)
     with pytest.raises(AcmeError) as caught:
         await account.finalize(order.url, csr)
     assert caught.value.code == "badCSR"
@@ -496,106 +422,9 @@ def test_retry_after_in_both_forms(value, wanted):
     assert retry_after_seconds(value, now=NOW) == wanted
 
 
-def test_a_request_of_our_form_is_accepted():
-    check_csr(make_csr(), NAME)
-    common = x509.NameAttribute(x509.NameOID.COMMON_NAME, NAME)
-    check_csr(make_csr(subject=[common]), NAME)
-
-
-def bad_signature() -> str:
-    der = x509.load_pem_x509_csr(make_csr().encode()).public_bytes(serialization.Encoding.DER)
-    for position in range(len(der) - 4, len(der)):
-        broken = der[:position] + bytes([der[position] ^ 1]) + der[position + 1 :]
-        with contextlib.suppress(ValueError):
-            csr = x509.load_der_x509_csr(broken)
-            return csr.public_bytes(serialization.Encoding.PEM).decode()
-    pytest.fail("no octet of the signature can be changed")
-
-
-def san(*names: x509.GeneralName):
-    return [(x509.SubjectAlternativeName(names), False)]
-
-
-OTHER = x509.DNSName("bob.servers.pool.example")
-CLIENT_AUTH = x509.ExtendedKeyUsage([x509.ExtendedKeyUsageOID.CLIENT_AUTH])
-
-
-@pytest.mark.parametrize(
-    ("make", "fault"),
-    [
-        (lambda: make_csr(extensions=san(OTHER)), "names must be"),
-        (lambda: make_csr(extensions=san(x509.DNSName(NAME), OTHER)), "names must be"),
-        (lambda: make_csr(extensions=san(x509.DNSName("*." + NAME))), "names must be"),
-        (lambda: make_csr(extensions=san(x509.UniformResourceIdentifier("http://x/"))), "names must be"),
-        (lambda: make_csr(extensions=[]), "subjectAltName"),
-        (lambda: make_csr(extensions=[*san(x509.DNSName(NAME)), (CLIENT_AUTH, False)]), "only extension"),
-        (
-            lambda: make_csr(subject=[x509.NameAttribute(x509.NameOID.COMMON_NAME, "bob.example")]),
-            "subject must be",
-        ),
-        (
-            lambda: make_csr(subject=[x509.NameAttribute(x509.NameOID.ORGANIZATION_NAME, NAME)]),
-            "subject must be",
-        ),
-        (lambda: make_csr(key=rsa.generate_private_key(65_537, 2048)), "P-256"),
-        (lambda: make_csr(key=ec.generate_private_key(ec.SECP384R1())), "P-256"),
-        (bad_signature, "signature"),
-        (lambda: "garbage", "not a certificate signing request"),
-        (lambda: "", "not a certificate signing request"),
-        (lambda: make_csr().replace("M", "A", 5), "not a certificate signing request"),
-        (lambda: make_csr() + "\n" * 70_000, "longer than"),
-        (lambda: make_csr().replace("-----BEGIN", "\udce4-----BEGIN"), "not a certificate signing request"),
-    ],
-)
-def test_other_requests_are_refused_by_their_fault(make, fault):
-    with pytest.raises(CsrError, match=fault):
-        check_csr(make(), NAME)
-
-
 async def test_a_refused_request_never_reaches_the_ca(lab):
     pebble = lab.pebble()
     account = await lab.account(pebble)
     with pytest.raises(CsrError):
-        await account.order(make_csr(extensions=san(OTHER)), NAME)
+        await account.order(make_csr("bob.servers.pool.example"), NAME)
     assert "new order" not in pebble.process.output().lower().replace("-", " ")
-
-
-def self_signed(key, name=NAME) -> str:
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "x")])
-    certificate = (
-        x509.CertificateBuilder(subject, subject, key.public_key(), 0xABC, NOW, NOW + dt.timedelta(days=6))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    return certificate.public_bytes(serialization.Encoding.PEM).decode()
-
-
-def test_chain_facts_of_a_known_certificate():
-    key = ec.generate_private_key(ec.SECP256R1())
-    facts = chain_facts(self_signed(key))
-    assert facts.serial == "abc"
-    assert (facts.not_before, facts.not_after) == (NOW, NOW + dt.timedelta(days=6))
-    assert len(facts.fingerprint) == len(facts.spki_sha256) == 64
-    assert facts.spki_sha256 == chain_facts(self_signed(key, "bob.example")).spki_sha256
-    assert facts.fingerprint != chain_facts(self_signed(key, "bob.example")).fingerprint
-
-
-def test_a_chain_for_another_key_or_name_or_out_of_order_is_refused():
-    key, other = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    csr = make_csr(key=key)
-    check_chain(self_signed(key), csr, NAME)
-    for chain, fault in (
-        (self_signed(other), "request's key"),
-        (self_signed(key, "bob.example"), "bob"),
-        (self_signed(key) + self_signed(other), "together"),
-        ("garbage", "not a certificate chain"),
-        ("", "not a certificate chain"),
-        (self_signed(key) * 200, "longer than"),
-    ):
-        with pytest.raises(ChainError, match=fault):
-            check_chain(chain, csr, NAME)
-
-
-@pytest.mark.parametrize(("life", "after"), [(90, 60), (45, 30), (10, 10 * 2 / 3), (6, 3), (1, 0.5)])
-def test_renewal_is_due_with_a_third_of_the_life_left_or_half_of_a_short_one(life, after):
-    assert renew_at(NOW, NOW + dt.timedelta(days=life)) == NOW + dt.timedelta(days=after)

@@ -1,0 +1,418 @@
+"""What the registry's tests share: both database engines, settings, servers in a state, and a CA."""
+
+import asyncio
+import contextlib
+import shutil
+import socketserver
+import threading
+import time
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import dns.flags
+import dns.message
+import dns.rcode
+import dns.rdatatype
+import dns.rrset
+import httpx
+import pytest
+import structlog
+from alembic import command
+from alembic.config import Config
+
+import migrations
+from lab.pebble import Pebble
+from lab.postgres import Postgres
+from lab.processes import free_port
+from member_agent.challenges import Responder
+from member_agent.install import new_key_and_csr
+from nts_core.control import ACME_PATH, ServerState
+from poolsvc import issuance, members, servers
+from poolsvc.acme import AcmeAccount, AcmeConfig
+from poolsvc.app import create_app
+from poolsvc.cli import configure_logging
+from poolsvc.config import CaSettings, DnsSettings, PolicySettings, PortSettings, Settings
+from poolsvc.db import Database
+from poolsvc.models import HoldKind, Member, OrderStatus
+from poolsvc.servers import EventKind
+
+NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+NAME = "alice.servers.pool.example"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _plain_logs():
+    """As `poolsvc serve` writes them; structlog's own default draws every traceback with its variables."""
+    configure_logging()
+    yield
+    structlog.reset_defaults()
+
+
+def alembic_config(url: str) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    config.attributes["url"] = url
+    return config
+
+
+@pytest.fixture(scope="session")
+def alembic():
+    """The function that makes Alembic's configuration for a database."""
+    return alembic_config
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    with Postgres(tmp_path_factory.mktemp("postgres")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory):
+    """A migrated database; every test gets a copy."""
+    path = tmp_path_factory.mktemp("template") / "registry.db"
+    command.upgrade(alembic_config(f"sqlite+aiosqlite:///{path}"), "head")
+    return path
+
+
+@pytest.fixture(scope="session")
+def postgresql_template(cluster):
+    """A migrated database; every test gets a copy."""
+    url = cluster.create_database()
+    command.upgrade(alembic_config(url), "head")
+    return url
+
+
+@pytest.fixture
+def sqlite_url(sqlite_template, tmp_path):
+    path = tmp_path / "registry.db"
+    shutil.copy(sqlite_template, path)
+    return f"sqlite+aiosqlite:///{path}"
+
+
+@pytest.fixture
+def postgresql_url(cluster, postgresql_template):
+    url = cluster.create_database(template=postgresql_template)
+    yield url
+    cluster.drop_database(url)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request):
+    """A migrated database of each engine in turn."""
+    return request.getfixturevalue(f"{request.param}_url")
+
+
+@pytest.fixture
+async def database(database_url):
+    database = Database(database_url)
+    yield database
+    await database.close()
+
+
+@pytest.fixture
+async def postgresql(postgresql_url):
+    """For what only many processes at one PostgreSQL can do to each other."""
+    database = Database(postgresql_url)
+    yield database
+    await database.close()
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return Settings(
+        pool="pool.example",
+        allow_private_addresses=True,
+        ports=PortSettings(http=8080, ke=4460),
+        dns=DnsSettings(
+            primary="127.0.0.1:53",
+            tsig_name="publisher.pool.example",
+            tsig_secret_file=tmp_path / "tsig.secret",
+            nameservers=("127.0.0.1:53",),
+        ),
+        ca=CaSettings(
+            directory_url="https://ca.example/dir",
+            caa_identity="ca.example",
+            account_key_file=tmp_path / "account.pem",
+        ),
+        policy=PolicySettings(proof_deadline=2, tick=0.02, step_retry=10),
+    )
+
+
+@pytest.fixture
+def tuned(settings):
+    """Settings with other policy values: `tuned(opening_size=1)`; sections by name: `tuned(ports={...})`."""
+
+    def change(**values):
+        sections = {name: values.pop(name) for name in ("ports", "ca", "dns") if name in values}
+        update = {name: getattr(settings, name).model_copy(update=new) for name, new in sections.items()}
+        update["policy"] = settings.policy.model_copy(update=values)
+        return settings.model_copy(update=update)
+
+    return change
+
+
+class Registry:
+    """Servers of one test, brought to a state by the ways that the registry itself has."""
+
+    now = NOW
+
+    def __init__(self, database: Database, settings: Settings) -> None:
+        self.database, self.settings = database, settings
+
+    async def member(self, name: str = "Member") -> int:
+        async with self.database.transaction() as session:
+            return (await members.create(session, name, NOW))[0].id
+
+    async def server(self, name="alice", *addresses, state=ServerState.REGISTERED, member=None) -> int:
+        """The id of a new server; `addresses` are proved in all states but REGISTERED."""
+        member = member or await self.member(f"member of {name}")
+        async with self.database.transaction() as session:
+            owner = await session.get_one(Member, member)
+            made = await servers.register(
+                session, self.settings, owner, name, addresses or ("198.18.0.1",), NOW
+            )
+        async with self.change(made.id) as (session, server):
+            await _bring(session, server, state)
+        return made.id
+
+    @asynccontextmanager
+    async def change(self, server_id: int):
+        """One transaction: the session and the server in it."""
+        async with self.database.transaction() as session:
+            yield session, await servers.get(session, server_id)
+
+    async def get(self, server_id: int):
+        async with self.change(server_id) as (_, server):
+            return server
+
+
+async def _bring(session, server, state):
+    async def step(kind):
+        await servers.apply(session, server, kind, actor="test", reason="", now=NOW)
+
+    path = list(ServerState)[: list(ServerState).index(state) + 1]
+    if ServerState.VERIFIED in path:
+        await step(EventKind.ADDRESS_PROVED)
+        server.burnt_at = server.named_at = NOW
+        for row in server.addresses:
+            row.proved_at = NOW
+    if ServerState.CERTIFIED in path:
+        await step(EventKind.CERTIFICATE_SEEN)
+    if ServerState.ACTIVE in path:
+        await step(EventKind.NTS_CONFIRMED)
+        for row in server.addresses:
+            row.score = 12.0
+    if state is ServerState.SUSPENDED:
+        await servers.set_hold(session, server, HoldKind.OPERATOR, reason="test", actor="test", now=NOW)
+    if ServerState.LEAVING in path:
+        await servers.leave(session, server, actor="test", reason="test", now=NOW)
+    if ServerState.REMOVED in path:
+        await step(EventKind.CLOSED)
+
+
+@pytest.fixture
+def registry(database, settings):
+    return Registry(database, settings)
+
+
+@pytest.fixture
+def registry_of():
+    """For tests with a database or settings of their own: `registry_of(database, settings)`."""
+    return Registry
+
+
+class Udp(socketserver.BaseRequestHandler):
+    def handle(self):
+        octets, sock = self.request
+        sock.sendto(answer_dns(octets), self.client_address)
+
+
+class Tcp(socketserver.StreamRequestHandler):
+    timeout = 5
+
+    def handle(self):
+        while length := self.rfile.read(2):
+            answer = answer_dns(self.rfile.read(int.from_bytes(length)))
+            self.wfile.write(len(answer).to_bytes(2) + answer)
+
+
+class TcpServer(socketserver.ThreadingTCPServer):
+    allow_reuse_address = True
+    daemon_threads = True
+
+
+def answer_dns(octets: bytes) -> bytes:
+    """Names under servers.pool.example have the address 127.0.0.1, others do not exist."""
+    query = dns.message.from_wire(octets)
+    answer = dns.message.make_response(query)
+    answer.flags |= dns.flags.AA
+    question = query.question[0]
+    if not question.name.to_text().lower().endswith(".servers.pool.example."):
+        answer.set_rcode(dns.rcode.NXDOMAIN)
+    elif question.rdtype == dns.rdatatype.A:
+        answer.answer.append(dns.rrset.from_text(question.name, 1, "IN", "A", "127.0.0.1"))
+    return answer.to_wire()
+
+
+@pytest.fixture(scope="session")
+def resolver():
+    address = ("127.0.0.1", free_port())
+    with TcpServer(address, Tcp) as tcp, socketserver.ThreadingUDPServer(address, Udp) as udp:
+        threads = [threading.Thread(target=server.serve_forever, args=(0.05,)) for server in (tcp, udp)]
+        for thread in threads:
+            thread.start()
+        yield f"127.0.0.1:{address[1]}"
+        for server in (tcp, udp):
+            server.shutdown()
+        for thread in threads:
+            thread.join()
+
+
+@pytest.fixture
+async def responder():
+    async with Responder([NAME]) as responder:
+        await responder.listen(("127.0.0.1", 0))
+        yield responder
+
+
+@pytest.fixture
+def lab(tmp_path, resolver, responder):
+    """Starts a Pebble that validates on our responder's port, and gives accounts there."""
+    with Lab(tmp_path, resolver, responder) as lab:
+        yield lab
+
+
+class Lab(contextlib.ExitStack):
+    def __init__(self, directory: Path, resolver: str, responder: Responder):
+        super().__init__()
+        self.directory, self.resolver, self.responder = directory, resolver, responder
+
+    def pebble(self, **options) -> Pebble:
+        options = {"http_port": self.responder.endpoints[0][1], **options}
+        return self.enter_context(Pebble(self.directory / "pebble", resolver=self.resolver, **options))
+
+    def config(self, pebble: Pebble) -> AcmeConfig:
+        return AcmeConfig(
+            directory_url=pebble.directory_url,
+            account_key_file=self.directory / "keys" / "account.pem",
+            contact=("mailto:operator@pool.example",),
+            ca_file=pebble.ca_file,
+            user_agent="truechimer-test",
+        )
+
+    async def account(self, pebble: Pebble) -> AcmeAccount:
+        account = await AcmeAccount.open(self.config(pebble))
+        self.callback(account.close)
+        return account
+
+
+@pytest.fixture
+def app(database, settings):
+    """The ASGI application without its lifespan, so that no worker runs."""
+    return create_app(settings, database, [])
+
+
+@pytest.fixture
+def client(app):
+    """`client(token, source=ADDRESS)`: an HTTP client of the application that calls from an address."""
+
+    def make(token=None, *, source="192.0.2.1"):
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        transport = httpx.ASGITransport(app, client=(source, 40_000))
+        return httpx.AsyncClient(transport=transport, base_url="http://registry", headers=headers)
+
+    return make
+
+
+class Flow:
+    """The server alice at 127.0.0.1 with its orders at a real CA; our responder plays its agent."""
+
+    def __init__(self, registry: Registry, lab: Lab, pebble: Pebble) -> None:
+        self.registry, self.lab, self.pebble = registry, lab, pebble
+        self.database, self.settings = registry.database, registry.settings
+        self.now = datetime.now(UTC)
+
+    async def start(self):
+        self.server_id = await self.registry.server("alice", "127.0.0.1", state=ServerState.VERIFIED)
+        async with self.registry.change(self.server_id) as (_, server):
+            server.joined_at = self.now
+        return self
+
+    async def account(self) -> AcmeAccount:
+        return await self.lab.account(self.pebble)
+
+    async def server(self):
+        return await self.registry.get(self.server_id)
+
+    async def order(self):
+        """The newest order."""
+        return (await self.server()).orders[-1]
+
+    async def begin(self) -> None:
+        """A new order with the agent's request."""
+        async with self.registry.change(self.server_id) as (session, server):
+            issuance.want(server, self.now)
+            await session.flush()
+            order = server.orders[-1]
+            issuance.take_csr(self.settings, server, order.id, new_key_and_csr(NAME)[1], self.now)
+
+    async def serve(self) -> None:
+        """The agent serves the challenge that the registry relays, and says so."""
+        async with self.registry.change(self.server_id) as (_, server):
+            for challenge in issuance.challenges(server):
+                path, body = ACME_PATH + challenge.token, challenge.key_authorization.encode()
+                self.responder.publish(NAME, path, body)
+                issuance.note_serving(server, (challenge.token,), self.now)
+
+    @property
+    def responder(self) -> Responder:
+        return self.lab.responder
+
+    async def step(self, account: AcmeAccount | None = None):
+        """The order's next step, in what could be a new process; the order after it."""
+        account = account or await self.account()
+        await issuance.advance(self.database, self.settings, account, (await self.order()).id, self.now)
+        return await self.order()
+
+    async def until(self, *statuses: OrderStatus):
+        """Steps until the order has one of these states."""
+        account, end = await self.account(), time.monotonic() + 20
+        while (order := await self.order()).status not in statuses:
+            assert time.monotonic() < end, f"still {order.status}: {order.error}"
+            await self.serve()
+            await self.step(account)
+            await asyncio.sleep(0.02)
+        return order
+
+    async def certified(self):
+        """A whole order: issued, and its authorization deactivated."""
+        await self.begin()
+        await self.until(OrderStatus.ISSUED)
+        return await self.step()
+
+
+@pytest.fixture
+def engine(request):
+    """SQLite, unless a test is parametrised with both: a CA's answers are the same for each."""
+    return getattr(request, "param", "sqlite")
+
+
+@pytest.fixture
+def engine_url(request, engine):
+    return request.getfixturevalue(f"{engine}_url")
+
+
+@pytest.fixture
+async def flow(engine_url, lab, tuned):
+    """Makes a Flow whose Pebble has these options: `await flow(authz_reuse=100)`."""
+    database = Database(engine_url)
+
+    async def make(**options):
+        pebble = lab.pebble(**options)
+        settings = tuned(ports={"http": lab.responder.endpoints[0][1]}, step_retry=10)
+        return await Flow(Registry(database, settings), lab, pebble).start()
+
+    yield make
+    await database.close()

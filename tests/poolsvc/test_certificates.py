@@ -1,0 +1,135 @@
+"""What requests and chains are refused for, pure."""
+
+import contextlib
+import datetime as dt
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+
+from poolsvc.certificates import (
+    DETAIL_LIMIT,
+    ChainError,
+    CsrError,
+    chain_facts,
+    check_chain,
+    check_csr,
+    printable,
+    renew_at,
+)
+
+NAME = "alice.servers.pool.example"
+SAN = x509.SubjectAlternativeName([x509.DNSName(NAME)])
+NOW = dt.datetime(2026, 3, 1, 12, tzinfo=dt.UTC)
+
+
+def make_csr(*, key=None, extensions=((SAN, False),), subject=()) -> str:
+    key = key or ec.generate_private_key(ec.SECP256R1())
+    builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name(subject))
+    for extension, critical in extensions:
+        builder = builder.add_extension(extension, critical=critical)
+    return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
+
+
+def test_a_request_of_our_form_is_accepted():
+    check_csr(make_csr(), NAME)
+    common = x509.NameAttribute(x509.NameOID.COMMON_NAME, NAME)
+    check_csr(make_csr(subject=[common]), NAME)
+
+
+def bad_signature() -> str:
+    der = x509.load_pem_x509_csr(make_csr().encode()).public_bytes(serialization.Encoding.DER)
+    for position in range(len(der) - 4, len(der)):
+        broken = der[:position] + bytes([der[position] ^ 1]) + der[position + 1 :]
+        with contextlib.suppress(ValueError):
+            csr = x509.load_der_x509_csr(broken)
+            return csr.public_bytes(serialization.Encoding.PEM).decode()
+    pytest.fail("no octet of the signature can be changed")
+
+
+def san(*names: x509.GeneralName):
+    return [(x509.SubjectAlternativeName(names), False)]
+
+
+OTHER = x509.DNSName("bob.servers.pool.example")
+CLIENT_AUTH = x509.ExtendedKeyUsage([x509.ExtendedKeyUsageOID.CLIENT_AUTH])
+
+
+@pytest.mark.parametrize(
+    ("make", "fault"),
+    [
+        (lambda: make_csr(extensions=san(OTHER)), "names must be"),
+        (lambda: make_csr(extensions=san(x509.DNSName(NAME), OTHER)), "names must be"),
+        (lambda: make_csr(extensions=san(x509.DNSName("*." + NAME))), "names must be"),
+        (lambda: make_csr(extensions=san(x509.UniformResourceIdentifier("http://x/"))), "names must be"),
+        (lambda: make_csr(extensions=[]), "subjectAltName"),
+        (lambda: make_csr(extensions=[*san(x509.DNSName(NAME)), (CLIENT_AUTH, False)]), "only extension"),
+        (
+            lambda: make_csr(subject=[x509.NameAttribute(x509.NameOID.COMMON_NAME, "bob.example")]),
+            "subject must be",
+        ),
+        (
+            lambda: make_csr(subject=[x509.NameAttribute(x509.NameOID.ORGANIZATION_NAME, NAME)]),
+            "subject must be",
+        ),
+        (lambda: make_csr(key=rsa.generate_private_key(65_537, 2048)), "P-256"),
+        (lambda: make_csr(key=ec.generate_private_key(ec.SECP384R1())), "P-256"),
+        (bad_signature, "signature"),
+        (lambda: "garbage", "not a certificate signing request"),
+        (lambda: "", "not a certificate signing request"),
+        (lambda: make_csr().replace("M", "A", 5), "not a certificate signing request"),
+        (lambda: make_csr() + "\n" * 70_000, "longer than"),
+        (lambda: make_csr() + "\x00", "NUL"),
+        (lambda: make_csr().replace("-----BEGIN", "\udce4-----BEGIN"), "not a certificate signing request"),
+    ],
+)
+def test_other_requests_are_refused_by_their_fault(make, fault):
+    with pytest.raises(CsrError, match=fault):
+        check_csr(make(), NAME)
+
+
+def self_signed(key, name=NAME) -> str:
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "x")])
+    certificate = (
+        x509.CertificateBuilder(subject, subject, key.public_key(), 0xABC, NOW, NOW + dt.timedelta(days=6))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    return certificate.public_bytes(serialization.Encoding.PEM).decode()
+
+
+def test_chain_facts_of_a_known_certificate():
+    key = ec.generate_private_key(ec.SECP256R1())
+    facts = chain_facts(self_signed(key))
+    assert facts.serial == "abc"
+    assert (facts.not_before, facts.not_after) == (NOW, NOW + dt.timedelta(days=6))
+    assert len(facts.fingerprint) == len(facts.spki_sha256) == 64
+    assert facts.spki_sha256 == chain_facts(self_signed(key, "bob.example")).spki_sha256
+    assert facts.fingerprint != chain_facts(self_signed(key, "bob.example")).fingerprint
+
+
+def test_a_chain_for_another_key_or_name_or_out_of_order_is_refused():
+    key, other = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    csr = make_csr(key=key)
+    check_chain(self_signed(key), csr, NAME)
+    for chain, fault in (
+        (self_signed(other), "request's key"),
+        (self_signed(key, "bob.example"), "bob"),
+        (self_signed(key) + self_signed(other), "together"),
+        ("garbage", "not a certificate chain"),
+        ("", "not a certificate chain"),
+        (self_signed(key) * 200, "longer than"),
+    ):
+        with pytest.raises(ChainError, match=fault):
+            check_chain(chain, csr, NAME)
+
+
+@pytest.mark.parametrize(("life", "after"), [(90, 60), (45, 30), (10, 10 * 2 / 3), (6, 3), (1, 0.5)])
+def test_renewal_is_due_with_a_third_of_the_life_left_or_half_of_a_short_one(life, after):
+    assert renew_at(NOW, NOW + dt.timedelta(days=life)) == NOW + dt.timedelta(days=after)
+
+
+def test_a_peers_words_are_bounded_and_without_control_characters():
+    assert printable("a\nb\x1b[31m\u202ec") == "a b [31m c"
+    assert printable("w" * 5000) == "w" * DETAIL_LIMIT

@@ -1,0 +1,222 @@
+"""Settings: one file and the environment, every mistake told by the setting's name, secrets by file only."""
+
+import os
+from datetime import timedelta
+
+import pytest
+from pydantic import ValidationError
+
+from poolsvc.config import ConfigError, load_settings, split_endpoint
+
+MINIMAL = """\
+pool = "pool.example"
+
+[dns]
+primary = "192.0.2.53:53"
+tsig_name = "publisher.pool.example"
+tsig_secret_file = "tsig.secret"
+nameservers = ["192.0.2.53:53", "[2001:db8::53]:5353"]
+
+[ca]
+directory_url = "https://ca.example/dir"
+caa_identity = "ca.example"
+account_key_file = "keys/account.pem"
+"""
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_the_machine(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("POOLSVC_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Writes a settings file from the minimal one: lines before it, and replacements in it."""
+
+    def write(before="", **replacements):
+        text = MINIMAL
+        for old, new in replacements.items():
+            assert f"{old} = " in text
+            text = "".join(
+                (f"{old} = {new}\n" if new is not None else "") if line.startswith(f"{old} = ") else line
+                for line in text.splitlines(keepends=True)
+            )
+        path = tmp_path / "poolsvc.toml"
+        path.write_text(before + text)
+        return path
+
+    return write
+
+
+def refused(path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_settings(path)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_minimal_file_gives_the_defaults_of_a_public_pool(file):
+    settings = load_settings(file())
+    assert (settings.pool, settings.servers_domain) == ("pool.example", "servers.pool.example")
+    assert settings.domain_of("alice") == "alice.servers.pool.example"
+    assert (settings.ports.http, settings.ports.ke) == (80, 4460)
+    assert settings.allow_private_addresses is False
+    assert settings.policy.require_source_address is True
+    assert settings.policy.opening_size == 4
+    assert settings.policy.admission_probes == 3
+    assert settings.policy.proofs_per_hour == 5
+    assert settings.policy.retry == (60, 600, 6000, 86400)
+    assert settings.join_token_life == timedelta(hours=72)
+
+
+def test_relative_paths_are_relative_to_the_file(file, tmp_path, monkeypatch):
+    monkeypatch.chdir("/")
+    settings = load_settings(file('roots_file = "roots.pem"\n'))
+    assert settings.dns.tsig_secret_file == tmp_path / "tsig.secret"
+    assert settings.ca.account_key_file == tmp_path / "keys" / "account.pem"
+    assert settings.roots_file == tmp_path / "roots.pem"
+    assert settings.ca.ca_file is None
+    assert settings.database == f"sqlite+aiosqlite:///{tmp_path}/registry.db"
+
+
+def test_absolute_paths_and_other_databases_stay_as_they_are(file):
+    url = "postgresql+psycopg://registry@db.example/registry"
+    settings = load_settings(file(f'database = "{url}"\n', tsig_secret_file='"/etc/truechimer/tsig"'))
+    assert settings.database == url
+    assert str(settings.dns.tsig_secret_file) == "/etc/truechimer/tsig"
+    settings = load_settings(file('database = "sqlite+aiosqlite:////var/lib/registry.db"\n'))
+    assert settings.database == "sqlite+aiosqlite:////var/lib/registry.db"
+
+
+def test_a_pool_is_a_domain_name_in_lower_case_without_the_last_dot(file):
+    assert load_settings(file(pool='"Pool.Example."')).pool == "pool.example"
+
+
+def test_the_environment_comes_before_the_file(file, monkeypatch):
+    monkeypatch.setenv("POOLSVC_POOL", "other.example")
+    monkeypatch.setenv("POOLSVC_POLICY__OPENING_SIZE", "9")
+    monkeypatch.setenv("POOLSVC_DNS__PRIMARY", "192.0.2.54:53")
+    settings = load_settings(file("allow_private_addresses = false\n"))
+    assert settings.pool == "other.example"
+    assert settings.policy.opening_size == 9
+    assert settings.dns.primary == "192.0.2.54:53"
+    assert settings.dns.tsig_name == "publisher.pool.example", "the rest of the section is the file's"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "setting"),
+    [
+        ("POOLSVC_POLICY__OPENING_SIZE", "none", "policy.opening_size"),
+        ("POOLSVC_POLICY__OPENING_SISE", "1", "policy.opening_sise"),
+        ("POOLSVC_PORTS__KE", "0", "ports.ke"),
+        ("POOLSVC_POOL", "not a name", "pool"),
+    ],
+)
+def test_a_mistake_in_the_environment_names_the_setting(file, monkeypatch, name, value, setting):
+    monkeypatch.setenv(name, value)
+    assert f"{setting}: " in refused(file())
+
+
+@pytest.mark.parametrize(
+    ("before", "replacements", "setting"),
+    [
+        ("pol = 1\n", {}, "pol: "),
+        ("", {"pool": None}, "pool: "),
+        ("", {"pool": '"localhost"'}, "pool: "),
+        ("", {"pool": '"-.example"'}, "pool: "),
+        ("", {"pool": "7"}, "pool: "),
+        ("", {"primary": '"ns1.example:53"'}, "dns.primary: "),
+        ("", {"primary": '"192.0.2.1"'}, "dns.primary: "),
+        ("", {"primary": '"192.0.2.1:70000"'}, "dns.primary: "),
+        ("", {"primary": '"2001:db8::1:53:x"'}, "dns.primary: "),
+        ("", {"primary": '"192.0.2.1:²"'}, "dns.primary: "),
+        ("", {"nameservers": "[]"}, "dns.nameservers: "),
+        ("", {"nameservers": '["192.0.2.1:53", "x"]'}, "dns.nameservers.1: "),
+        ("", {"tsig_name": None}, "dns.tsig_name: "),
+        ("", {"account_key_file": None}, "ca.account_key_file: "),
+        ("", {"caa_identity": '"ca_example"'}, "ca.caa_identity: "),
+        ("listen = []\n", {}, "listen: "),
+        ('listen = ["localhost:80"]\n', {}, "listen.0: "),
+        ("[ports]\nke = 70000\n", {}, "ports.ke: "),
+        ("[policy]\nretry = []\n", {}, "policy.retry: "),
+        ("[policy]\ntick = 0\n", {}, "policy.tick: "),
+        ("[policy]\nmax_stratum = 16\n", {}, "policy.max_stratum: "),
+        ("[policy]\nopeningsize = 1\n", {}, "policy.openingsize: "),
+        ('database = "sqlite:///registry.db"\n', {}, "database: "),
+        ('database = "mysql+aiomysql://registry@localhost/registry"\n', {}, "database: "),
+        ('database = "nonsense"\n', {}, "database: "),
+    ],
+)
+def test_a_mistake_in_the_file_names_the_setting(file, before, replacements, setting):
+    path = file()
+    text = file("", **replacements).read_text()
+    if before.startswith("["):
+        path.write_text(f"{text}\n{before}")
+    else:
+        path.write_text(f"{before}{text}")
+    message = refused(path)
+    assert f"{setting}" in message
+    assert "\n" not in message
+
+
+def test_a_variable_that_sets_nothing_is_told(file, monkeypatch):
+    monkeypatch.setenv("POOLSVC_POL", "pool.example")
+    with pytest.raises(ConfigError, match="POOLSVC_POL sets nothing"):
+        load_settings(file())
+
+
+def test_a_certificate_for_the_api_needs_its_key(file, tmp_path):
+    assert "go together" in refused(file('tls_certificate = "api.pem"\n'))
+    settings = load_settings(file('tls_certificate = "api.pem"\ntls_key = "api.key"\n'))
+    assert (settings.tls_certificate, settings.tls_key) == (tmp_path / "api.pem", tmp_path / "api.key")
+
+
+def test_trusted_proxies_are_addresses(file):
+    assert "trusted_proxies.0: " in refused(file('trusted_proxies = ["proxy.example"]\n'))
+    (proxy,) = load_settings(file('trusted_proxies = ["::1"]\n')).trusted_proxies
+    assert str(proxy) == "::1"
+
+
+def test_a_missing_section_is_named(file):
+    path = file()
+    path.write_text(path.read_text().split("[ca]")[0])
+    assert "ca: " in refused(path)
+
+
+def test_every_mistake_is_told_at_once(file):
+    message = refused(file("pol = 1\n", primary='"x"', caa_identity=None))
+    for setting in ("pol: ", "dns.primary: ", "ca.caa_identity: "):
+        assert setting in message
+
+
+def test_a_file_that_is_missing_or_no_toml_is_told_by_its_path(tmp_path):
+    assert "no such settings file" in refused(tmp_path / "missing.toml")
+    assert "no such settings file" in refused(tmp_path)
+    for content in (b"pool = ", b"\xff\xfe", b"pool = 'x\x00'"):
+        path = tmp_path / "broken.toml"
+        path.write_bytes(content)
+        refused(path)
+
+
+def test_settings_cannot_be_changed(file):
+    settings = load_settings(file())
+    with pytest.raises(ValidationError):
+        settings.pool = "other.example"
+    with pytest.raises(ValidationError):
+        settings.policy.tick = 2
+
+
+def test_a_password_in_the_databases_url_is_in_no_error_and_no_repr(file):
+    secret = "correct-horse"
+    database = f'database = "postgresql+psycopg://registry:{secret}@localhost/registry"\n'
+    assert secret not in repr(load_settings(file(database)))
+    assert secret not in refused(file(database, pool='"x"'))
+
+
+@pytest.mark.parametrize(
+    ("text", "endpoint"),
+    [("192.0.2.1:53", ("192.0.2.1", 53)), ("[2001:db8::1]:0", ("2001:db8::1", 0))],
+)
+def test_endpoints_are_split_at_the_last_colon(text, endpoint):
+    assert split_endpoint(text) == endpoint

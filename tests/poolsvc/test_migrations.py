@@ -1,0 +1,151 @@
+"""The migrations on both engines: up, down, up, and that they make what the models describe."""
+
+from datetime import UTC, datetime, timedelta, timezone
+
+import pytest
+import sqlalchemy as sa
+from alembic import command
+from sqlalchemy.exc import IntegrityError, StatementError
+
+from nts_core.control import ServerState, Stage, StageStatus
+from poolsvc.db import Database
+from poolsvc.errors import NotFound
+from poolsvc.models import Base, Hold, HoldKind, Member, Order, OrderStatus, StageRecord, Token, TokenKind
+
+NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_url(request, tmp_path):
+    if request.param == "sqlite":
+        yield f"sqlite+aiosqlite:///{tmp_path / 'empty.db'}"
+        return
+    cluster = request.getfixturevalue("cluster")
+    url = cluster.create_database()
+    yield url
+    cluster.drop_database(url)
+
+
+def tables(url):
+    """The tables as a program without our models sees them."""
+    engine = sa.create_engine(url.replace("+aiosqlite", ""), poolclass=sa.NullPool)
+    return set(sa.inspect(engine).get_table_names()) - {"alembic_version"}
+
+
+def test_up_from_empty_down_to_base_and_up_again(empty_url, alembic):
+    config = alembic(empty_url)
+    command.upgrade(config, "head")
+    assert tables(empty_url) == set(Base.metadata.tables)
+    command.downgrade(config, "base")
+    assert tables(empty_url) == set()
+    command.upgrade(config, "head")
+    assert tables(empty_url) == set(Base.metadata.tables)
+
+
+def test_migrating_twice_changes_nothing(database_url, alembic):
+    before = tables(database_url)
+    command.upgrade(alembic(database_url), "head")
+    assert tables(database_url) == before
+
+
+def test_models_and_migrations_agree(database_url, alembic):
+    command.check(alembic(database_url))
+
+
+def constraints(url):
+    engine = sa.create_engine(url.replace("+aiosqlite", ""), poolclass=sa.NullPool)
+    inspector = sa.inspect(engine)
+    return {
+        (table, *entry)
+        for table in Base.metadata.tables
+        for entry in [
+            *(("fk", found["name"]) for found in inspector.get_foreign_keys(table)),
+            *(("unique", found["name"]) for found in inspector.get_unique_constraints(table)),
+            *(("check", found["name"]) for found in inspector.get_check_constraints(table)),
+            *(("index", found["name"], found["unique"]) for found in inspector.get_indexes(table)),
+            *(("null", found["name"], found["nullable"]) for found in inspector.get_columns(table)),
+        ]
+    }
+
+
+def test_migrations_make_the_same_constraints_as_the_models(empty_url, alembic):
+    """Alembic's own comparison looks neither at checks nor at names."""
+    command.upgrade(alembic(empty_url), "head")
+    migrated = constraints(empty_url)
+    command.downgrade(alembic(empty_url), "base")
+    Base.metadata.create_all(sa.create_engine(empty_url.replace("+aiosqlite", ""), poolclass=sa.NullPool))
+    assert constraints(empty_url) == migrated
+
+
+async def test_every_value_of_every_enum_can_be_stored(registry):
+    """The CHECK constraints hold exactly the values that the program has."""
+    ids = [await registry.server(f"s{n}", f"198.18.1.{n}", state=s) for n, s in enumerate(ServerState, 1)]
+    async with registry.database.transaction() as session:
+        session.add_all(Hold(server_id=ids[0], kind=kind, reason="", set_at=NOW) for kind in HoldKind)
+        session.add_all(Order(server_id=ids[0], status=status, created_at=NOW) for status in OrderStatus)
+        session.add_all(Token(kind=kind, sha256=f"{kind:64}", created_at=NOW) for kind in TokenKind)
+        for number, status in enumerate(StageStatus):
+            session.add_all(
+                StageRecord(server_id=ids[number], stage=stage, status=status, since=NOW) for stage in Stage
+            )
+    async with registry.database.transaction() as session:
+        found = set(await session.scalars(sa.text("SELECT state FROM servers")))
+    assert found == {state.value for state in ServerState}
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE servers SET state = 'sleeping'",
+        "INSERT INTO pool (id, domain, epoch) VALUES (2, 'other.example', 0)",
+        "INSERT INTO members (name, created_at) VALUES ('Member', '2026-01-01')",
+        "UPDATE servers SET member_id = 999",
+        "INSERT INTO addresses (server_id, address, full_probes) SELECT server_id, address, 0 FROM addresses",
+    ],
+)
+async def test_the_database_refuses_what_the_program_must_never_write(registry, statement):
+    await registry.server("alice", member=await registry.member("Member"))
+    with pytest.raises(IntegrityError):
+        async with registry.database.transaction() as session:
+            await session.execute(sa.text(statement))
+
+
+async def test_times_come_back_as_aware_utc(database):
+    there = timezone(timedelta(hours=-5))
+    async with database.transaction() as session:
+        session.add(Member(name="m", created_at=NOW.astimezone(there)))
+    async with database.transaction() as session:
+        (found,) = await session.scalars(sa.select(Member))
+    assert found.created_at == NOW
+    assert found.created_at.utcoffset() == timedelta(0)
+
+
+async def test_a_time_without_a_zone_is_refused(database):
+    with pytest.raises(StatementError, match="without a zone"):
+        async with database.transaction() as session:
+            session.add(Member(name="m", created_at=NOW.replace(tzinfo=None)))
+
+
+async def test_a_transaction_that_raises_leaves_nothing(database):
+    async def interrupted():
+        async with database.transaction() as session:
+            session.add(Member(name="m", created_at=NOW))
+            await session.flush()
+            raise NotFound("something")
+
+    with pytest.raises(NotFound):
+        await interrupted()
+    async with database.transaction() as session:
+        assert await session.scalar(sa.select(sa.func.count()).select_from(Member)) == 0
+
+
+async def test_another_process_sees_a_committed_row_and_no_other(database_url):
+    first, second = Database(database_url), Database(database_url)
+    try:
+        async with first.transaction() as session:
+            session.add(Member(name="m", created_at=NOW))
+        async with second.transaction() as session:
+            assert [row.name for row in await session.scalars(sa.select(Member))] == ["m"]
+    finally:
+        await first.close()
+        await second.close()

@@ -1,0 +1,205 @@
+"""`poolsvc` as an operator runs it: exit statuses, remedies, and no secret on the screen."""
+
+import asyncio
+import json
+import os
+import socket
+from datetime import UTC, datetime
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from lab.processes import Process, free_port
+from lab.programs import Finished, run, script
+from poolsvc import auth
+from poolsvc.cli import ExitStatus, app
+from poolsvc.db import Database
+from poolsvc.models import TokenKind
+
+CONFIG = """\
+pool = "pool.example"
+database = "{database}"
+listen = ["127.0.0.1:{port}"]
+public_url = "http://127.0.0.1:{port}"
+{more}
+[dns]
+primary = "127.0.0.1:{dns}"
+tsig_name = "publisher.pool.example"
+tsig_secret_file = "tsig.secret"
+nameservers = ["127.0.0.1:{dns}"]
+
+[ca]
+directory_url = "https://127.0.0.1:{ca}/dir"
+caa_identity = "ca.example"
+account_key_file = "account.pem"
+"""
+SECRET = "correct-horse"
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_the_machine(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("POOLSVC_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Writes a settings file: `config(database_url, more lines)`."""
+
+    def write(database="sqlite+aiosqlite:///registry.db", more=""):
+        path = tmp_path / "poolsvc.toml"
+        ports = {name: free_port() for name in ("port", "dns", "ca")}
+        path.write_text(CONFIG.format(database=database, more=more, **ports))
+        (tmp_path / "tsig.secret").write_text("c2VjcmV0LW9mLXRoZS1wdWJsaXNoZXI=")
+        return path
+
+    return write
+
+
+def poolsvc(*arguments):
+    """Run a command to its end; `serve` in a process of its own, because it sets the logging up."""
+    if arguments[0] == "serve":
+        return run("poolsvc", *map(str, arguments))
+    done = CliRunner().invoke(app, [*map(str, arguments)])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return Finished(done.exit_code, done.stdout, done.stderr)
+
+
+def failed(done, status, remedy):
+    """A failure is one sentence and its remedy on standard error, and never a traceback."""
+    assert done.status == status, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert remedy in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_database(request, tmp_path):
+    if request.param == "sqlite":
+        yield f"sqlite+aiosqlite:///{tmp_path / 'registry.db'}"
+        return
+    cluster = request.getfixturevalue("cluster")
+    url = cluster.create_database()
+    yield url
+    cluster.drop_database(url)
+
+
+def test_migrate_then_operator_create_gives_a_token_that_works(config, empty_database):
+    path = config(empty_database)
+    failed(poolsvc("serve", "--config", path), ExitStatus.DATABASE, "run `poolsvc migrate --config FILE`")
+    failed(
+        poolsvc("operator", "create", "--config", path),
+        ExitStatus.DATABASE,
+        "run `poolsvc migrate --config FILE`",
+    )
+    assert poolsvc("migrate", "--config", path).status == ExitStatus.OK
+    assert poolsvc("migrate", "--config", path).status == ExitStatus.OK
+    made = poolsvc("operator", "create", "--config", path)
+    assert made.status == ExitStatus.OK
+
+    async def authenticated():
+        database = Database(empty_database)
+        try:
+            async with database.transaction() as session:
+                return await auth.authenticate(session, made.stdout.strip(), datetime.now(UTC))
+        finally:
+            await database.close()
+
+    assert asyncio.run(authenticated()).kind is TokenKind.OPERATOR
+
+
+def test_serve_answers_over_http_and_ends_at_sigterm(config, tmp_path):
+    """Its CA and its DNS server are away: both are alarms, and the API works."""
+    path = config()
+    assert poolsvc("migrate", "--config", path).status == ExitStatus.OK
+    url = next(line for line in path.read_text().splitlines() if line.startswith("public_url")).split('"')[1]
+    process = Process("poolsvc", [script("poolsvc"), "serve", "--config", str(path)], tmp_path)
+
+    def alarmed():
+        try:
+            answer = httpx.get(f"{url}/v1/pool", trust_env=False, timeout=5)
+        except httpx.TransportError:
+            return False
+        return any(alarm.startswith("CA: ") for alarm in answer.json()["alarms"])
+
+    with process.start(alarmed):
+        answer = httpx.get(f"{url}/v1/pool", trust_env=False)
+        assert "server" not in answer.headers
+        process.signal(15)
+        assert process.wait() in {0, -15}
+    assert "Traceback" not in process.output()
+    for line in process.output().splitlines():
+        json.loads(line)
+
+
+def test_serve_on_a_taken_port_names_the_setting(config):
+    path = config()
+    assert poolsvc("migrate", "--config", path).status == ExitStatus.OK
+    endpoint = path.read_text().split('listen = ["')[1].split('"')[0]
+    with socket.create_server(("127.0.0.1", int(endpoint.rpartition(":")[2]))):
+        done = poolsvc("serve", "--config", path)
+    failed(done, ExitStatus.CONFIGURATION, f"listen {endpoint}")
+
+
+def test_serve_with_unreadable_roots_names_the_setting(config, tmp_path):
+    path = config(more='roots_file = "roots.pem"')
+    assert poolsvc("migrate", "--config", path).status == ExitStatus.OK
+    failed(poolsvc("serve", "--config", path), ExitStatus.CONFIGURATION, "PEM certificates")
+    (tmp_path / "roots.pem").write_text("garbage")
+    failed(poolsvc("serve", "--config", path), ExitStatus.CONFIGURATION, "PEM certificates")
+
+
+@pytest.mark.parametrize(
+    "command", [["serve"], ["migrate"], ["operator", "create"], ["config", "show"]], ids=" ".join
+)
+def test_every_command_names_a_wrong_setting(config, command):
+    failed(
+        poolsvc(*command, "--config", config(more="policy = 7")),
+        ExitStatus.CONFIGURATION,
+        "correct the setting",
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "database"),
+    [
+        (["serve"], f"postgresql+psycopg://registry:{SECRET}@127.0.0.1:1/registry"),
+        (["migrate"], f"postgresql+psycopg://registry:{SECRET}@127.0.0.1:1/registry"),
+        (["migrate"], "sqlite+aiosqlite:////nowhere/at/all/registry.db"),
+        (["operator", "create"], "sqlite+aiosqlite:////nowhere/at/all/registry.db"),
+        (["operator", "create"], f"postgresql+psycopg://registry:{SECRET}@127.0.0.1:1/registry"),
+    ],
+)
+def test_a_database_that_cannot_be_used_is_told_without_its_password(config, command, database):
+    done = poolsvc(*command, "--config", config(database))
+    assert done.status in {ExitStatus.DATABASE, ExitStatus.CONFIGURATION}, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert "database" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert SECRET not in done.stderr
+
+
+def test_config_show_prints_the_effective_settings_and_no_secret(config, monkeypatch, tmp_path):
+    monkeypatch.setenv("POOLSVC_POLICY__OPENING_SIZE", "9")
+    done = poolsvc(
+        "config", "show", "--config", config(f"postgresql+psycopg://registry:{SECRET}@db.example/registry")
+    )
+    assert done.status == ExitStatus.OK, done.stderr
+    shown = json.loads(done.stdout)
+    assert (shown["pool"], shown["policy"]["opening_size"]) == ("pool.example", 9)
+    assert shown["dns"]["tsig_secret_file"] == str(tmp_path / "tsig.secret")
+    assert "db.example" in shown["database"]
+    assert SECRET not in done.stdout
+    assert "c2VjcmV0" not in done.stdout
+
+
+def test_help_and_usage():
+    done = poolsvc("--help")
+    assert done.status == ExitStatus.OK
+    for command in ("migrate", "serve", "operator", "config"):
+        assert command in done.stdout
+    assert poolsvc("serve").status == ExitStatus.USAGE
+    assert poolsvc("unknown").status == ExitStatus.USAGE

@@ -1,0 +1,423 @@
+"""Address proofs: the connection back to real servers, good and bad, and what is recorded of it."""
+
+import asyncio
+import base64
+import contextlib
+import re
+import time
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from sqlalchemy import func, select, update
+
+from lab.processes import free_port
+from member_agent.challenges import Responder
+from nts_core.control import PROOF_PATH, ServerState, proof_statement
+from poolsvc import proofs, servers, worker
+from poolsvc.db import Database
+from poolsvc.errors import TooManyRequests
+from poolsvc.models import Address, ConnectBack, Event
+from poolsvc.proofs import FetchError, fetch, wants_call
+
+NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+HERE = "127.0.0.1"
+NAME = "alice.servers.pool.example"
+
+
+def signature(key, *, pool="pool.example", server="alice", address=HERE, nonce) -> bytes:
+    statement = proof_statement(pool=pool, server=server, address=address, nonce=nonce)
+    return base64.b64encode(key.sign(statement))
+
+
+@pytest.fixture
+async def responder():
+    async with Responder([NAME]) as responder:
+        await responder.listen((HERE, 0))
+        yield responder
+
+
+@pytest.fixture
+def key():
+    return Ed25519PrivateKey.generate()
+
+
+@pytest.fixture
+async def alice(registry, key):
+    """A registered server at 127.0.0.1 whose agent has joined; settings get their HTTP port by `at`."""
+    registry.alice = await registry.server("alice", HERE)
+    async with registry.change(registry.alice) as (_, server):
+        server.agent_key = base64.b64encode(key.public_key().public_bytes_raw()).decode()
+        server.joined_at = NOW
+    return registry
+
+
+async def call(registry, server_id, address=HERE, now=NOW):
+    """The agent's call; the address' id and the nonce."""
+    async with registry.change(server_id) as (session, server):
+        nonce = await proofs.call(session, registry.settings, server, address, address, now)
+        return next(row.id for row in server.addresses if row.address == address), nonce
+
+
+async def proved(registry, port, *, answer=None, responder=None, now=NOW, **settings):
+    """Alice's address after a call and the connection back to `port`."""
+    ports = registry.settings.ports.model_copy(update={"http": port})
+    policy = registry.settings.policy.model_copy(update=settings)
+    registry.settings = registry.settings.model_copy(update={"ports": ports, "policy": policy})
+    address, nonce = await call(registry, registry.alice, now=now)
+    if responder is not None:
+        responder.replace(NAME, {PROOF_PATH + nonce: answer(nonce)})
+    await proofs.prove(registry.database, registry.settings, address, now)
+    return (await registry.get(registry.alice)).addresses[0]
+
+
+def port_of(responder):
+    return responder.endpoints[0][1]
+
+
+async def test_the_right_signature_proves_the_address_and_verifies_the_server(alice, responder, key):
+    row = await proved(
+        alice, port_of(responder), responder=responder, answer=lambda nonce: signature(key, nonce=nonce)
+    )
+    assert (row.proved_at, row.proof_error, row.nonce, row.proof_due_at) == (NOW, None, None, None)
+    assert (await alice.get(alice.alice)).state is ServerState.VERIFIED
+    async with alice.database.transaction() as session:
+        last = (await session.scalars(select(Event).order_by(Event.id.desc()).limit(1))).one()
+        assert await session.scalar(select(func.count()).select_from(ConnectBack)) == 1
+    assert (last.kind, last.actor) == ("address-proved", "worker")
+    assert HERE in last.reason
+
+
+OTHER_KEY = Ed25519PrivateKey.generate()
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (lambda key, nonce: signature(OTHER_KEY, nonce=nonce), "not signed by this server's agent"),
+        (lambda key, nonce: signature(key, nonce="another"), "not signed by this server's agent"),
+        (lambda key, nonce: signature(key, nonce=nonce, server="bob"), "not signed by this server's agent"),
+        (lambda key, nonce: signature(key, nonce=nonce, address="::1"), "not signed by this server's agent"),
+        (lambda key, nonce: signature(key, nonce=nonce, pool="x.example"), "not signed by this server's"),
+        (lambda key, nonce: signature(key, nonce=nonce)[:-4], "not signed|not a signature"),
+        (lambda key, nonce: b"<html>It works!</html>", "not a signature"),
+        (lambda key, nonce: b"\xff\xfe", "not a signature"),
+        (lambda key, nonce: b"", "not signed|not a signature"),
+        (lambda key, nonce: b"A" * 300, "more than 256 octets"),
+    ],
+)
+async def test_other_answers_prove_nothing_and_say_why(sqlite_alice, responder, key, answer, error):
+    row = await proved(
+        sqlite_alice, port_of(responder), responder=responder, answer=lambda nonce: answer(key, nonce)
+    )
+    assert row.proved_at is None
+    assert (await sqlite_alice.get(sqlite_alice.alice)).state is ServerState.REGISTERED
+    assert re.search(error, row.proof_error)
+
+
+@pytest.fixture
+async def sqlite_alice(sqlite_url, settings, registry_of, key):
+    """The same on one engine, for what does not touch the database in another way."""
+    database = Database(sqlite_url)
+    registry = registry_of(database, settings)
+    registry.alice = await registry.server("alice", HERE)
+    async with registry.change(registry.alice) as (_, server):
+        server.agent_key = base64.b64encode(key.public_key().public_bytes_raw()).decode()
+    yield registry
+    await database.close()
+
+
+async def test_an_agent_that_serves_another_nonce_is_no_proof(alice, responder, key):
+    row = await proved(
+        alice, port_of(responder), responder=responder, answer=lambda nonce: signature(key, nonce=nonce)
+    )
+    assert row.proved_at is not None
+    async with alice.database.transaction() as session:
+        await session.execute(update(Address).values(proved_at=None))
+    _, nonce = await call(alice, alice.alice)
+    responder.replace(NAME, {PROOF_PATH + "old": signature(key, nonce=nonce)})
+    await proofs.prove(alice.database, alice.settings, row.id, NOW)
+    row = (await alice.get(alice.alice)).addresses[0]
+    assert (row.proved_at, row.proof_error) == (None, "HTTP status 404 instead of 200")
+
+
+@contextlib.asynccontextmanager
+async def raw_server(serve):
+    """A server whose connections `serve(reader, writer)` handles after the request; yields its port."""
+
+    tasks = set()
+
+    async def handle(reader, writer):
+        tasks.add(asyncio.current_task())
+        try:
+            await reader.readuntil(b"\r\n\r\n")
+            await serve(reader, writer)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass  # the client has seen enough
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(handle, HERE, 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def fetched(serve, *, deadline=1.0, limit=256):
+    async with raw_server(serve) as port:
+        return await fetch(f"http://{HERE}:{port}/x", host=NAME, deadline=deadline, limit=limit)
+
+
+def says(octets):
+    async def serve(_reader, writer):
+        writer.write(octets)
+        await writer.drain()
+
+    return serve
+
+
+def http(status, body=b"", more=""):
+    head = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n{more}\r\n"
+    return head.encode() + body
+
+
+async def test_the_body_of_a_plain_answer_is_fetched_under_the_servers_name():
+    assert await fetched(says(http("200 OK", b"x" * 256))) == b"x" * 256
+    heads = []
+
+    async def remember(reader, writer):
+        heads.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(http("200 OK"))
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(remember, HERE, 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        await fetch(f"http://{HERE}:{port}/x", host=NAME, deadline=1, limit=10)
+    lines = heads[0].decode().lower().split("\r\n")
+    assert lines[0] == "get /x http/1.1"
+    assert f"host: {NAME}" in lines
+    assert not any("authorization" in line or "cookie" in line for line in lines)
+
+
+@pytest.mark.parametrize("status", ["301 Moved", "302 Found", "307 Temporary", "308 Permanent"])
+async def test_a_redirect_is_never_followed(status):
+    reached = []
+
+    async def other(_reader, writer):
+        reached.append(True)
+        writer.write(http("200 OK", b"x"))
+
+    async with raw_server(other) as port:
+        with pytest.raises(FetchError, match=f"HTTP status {status[:3]} instead of 200"):
+            await fetched(says(http(status, more=f"Location: http://{HERE}:{port}/\r\n")))
+    assert reached == []
+
+
+async def test_a_server_that_says_nothing_ends_by_the_deadline():
+    async def silent(reader, _writer):
+        await reader.read()
+
+    begun = time.monotonic()
+    with pytest.raises(FetchError, match=r"no answer .* within 0\.3 s"):
+        await fetched(silent, deadline=0.3)
+    assert time.monotonic() - begun < 2
+
+
+@pytest.mark.parametrize("head", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 200\r\n\r\n"])
+async def test_a_server_that_drips_is_held_to_the_same_deadline(head):
+    """The deadline is for the whole answer, not for each octet of it."""
+
+    async def drip(_reader, writer):
+        writer.write(head)
+        for _ in range(40):
+            writer.write(b"H")
+            await writer.drain()
+            await asyncio.sleep(0.1)  # the peer's own pace, which is what is tested
+
+    begun = time.monotonic()
+    with pytest.raises(FetchError):
+        await fetched(drip, deadline=0.5)
+    assert time.monotonic() - begun < 1.5
+
+
+@pytest.mark.parametrize(
+    "octets",
+    [
+        http("200 OK", b"x" * 257),
+        b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + b"x" * 100_000,
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nffff\r\n" + b"x" * 65_535 + b"\r\n0\r\n\r\n",
+    ],
+)
+async def test_an_oversized_answer_is_not_read_to_its_end(octets):
+    with pytest.raises(FetchError, match="more than 256 octets"):
+        await fetched(says(octets))
+
+
+async def test_a_packed_answer_is_not_unpacked():
+    """A few octets of gzip could become any number."""
+    body = b"\x1f\x8b" + b"\x00" * 100
+    assert await fetched(says(http("200 OK", body, "Content-Encoding: gzip\r\n"))) == body
+
+
+@pytest.mark.parametrize(
+    "octets", [b"", b"garbage\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nx", b"\x16\x03\x01"]
+)
+async def test_what_is_no_http_answer_is_a_fetch_error(octets):
+    with pytest.raises(FetchError, match="no HTTP answer"):
+        await fetched(says(octets))
+
+
+async def test_a_closed_port_is_a_fetch_error():
+    with pytest.raises(FetchError, match="no HTTP answer"):
+        await fetch(f"http://{HERE}:{free_port()}/", host=NAME, deadline=1, limit=10)
+
+
+async def test_a_long_answer_of_garbage_is_recorded_bounded_and_printable(alice):
+    """PostgreSQL refuses what does not fit its column, and NULs."""
+    async with raw_server(says(b"\x00\x1b[31m" + b"garbage " * 200 + b"\r\n\r\n")) as port:
+        row = await proved(alice, port)
+    assert row.proved_at is None
+    assert row.proof_error.isprintable()
+    assert len(row.proof_error) <= 300
+
+
+async def test_after_a_failure_the_agent_is_asked_to_call_again_when_the_wait_is_over(alice):
+    """The worker's own look at the due row must not push the time away from the agent."""
+    row = await proved(alice, free_port())
+    wait = timedelta(hours=1) / alice.settings.policy.proofs_per_hour
+    assert row.proof_error is not None
+    assert row.proof_due_at == NOW + wait
+    assert not wants_call(row, NOW + wait / 2)
+    due = NOW + wait
+    for identifier in await worker.claim(alice.database, Address, Address.proof_due_at, due):
+        await proofs.prove(alice.database, alice.settings, identifier, due)
+    for minutes in (0, 1, 3, 60):
+        assert wants_call((await alice.get(alice.alice)).addresses[0], due + timedelta(minutes=minutes))
+
+
+async def test_an_address_is_wanted_once_until_its_proof_is_decided(alice):
+    row = (await alice.get(alice.alice)).addresses[0]
+    assert wants_call(row, NOW)
+    await call(alice, alice.alice)
+    row = (await alice.get(alice.alice)).addresses[0]
+    assert not wants_call(row, NOW)
+    row.nonce, row.proof_due_at, row.proved_at = None, None, NOW
+    assert not wants_call(row, NOW)
+
+
+async def due(registry):
+    return (await registry.get(registry.alice)).addresses[0].proof_due_at
+
+
+async def say_serving(registry, *nonces, now):
+    async with registry.change(registry.alice) as (_, server):
+        proofs.note_serving(server, nonces, now)
+
+
+async def test_the_registry_looks_when_the_agent_says_that_it_serves_and_anyway_after_a_while(alice):
+    """Between the call and the agent's own look at its answer there is nothing to be found."""
+    deadline = timedelta(seconds=alice.settings.policy.proof_deadline)
+    soon = NOW + deadline / 2
+    _, nonce = await call(alice, alice.alice)
+    assert await due(alice) == NOW + deadline
+    await say_serving(alice, "another", now=soon)
+    assert await due(alice) == NOW + deadline
+    await say_serving(alice, "another", nonce, now=soon)
+    assert await due(alice) == soon
+
+
+async def test_an_agent_that_repeats_itself_does_not_make_the_registry_connect_again(alice):
+    """It reports more often than a silent port takes to be given up: the lease of the first look stays."""
+    _, nonce = await call(alice, alice.alice)
+    await say_serving(alice, nonce, now=NOW)
+    assert len(await worker.claim(alice.database, Address, Address.proof_due_at, NOW)) == 1
+    for seconds in (1, 2, 5):
+        later = NOW + timedelta(seconds=seconds)
+        await say_serving(alice, nonce, now=later)
+        assert await worker.claim(alice.database, Address, Address.proof_due_at, later) == []
+
+
+async def test_a_second_call_makes_the_first_nonce_worthless(alice, responder, key):
+    alice.settings = alice.settings.model_copy(
+        update={"ports": alice.settings.ports.model_copy(update={"http": port_of(responder)})}
+    )
+    _, first = await call(alice, alice.alice)
+    identifier, second = await call(alice, alice.alice)
+    assert first != second
+    responder.replace(NAME, {PROOF_PATH + first: signature(key, nonce=first)})
+    await proofs.prove(alice.database, alice.settings, identifier, NOW)
+    assert (await alice.get(alice.alice)).addresses[0].proved_at is None
+
+
+async def test_no_more_connections_leave_within_an_hour_than_the_limit_however_the_calls_come(registry):
+    """All members of one prefix call before the first connection is made."""
+    registry.settings = registry.settings.model_copy(
+        update={
+            "ports": registry.settings.ports.model_copy(update={"http": free_port()}),
+            "policy": registry.settings.policy.model_copy(update={"require_source_address": False}),
+        }
+    )
+    limit = registry.settings.policy.proofs_per_hour
+    due = []
+    for number in range(1, limit + 3):
+        server = await registry.server(f"s{number}", f"127.0.0.{number}")
+        with contextlib.suppress(TooManyRequests):
+            due.append((await call(registry, server, f"127.0.0.{number}"))[0])
+    for identifier in due:
+        await proofs.prove(registry.database, registry.settings, identifier, NOW)
+    async with registry.database.transaction() as session:
+        assert await session.scalar(select(func.count()).select_from(ConnectBack)) == limit
+
+
+async def test_an_address_of_another_server_cannot_be_proved_as_well(alice, responder, key):
+    """Two members may claim an address; from its proof on it has one owner."""
+    bob = await alice.server("bob", HERE)
+    bob_address = (await alice.get(bob)).addresses[0].id
+    async with alice.change(bob) as (_, server):
+        server.agent_key = base64.b64encode(key.public_key().public_bytes_raw()).decode()
+    row = await proved(
+        alice, port_of(responder), responder=responder, answer=lambda nonce: signature(key, nonce=nonce)
+    )
+    assert row.proved_at is not None
+    async with Responder(["bob.servers.pool.example"]) as other:
+        await other.listen((HERE, 0))
+        ports = alice.settings.ports.model_copy(update={"http": port_of(other)})
+        alice.settings = alice.settings.model_copy(update={"ports": ports})
+        _, nonce = await call(alice, bob)
+        other.publish(
+            "bob.servers.pool.example", PROOF_PATH + nonce, signature(key, server="bob", nonce=nonce)
+        )
+        await proofs.prove(alice.database, alice.settings, bob_address, NOW)
+    found = await alice.get(bob)
+    assert found.addresses[0].proved_at is None
+    assert found.state is ServerState.REGISTERED
+    assert "another server" in found.addresses[0].proof_error
+
+
+@pytest.mark.parametrize("state", [ServerState.LEAVING, ServerState.REMOVED])
+async def test_a_proof_under_way_when_the_server_leaves_counts_for_nothing(alice, responder, key, state):
+    identifier, nonce = await call(alice, alice.alice)
+    left = asyncio.Event()
+
+    async def serve(_reader, writer):
+        async with alice.change(alice.alice) as (session, server):
+            await servers.leave(session, server, actor="member", reason="", now=NOW)
+            if state is ServerState.REMOVED:
+                await servers.apply(session, server, servers.EventKind.CLOSED, actor="w", reason="", now=NOW)
+        left.set()
+        writer.write(http("200 OK", signature(key, nonce=nonce)))
+        await writer.drain()
+
+    async with raw_server(serve) as port:
+        ports = alice.settings.ports.model_copy(update={"http": port})
+        await proofs.prove(
+            alice.database, alice.settings.model_copy(update={"ports": ports}), identifier, NOW
+        )
+    assert left.is_set(), "no transaction may be open while the network is waited for"
+    found = await alice.get(alice.alice)
+    assert (found.state, found.addresses[0].proved_at) == (state, None)

@@ -1,0 +1,253 @@
+"""The worker: what it claims, under which lease, and that nothing it meets ends it."""
+
+import asyncio
+import contextlib
+import time
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from sqlalchemy import select, update
+from sqlalchemy.exc import OperationalError
+
+from lab.processes import free_port
+from nts_core.control import ServerState
+from poolsvc.acme import AcmeError
+from poolsvc.db import Database
+from poolsvc.errors import NotFound
+from poolsvc.models import Order, OrderStatus, Server
+from poolsvc.worker import Health, Worker, claim
+
+NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+LEASE = timedelta(minutes=2)
+MINUTE = timedelta(minutes=1)
+
+
+async def until(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "not in time"
+        await asyncio.sleep(0.01)
+    return found
+
+
+@pytest.fixture
+async def orders(registry):
+    """Ids of orders that are due one minute apart, the latest first, and of one that is not due."""
+    server = await registry.server()
+    async with registry.database.transaction() as session:
+        rows = [
+            Order(
+                server_id=server, status=OrderStatus.REQUESTED, created_at=NOW, due_at=NOW - number * MINUTE
+            )
+            for number in range(5)
+        ]
+        never = Order(server_id=server, status=OrderStatus.WANTED, created_at=NOW)
+        session.add_all([*rows, never])
+    return [row.id for row in rows]
+
+
+async def take(database, now):
+    return await claim(database, Order, Order.due_at, now)
+
+
+async def test_what_is_due_is_claimed_longest_due_first(database, orders):
+    assert await take(database, NOW - 10 * MINUTE) == []
+    assert await take(database, NOW - 3 * MINUTE) == [orders[4], orders[3]]
+    assert await take(database, NOW - 2 * MINUTE) == [orders[2]]
+
+
+async def test_a_claim_is_a_lease_that_ends_by_itself(database, orders):
+    assert set(await take(database, NOW)) == set(orders)
+    assert await take(database, NOW + LEASE - timedelta(seconds=1)) == []
+    assert set(await take(database, NOW + LEASE)) == set(orders)
+
+
+async def test_a_step_that_sets_its_own_time_ends_the_lease(database, orders):
+    await take(database, NOW)
+    async with database.transaction() as session:
+        await session.execute(update(Order).where(Order.id == orders[0]).values(due_at=NOW + MINUTE))
+        await session.execute(update(Order).where(Order.id != orders[0]).values(due_at=None))
+    assert await take(database, NOW + MINUTE) == orders[:1]
+
+
+async def test_one_claim_takes_a_bounded_batch_and_the_next_one_the_rest(database, orders):
+    async with database.transaction() as session:
+        server = (await session.scalars(select(Server.id))).one()
+        session.add_all(
+            Order(server_id=server, status=OrderStatus.REQUESTED, created_at=NOW, due_at=NOW + MINUTE)
+            for _ in range(70)
+        )
+    first = await take(database, NOW + MINUTE)
+    second = await take(database, NOW + MINUTE)
+    assert (len(first), len(second)) == (50, 25)
+    assert set(orders) < set(first), "the longest due come first"
+    assert not set(first) & set(second)
+
+
+async def test_claimers_at_the_same_time_never_get_the_same_row(database, database_url, orders):
+    """Each has connections of its own, as another process would."""
+    others = [Database(database_url) for _ in range(3)]
+    try:
+        found = await asyncio.gather(*(take(one, NOW) for one in (database, *others, database, *others)))
+    finally:
+        for other in others:
+            await other.close()
+    claimed = [identifier for ids in found for identifier in ids]
+    assert sorted(claimed) == sorted(orders)
+
+
+async def test_on_postgresql_a_claimer_skips_rows_that_another_one_holds(postgresql, settings, registry_of):
+    """It neither waits for them nor takes them twice."""
+    registry = registry_of(postgresql, settings)
+    server = await registry.server()
+    async with postgresql.transaction() as session:
+        rows = [
+            Order(server_id=server, status=OrderStatus.REQUESTED, created_at=NOW, due_at=NOW)
+            for _ in range(4)
+        ]
+        session.add_all(rows)
+    held, free = [row.id for row in rows[:2]], [row.id for row in rows[2:]]
+    async with postgresql.transaction() as session:
+        await session.execute(select(Order).where(Order.id.in_(held)).with_for_update())
+        async with asyncio.timeout(5):
+            assert sorted(await take(postgresql, NOW)) == free
+    assert sorted(await take(postgresql, NOW)) == held
+
+
+@pytest.fixture
+async def start(database, tuned):
+    """Starts a worker that cannot reach anything but the database; `start(work)` repeats that work alone."""
+    settings = tuned(
+        tick=0.01,
+        step_retry=0.05,
+        dns={"primary": f"127.0.0.1:{free_port()}"},
+        ca={"directory_url": f"https://127.0.0.1:{free_port()}/dir"},
+    )
+    health, tasks = Health(), []
+
+    def run(work=None):
+        worker = Worker(database, settings, [], health)
+        worker.health = health
+        coroutine = worker.run() if work is None else worker._repeat(lambda now: work(worker, now))
+        tasks.append(asyncio.create_task(coroutine))
+        return worker
+
+    yield run
+    for task in tasks:
+        assert not task.done(), f"the worker ended by itself: {task}"
+        task.cancel()
+    _, alive = await asyncio.wait(tasks, timeout=5)
+    for task in alive:
+        task.cancel()
+    assert not alive, "the worker did not end when it was told to"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        lambda: OperationalError("SELECT 1", {}, OSError("gone")),
+        lambda: NotFound("gone"),
+    ],
+    ids=["database", "pool"],
+)
+async def test_an_error_in_one_piece_of_work_ends_neither_the_worker_nor_the_other_pieces(start, error):
+    done, rounds = [], []
+
+    async def piece(identifier):
+        if identifier == 1:
+            raise error()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        done.append(identifier)
+
+    async def work(worker, now):
+        rounds.append(now)
+        await worker._each([1, 2, 3], piece)
+
+    start(work)
+    await until(lambda: len(rounds) >= 3)
+    assert {2, 3} <= set(done), "a failing neighbour stopped the others"
+
+
+async def test_a_database_that_goes_away_and_comes_back_is_worked_on_again(start, registry):
+    """Registrations expire again once the table is back."""
+    async with registry.database.transaction() as session:
+        await session.execute(update(Server).values(name="x"))
+        connection = await session.connection()
+        await connection.exec_driver_sql("ALTER TABLE servers RENAME TO elsewhere")
+    worker = start()
+    await until(lambda: worker.health.work)
+    async with registry.database.transaction() as session:
+        connection = await session.connection()
+        await connection.exec_driver_sql("ALTER TABLE elsewhere RENAME TO servers")
+    server = await registry.server()
+    async with registry.database.transaction() as session:
+        await session.execute(update(Server).values(state_since=NOW - timedelta(days=900)))
+    end = time.monotonic() + 10
+    while (await registry.get(server)).state is not ServerState.REMOVED:
+        assert time.monotonic() < end
+        await asyncio.sleep(0.02)
+    await until(lambda: not worker.health.work)
+
+
+async def test_a_ca_that_is_away_is_told_and_holds_up_nothing_else(start, registry):
+    server = await registry.server(state=ServerState.REGISTERED)
+    async with registry.database.transaction() as session:
+        await session.execute(update(Server).values(state_since=NOW - timedelta(days=900)))
+    worker = start()
+    await until(lambda: worker.health.ca)
+    end = time.monotonic() + 10
+    while (await registry.get(server)).state is not ServerState.REMOVED:
+        assert time.monotonic() < end
+        await asyncio.sleep(0.02)
+
+
+async def test_due_orders_become_wanted_orders(start, registry):
+    named = await registry.server("alice", "198.18.0.1", state=ServerState.VERIFIED)
+    unproved = await registry.server("bob", "198.18.0.2")
+    async with registry.database.transaction() as session:
+        await session.execute(update(Server).values(order_due_at=NOW))
+    start()
+    end = time.monotonic() + 10
+    while not (orders := (await registry.get(named)).orders):
+        assert time.monotonic() < end
+        await asyncio.sleep(0.02)
+    assert [order.status for order in orders] == [OrderStatus.WANTED]
+    while (found := await registry.get(unproved)).order_due_at is not None:
+        assert time.monotonic() < end
+        await asyncio.sleep(0.02)
+    assert found.orders == [], "only a server that is in DNS can be certified"
+
+
+class TestAccount:
+    """The registry's account at a real CA."""
+
+    @pytest.fixture
+    async def worker(self, lab, database, tuned):
+        self.pebble = lab.pebble()
+        settings = tuned(
+            ca={
+                "directory_url": self.pebble.directory_url,
+                "ca_file": self.pebble.ca_file,
+                "account_key_file": lab.directory / "account.pem",
+            }
+        )
+        worker = Worker(database, settings, [], Health())
+        yield worker
+        if worker._account is not None:
+            worker._account.close()
+
+    async def test_it_is_opened_once_for_all_who_ask_at_the_same_time(self, worker):
+        found = await asyncio.gather(*(worker._open_account(NOW) for _ in range(3)))
+        assert len({id(account) for account in found}) == 1
+
+    async def test_it_is_opened_again_when_the_ca_has_lost_it(self, worker):
+        first = await worker._open_account(NOW)
+        assert await worker._open_account(NOW) is first
+        self.pebble.restart()
+        with contextlib.suppress(AcmeError):
+            await first.poll(self.pebble.directory_url.replace("dir", "my-order/1"))
+        assert first.lost
+        second = await worker._open_account(NOW)
+        assert second is not first
+        assert not second.lost
