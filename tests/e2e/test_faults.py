@@ -116,6 +116,7 @@ def test_a_dead_ca_delays_issue_and_removal_and_loses_nothing(pool):
     wait_until(lambda: member.view()["why"].startswith("issuance: CA:"), "the reason is shown")
     pool.member.call("DELETE", f"/v1/servers/{leaver.name}")
     wait_until(lambda: leaver.view()["receipt"]["name_broken_at"], "DNS does not wait for the CA")
+    wait_until(lambda: leaver.view()["receipt"]["error"], "the receipt says what is outstanding")
     outstanding = leaver.view()
     pool.pebble.start()
     # Pebble forgets everything, its issuing root too: the prober and the clients are told the new one.
