@@ -10,8 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nts_core import ntptime
-from nts_core.packet import Leap
-from nts_core.server import ClockState
+from nts_core.packet import ClockState, Leap
 
 _STA_UNSYNC = 0x0040
 _TIME_INSERT, _TIME_DELETE, _TIME_ERROR = 1, 2, 5

@@ -11,6 +11,7 @@ that still open old cookies; it is a value, and rotation makes a new one.
 import base64
 import binascii
 import json
+import struct
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,10 +19,12 @@ from typing import Self
 
 from nts_core.aead import KEY_LENGTH, NONCE_LENGTH, Aead, AeadId, SessionKeys
 from nts_core.errors import NotAuthentic, OutOfCookies, WireError
-from nts_core.wire import Reader, uint16
 
 _VERSION = 1
 _KEY_LENGTH = 32
+_HEAD = struct.Struct("!BBH")
+# What is not encrypted: version, algorithm and key id, and the nonce.
+_CLEAR = _HEAD.size + NONCE_LENGTH
 # What a client may hold, and what a server gives in one answer (section 5.7).
 MAX_COOKIES = 8
 # Longer ones do not fit NTP packets that pass the networks as they are; chrony keeps at most 256 octets.
@@ -67,25 +70,20 @@ class Keyring:
 
     def seal(self, keys: SessionKeys, random: Random) -> bytes:
         """A new cookie for one client's session keys."""
-        head = bytes((_VERSION, keys.aead)) + uint16(self._keys[0].id)
-        nonce = random(NONCE_LENGTH)
-        return head + nonce + self._aeads[self._keys[0].id].seal(nonce, keys.c2s + keys.s2c, head)
+        sealing = self._keys[0].id
+        head, nonce = _HEAD.pack(_VERSION, keys.aead, sealing), random(NONCE_LENGTH)
+        return head + nonce + self._aeads[sealing].seal(nonce, keys.c2s + keys.s2c, head)
 
     def open(self, cookie: bytes) -> SessionKeys:
         """The session keys in a cookie; NotAuthentic when no key of ours made it."""
-        try:
-            reader = Reader(cookie)
-            head = reader.take(4)
-            nonce = reader.take(NONCE_LENGTH)
-        except WireError:
-            raise NotAuthentic("a cookie that is too short") from None
-        aead = self._aeads.get(int.from_bytes(head[2:4], "big"))
-        if aead is None or head[0] != _VERSION or head[1] not in KEY_LENGTH:
+        if len(cookie) < _CLEAR:
+            raise NotAuthentic("a cookie that is too short")
+        version, number, key = _HEAD.unpack_from(cookie)
+        aead, length = self._aeads.get(key), KEY_LENGTH.get(number)
+        if aead is None or version != _VERSION or length is None:
             raise NotAuthentic("a cookie of a key that is not ours")
-        secret = aead.open(nonce, reader.take(reader.remaining), head)
-        algorithm = AeadId(head[1])
-        length = KEY_LENGTH[algorithm]
-        return SessionKeys(algorithm, secret[:length], secret[length:])
+        secret = aead.open(cookie[_HEAD.size : _CLEAR], cookie[_CLEAR:], cookie[: _HEAD.size])
+        return SessionKeys(AeadId(number), secret[:length], secret[length:])
 
     def dump(self) -> bytes:
         """The file form; secret, and to be kept as such."""

@@ -21,6 +21,7 @@ from nts_core.errors import NotAuthentic, WireError
 from nts_core.packet import (
     HEADER_LENGTH,
     Authenticator,
+    ClockState,
     Field,
     FieldType,
     Header,
@@ -29,13 +30,15 @@ from nts_core.packet import (
     Packet,
     encode_fields,
     has_legacy_mac,
-    protect,
-    server_header,
+    seal,
 )
 
 _SERVED_VERSIONS = (3, 4)
 # Section 5.3 asks for 32 octets; NTPsec sends them too, and refuses more than 64.
 _MIN_UNIQUE_IDENTIFIER = 32
+# What an answer holds besides the echoed identifier and the cookies.
+_FIXED = HEADER_LENGTH + Authenticator.length(NONCE_LENGTH, 0)
+_NTSN = ClockState(Leap.UNSYNCHRONISED, 0, 0, 0, 0, b"NTSN", 0)
 
 
 class Outcome(StrEnum):
@@ -50,30 +53,6 @@ class Outcome(StrEnum):
     LEGACY_MAC = "legacy-mac"
     INCOMPLETE_NTS = "incomplete-nts"
     TOO_SHORT_FOR_ANSWER = "too-short-for-answer"
-
-
-@dataclass(frozen=True, slots=True)
-class ClockState:
-    """What the server says of its clock: short-format distances, a timestamp, four octets of reference id."""
-
-    leap: Leap
-    stratum: int
-    precision: int
-    root_delay: int
-    root_dispersion: int
-    reference_id: bytes
-    reference: int
-
-    def header(self) -> Header:
-        return Header(
-            leap=self.leap,
-            stratum=self.stratum,
-            precision=self.precision,
-            root_delay=self.root_delay,
-            root_dispersion=self.root_dispersion,
-            reference_id=self.reference_id,
-            reference=self.reference,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,15 +92,19 @@ class NtpServer:
         if has_legacy_mac(datagram):
             return Drop(Outcome.LEGACY_MAC)
         try:
-            packet = Packet.decode(datagram)
+            packet = Packet.decode(datagram, header)
         except WireError:
             return Drop(Outcome.MALFORMED)
-        times = _Times(header, ntptime.timestamp(received), transmit_time, clock.header())
-        if packet.authenticator is None and not packet.of_type(FieldType.COOKIE):
-            return _plain(packet, times)
-        return self._authenticated(packet, datagram, times)
 
-    def _authenticated(self, packet: Packet, datagram: bytes, times: "_Times") -> Reply | Drop:
+        def answer() -> bytes:
+            transmit = ntptime.timestamp(transmit_time())
+            return clock.answer(header, ntptime.timestamp(received), transmit)
+
+        if packet.authenticator is None and not packet.of_type(FieldType.COOKIE):
+            return _plain(packet, answer)
+        return self._authenticated(packet, datagram, answer)
+
+    def _authenticated(self, packet: Packet, datagram: bytes, answer: Callable[[], bytes]) -> Reply | Drop:
         identifiers = packet.of_type(FieldType.UNIQUE_IDENTIFIER)
         cookies = packet.of_type(FieldType.COOKIE)
         if (
@@ -138,40 +121,23 @@ class NtpServer:
             keys = self.keyring.open(cookies[0].value)
             hidden = packet.decrypt(datagram, Aead(keys.c2s))
         except NotAuthentic:
-            return _negative_acknowledgement(identifiers[0], times)
+            return _negative_acknowledgement(identifiers[0], packet.header)
         slots = 1 + _placeholders((*packet.fields, *hidden), len(cookies[0].value))
-        return self._time(keys, identifiers[0], min(slots, MAX_COOKIES), len(datagram), times)
+        return self._time(keys, identifiers[0].encode(), min(slots, MAX_COOKIES), len(datagram), answer)
 
     def _time(
-        self, keys: SessionKeys, identifier: Field, wanted: int, limit: int, times: "_Times"
+        self, keys: SessionKeys, echo: bytes, wanted: int, limit: int, answer: Callable[[], bytes]
     ) -> Reply | Drop:
-        echo = identifier.encode()
-        cookie = Field(FieldType.COOKIE, self.keyring.seal(keys, self._random))
-        cookie_length = len(cookie.encode())
-        fixed = HEADER_LENGTH + len(echo) + Authenticator.length(NONCE_LENGTH, 0)
-        count = min(wanted, (limit - fixed) // cookie_length)
+        cookie = self._cookie(keys)
+        count = min(wanted, (limit - _FIXED - len(echo)) // len(cookie))
         if count < 1:
             return Drop(Outcome.TOO_SHORT_FOR_ANSWER)
-        sealed = (
-            cookie,
-            *(Field(FieldType.COOKIE, self.keyring.seal(keys, self._random)) for _ in range(count - 1)),
-        )
+        hidden = b"".join((cookie, *(self._cookie(keys) for _ in range(count - 1)))) if count > 1 else cookie
         aead, nonce = Aead(keys.s2c), self._random(NONCE_LENGTH)
-        return Reply(protect(times.header() + echo, sealed, aead, nonce), Outcome.NTS_TIME)
+        return Reply(seal(answer() + echo, hidden, aead, nonce), Outcome.NTS_TIME)
 
-
-@dataclass(frozen=True, slots=True)
-class _Times:
-    """The request's header and what it takes to answer it once everything else is ready."""
-
-    request: Header
-    received: int
-    transmit_time: Callable[[], int]
-    template: Header
-
-    def header(self) -> bytes:
-        transmit = ntptime.timestamp(self.transmit_time())
-        return server_header(self.request, self.template, self.received, transmit).encode()
+    def _cookie(self, keys: SessionKeys) -> bytes:
+        return Field(FieldType.COOKIE, self.keyring.seal(keys, self._random)).encode()
 
 
 def _placeholders(fields: tuple[Field, ...], length: int) -> int:
@@ -187,14 +153,13 @@ def _placeholders(fields: tuple[Field, ...], length: int) -> int:
     return count
 
 
-def _plain(packet: Packet, times: _Times) -> Reply:
+def _plain(packet: Packet, answer: Callable[[], bytes]) -> Reply:
     """Unauthenticated time; a unique identifier is echoed, which protects even plain NTP from spoofing."""
     echo = encode_fields(packet.of_type(FieldType.UNIQUE_IDENTIFIER)[:1])
-    return Reply(times.header() + echo, Outcome.TIME)
+    return Reply(answer() + echo, Outcome.TIME)
 
 
-def _negative_acknowledgement(identifier: Field, times: _Times) -> Reply:
+def _negative_acknowledgement(identifier: Field, request: Header) -> Reply:
     """NTS NAK: stratum 0 and the kiss code NTSN, protected by nothing (section 5.7)."""
-    kiss = Header(leap=Leap.UNSYNCHRONISED, stratum=0, reference_id=b"NTSN")
-    header = server_header(times.request, kiss, times.request.transmit, times.request.transmit)
-    return Reply(header.encode() + identifier.encode(), Outcome.NTSN)
+    header = _NTSN.answer(request, request.transmit, request.transmit)
+    return Reply(header + identifier.encode(), Outcome.NTSN)

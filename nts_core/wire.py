@@ -46,4 +46,5 @@ def uint16_list(body: bytes) -> tuple[int, ...]:
 
 def pad4(octets: bytes) -> bytes:
     """`octets` with zeroes up to the next multiple of four."""
-    return octets + bytes(-len(octets) % 4)
+    missing = -len(octets) % 4
+    return octets + bytes(missing) if missing else octets

@@ -13,6 +13,7 @@ from nts_core.errors import NotAuthentic, WireError
 from nts_core.packet import (
     MAX_DATAGRAM,
     Authenticator,
+    ClockState,
     Field,
     FieldType,
     Header,
@@ -21,7 +22,6 @@ from nts_core.packet import (
     encode_fields,
     parse_fields,
     protect,
-    server_header,
 )
 from nts_core.wire import uint16
 
@@ -309,7 +309,16 @@ def test_malformed_encrypted_fields_are_not_accepted(plaintext):
 
 @given(headers, headers, uint64s, uint64s)
 def test_the_header_of_an_answer(request_header, template, receive, transmit):
-    answer = server_header(request_header, template, receive, transmit)
+    facts = ClockState(
+        template.leap,
+        template.stratum,
+        template.precision,
+        template.root_delay,
+        template.root_dispersion,
+        template.reference_id,
+        template.reference,
+    )
+    answer = Header.decode(facts.answer(request_header, receive, transmit))
     assert answer.mode == Mode.SERVER
     assert (answer.version, answer.poll) == (request_header.version, request_header.poll)
     assert (answer.origin, answer.receive, answer.transmit) == (request_header.transmit, receive, transmit)
