@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import asynccontextmanager, suppress
 from http import HTTPStatus
 
+import structlog
 from cryptography import x509
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -19,6 +20,7 @@ from poolsvc.db import Database
 from poolsvc.errors import PoolError
 from poolsvc.worker import Health, Worker
 
+_log = structlog.get_logger()
 # No document of the API is longer; a CSR has a few hundred octets.
 MAX_BODY = 64 * 1024
 _PROBLEM = "application/problem+json"
@@ -131,6 +133,17 @@ def _add_problems(app: FastAPI) -> None:
             "the registry's database does not answer",
             remedy="try again in a minute",
             headers={"Retry-After": "60"},
+        )
+
+    @app.exception_handler(Exception)
+    async def unforeseen(_request: Request, error: Exception) -> JSONResponse:
+        # A request's root: the caller gets a document, the log gets what happened.
+        _log.error("request_failed", exc_info=error)
+        return _problem(
+            HTTPStatus.INTERNAL_SERVER_ERROR,
+            "internal-error",
+            "the registry made a mistake",
+            remedy="try again; if it stays, tell the pool's operator when it happened",
         )
 
     @app.exception_handler(HTTPException)

@@ -105,7 +105,7 @@ class PolicySettings(_Section):
     probe_interval: float = Field(60, gt=0)
     agent_interval: float = Field(60, gt=0, description="how often an idle agent reports")
     reconcile_interval: float = Field(60, gt=0, description="how often DNS is compared without a reason")
-    proof_deadline: float = Field(10, gt=0, description="for one connection back to an address")
+    proof_deadline: float = Field(10, gt=0, le=60, description="for one connection back to an address")
     proofs_per_hour: int = Field(5, ge=1, description="connections back to an address or its prefix")
     retry: tuple[float, ...] = Field(
         (60, 600, 6000, 86400), min_length=1, description="waits after failed orders; the last one repeats"

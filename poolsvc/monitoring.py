@@ -77,7 +77,8 @@ def _current(server: Server) -> Order | None:
 
 def _is_ours(server: Server, result: ProbeResult) -> bool:
     return result.fingerprint is not None and any(
-        order.fingerprint == result.fingerprint for order in server.orders
+        order.status is OrderStatus.ISSUED and order.fingerprint == result.fingerprint
+        for order in server.orders
     )
 
 

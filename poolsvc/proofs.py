@@ -28,6 +28,8 @@ from poolsvc.names import check_address, prefix_of
 _HOUR = timedelta(hours=1)
 # A signature is 88 characters of base64; whoever sends more is not an agent.
 _MAX_ANSWER = 256
+# A row that is due later than this after a call is leased to a worker (`worker.claim` pushes it two minutes).
+_UNCLAIMED = timedelta(minutes=1)
 
 
 async def call(
@@ -54,9 +56,9 @@ async def call(
 
 
 def note_serving(server: Server, nonces: tuple[str, ...], now: datetime) -> None:
-    """The agent says which nonces it answers: time to connect back."""
+    """The agent says which nonces it answers: time to connect back, unless a worker is at it already."""
     for row in server.addresses:
-        if row.nonce is not None and row.nonce in nonces and row.proof_due_at and row.proof_due_at > now:
+        if row.nonce in nonces and row.proof_due_at and now < row.proof_due_at <= now + _UNCLAIMED:
             row.proof_due_at = now
 
 

@@ -172,6 +172,8 @@ class Worker:
         async with self._database.transaction() as session:
             pool = await servers.the_pool(session, self._settings, lock=True)
             pool.account_uri = account.uri
+        if self._account is not None:
+            self._account.close()
         self._account = account
         _log.info("acme_account_open", uri=account.uri, at=now.isoformat())
         return account

@@ -23,7 +23,7 @@ from member_agent.install import (
     load_pair,
     new_key_and_csr,
 )
-from poolsvc.acme import check_csr
+from poolsvc.certificates import check_csr
 
 NAME = "alice.servers.pool.example"
 NOW = dt.datetime(2026, 3, 1, 12, tzinfo=dt.UTC)
