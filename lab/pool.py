@@ -287,6 +287,18 @@ class LabPool:
             *arguments,
         )
 
+    def query(self, member: Member) -> Finished:
+        """`pool-client query` of one member by its name, at its first address."""
+        return run(
+            "pool-client",
+            "query",
+            f"{member.domain}:{self.ke_port}",
+            f"--address={member.address}",
+            f"--ca={self.roots}",
+            "--samples=1",
+            "--json",
+        )
+
     def wait_for_state(self, member: Member, state: str, deadline: float = 40.0) -> dict[str, Any]:
         """The server's view once it is in that state; LabError with its own explanation otherwise."""
         view: dict[str, Any] = {}

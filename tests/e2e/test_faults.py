@@ -76,11 +76,11 @@ def test_members_serve_on_while_the_registry_is_down(pool):
     pool.wait_for_state(member, "active")
     pool.registry.stop()
     try:
-        query = _query(pool, member)
+        query = pool.query(member)
         member.process.signal(signal.SIGKILL)
         member.process.wait()
         member.process.start()
-        wait_until(lambda: _query(pool, member).status == 0, "the restarted agent serves")
+        wait_until(lambda: pool.query(member).status == 0, "the restarted agent serves")
     finally:
         pool.start_registry()
 
@@ -153,18 +153,6 @@ def test_the_api_says_where_its_documents_are(pool):
     document = pool.api().call("GET", "/openapi.json")
 
     assert {"/v1/members", "/v1/servers", "/v1/servers/{name}", "/v1/agent/sync"} <= set(document["paths"])
-
-
-def _query(pool, member):
-    return run(
-        "pool-client",
-        "query",
-        f"{member.domain}:{pool.ke_port}",
-        f"--address={member.address}",
-        f"--ca={pool.roots}",
-        "--samples=1",
-        "--json",
-    )
 
 
 def _alarms(pool):

@@ -5,7 +5,6 @@ import pytest
 from lab.pool import HAS_IPV6, LabPool
 from lab.postgres import Postgres
 from lab.processes import wait_until
-from lab.programs import run
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -17,15 +16,7 @@ def test_a_certificate_is_renewed_with_a_new_key_and_swapped_without_a_gap(tmp_p
         first = pool.wait_for_state(member, "active")["certificates"][-1]
 
         def renewed():
-            answer = run(
-                "pool-client",
-                "query",
-                f"{member.domain}:{pool.ke_port}",
-                f"--address={member.address}",
-                f"--ca={pool.roots}",
-                "--samples=1",
-                "--json",
-            )
+            answer = pool.query(member)
             assert answer.document["authenticated"] is True, answer.stdout
             issued = [row for row in member.view()["certificates"] if row["status"] == "issued"]
             return len(issued) >= 2
