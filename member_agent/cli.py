@@ -1,14 +1,11 @@
 """`pool-agent`: serve authenticated time, alone or as a member of a pool. Rendering only."""
 
 import asyncio
-import logging
-import sys
 from collections.abc import Coroutine
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-import structlog
 import typer
 
 from member_agent import daemon
@@ -18,6 +15,7 @@ from member_agent.errors import AgentError
 from member_agent.sockets import parse_endpoint
 from member_agent.state import StateDirectory
 from nts_core.ke import DEFAULT_NTP_PORT
+from nts_core.shell import configure_logging
 
 app = typer.Typer(
     name="pool-agent",
@@ -40,22 +38,8 @@ MetricsOption = Annotated[
 ]
 
 
-def _configure_logging() -> None:
-    """JSON lines on standard error, or readable ones on a terminal."""
-    renderer = structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            renderer,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
-
-
 def _run(work: Coroutine[Any, Any, None]) -> None:
-    _configure_logging()
+    configure_logging()
     try:
         asyncio.run(work)
     except AgentError as error:
@@ -104,7 +88,7 @@ def serve(
 @app.command()
 def join(
     registry_url: Annotated[str, typer.Argument(help="the registry's address")],
-    token: Annotated[str, typer.Option(help="the join token of the registration", envvar="POOL_AGENT_TOKEN")],
+    token: Annotated[str, typer.Option(help="the join token of the registration", envvar="POOL_JOIN_TOKEN")],
     state: StateOption = _DEFAULT_STATE,
     ca: Annotated[
         Path | None, typer.Option(help="roots (PEM) for the registry instead of the system's")

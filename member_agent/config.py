@@ -3,24 +3,20 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, IPvAnyAddress, ValidationError
-from pydantic_settings import (
-    BaseSettings,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    TomlConfigSettingsSource,
-)
+from pydantic import Field, IPvAnyAddress
+from pydantic_settings import SettingsConfigDict
 
 from member_agent.errors import AgentError, ExitStatus
 from nts_core.ke import DEFAULT_NTP_PORT
+from nts_core.shell import ProgramSettings, SettingsError
 
 CONFIG_FILE = "agent.toml"
 
 
-class AgentSettings(BaseSettings):
+class AgentSettings(ProgramSettings):
     """What a member may choose; everything else the registry assigns or the host knows."""
 
-    model_config = SettingsConfigDict(env_prefix="POOL_AGENT_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="POOL_AGENT_")
 
     listen: tuple[IPvAnyAddress, ...] = Field(
         (), description="addresses to listen on; by default the server's own, or all when they are not local"
@@ -32,34 +28,14 @@ class AgentSettings(BaseSettings):
     )
     metrics: str | None = Field(None, description="ADDR:PORT of the Prometheus listener")
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the signature is pydantic's
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the signature is pydantic's
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
-
 
 def load_settings(state: Path, flags: dict[str, Any]) -> AgentSettings:
     """The effective settings. Raises AgentError that names the field."""
-
-    class FileSettings(AgentSettings):
-        model_config = SettingsConfigDict(toml_file=state / CONFIG_FILE)
-
     try:
-        return FileSettings(**{name: value for name, value in flags.items() if value is not None})
-    except ValidationError as error:
-        first = error.errors()[0]
+        return AgentSettings.load(state / CONFIG_FILE, **flags)
+    except SettingsError as error:
         raise AgentError(
-            f"setting {'.'.join(str(part) for part in first['loc'])}: {first['msg']}",
+            str(error),
             f"correct the option, the POOL_AGENT_ variable, or {state / CONFIG_FILE}",
             ExitStatus.CONFIGURATION,
-        ) from None
-    except ValueError as error:
-        raise AgentError(
-            f"{state / CONFIG_FILE}: {error}", "write it as TOML", ExitStatus.CONFIGURATION
         ) from None

@@ -3,10 +3,8 @@
 import asyncio
 import io
 import json
-import logging
 import os
 import socket
-import sys
 from datetime import UTC, datetime
 from enum import IntEnum
 from pathlib import Path
@@ -24,6 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 import migrations
 from nts_core.client import ClientError, load_roots
+from nts_core.shell import configure_logging
 from poolsvc import members
 from poolsvc.app import create_app
 from poolsvc.config import ConfigError, Settings, load_settings, split_endpoint
@@ -59,21 +58,6 @@ def _settings(file: Path) -> Settings:
         return load_settings(file)
     except ConfigError as error:
         _fail(ExitStatus.CONFIGURATION, str(error), "correct the setting; docs/operators.md explains each")
-
-
-def configure_logging() -> None:
-    """JSON lines on standard error, or readable ones on a terminal."""
-    renderer = structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            renderer,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
 
 
 def _alembic(settings: Settings) -> AlembicConfig:

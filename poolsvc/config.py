@@ -1,7 +1,6 @@
 """The registry's settings: environment (POOLSVC_*) before the TOML file before defaults; one frozen object."""
 
 import ipaddress
-import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -12,19 +11,12 @@ from pydantic import (
     ConfigDict,
     Field,
     IPvAnyAddress,
-    ValidationError,
     model_validator,
 )
-from pydantic_settings import (
-    BaseSettings,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    TomlConfigSettingsSource,
-)
+from pydantic_settings import SettingsConfigDict
 
+from nts_core.shell import ProgramSettings, SettingsError
 from poolsvc.names import DOMAIN
-
-_PREFIX = "POOLSVC_"
 
 
 class ConfigError(Exception):
@@ -119,12 +111,10 @@ class PolicySettings(_Section):
     )
 
 
-class Settings(BaseSettings):
+class Settings(ProgramSettings):
     """Everything `poolsvc` needs to know. Relative paths are relative to the settings file."""
 
-    model_config = SettingsConfigDict(
-        env_prefix=_PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True
-    )
+    model_config = SettingsConfigDict(env_prefix="POOLSVC_", env_nested_delimiter="__")
 
     pool: DomainName
     database: DatabaseUrl = Field("sqlite+aiosqlite:///registry.db", repr=False)
@@ -141,17 +131,6 @@ class Settings(BaseSettings):
     dns: DnsSettings
     ca: CaSettings
     policy: PolicySettings = PolicySettings()
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the signature is pydantic's
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the signature is pydantic's
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
     @model_validator(mode="after")
     def _both_or_neither(self) -> Self:
@@ -176,24 +155,10 @@ def load_settings(file: Path) -> Settings:
     """The settings of a TOML file and the environment. Raises ConfigError that names the setting."""
     if not file.is_file():
         raise ConfigError(f"{file}: there is no such settings file")
-
-    for variable in os.environ:
-        setting = variable.removeprefix(_PREFIX).lower().split("__")[0]
-        if variable.startswith(_PREFIX) and setting not in Settings.model_fields:
-            raise ConfigError(
-                f"the environment variable {variable} sets nothing: there is no setting {setting}"
-            )
-
-    class FileSettings(Settings):
-        model_config = SettingsConfigDict(toml_file=file)
-
     try:
-        return _resolve_paths(FileSettings(), file.resolve().parent)
-    except ValidationError as error:
-        lines = [f"{'.'.join(map(str, item['loc'])) or 'settings'}: {item['msg']}" for item in error.errors()]
-        raise ConfigError(f"{file}: " + "; ".join(lines)) from None
-    except ValueError as error:
-        raise ConfigError(f"{file}: {error}") from None
+        return _resolve_paths(Settings.load(file), file.resolve().parent)
+    except SettingsError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _resolve_paths(settings: Settings, base: Path) -> Settings:

@@ -1,0 +1,78 @@
+"""What the programs share at their edges (I/O): how they log, and where their settings come from."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any, Self
+
+import structlog
+from pydantic import ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+
+def configure_logging() -> None:
+    """JSON lines on standard error, or readable ones on a terminal."""
+    renderer = structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+class SettingsError(Exception):
+    """A file, variable or flag that cannot be used; the text names the setting."""
+
+
+class ProgramSettings(BaseSettings):
+    """Frozen settings: flags before environment before a TOML file before defaults.
+
+    A subclass says its `env_prefix`. Unknown keys in the file and unknown variables with the prefix are
+    refused.
+    """
+
+    model_config = SettingsConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def load(cls, file: Path, **flags: Any) -> Self:
+        """The settings that hold. Flags that are None were not given. Raises SettingsError."""
+        prefix = cls.model_config["env_prefix"]
+        for variable in os.environ:
+            setting = variable.removeprefix(prefix).lower().split("__")[0]
+            if variable.startswith(prefix) and setting not in cls.model_fields:
+                raise SettingsError(
+                    f"the environment variable {variable} sets nothing: there is no setting {setting}"
+                )
+        # The file is part of pydantic's class configuration, so every file has a class of its own.
+        loader: type[Self] = type(cls.__name__, (cls,), {"model_config": SettingsConfigDict(toml_file=file)})
+        try:
+            return loader(**{name: value for name, value in flags.items() if value is not None})
+        except ValidationError as error:
+            faults = (
+                f"{'.'.join(map(str, each['loc'])) or 'settings'}: {each['msg']}" for each in error.errors()
+            )
+            raise SettingsError(f"{file}: {'; '.join(faults)}") from None
+        except (ValueError, OSError) as error:
+            raise SettingsError(f"{file}: {error}") from None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the signature is pydantic's
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the signature is pydantic's
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
