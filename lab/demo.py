@@ -368,7 +368,7 @@ def main() -> int:
     story = Story(Console(stderr=options.json, highlight=False))
     story.console.print(f"[bold]Truechimer: the life of a pool[/], in {directory}")
     error = _run(story, directory, keep=options.keep)
-    seconds = story.at()
+    seconds = story.statements[-1]["at"] if story.statements else story.at()
     if options.json:
         document = {"ok": error is None, "seconds": seconds, "error": error}
         print(json.dumps({**document, "statements": story.statements, **story.facts}))

@@ -10,8 +10,8 @@ import typer
 
 from member_agent import daemon
 from member_agent.clock import Clock
-from member_agent.config import load_settings
-from member_agent.errors import AgentError
+from member_agent.config import MAX_CLOCK_OFFSET, load_settings
+from member_agent.errors import AgentError, ExitStatus
 from member_agent.sockets import parse_endpoint
 from member_agent.state import StateDirectory
 from nts_core.ke import DEFAULT_NTP_PORT
@@ -51,6 +51,16 @@ def _fail(error: AgentError) -> None:
     raise typer.Exit(error.status)
 
 
+def _offset_ns(seconds: float | None) -> int:
+    if seconds is not None and not abs(seconds) <= MAX_CLOCK_OFFSET:
+        raise AgentError(
+            f"--clock-offset {seconds}: out of range",
+            f"give seconds from -{MAX_CLOCK_OFFSET:g} to {MAX_CLOCK_OFFSET:g}",
+            ExitStatus.CONFIGURATION,
+        )
+    return round((seconds or 0) * 1e9)
+
+
 @app.command()
 def serve(
     cert: Annotated[Path, typer.Option(metavar="FULLCHAIN.pem", help="certificate chain, leaf first")],
@@ -77,7 +87,7 @@ def serve(
                 for text in ntp or (f"0.0.0.0:{DEFAULT_NTP_PORT}", f"[::]:{DEFAULT_NTP_PORT}")
             ],
             state=StateDirectory(state) if state else None,
-            clock=Clock(local_stratum, round((clock_offset or 0) * 1e9)),
+            clock=Clock(local_stratum, _offset_ns(clock_offset)),
             metrics_endpoint=parse_endpoint(metrics, "--metrics") if metrics else None,
             ready=lambda line: print(line, flush=True),  # noqa: T201 - the line that callers wait for
         )
@@ -124,7 +134,7 @@ def run(
         }
         settings = load_settings(state, flags)
         endpoint = parse_endpoint(settings.metrics, "--metrics") if settings.metrics else None
-        await daemon.Member(StateDirectory(state), settings).run(endpoint)
+        await daemon.Member(StateDirectory(state, create=False), settings).run(endpoint)
 
     _run(work())
 

@@ -11,6 +11,8 @@ from nts_core.ke import DEFAULT_NTP_PORT
 from nts_core.shell import ProgramSettings, SettingsError
 
 CONFIG_FILE = "agent.toml"
+# Thirty years: enough to test whatever a clock may do.
+MAX_CLOCK_OFFSET = 1e9
 
 
 class AgentSettings(ProgramSettings):
@@ -24,7 +26,11 @@ class AgentSettings(ProgramSettings):
     ntp_port: int = Field(DEFAULT_NTP_PORT, ge=1, le=65535)
     local_stratum: int | None = Field(None, ge=1, le=15, description="vouch for this host's clock")
     clock_offset: float = Field(
-        0.0, ge=-1e9, le=1e9, description="test option: seconds added to the time served"
+        0.0,
+        ge=-MAX_CLOCK_OFFSET,
+        le=MAX_CLOCK_OFFSET,
+        allow_inf_nan=False,
+        description="test option: seconds added to the time served",
     )
     metrics: str | None = Field(None, description="ADDR:PORT of the Prometheus listener")
 

@@ -44,6 +44,7 @@ from nts_core.tls import ServerCredentials, ServerKey
 _log = structlog.get_logger()
 # Bounds of what a registry may ask for as the time to the next report, and the wait while it is away.
 _MIN_POLL, _MAX_POLL, _AWAY_POLL = 0.05, 3600.0, 60.0
+_FIRST_RETRY = 1.0
 _MAX_PROOFS = 32
 
 
@@ -84,12 +85,16 @@ async def _signals(on_hangup: Callable[[], None]) -> AsyncIterator[asyncio.Event
 
 async def _rotate(engine: BuiltinEngine) -> None:
     while True:
+        _rotate_if_due(engine)
         await asyncio.sleep(min(engine.seconds_to_rotation(), _MAX_POLL))
-        try:
-            engine.rotate_if_due()
-        except AgentError as error:
-            # The old key goes on sealing; a full disk must not stop the service.
-            _log.error("cookie_key_not_saved", detail=error.message)
+
+
+def _rotate_if_due(engine: BuiltinEngine) -> None:
+    try:
+        engine.rotate_if_due()
+    except AgentError as error:
+        # The old key goes on sealing; a full disk must not stop the service.
+        _log.error("cookie_key_not_saved", detail=error.message)
 
 
 async def _until(stop: asyncio.Event, *tasks: asyncio.Task[None]) -> None:
@@ -125,7 +130,6 @@ async def serve(
         keyring=state.keyring() if state else None,
         save=state.save_keyring if state else lambda _keyring: None,
     )
-    engine.rotate_if_due()
 
     def reload() -> None:
         try:
@@ -175,6 +179,11 @@ async def join(url: str, token: str, state: StateDirectory, ca: Path | None, age
     return membership
 
 
+def _bounded(seconds: float) -> float:
+    """What a registry asks for as the time to the next report, within our bounds; NaN is none of them."""
+    return min(max(seconds, _MIN_POLL), _MAX_POLL) if seconds == seconds else _MAX_POLL  # noqa: PLR0124 - NaN
+
+
 @dataclass(slots=True)
 class _Facts:
     """What the agent will tell the registry next."""
@@ -197,7 +206,14 @@ class Member:
         self._registry = Registry(
             membership.registry, membership.token, Path(membership.ca) if membership.ca else None
         )
-        self._store = CertificateStore(state.path / "certificates", membership.domain)
+        try:
+            self._store = CertificateStore(state.path / "certificates", membership.domain)
+        except OSError as error:
+            raise AgentError(
+                f"{state.path / 'certificates'}: {error.strerror}",
+                "check the directory's owner, rights and space",
+                ExitStatus.STATE,
+            ) from None
         self._responder = Responder([membership.domain])
         self._clock = Clock(settings.local_stratum, round(settings.clock_offset * 1e9))
         self._engine: BuiltinEngine | None = None
@@ -220,15 +236,15 @@ class Member:
                     await self._engine.stop()
 
     async def _keep_in_step(self, wake: asyncio.Event) -> None:
-        assignment: Assignment | None = None
+        wait = _FIRST_RETRY
         failing = False
         while True:
             try:
                 assignment = await self._registry.sync(self._report())
                 self._check(assignment)
                 self._facts = _Facts()
+                wait = _bounded(assignment.poll_after)
                 await self._follow(assignment)
-                wait = min(max(assignment.poll_after, _MIN_POLL), _MAX_POLL)
                 failing = False
             except RegistryError as error:
                 if error.code == "removed":
@@ -239,12 +255,12 @@ class Member:
                     _log.warning("registry_unreachable", detail=error.message)
                 failing = True
                 await self._serve_what_there_is()
-                wait = min(_AWAY_POLL, assignment.poll_after if assignment else 1.0)
+                wait = min(_AWAY_POLL, wait)
+            if self._engine is not None:
+                _rotate_if_due(self._engine)
             wake.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(wake.wait(), wait)
-            if self._engine is not None:
-                self._engine.rotate_if_due()
 
     def _report(self) -> AgentReport:
         facts = self._facts
@@ -269,6 +285,8 @@ class Member:
     async def _follow(self, assignment: Assignment) -> None:
         """Do what is wanted; what cannot be done becomes the problem that the next report tells."""
         try:
+            for challenge in assignment.challenges:
+                validate_challenge(challenge)
             await self._listen(assignment)
             await self._prove(assignment)
             self._answer_challenges(assignment)
@@ -276,6 +294,8 @@ class Member:
                 pem = await asyncio.to_thread(self._store.pending, assignment.csr_for)
                 self._facts.csr = CsrAnswer(assignment.csr_for, pem)
             await self._install(assignment)
+        except RegistryError:
+            raise
         except (AgentError, ChallengeError, InstallError, OSError) as error:
             self._facts.problem = str(error)
             _log.error("assignment_not_followed", detail=str(error))
@@ -324,8 +344,6 @@ class Member:
             self._publish(assignment)
 
     def _answer_challenges(self, assignment: Assignment) -> None:
-        for challenge in assignment.challenges:
-            validate_challenge(challenge)
         self._publish(assignment)
         nonces = (path.removeprefix(PROOF_PATH) for path in self._proofs)
         self._facts.serving = (*(challenge.token for challenge in assignment.challenges), *nonces)
@@ -359,7 +377,6 @@ class Member:
             keyring=self._state.keyring(),
             save=self._state.save_keyring,
         )
-        engine.rotate_if_due()
         try:
             await engine.start(
                 [Endpoint(host, ke_port) for host in hosts],
@@ -377,10 +394,9 @@ class Member:
         last = self._state.listening()
         if self._engine is not None or last is None:
             return
-        current = await asyncio.to_thread(self._store.current)
-        if current is None:
-            return
         try:
-            await self._start_engine(current, last.hosts, last.ke_port)
-        except AgentError as error:
-            _log.error("not_serving", detail=error.message, remedy=error.remedy)
+            current = await asyncio.to_thread(self._store.current)
+            if current is not None:
+                await self._start_engine(current, last.hosts, last.ke_port)
+        except (AgentError, InstallError, OSError) as error:
+            _log.error("not_serving", detail=str(error))

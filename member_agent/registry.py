@@ -1,7 +1,9 @@
 """The agent's conversation with its registry: JSON documents over HTTPS, each with a deadline."""
 
 import base64
+import contextlib
 import ipaddress
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -24,6 +26,7 @@ from nts_core.control import (
 _TIMEOUT = 10.0
 # An assignment holds a certificate chain and a few names; more is not ours.
 _MAX_ANSWER = 256 * 1024
+_TOKEN = re.compile(r"[A-Za-z0-9_-]{1,200}")
 _T = TypeVar("_T")
 
 
@@ -42,10 +45,19 @@ class RegistryError(AgentError):
 
 def check_url(url: str) -> str:
     """The registry's address without a slash at its end. Plain HTTP is for loopback only: tokens travel."""
-    parts = urlsplit(url)
-    is_loopback = parts.hostname == "localhost" or _is_loopback(parts.hostname or "")
-    if parts.hostname and (parts.scheme == "https" or (parts.scheme == "http" and is_loopback)):
-        return url.rstrip("/")
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(url)
+        is_loopback = parts.hostname == "localhost" or _is_loopback(parts.hostname or "")
+        is_safe = parts.scheme == "https" or (parts.scheme == "http" and is_loopback)
+        if (
+            parts.hostname
+            and is_safe
+            and parts.port != 0
+            and url.isascii()
+            and url.isprintable()
+            and " " not in url
+        ):
+            return url.rstrip("/")
     raise AgentError(
         f"{url} is not an https:// address", "use the address that the registration shows", ExitStatus.USAGE
     )
@@ -63,6 +75,9 @@ class Registry:
 
     def __init__(self, url: str, token: str, ca: Path | None = None) -> None:
         self._url = check_url(url)
+        if not _TOKEN.fullmatch(token):
+            # Not shown: what was meant as a token is a secret, whatever is wrong with it.
+            raise AgentError("the token has characters that no token has", "copy it whole", ExitStatus.USAGE)
         self._headers = {"Authorization": f"Bearer {token}"}
         self._verify: Any = True
         if ca is not None:
@@ -101,7 +116,8 @@ class Registry:
         except httpx.HTTPError as error:
             raise RegistryError(
                 f"the registry {self._url} does not answer: {error or type(error).__name__}",
-                "check the registry's address and the network; a running agent tries again by itself",
+                "check the registry's address, its certificate (--ca) and the network; a running agent tries"
+                " again by itself",
             ) from None
         if response.status_code >= httpx.codes.BAD_REQUEST:
             raise _refusal(response.status_code, body)

@@ -5,10 +5,10 @@ import asyncio
 from alembic import context
 from sqlalchemy import Connection, text
 
-from poolsvc import models
-from poolsvc.db import Database
+import poolsvc.models  # noqa: F401 - makes the tables known
+from poolsvc.db import Base, Database
 
-target_metadata = models.Base.metadata
+target_metadata = Base.metadata
 
 
 def _run(connection: Connection) -> None:
@@ -29,7 +29,7 @@ def _run(connection: Connection) -> None:
 
 async def _run_online() -> None:
     config = context.config
-    url = config.attributes.get("url") or config.get_main_option("sqlalchemy.url")
+    url: str = config.attributes.get("url") or config.get_main_option("sqlalchemy.url") or ""
     database = Database(url)
     try:
         async with database.engine.connect() as connection:

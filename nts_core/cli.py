@@ -3,6 +3,7 @@
 import asyncio
 import ipaddress
 import json
+import sys
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from nts_core.client import (
     KE_PORT,
@@ -37,6 +39,7 @@ app = typer.Typer(
 )
 _RESOLVER_TIMEOUT = 3.0
 MAX_SAMPLES = 64
+_WIDE = 200
 # A pool's answer holds eight targets at most.
 MAX_COUNT = 8
 
@@ -272,24 +275,41 @@ _COLOURS = {Verdict.TRUECHIMER: "green", Verdict.FALSETICKER: "red", Verdict.FAI
 
 
 def _show_sources(view: PoolView) -> None:
-    table = Table(box=None)
+    # Off a terminal nothing is cut; and what a peer chose to say of itself is text, never markup.
+    console = Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False)
+    table = Table(box=None, pad_edge=False)
     for column in ("source", "address", "offset", "delay", "verdict"):
-        table.add_column(column, justify="right" if column in {"offset", "delay"} else "left")
+        table.add_column(
+            column, justify="right" if column in {"offset", "delay"} else "left", overflow="fold"
+        )
     for source in view.sources:
         best = source.measurement.best if source.measurement else None
-        verdict = f"[{_COLOURS[source.verdict]}]{source.verdict}[/]"
+        verdict = Text(source.verdict, style=_COLOURS[source.verdict])
         table.add_row(
-            source.name,
-            source.address or "",
+            Text(source.name),
+            Text(source.address or ""),
             _milliseconds(best.offset if best else None),
             _milliseconds(best.delay if best else None),
-            f"{verdict} {source.reason}".strip(),
+            verdict.append(f" {source.reason}" if source.reason else "", style="default"),
         )
-    console = Console()
     console.print(table)
     if view.offset is not None:
         console.print(f"the truechimers agree on an offset of {_milliseconds(view.offset)}")
 
 
+# typer carries its own click inside and exports of its usage errors only this one: the root is one above.
+_UsageError: Any = typer.BadParameter.__base__
+
+
 def main() -> None:
-    app()
+    """Run a command. Also a command line that cannot be read is one JSON object where that was asked for."""
+    try:
+        sys.exit(app(standalone_mode=False))
+    except typer.Abort:
+        sys.exit(ExitStatus.USAGE)
+    except _UsageError as error:
+        if "--json" in sys.argv:
+            typer.echo(json.dumps({"error": _error(_unusable(error.format_message(), "see --help"))}))
+        else:
+            error.show()
+        sys.exit(ExitStatus.USAGE)

@@ -435,7 +435,7 @@ def _judge(pool: str, tried: Sequence[_Candidate]) -> PoolView:
     claims: list[select.Estimate] = []
     claimants: list[_Candidate] = []
     for candidate in tried:
-        if candidate.measurement is not None and candidate.measurement.best.synchronised:
+        if candidate.measurement is not None and select.unfit(candidate.measurement.best) is None:
             claims.append(select.estimate(candidate.measurement.samples))
             claimants.append(candidate)
     selection = select.select(claims)
@@ -448,8 +448,8 @@ def _source(candidate: _Candidate, *, is_chosen: bool) -> Source:
     measurement = candidate.measurement
     if measurement is None:
         verdict, reason = Verdict.FAILED, candidate.failure
-    elif not measurement.best.synchronised:
-        verdict, reason = Verdict.FAILED, "it says that it is not synchronised"
+    elif (unfit := select.unfit(measurement.best)) is not None:
+        verdict, reason = Verdict.FAILED, unfit
     elif is_chosen:
         verdict, reason = Verdict.TRUECHIMER, ""
     else:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from nts_core.association import Sample
 
+# RFC 5905's MAXDIST: who admits to be worse is of no use, and could hide any error behind its admission.
+MAX_DISTANCE = 1_500_000_000
 # RFC 5905's MINDISP: no claim is believed to be narrower, whatever a local network makes of it.
 MIN_DISTANCE = 5_000_000
 
@@ -28,6 +30,15 @@ class Selection:
 
     truechimers: frozenset[int]
     offset: int | None
+
+
+def unfit(sample: Sample) -> str | None:
+    """Why a source may not even vote, by its own words (RFC 5905's fit test); None when it may."""
+    if not sample.synchronised:
+        return "it says that it is not synchronised"
+    if sample.root_distance > MAX_DISTANCE:
+        return f"it admits to be up to {sample.root_distance / 1e9:.1f} s wrong"
+    return None
 
 
 def best(samples: Sequence[Sample]) -> Sample:

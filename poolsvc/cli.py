@@ -1,10 +1,13 @@
 """`poolsvc`: run the registry, prepare its database, make the first operator. Rendering only."""
 
 import asyncio
+import base64
+import contextlib
 import io
 import json
 import os
 import socket
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from enum import IntEnum
 from pathlib import Path
@@ -83,6 +86,7 @@ def serve(config: ConfigOption) -> None:
     settings = _settings(config)
     configure_logging()
     _check_migrated(settings)
+    _check_files(settings)
     if settings.allow_private_addresses:
         structlog.get_logger().warning("private_addresses_allowed")
     sockets = [_bind(endpoint) for endpoint in settings.listen]
@@ -103,7 +107,17 @@ def serve(config: ConfigOption) -> None:
         server_config.load()
     except OSError as error:
         _fail(ExitStatus.CONFIGURATION, f"tls_certificate, tls_key: {error}", "give a PEM chain and its key")
-    uvicorn.Server(server_config).run(sockets=sockets)
+    _Server(server_config).run(sockets=sockets)
+
+
+class _Server(uvicorn.Server):
+    """Ends with status 0 on SIGTERM: uvicorn would raise the signal again once it has stopped in order."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        with super().capture_signals():
+            yield
+            self._captured_signals.clear()
 
 
 def _bind(endpoint: str) -> socket.socket:
@@ -122,8 +136,31 @@ def _bind(endpoint: str) -> socket.socket:
 def _check_migrated(settings: Settings) -> None:
     try:
         command.current(_alembic(settings), check_heads=True)
-    except (SQLAlchemyError, CommandError, OSError) as error:
+    except CommandError as error:
         _fail(ExitStatus.DATABASE, f"the database: {error}", "run `poolsvc migrate --config FILE` first")
+    except (SQLAlchemyError, OSError) as error:
+        _fail(
+            ExitStatus.DATABASE,
+            f"the database: {error}",
+            "check `database` in the settings, and that it runs",
+        )
+
+
+def _check_files(settings: Settings) -> None:
+    """What the worker will need; a mistake is better said now than in an alarm."""
+    try:
+        base64.b64decode(settings.dns.tsig_secret_file.read_text().strip(), validate=True)
+    except (OSError, ValueError) as error:
+        _fail(
+            ExitStatus.CONFIGURATION,
+            f"dns.tsig_secret_file: {error}",
+            "give a readable file with the key's base64 secret",
+        )
+    if settings.ca.ca_file is not None:
+        try:
+            load_roots(settings.ca.ca_file)
+        except ClientError as error:
+            _fail(ExitStatus.CONFIGURATION, f"ca.ca_file: {error.message}", error.remedy)
 
 
 def _roots(settings: Settings) -> list[x509.Certificate]:

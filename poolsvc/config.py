@@ -3,7 +3,8 @@
 import ipaddress
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -24,10 +25,12 @@ class ConfigError(Exception):
 
 
 def _endpoint(text: str) -> str:
-    host, separator, port = text.rpartition(":")
-    if not separator or not port.isdigit() or not 0 <= int(port) < 65536:
+    host, _, port = text.rpartition(":")
+    is_port = port.isascii() and port.isdigit() and int(port) < 65536
+    is_bracketed = host.startswith("[") and host.endswith("]")
+    if not is_port or is_bracketed != (":" in host):
         raise ValueError("write it as ADDRESS:PORT, and IPv6 as [ADDRESS]:PORT")
-    ipaddress.ip_address(host.strip("[]"))
+    ipaddress.ip_address(host[1:-1] if is_bracketed else host)
     return text
 
 
@@ -44,6 +47,20 @@ def _database(text: str) -> str:
     return text
 
 
+def _https(text: str) -> str:
+    if not text.startswith("https://") or not urlsplit(text).hostname:
+        raise ValueError("write it as https://HOST/PATH")
+    return text
+
+
+def _http(text: str) -> str:
+    if not text.startswith(("https://", "http://")) or not urlsplit(text).hostname:
+        raise ValueError("write it as https://HOST")
+    return text.rstrip("/")
+
+
+HttpsUrl = Annotated[str, AfterValidator(_https)]
+HttpUrl = Annotated[str, AfterValidator(_http)]
 DatabaseUrl = Annotated[str, AfterValidator(_database)]
 EndpointText = Annotated[str, AfterValidator(_endpoint)]
 DomainName = Annotated[str, AfterValidator(_domain)]
@@ -71,7 +88,7 @@ class DnsSettings(_Section):
     primary: EndpointText
     tsig_name: str
     tsig_secret_file: Path
-    tsig_algorithm: str = "hmac-sha256"
+    tsig_algorithm: Literal["hmac-sha256", "hmac-sha384", "hmac-sha512"] = "hmac-sha256"
     nameservers: tuple[EndpointText, ...] = Field(min_length=1)
     srv_ttl: int = Field(60, ge=1, le=86400)
     address_ttl: int = Field(300, ge=1, le=86400)
@@ -80,7 +97,7 @@ class DnsSettings(_Section):
 class CaSettings(_Section):
     """The CA and the identity by which CAA records name it."""
 
-    directory_url: str
+    directory_url: HttpsUrl
     caa_identity: DomainName
     account_key_file: Path
     contact: tuple[str, ...] = ()
@@ -98,7 +115,8 @@ class PolicySettings(_Section):
     agent_interval: float = Field(60, gt=0, description="how often an idle agent reports")
     reconcile_interval: float = Field(60, gt=0, description="how often DNS is compared without a reason")
     proof_deadline: float = Field(10, gt=0, le=60, description="for one connection back to an address")
-    proofs_per_hour: int = Field(5, ge=1, description="connections back to an address or its prefix")
+    proofs_per_hour: int = Field(5, ge=1, description="connections back to an address")
+    proofs_per_hour_and_prefix: int = Field(5, ge=1, description="connections back to a /24 or /48")
     retry: tuple[float, ...] = Field(
         (60, 600, 6000, 86400), min_length=1, description="waits after failed orders; the last one repeats"
     )
@@ -119,7 +137,7 @@ class Settings(ProgramSettings):
     pool: DomainName
     database: DatabaseUrl = Field("sqlite+aiosqlite:///registry.db", repr=False)
     listen: tuple[EndpointText, ...] = Field(("127.0.0.1:8080",), min_length=1)
-    public_url: str = "http://127.0.0.1:8080"
+    public_url: HttpUrl = "http://127.0.0.1:8080"
     tls_certificate: Path | None = Field(None, description="PEM chain; without it TLS is a reverse proxy's")
     tls_key: Path | None = None
     trusted_proxies: tuple[IPvAnyAddress, ...] = Field(

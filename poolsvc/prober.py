@@ -8,15 +8,14 @@ from ipaddress import ip_address
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from nts_core import select
 from nts_core.association import Association, Sample
 from nts_core.client import ClientError, Established, Failure, establish, exchange
 from nts_core.control import ProbeResult, Stage
 from nts_core.cookies import MAX_COOKIES
 from nts_core.errors import KissOfDeath, OutOfCookies
-from nts_core.packet import Leap
 from nts_core.tls import Trust
 
-# Cookies that a server is expected to give in key establishment (RFC 8915 section 4 asks for eight).
 _STAGE_OF = {
     Failure.TCP: Stage.TCP,
     Failure.TLS: Stage.TLS,
@@ -73,7 +72,7 @@ async def _exchanges(established: Established, found: ProbeResult) -> ProbeResul
 
 
 def _measured(found: ProbeResult, samples: list[Sample]) -> ProbeResult:
-    best = min(samples, key=lambda sample: sample.delay)
+    best = select.best(samples)
     measured = replace(
         found,
         offset=best.offset,
@@ -87,7 +86,7 @@ def _measured(found: ProbeResult, samples: list[Sample]) -> ProbeResult:
     if measured.cookies < measured.asked:
         detail = f"{measured.cookies} of {measured.asked} cookies came by NTP"
         return replace(measured, failed=Stage.COOKIES, detail=detail)
-    if best.leap == Leap.UNSYNCHRONISED or not best.synchronised:
+    if not best.synchronised:
         return replace(measured, failed=Stage.OFFSET, detail="the server says that it is not synchronised")
     if abs(best.offset) > OFFSET_LIMIT:
         detail = f"the clock is {best.offset / 1e9:+.3f} s off; at most {OFFSET_LIMIT / 1e9:g} s is useful"

@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 import httpx
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from sqlalchemy import delete, func, or_, select
+from sqlalchemy import delete, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from nts_core.control import PROOF_PATH, ServerState, proof_statement
@@ -69,15 +69,17 @@ def _canonical(source: str) -> str:
 
 async def _limit(session: AsyncSession, settings: Settings, address: str, now: datetime) -> None:
     await session.execute(delete(ConnectBack).where(ConnectBack.at < now - _HOUR))
-    prefix, limit = prefix_of(address), settings.policy.proofs_per_hour
-    made = await session.scalar(
-        select(func.count()).where(or_(ConnectBack.address == address, ConnectBack.prefix == prefix))
-    )
-    if (made or 0) >= limit:
-        raise TooManyRequests(
-            f"{made} connections to {address} or its network {prefix} within an hour",
-            remedy="wait an hour; the agent asks again by itself",
-        )
+    prefix = prefix_of(address)
+    for what, column, value, limit in (
+        ("the address", ConnectBack.address, address, settings.policy.proofs_per_hour),
+        ("its network", ConnectBack.prefix, prefix, settings.policy.proofs_per_hour_and_prefix),
+    ):
+        made = await session.scalar(select(func.count()).where(column == value)) or 0
+        if made >= limit:
+            raise TooManyRequests(
+                f"{made} connections to {what} {value} within an hour",
+                remedy="wait an hour; the agent asks again by itself",
+            )
 
 
 def wants_call(row: Address, now: datetime) -> bool:

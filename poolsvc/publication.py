@@ -4,6 +4,7 @@ DNS is derived state. One pass computes the wanted zone, publishes it, asks ever
 then notes that a name is there, a target listed, an SRV withdrawn or a name broken.
 """
 
+import time
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -92,6 +93,7 @@ async def publish(database: Database, settings: Settings, made: Plan, epoch: int
 
     True when all of them show the plan. Raises PublishError when the primary cannot be brought to it.
     """
+    started = time.monotonic()
     publisher = Publisher(made.policy, primary_config(settings))
     await publisher.take_fence(epoch)
     published = await publisher.publish(made.zone, epoch)
@@ -99,9 +101,11 @@ async def publish(database: Database, settings: Settings, made: Plan, epoch: int
         _log.info("zone_published", serial=published.serial, changes=len(published.changes))
     wrong = _wrong(made, await publisher.verify(made.keys, made.zone))
     negative_ttl = timedelta(seconds=published.soa_minimum)
+    # What is noted was true when the last nameserver had answered, not when the pass began.
+    seen_at = now + timedelta(seconds=time.monotonic() - started)
     async with database.transaction() as session:
         for row in await _rows(session):
-            _note(row, made, wrong, negative_ttl, now)
+            _note(row, made, wrong, negative_ttl, seen_at)
     return not wrong
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from nts_core.control import ProbeResult
 from nts_core.packet import Leap
+from nts_core.select import MAX_DISTANCE
 
 DECAY = 0.95
 MAX_SCORE = 20.0
@@ -49,7 +50,7 @@ def _faults(result: ProbeResult, max_stratum: int) -> list[Step]:
         found.append(Step(-4, reason=f"stratum {result.stratum}, where {max_stratum} is the pool's limit"))
     if result.leap == Leap.UNSYNCHRONISED:
         found.append(Step(-4, reason="the server is not synchronised"))
-    if result.root_distance > 3 * _SECOND // 2:
+    if result.root_distance > MAX_DISTANCE:
         found.append(Step(-4, reason=f"a root distance of {result.root_distance / _SECOND:.1f} s"))
     if result.cookies < result.asked:
         found.append(Step(-1, reason=f"{result.cookies} of {result.asked} cookies"))

@@ -66,7 +66,8 @@ class Worker:
         self._fenced = False
         self._planned: publication.Plan | None = None
         self._reconciled_at: datetime | None = None
-        self._slots = asyncio.Semaphore(_CONCURRENCY)
+        self._account_due: datetime | None = None
+        self._account_failures = 0
         self._opening = asyncio.Lock()
 
     async def run(self) -> None:
@@ -100,8 +101,11 @@ class Worker:
 
     async def _each(self, ids: Sequence[int], work: Callable[[int], Awaitable[None]]) -> None:
         async def one(identifier: int) -> None:
-            async with self._slots:
+            async with slots:
                 await work(identifier)
+
+        # Of this kind of work alone: a slow peer of one kind must not hold up the others.
+        slots = asyncio.Semaphore(_CONCURRENCY)
 
         outcomes = await asyncio.gather(*map(one, ids), return_exceptions=True)
         if failures := [outcome for outcome in outcomes if isinstance(outcome, Exception)]:
@@ -153,6 +157,8 @@ class Worker:
     async def _opened(self, now: datetime) -> AcmeAccount | None:
         if self._account is not None and not self._account.lost:
             return self._account
+        if self._account_due is not None and now < self._account_due:
+            return None
         ca = self._settings.ca
         config = AcmeConfig(
             directory_url=ca.directory_url,
@@ -167,8 +173,12 @@ class Worker:
             if self._health.ca is None:
                 _log.error("ca_unreachable", code=error.code, detail=error.detail)
             self._health.ca = error.detail
+            wait = self._settings.policy.step_retry * 2 ** min(self._account_failures, 8)
+            self._account_due = now + timedelta(seconds=max(wait, error.retry_after or 0))
+            self._account_failures += 1
             return None
-        self._health.ca = None
+        self._health.ca = self._account_due = None
+        self._account_failures = 0
         async with self._database.transaction() as session:
             pool = await servers.the_pool(session, self._settings, lock=True)
             pool.account_uri = account.uri

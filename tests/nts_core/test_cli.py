@@ -193,11 +193,13 @@ def test_a_number_out_of_range(samples):
 
 @pytest.mark.parametrize("arguments", [("--samples=x",), ("--colour",), ("two", "hosts")])
 def test_a_command_line_that_cannot_be_read(arguments):
-    """Nothing on standard output, so that nobody takes it for a result."""
-    done = run("pool-client", "query", "ntp.example", "--json", *arguments)
-    assert (done.status, done.stdout) == (ExitStatus.USAGE, "")
-    assert "Traceback" not in done.stderr
-    assert done.stderr
+    """One object here too; without --json nothing that could be taken for a result."""
+    told = run("pool-client", "query", "ntp.example", "--json", *arguments)
+    shown = run("pool-client", "query", "ntp.example", *arguments)
+    assert (told.status, told.document["error"]["code"]) == (ExitStatus.USAGE, "configuration")
+    assert (shown.status, shown.stdout) == (ExitStatus.USAGE, "")
+    assert "Traceback" not in told.stderr + shown.stderr
+    assert shown.stderr
 
 
 def test_errors_for_people_name_the_remedy(authority):

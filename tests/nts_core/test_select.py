@@ -1,10 +1,12 @@
 """Truechimers and falsetickers (RFC 5905 section 11.2.1)."""
 
+from dataclasses import replace
+
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from nts_core.association import Sample
-from nts_core.select import MIN_DISTANCE, Estimate, Selection, best, estimate, select
+from nts_core.select import MIN_DISTANCE, Estimate, Selection, best, estimate, select, unfit
 
 MS = 1_000_000
 
@@ -15,6 +17,16 @@ def ms(offset, distance=10):
 
 def sample(offset, delay, root_delay=0, root_dispersion=0):
     return Sample(offset, delay, 2, 0, root_delay, root_dispersion, -20, b"TEST", 1, 1)
+
+
+def test_who_admits_to_be_useless_has_no_vote():
+    """A wide claim covers every other one, whatever its offset: it would be a truechimer with any time."""
+    honest, useless = sample(0, 2 * MS), sample(5000 * MS, 2 * MS, root_dispersion=60_000 * MS)
+    assert unfit(honest) is None
+    assert "60.0 s" in unfit(useless)
+    assert "not synchronised" in unfit(replace(honest, leap=3))
+    assert unfit(sample(0, 2 * MS, root_delay=2990 * MS)) is None
+    assert unfit(sample(0, 2 * MS, root_delay=3000 * MS)) is not None
 
 
 def test_nothing_gives_nothing():

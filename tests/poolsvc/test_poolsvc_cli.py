@@ -1,9 +1,12 @@
 """`poolsvc` as an operator runs it: exit statuses, remedies, and no secret on the screen."""
 
 import asyncio
+import contextlib
 import json
 import os
+import signal
 import socket
+import tomllib
 from datetime import UTC, datetime
 
 import httpx
@@ -203,3 +206,28 @@ def test_help_and_usage():
         assert command in done.stdout
     assert poolsvc("serve").status == ExitStatus.USAGE
     assert poolsvc("unknown").status == ExitStatus.USAGE
+
+
+@pytest.mark.parametrize("secret", ["", "not base64!"])
+def test_serve_names_a_tsig_secret_that_is_none(config, tmp_path, secret):
+    path = config()
+    assert poolsvc("migrate", "--config", path).status == ExitStatus.OK
+    (tmp_path / "tsig.secret").unlink()
+    if secret:
+        (tmp_path / "tsig.secret").write_text(secret)
+    failed(poolsvc("serve", "--config", path), ExitStatus.CONFIGURATION, "base64")
+
+
+def test_serve_ends_in_order_on_sigterm(config, tmp_path):
+    path = config()
+    assert poolsvc("migrate", "--config", path).status == ExitStatus.OK
+    process = Process("poolsvc", [script("poolsvc"), "serve", "--config", str(path)], tmp_path)
+    url = f"http://{tomllib.loads(path.read_text())['listen'][0]}/v1/pool"
+
+    def answers():
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(url, trust_env=False).is_success
+
+    with process.start(answers):
+        process.signal(signal.SIGTERM)
+        assert process.wait() == ExitStatus.OK

@@ -237,6 +237,15 @@ class TestAccount:
         if worker._account is not None:
             worker._account.close()
 
+    async def test_a_ca_that_refuses_is_asked_again_only_after_a_wait(self, worker):
+        """Each failure doubles the wait; the next success ends it."""
+        self.pebble.stop()
+        retry = timedelta(seconds=worker._settings.policy.step_retry)
+        assert await worker._open_account(NOW) is None
+        self.pebble.start()
+        assert await worker._open_account(NOW + retry / 2) is None
+        assert await worker._open_account(NOW + retry) is not None
+
     async def test_it_is_opened_once_for_all_who_ask_at_the_same_time(self, worker):
         found = await asyncio.gather(*(worker._open_account(NOW) for _ in range(3)))
         assert len({id(account) for account in found}) == 1

@@ -1,0 +1,56 @@
+"""`pool-agent`'s bad input beyond `serve`: each is an error with a remedy and its exit status, never a traceback."""
+
+import pytest
+
+from lab.certificates import Authority
+from lab.programs import run
+from member_agent.errors import ExitStatus
+
+
+def refused(*arguments):
+    done = run("pool-agent", *arguments)
+    assert "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.strip().splitlines()) >= 2, "there is no remedy"
+    return done
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["https://127.0.0.1:bad", "https://[::1", "http://pool.example", "ftp://localhost", "", "https://a b"],
+)
+def test_an_address_that_is_no_registrys(url, tmp_path):
+    assert refused("join", url, "--token", "tc_join_x", "--state", str(tmp_path)).status == ExitStatus.USAGE
+
+
+@pytest.mark.parametrize("token", ["tökén", "a\nb", "a b", ""])
+def test_a_token_that_is_none_is_refused_and_not_shown(token, tmp_path):
+    done = refused("join", "https://localhost:1", "--token", token, "--state", str(tmp_path))
+    assert done.status == ExitStatus.USAGE
+    assert not token or token not in done.stderr
+
+
+@pytest.mark.parametrize("offset", ["nan", "inf", "1e18"])
+def test_a_clock_offset_out_of_range(offset, authority, tmp_path):
+    pair = authority.issue("localhost")
+    serve = refused("serve", "--cert", str(pair.cert), "--key", str(pair.key), f"--clock-offset={offset}")
+    assert serve.status == ExitStatus.CONFIGURATION
+    assert "--clock-offset" in serve.stderr
+
+
+def test_a_state_directory_that_is_not_there_is_not_made(tmp_path):
+    for command in ("run", "status"):
+        assert refused(command, "--state", str(tmp_path / "none")).status == ExitStatus.STATE
+    assert not (tmp_path / "none").exists()
+
+
+def test_an_unknown_variable_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("POOL_AGENT_STRATUM", "3")
+    done = refused("run", "--state", str(tmp_path))
+    assert done.status == ExitStatus.CONFIGURATION
+    assert "POOL_AGENT_STRATUM" in done.stderr
+
+
+@pytest.fixture
+def authority(tmp_path):
+    return Authority(tmp_path / "authority")
