@@ -15,7 +15,7 @@ from member_agent.errors import AgentError, ExitStatus
 from member_agent.sockets import parse_endpoint
 from member_agent.state import StateDirectory
 from nts_core.ke import DEFAULT_NTP_PORT
-from nts_core.shell import configure_logging
+from nts_core.shell import configure_logging, raise_descriptor_limit
 
 app = typer.Typer(
     name="pool-agent",
@@ -40,6 +40,7 @@ MetricsOption = Annotated[
 
 def _run(work: Coroutine[Any, Any, None]) -> None:
     configure_logging()
+    raise_descriptor_limit()
     try:
         asyncio.run(work)
     except AgentError as error:

@@ -10,6 +10,8 @@ goes on with the certificate it has.
 import asyncio
 import base64
 import contextlib
+import ipaddress
+import re
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -45,6 +47,8 @@ _log = structlog.get_logger()
 # Bounds of what a registry may ask for as the time to the next report, and the wait while it is away.
 _MIN_POLL, _MAX_POLL, _AWAY_POLL = 0.05, 3600.0, 60.0
 _FIRST_RETRY = 1.0
+_SERVER = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_POOL = re.compile(r"([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?[.])+[a-z0-9-]{2,63}")
 _MAX_PROOFS = 32
 
 
@@ -167,6 +171,11 @@ async def join(url: str, token: str, state: StateDirectory, ca: Path | None, age
             ExitStatus.STATE,
         )
     answer = await Registry(url, token, ca).join(state.agent_key(), agent)
+    if not _SERVER.fullmatch(answer.server) or not _POOL.fullmatch(answer.pool):
+        raise RegistryError("the registry's names are not host names", "ask the pool's operator")
+    if answer.domain != f"{answer.server}.servers.{answer.pool}":
+        # Otherwise a registry could have this host answer challenges for any name that leads here.
+        raise RegistryError("the registry's name for this server is not under its pool", "ask the operator")
     membership = Membership(
         registry=url.rstrip("/"),
         pool=answer.pool,
@@ -182,6 +191,14 @@ async def join(url: str, token: str, state: StateDirectory, ca: Path | None, age
 def _bounded(seconds: float) -> float:
     """What a registry asks for as the time to the next report, within our bounds; NaN is none of them."""
     return min(max(seconds, _MIN_POLL), _MAX_POLL) if seconds == seconds else _MAX_POLL  # noqa: PLR0124 - NaN
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(slots=True)
@@ -256,6 +273,10 @@ class Member:
                 failing = True
                 await self._serve_what_there_is()
                 wait = min(_AWAY_POLL, wait)
+            except (ValueError, TypeError, OverflowError, OSError) as error:
+                # Nothing that a registry says may end the service.
+                _log.error("assignment_not_understood", error=type(error).__name__)
+                wait = _AWAY_POLL
             if self._engine is not None:
                 _rotate_if_due(self._engine)
             wake.clear()
@@ -279,6 +300,14 @@ class Member:
         if (assignment.pool, assignment.server, assignment.domain) != ours:
             raise RegistryError(
                 "the registry assigns names that this agent never joined as",
+                "ask the pool's operator; nothing was changed",
+            )
+        ports = (assignment.http_port, assignment.ke_port)
+        if not all(0 < port < 65536 for port in ports) or not all(
+            _is_address(entry.address) for entry in assignment.addresses
+        ):
+            raise RegistryError(
+                "the registry assigns ports or addresses that are none",
                 "ask the pool's operator; nothing was changed",
             )
 

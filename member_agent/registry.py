@@ -79,12 +79,11 @@ class Registry:
             # Not shown: what was meant as a token is a secret, whatever is wrong with it.
             raise AgentError("the token has characters that no token has", "copy it whole", ExitStatus.USAGE)
         self._headers = {"Authorization": f"Bearer {token}"}
-        self._verify: Any = True
-        if ca is not None:
-            try:
-                self._verify = httpx.create_ssl_context(verify=str(ca))
-            except (OSError, ValueError) as error:
-                raise AgentError(f"--ca {ca}: {error}", "give a PEM file", ExitStatus.USAGE) from None
+        try:
+            # Once: a later call must not depend on files, or on descriptors to read them.
+            self._tls = httpx.create_ssl_context(verify=str(ca) if ca else True)
+        except (OSError, ValueError) as error:
+            raise AgentError(f"--ca {ca}: {error}", "give a PEM file", ExitStatus.CONFIGURATION) from None
 
     async def join(self, key: Ed25519PrivateKey, agent: str) -> JoinAnswer:
         public = base64.b64encode(key.public_key().public_bytes_raw()).decode()
@@ -97,11 +96,13 @@ class Registry:
     async def request_proof(self, address: str) -> str:
         """The nonce to sign for an address; the call leaves from the address itself where the host has it."""
         answer = await self._post("/v1/agent/proof", ProofRequest(address), ProofAnswer, source=address)
+        if not _TOKEN.fullmatch(answer.nonce):
+            raise RegistryError("the registry's nonce is not one", "ask the pool's operator")
         return answer.nonce
 
     async def _post(self, path: str, document: object, kind: type[_T], source: str | None = None) -> _T:
         local = source if source is not None and is_local(source) else None
-        transport = httpx.AsyncHTTPTransport(verify=self._verify, local_address=local)
+        transport = httpx.AsyncHTTPTransport(verify=self._tls, local_address=local)
         try:
             async with (
                 httpx.AsyncClient(transport=transport, timeout=_TIMEOUT, trust_env=False) as client,
@@ -113,7 +114,7 @@ class Registry:
                 ) as response,
             ):
                 body = await _read(response)
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, OSError) as error:
             raise RegistryError(
                 f"the registry {self._url} does not answer: {error or type(error).__name__}",
                 "check the registry's address, its certificate (--ca) and the network; a running agent tries"

@@ -120,9 +120,14 @@ class Association:
         for cookie in cookies:
             self.jar.add(cookie)
         if packet.header.stratum == 0:
-            code = packet.header.reference_id.decode("ascii", "replace").rstrip("\0")
-            raise KissOfDeath(code, authentic=True)
+            raise KissOfDeath(_kiss_code(packet.header.reference_id), authentic=True)
         return _sample(packet.header, sent, received, len(cookies), pending.asked)
+
+
+def _kiss_code(reference_id: bytes) -> str:
+    """Four letters or digits as RFC 5905 has them; whatever else a server sends, in hexadecimal."""
+    code = reference_id.rstrip(b"\0").decode("ascii", "replace")
+    return code if code.isascii() and code.isalnum() else reference_id.hex()
 
 
 def _parse(datagram: bytes) -> Packet:

@@ -57,6 +57,7 @@ class ExitStatus(IntEnum):
 
 _STATUS = {
     Failure.CONFIGURATION: ExitStatus.USAGE,
+    Failure.LOCAL: ExitStatus.NOT_ESTABLISHED,
     Failure.DNS: ExitStatus.DNS,
     Failure.NTP: ExitStatus.NO_TIME,
     Failure.KISS: ExitStatus.NO_TIME,

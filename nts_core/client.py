@@ -6,6 +6,7 @@ counts. Nothing here touches the system clock.
 """
 
 import asyncio
+import errno
 import secrets
 import socket
 import ssl
@@ -44,6 +45,10 @@ KE_PORT = 4460
 KE_TIMEOUT = 5.0
 NTP_TIMEOUT = 1.5
 _READ = 16 * 1024
+# What says nothing of the server that was asked.
+_OWN_FAULTS = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENETDOWN, errno.ENETUNREACH}
+)
 # Kiss codes that tell of the server's own clock and refuse nobody (RFC 5905 section 7.4).
 _STARTING = frozenset({"INIT", "STEP"})
 _TIMESPEC = struct.Struct("@qq")
@@ -57,6 +62,7 @@ class Failure(StrEnum):
     """Where it failed, in the order in which things happen."""
 
     CONFIGURATION = "configuration"
+    LOCAL = "local"
     DNS = "dns"
     TCP = "tcp"
     TLS = "tls"
@@ -69,6 +75,7 @@ class Failure(StrEnum):
 
 
 _REMEDIES = {
+    Failure.LOCAL: "this host itself cannot make connections now: free memory or descriptors, check its network",
     Failure.TCP: "check the address, that the server runs, and that no firewall stops TCP to its NTS-KE port",
     Failure.TLS: "check that the port is an NTS-KE port; it must speak TLS 1.3 with the protocol ntske/1",
     Failure.CERTIFICATE: "check the name, this machine's date, and the trusted roots (--ca)",
@@ -159,6 +166,7 @@ async def establish(
     except TimeoutError:
         raise ClientError(stage, f"no answer from {_join(address, port)} within {timeout:g} s") from None
     except OSError as error:
+        stage = Failure.LOCAL if error.errno in _OWN_FAULTS else stage
         raise ClientError(stage, f"no connection to {_join(address, port)}: {_strerror(error)}") from None
     except CertificateError as error:
         raise ClientError(Failure.CERTIFICATE, str(error)) from None
@@ -204,7 +212,11 @@ async def exchange(association: Association, host: str, port: int, *, timeout: f
     """
     family = socket.AF_INET6 if ip_address(host).version == 6 else socket.AF_INET
     hint: KissOfDeath | None = None
-    with socket.socket(family, socket.SOCK_DGRAM) as udp:
+    try:
+        udp = socket.socket(family, socket.SOCK_DGRAM)
+    except OSError as error:
+        raise ClientError(Failure.LOCAL, f"no socket: {_strerror(error)}") from None
+    with udp:
         udp.setblocking(False)
         udp.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
         try:
@@ -229,9 +241,8 @@ async def exchange(association: Association, host: str, port: int, *, timeout: f
                 Failure.NTP, f"no authentic answer from {_join(host, port)} within {timeout:g} s"
             ) from None
         except OSError as error:
-            raise ClientError(
-                Failure.NTP, f"cannot send to {_join(host, port)}: {_strerror(error)}"
-            ) from None
+            stage = Failure.LOCAL if error.errno in _OWN_FAULTS else Failure.NTP
+            raise ClientError(stage, f"cannot send to {_join(host, port)}: {_strerror(error)}") from None
 
 
 async def _receive(udp: socket.socket, peer: tuple[str, int]) -> tuple[bytes, int]:

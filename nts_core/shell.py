@@ -2,6 +2,7 @@
 
 import logging
 import os
+import resource
 import sys
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +15,9 @@ from pydantic_settings import (
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
+
+# Enough for every listener's cap several times over.
+_DESCRIPTORS = 65_536
 
 
 def configure_logging() -> None:
@@ -29,6 +33,14 @@ def configure_logging() -> None:
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
+
+
+def raise_descriptor_limit() -> None:
+    """Use what the host allows: the usual soft limit of 1,024 would let idle connections starve everything."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class SettingsError(Exception):

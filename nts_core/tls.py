@@ -14,6 +14,7 @@ from datetime import datetime
 from typing import Self
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 from OpenSSL import SSL
@@ -24,6 +25,15 @@ ALPN = b"ntske/1"
 EXPORTER_LABEL = b"EXPORTER-network-time-security"
 _READ = 16 * 1024
 
+# What reading a hostile certificate can raise; not all of it is a ValueError.
+_X509_FAULTS = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
 # The kinds of key that TLS 1.3 authenticates a server with.
 ServerKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey | ed448.Ed448PrivateKey
 
@@ -84,7 +94,7 @@ class Trust:
         try:
             # A name that no certificate can carry is a ValueError.
             builder.build_server_verifier(_subject(name)).verify(chain[0], list(chain[1:]))
-        except (ValueError, VerificationError) as error:
+        except (*_X509_FAULTS, VerificationError) as error:
             raise CertificateError(f"the certificate is not acceptable for {name}: {error}") from None
 
 
@@ -151,8 +161,8 @@ class TlsChannel:
             raise TlsError("the peer does not speak ntske/1")
         try:
             self.peer_chain = tuple(self._connection.get_peer_cert_chain(as_cryptography=True) or ())
-        except ValueError as error:
-            # OpenSSL reads more than DER.
+        except _X509_FAULTS as error:
+            # OpenSSL reads more than `cryptography` does.
             raise CertificateError(f"the server's certificate is not well-formed: {error}") from None
         if self._verify is not None:
             name, trust = self._verify

@@ -483,9 +483,9 @@ def _instant(text: object) -> dt.datetime | None:
     """An RFC 3339 time; None when the CA sends none, or another form."""
     try:
         moment = dt.datetime.fromisoformat(text) if isinstance(text, str) else None
-    except ValueError:
+        return moment.astimezone(dt.UTC) if moment and moment.tzinfo else None
+    except (ValueError, OverflowError):
         return None
-    return moment.astimezone(dt.UTC) if moment and moment.tzinfo else None
 
 
 def _retry_after(response: requests.Response) -> float | None:

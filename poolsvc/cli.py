@@ -25,7 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 import migrations
 from nts_core.client import ClientError, load_roots
-from nts_core.shell import configure_logging
+from nts_core.shell import configure_logging, raise_descriptor_limit
 from poolsvc import members
 from poolsvc.app import create_app
 from poolsvc.config import ConfigError, Settings, load_settings, split_endpoint
@@ -85,6 +85,7 @@ def serve(config: ConfigOption) -> None:
     """Run the API and the worker in one process."""
     settings = _settings(config)
     configure_logging()
+    raise_descriptor_limit()
     _check_migrated(settings)
     _check_files(settings)
     if settings.allow_private_addresses:

@@ -135,7 +135,9 @@ async def advance(
             _schedule_retry(settings, server, current, now)
         elif order.status is OrderStatus.FINALIZING and current.not_before and current.not_after:
             server.order_failures = 0
-            server.order_due_at = renew_at(current.not_before, current.not_after)
+            # Never at once again, whatever times a CA writes into its certificates.
+            soonest = now + timedelta(seconds=settings.policy.retry[0])
+            server.order_due_at = max(renew_at(current.not_before, current.not_after), soonest)
             server.probe_due_at = server.probe_due_at or now
 
 

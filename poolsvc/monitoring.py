@@ -11,10 +11,11 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from nts_core.control import ProbeResult, ServerState, Stage, StageStatus
 from nts_core.tls import Trust
 from poolsvc import scoring, servers
+from poolsvc.certificates import printable
 from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.models import HoldKind, Order, OrderStatus, Server, StageRecord
-from poolsvc.prober import probe
+from poolsvc.prober import ProbeImpossible, probe
 from poolsvc.servers import EventKind
 
 _log = structlog.get_logger()
@@ -34,15 +35,31 @@ async def probe_server(
         return
     trust = Trust.of(roots, now)
     own = frozenset(addresses)
-    results = await asyncio.gather(
-        *(
-            probe(settings.domain_of(server.name), address, settings.ports.ke, trust, own_addresses=own)
-            for address in addresses
+    try:
+        results = await asyncio.gather(
+            *(
+                _probe(settings.domain_of(server.name), address, settings.ports.ke, trust, own)
+                for address in addresses
+            )
         )
-    )
+    except ProbeImpossible as error:
+        # Our fault is never the member's: the round does not count, and is made up for later.
+        _log.error("probe_impossible", server=server.name, detail=str(error))
+        return
     async with database.transaction() as session:
         server = await servers.get(session, server_id)
         await record(session, settings, server, results, now)
+
+
+async def _probe(domain: str, address: str, ke_port: int, trust: Trust, own: frozenset[str]) -> ProbeResult:
+    """A probe that always has a result: whatever a server does to the prober counts against that server."""
+    try:
+        return await probe(domain, address, ke_port, trust, own_addresses=own)
+    except ProbeImpossible:
+        raise
+    except Exception as error:  # noqa: BLE001 - or a server that crashes its probes would keep its score
+        _log.error("probe_crashed", domain=domain, address=address, exc_info=error)
+        return ProbeResult(address, Stage.TLS, f"the probe failed with {type(error).__name__}")
 
 
 async def record(
@@ -92,7 +109,7 @@ def _record_stages(server: Server, results: Sequence[ProbeResult], now: datetime
             status, detail = StageStatus.MET, ""
         elif position == first:
             result = failures[stage]
-            status, detail = StageStatus.FAILED, f"{result.address}: {result.detail}"[:300]
+            status, detail = StageStatus.FAILED, printable(f"{result.address}: {result.detail}")[:300]
         else:
             status, detail = StageStatus.WAITING, ""
         row = known.get(stage)
@@ -111,7 +128,7 @@ def _score(server: Server, settings: Settings, results: Sequence[ProbeResult]) -
         if result is None:
             continue
         step = scoring.step(result, max_stratum=settings.policy.max_stratum)
-        row.step_reason = step.reason
+        row.step_reason = printable(step.reason)[:200]
         if row.score is not None:
             row.score = scoring.advance(row.score, step)
         elif step.value >= scoring.FULL_STEP and result.failed is None:

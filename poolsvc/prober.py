@@ -26,13 +26,26 @@ _STAGE_OF = {
 OFFSET_LIMIT = 100_000_000
 
 
+class ProbeImpossible(Exception):
+    """We could not probe: out of descriptors, memory or network."""
+
+
+def _refuse_own_fault(error: Exception) -> None:
+    if isinstance(error, ClientError) and error.code == Failure.LOCAL:
+        raise ProbeImpossible(error.message) from None
+
+
 async def probe(
     domain: str, address: str, ke_port: int, trust: Trust, *, own_addresses: AbstractSet[str]
 ) -> ProbeResult:
-    """Key establishment, an exchange with a cookie from it, another with a cookie got by NTP."""
+    """Key establishment, an exchange with a cookie from it, another with a cookie got by NTP.
+
+    Raises ProbeImpossible when the fault is this host's: nothing was found out about the server.
+    """
     try:
         established = await establish(domain, address, ke_port, trust)
     except ClientError as error:
+        _refuse_own_fault(error)
         return ProbeResult(address, _STAGE_OF[Failure(error.code)], error.message)
     leaf = established.chain[0].public_bytes(Encoding.DER)
     found = ProbeResult(address, None, "", fingerprint=hashlib.sha256(leaf).hexdigest())
@@ -63,6 +76,7 @@ async def _exchanges(established: Established, found: ProbeResult) -> ProbeResul
         try:
             samples.append(await exchange(association, established.ntp_host, established.ntp_port))
         except (ClientError, OutOfCookies) as error:
+            _refuse_own_fault(error)
             return replace(found, failed=stage, detail=str(error))
         except KissOfDeath as kiss:
             # NTSN means that the server lost the key of a cookie that it has just given.

@@ -134,7 +134,12 @@ async def _rows(session: AsyncSession) -> list[Server]:
     """Every server that is or may still be in DNS."""
     states = (*servers.NAMED_STATES, ServerState.LEAVING)
     found = await session.scalars(
-        select(Server).where(Server.state.in_(states)).order_by(Server.id).options(*servers.WHOLE)
+        select(Server)
+        .where(Server.state.in_(states))
+        .order_by(Server.id)
+        .options(*servers.WHOLE)
+        # A server that leaves meanwhile would be published and its name released at the same moment.
+        .with_for_update(of=Server)
     )
     return list(found)
 

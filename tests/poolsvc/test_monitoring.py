@@ -1,5 +1,7 @@
 """What a round of probes does to a server: stages, admission, scores, holds."""
 
+import resource
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -8,9 +10,12 @@ from sqlalchemy import select, update
 
 from lab.certificates import Authority
 from lab.processes import free_port
+from nts_core.client import load_roots
 from nts_core.control import ProbeResult, ServerState, Stage, StageStatus
+from nts_core.tls import Trust
 from poolsvc import monitoring, scoring, servers
 from poolsvc.models import Address, Event, HoldKind, Order, OrderStatus, StageRecord
+from poolsvc.prober import ProbeImpossible, probe
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 S = ServerState
@@ -290,3 +295,25 @@ async def test_a_probe_goes_to_the_proved_addresses_once_there_is_a_certificate(
     await issue(registry, server)
     assert (await probe())[Stage.TCP].status is FAILED
     assert (await registry.get(server)).probe_due_at > NOW
+
+
+async def test_a_kiss_code_of_control_characters_is_scored_on_both_databases(registry, rounds):
+    """PostgreSQL refuses NUL: a member could have frozen its score with one."""
+    server = await registry.server(state=S.ACTIVE)
+    await issue(registry, server)
+    hostile = replace(good(), kiss="\0XYZ", offset=None, failed=Stage.NTP_KE_COOKIE, detail="kiss \0XYZ")
+    before = (await registry.get(server)).addresses[0].score
+    await rounds(server, hostile)
+    assert (await registry.get(server)).addresses[0].score < before
+
+
+async def test_a_probe_that_fails_for_want_of_descriptors_is_no_members_fault():
+    """Idle connections of strangers can use up the registry's descriptors; members must not pay for it."""
+    trust = Trust.of(load_roots(None), NOW)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(ProbeImpossible):
+            await probe("alice.servers.pool.example", "127.0.0.1", 9, trust, own_addresses=frozenset())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
