@@ -19,7 +19,7 @@ from poolsvc.db import Database
 from poolsvc.models import Address, ConnectBack, Member, Order, OrderStatus, Server, TokenKind
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
-KEY = base64.b64encode(bytes(32)).decode()
+KEY = base64.b64encode(bytes(range(32))).decode()
 HERE = "198.18.0.1"
 PROBLEM = {"type", "title", "status", "code", "detail", "remedy", "field"}
 
