@@ -11,6 +11,7 @@ import asyncio
 import base64
 import contextlib
 import ipaddress
+import math
 import re
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -189,8 +190,8 @@ async def join(url: str, token: str, state: StateDirectory, ca: Path | None, age
 
 
 def _bounded(seconds: float) -> float:
-    """What a registry asks for as the time to the next report, within our bounds; NaN is none of them."""
-    return min(max(seconds, _MIN_POLL), _MAX_POLL) if seconds == seconds else _MAX_POLL  # noqa: PLR0124 - NaN
+    """What a registry asks for as the time to the next report, within our bounds."""
+    return min(max(seconds, _MIN_POLL), _MAX_POLL) if math.isfinite(seconds) else _MAX_POLL
 
 
 def _is_address(text: str) -> bool:

@@ -62,7 +62,7 @@ TRANSITIONS: dict[tuple[ServerState, EventKind], ServerState] = {
 # States in which a server's addresses and CAA are in DNS.
 NAMED_STATES = frozenset({_S.VERIFIED, _S.CERTIFIED, _S.ACTIVE, _S.SUSPENDED})
 # States in which a server's addresses are probed; a suspended one is, or it could never come back.
-PROBED_STATES = frozenset({_S.VERIFIED, _S.CERTIFIED, _S.ACTIVE, _S.SUSPENDED})
+PROBED_STATES = NAMED_STATES
 
 
 async def apply(

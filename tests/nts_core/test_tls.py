@@ -182,7 +182,10 @@ def test_the_exporter_is_the_one_of_the_rfcs(server):
     handshake(one, server)
     exporter = next(line.split()[2] for line in logged if line.startswith(b"EXPORTER_SECRET"))
     hash_name = "sha384" if (one.connection.get_cipher_name() or "").endswith("SHA384") else "sha256"
-    hashed = lambda octets: hashlib.new(hash_name, octets).digest()  # noqa: E731 - one word for one formula
+
+    def hashed(octets):
+        return hashlib.new(hash_name, octets).digest()
+
     derived = expand_label(
         hash_name, bytes.fromhex(exporter.decode()), label, hashed(b""), hashlib.new(hash_name).digest_size
     )
