@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from nts_core.errors import WireError
-from nts_core.wire import Reader, uint16
+from nts_core.wire import uint16, uint16_list
 
 # A server MUST accept 1,024 octets (section 4); chrony takes 16 KiB, and so do we.
 MAX_REQUEST = 16 * 1024
@@ -93,8 +93,7 @@ class MessageReader:
     def _next(self) -> Record | None:
         if len(self._buffer) < 4:
             return None
-        reader = Reader(bytes(self._buffer[:4]))
-        head, length = reader.uint16(), reader.uint16()
+        head, length = uint16_list(self._buffer[:4])
         if len(self._buffer) < 4 + length:
             return None
         body = bytes(self._buffer[4 : 4 + length])
