@@ -15,11 +15,14 @@ from cryptography import x509
 from lab.certificates import Authority
 from lab.peers import ChronydServer
 from lab.programs import AgentServer
+from nts_core.aead import AeadId
 from nts_core.tls import Trust
 
 OURS = "pool-agent"
 THEIRS = "chronyd"
 ADDRESS = "127.0.0.1"
+# What everybody speaks, chronyd 4.3 nothing else.
+AEAD = AeadId.AES_SIV_CMAC_256
 # What both say of their clock, so that both answer as synchronised.
 _STRATUM = 10
 _getcpuclockid = ctypes.CDLL(None).clock_getcpuclockid

@@ -9,7 +9,7 @@ import sys
 import time
 
 from bench import report
-from bench.contenders import ADDRESS, Contender, contest
+from bench.contenders import ADDRESS, AEAD, Contender, contest
 from bench.report import Comparison, Turn
 from nts_core.client import Established, establish
 from nts_core.client import measure as exchanges
@@ -28,7 +28,7 @@ async def _turn(contender: Contender, trust: Trust, seconds: float) -> Turn:
     async def client() -> list[Established]:
         done: list[Established] = []
         while not done or time.monotonic() - started < seconds:
-            done.append(await establish(ADDRESS, ADDRESS, contender.ke_port, trust))
+            done.append(await establish(ADDRESS, ADDRESS, contender.ke_port, trust, offered=(AEAD,)))
         return done
 
     of_clients = await asyncio.gather(*(client() for _ in range(_CLIENTS)))

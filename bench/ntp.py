@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from bench import report
-from bench.contenders import ADDRESS, Contender, contest
+from bench.contenders import ADDRESS, AEAD, Contender, contest
 from bench.load import Load, LoadError
 from bench.report import Comparison, Turn
 from nts_core.aead import NONCE_LENGTH, Aead, SessionKeys
@@ -53,7 +53,9 @@ class Question:
         transmit, identifier = secrets.randbits(64), secrets.token_bytes(32)
         fields = (Field(FieldType.UNIQUE_IDENTIFIER, identifier), Field(FieldType.COOKIE, cookie))
         clear = Header(transmit=transmit).encode() + encode_fields(fields)
-        datagram = protect(clear, (), Aead(keys.c2s), secrets.token_bytes(NONCE_LENGTH))
+        datagram = protect(
+            clear, b"", Aead(keys.aead, keys.c2s), secrets.token_bytes(NONCE_LENGTH[keys.aead])
+        )
         return cls(datagram, transmit, identifier, keys.s2c)
 
     def check(self, reply: bytes) -> None:
@@ -65,7 +67,7 @@ class Question:
             return
         if [found.value for found in packet.of_type(FieldType.UNIQUE_IDENTIFIER)] != [self.identifier]:
             raise NotAuthentic("another unique identifier")
-        hidden = packet.decrypt(reply, Aead(self.s2c))
+        hidden = packet.decrypt(reply, Aead(AEAD, self.s2c))
         if [found.type for found in hidden].count(FieldType.COOKIE) != 1:
             raise NotAuthentic("not the one cookie that was asked for")
 
@@ -99,7 +101,7 @@ async def _nts_questions(contender: Contender, trust: Trust) -> list[Question]:
     """64 requests a session: each of its eight cookies buys eight."""
     questions: list[Question] = []
     for _ in range(_SESSIONS):
-        established = await establish(ADDRESS, ADDRESS, contender.ke_port, trust)
+        established = await establish(ADDRESS, ADDRESS, contender.ke_port, trust, offered=(AEAD,))
         keys = established.result.keys
         for cookie in established.result.cookies:
             association = Association(KeResult(keys, (cookie,)), secrets.token_bytes)

@@ -36,6 +36,18 @@ OffsetOption = Annotated[
 MetricsOption = Annotated[
     str | None, typer.Option("--metrics", metavar="ADDR:PORT", help="serve /metrics there")
 ]
+AeadOption = Annotated[
+    str | None, typer.Option("--aead", metavar="LIST", help="AEAD algorithms, the preferred first: 30,15")
+]
+NtpServerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ntp-server", metavar="HOST[:PORT]", help="send clients there for NTP; it has our cookie keys"
+    ),
+]
+RotationOption = Annotated[
+    int | None, typer.Option("--cookie-rotation", metavar="SECONDS", help="life of a cookie key (a day)")
+]
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:
@@ -75,10 +87,14 @@ def serve(
     local_stratum: StratumOption = None,
     clock_offset: OffsetOption = None,
     metrics: MetricsOption = None,
+    aead: AeadOption = None,
+    ntp_server: NtpServerOption = None,
+    cookie_rotation: RotationOption = None,
 ) -> None:
     """A stand-alone NTS server. SIGHUP loads the certificate anew, SIGTERM ends."""
 
     async def work() -> None:
+        flags = {"aead": aead, "ntp_server": ntp_server, "cookie_rotation": cookie_rotation}
         await daemon.serve(
             cert=cert,
             key=key,
@@ -89,6 +105,7 @@ def serve(
             ],
             state=StateDirectory(state) if state else None,
             clock=Clock(local_stratum, _offset_ns(clock_offset)),
+            settings=load_settings(state, flags),
             metrics_endpoint=parse_endpoint(metrics, "--metrics") if metrics else None,
             ready=lambda line: print(line, flush=True),  # noqa: T201 - the line that callers wait for
         )
@@ -123,6 +140,8 @@ def run(
     local_stratum: StratumOption = None,
     clock_offset: OffsetOption = None,
     metrics: MetricsOption = None,
+    aead: AeadOption = None,
+    cookie_rotation: RotationOption = None,
 ) -> None:
     """Serve as a member of the pool, and keep the certificate and the registry up to date."""
 
@@ -132,6 +151,8 @@ def run(
             "local_stratum": local_stratum,
             "clock_offset": clock_offset,
             "metrics": metrics,
+            "aead": aead,
+            "cookie_rotation": cookie_rotation,
         }
         settings = load_settings(state, flags)
         endpoint = parse_endpoint(settings.metrics, "--metrics") if settings.metrics else None

@@ -1,18 +1,33 @@
 """The agent's settings: flags before environment (POOL_AGENT_*) before STATE/agent.toml before defaults."""
 
+import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
-from pydantic import Field, IPvAnyAddress
-from pydantic_settings import SettingsConfigDict
+from pydantic import BeforeValidator, Field, IPvAnyAddress, model_validator
+from pydantic_settings import NoDecode, SettingsConfigDict
 
 from member_agent.errors import AgentError, ExitStatus
-from nts_core.ke import DEFAULT_NTP_PORT
-from nts_core.shell import ProgramSettings, SettingsError
+from nts_core.aead import SUPPORTED, AeadId, parse_algorithms
+from nts_core.cookies import DAY, HISTORY, Schedule
+from nts_core.ke import DEFAULT_NTP_PORT, KeTerms, NtpEndpoint
+from nts_core.shell import ProgramSettings, SettingsError, parse_host_port
 
 CONFIG_FILE = "agent.toml"
 # Thirty years: enough to test whatever a clock may do.
 MAX_CLOCK_OFFSET = 1e9
+
+
+def _algorithms(value: Any) -> Any:
+    """A text, or a list in TOML."""
+    words = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    algorithms = parse_algorithms(words)
+    KeTerms.check_preference(algorithms)
+    return algorithms
+
+
+def _ntp_endpoint(value: Any) -> Any:
+    return NtpEndpoint(*parse_host_port(value, DEFAULT_NTP_PORT)) if isinstance(value, str) else value
 
 
 class AgentSettings(ProgramSettings):
@@ -33,15 +48,34 @@ class AgentSettings(ProgramSettings):
         description="test option: seconds added to the time served",
     )
     metrics: str | None = Field(None, description="ADDR:PORT of the Prometheus listener")
+    aead: Annotated[tuple[AeadId, ...], NoDecode, BeforeValidator(_algorithms)] = Field(
+        SUPPORTED, description="AEAD algorithms, the preferred first"
+    )
+    ntp_server: Annotated[NtpEndpoint | None, NoDecode, BeforeValidator(_ntp_endpoint)] = Field(
+        None,
+        description="HOST[:PORT] where clients find NTP when that is not this host; it needs our cookie keys",
+    )
+    cookie_rotation: int = Field(DAY, ge=60, description="seconds until the next cookie key seals")
+    cookie_history: int = Field(HISTORY, ge=0, description="seconds for which retired keys open cookies")
+
+    @model_validator(mode="after")
+    def _possible_schedule(self) -> Self:
+        Schedule(self.cookie_rotation, self.cookie_history)
+        return self
 
 
-def load_settings(state: Path, flags: dict[str, Any]) -> AgentSettings:
-    """The effective settings. Raises AgentError that names the field."""
+def load_settings(state: Path | None, flags: dict[str, Any]) -> AgentSettings:
+    """The effective settings; without a state directory there is no file.
+
+    Raises AgentError that names the field.
+    """
+    file = state / CONFIG_FILE if state else Path(os.devnull)
     try:
-        return AgentSettings.load(state / CONFIG_FILE, **flags)
+        return AgentSettings.load(file, **flags)
     except SettingsError as error:
+        in_file = f", or {file}" if state else ""
         raise AgentError(
-            str(error),
-            f"correct the option, the POOL_AGENT_ variable, or {state / CONFIG_FILE}",
+            str(error).removeprefix(f"{os.devnull}: "),
+            f"correct the option or the POOL_AGENT_ variable{in_file}",
             ExitStatus.CONFIGURATION,
         ) from None

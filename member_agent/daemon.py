@@ -123,18 +123,14 @@ async def serve(
     ntp: Sequence[Endpoint],
     state: StateDirectory | None,
     clock: Clock,
+    settings: AgentSettings,
     metrics_endpoint: Endpoint | None,
     ready: Callable[[str], None],
 ) -> None:
     """A stand-alone NTS server until SIGTERM. `ready` gets the one line that says where it listens."""
     if state is not None:
         state.lock()
-    engine = BuiltinEngine(
-        load_credentials(cert, key),
-        clock,
-        keyring=state.keyring() if state else None,
-        save=state.save_keyring if state else lambda _keyring: None,
-    )
+    engine = BuiltinEngine(load_credentials(cert, key), clock, settings, state)
 
     def reload() -> None:
         try:
@@ -401,12 +397,8 @@ class Member:
         self._facts.installed = current.fingerprint
 
     async def _start_engine(self, pair: InstalledPair, hosts: Sequence[str], ke_port: int) -> None:
-        engine = BuiltinEngine(
-            load_credentials(pair.chain_path, pair.key_path),
-            self._clock,
-            keyring=self._state.keyring(),
-            save=self._state.save_keyring,
-        )
+        credentials = load_credentials(pair.chain_path, pair.key_path)
+        engine = BuiltinEngine(credentials, self._clock, self._settings, self._state)
         try:
             await engine.start(
                 [Endpoint(host, ke_port) for host in hosts],

@@ -5,12 +5,14 @@ import contextlib
 import secrets
 import socket
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 
 from member_agent.sockets import Endpoint, bind, bound_endpoint
+from nts_core.aead import SUPPORTED, AeadId
 from nts_core.cookies import Keyring
 from nts_core.errors import TlsError
-from nts_core.ke import KeReply, KeServer, NtpEndpoint
+from nts_core.ke import KeReply, KeServer, KeTerms, NtpService
 from nts_core.tls import ServerCredentials, TlsChannel
 
 # The whole exchange, TLS included. chrony allows 2 s, ntpd-rs 1 s; mobile networks need more than either.
@@ -23,14 +25,21 @@ _BACKLOG = 512
 _READ = 16 * 1024
 
 
+# What NTP service belongs to a connection that came in on a local address.
+ServiceAt = Callable[[str], NtpService]
+
+
 class KeListeners:
     """The NTS-KE sockets of one engine. Credentials and keyring may be replaced at any time: connections
     under way finish with what they began with.
     """
 
-    def __init__(self, credentials: ServerCredentials, keyring: Keyring) -> None:
+    def __init__(
+        self, credentials: ServerCredentials, keyring: Keyring, preference: tuple[AeadId, ...] = SUPPORTED
+    ) -> None:
         self.credentials = credentials
         self.keyring = keyring
+        self._preference = preference
         self.counters: Counter[str] = Counter()
         self.connections = 0
         self._servers: list[asyncio.Server] = []
@@ -42,8 +51,8 @@ class KeListeners:
         self.endpoints.append(bound_endpoint(sock))
         return sock
 
-    async def listen(self, sock: socket.socket, ntp: NtpEndpoint) -> None:
-        """Answer on a bound socket, sending clients to `ntp`."""
+    async def listen(self, sock: socket.socket, ntp: ServiceAt) -> None:
+        """Answer on a bound socket; `ntp` tells where NTP is for clients of a local address."""
         # asyncio pauses a listener for a second when accept() finds no free descriptor, and goes on.
         accepted = partial(self._accepted, ntp)
         self._servers.append(await asyncio.start_server(accepted, sock=sock, backlog=_BACKLOG))
@@ -54,7 +63,7 @@ class KeListeners:
         self._servers.clear()
 
     async def _accepted(
-        self, ntp: NtpEndpoint, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self, ntp: ServiceAt, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         if self.connections >= MAX_CONNECTIONS:
             self.counters["too-many-connections"] += 1
@@ -68,11 +77,11 @@ class KeListeners:
             self.connections -= 1
             writer.close()
 
-    async def _serve(
-        self, ntp: NtpEndpoint, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> str:
+    async def _serve(self, ntp: ServiceAt, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:
         channel = self.credentials.channel()
-        ke = KeServer(self.keyring, ntp, channel.export, secrets.token_bytes)
+        local = writer.get_extra_info("sockname")[0]
+        terms = KeTerms(self.keyring, ntp(local), self._preference)
+        ke = KeServer(terms, channel.export, secrets.token_bytes)
         try:
             async with asyncio.timeout(DEADLINE):
                 return await _converse(channel, ke, reader, writer)

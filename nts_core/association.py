@@ -23,6 +23,7 @@ from nts_core.packet import (
     Leap,
     Mode,
     Packet,
+    encode_field,
     encode_fields,
     protect,
 )
@@ -72,8 +73,10 @@ class Association:
     """Session keys and cookies for one server, and the one request that is under way."""
 
     def __init__(self, established: KeResult, random: Random) -> None:
-        self._c2s = Aead(established.keys.c2s)
-        self._s2c = Aead(established.keys.s2c)
+        keys = established.keys
+        self._c2s = Aead(keys.aead, keys.c2s)
+        self._s2c = Aead(keys.aead, keys.s2c)
+        self._nonce_length = NONCE_LENGTH[keys.aead]
         self._random = random
         self._pending: _Request | None = None
         self.jar = CookieJar(established.cookies)
@@ -85,15 +88,15 @@ class Association:
         """
         cookie = self.jar.take()
         field = Field(FieldType.COOKIE, cookie)
-        placeholder = Field(FieldType.COOKIE_PLACEHOLDER, bytes(len(cookie))).encode()
+        placeholder = encode_field(FieldType.COOKIE_PLACEHOLDER, bytes(len(cookie)))
         identifier = self._random(_IDENTIFIER_LENGTH)
         transmit = int.from_bytes(self._random(8), "big")
         clear = Header(transmit=transmit).encode()
         clear += encode_fields((Field(FieldType.UNIQUE_IDENTIFIER, identifier), field))
-        room = MAX_REQUEST - len(clear) - Authenticator.length(NONCE_LENGTH, 0)
+        room = MAX_REQUEST - len(clear) - Authenticator.length(self._nonce_length, 0)
         missing = min(MAX_COOKIES - 1 - len(self.jar), max(room, 0) // len(placeholder))
         self._pending = _Request(identifier, transmit, missing + 1)
-        return protect(clear + placeholder * missing, (), self._c2s, self._random(NONCE_LENGTH))
+        return protect(clear + placeholder * missing, b"", self._c2s, self._random(self._nonce_length))
 
     def receive(self, datagram: bytes, *, sent: int, received: int) -> Sample:
         """The sample that an answer holds; `sent` and `received` are Unix nanoseconds of this clock.

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from nts_core.aead import SUPPORTED, AeadId, parse_algorithms
 from nts_core.client import (
     KE_PORT,
     ClientError,
@@ -179,6 +180,9 @@ def query_command(
     ca: Annotated[Path | None, typer.Option(help="trusted roots (PEM) instead of the system's")] = None,
     address: Annotated[str | None, typer.Option(help="connect to this IP address")] = None,
     samples: Annotated[int, typer.Option(help="authenticated exchanges, 1 to 64")] = 4,
+    aead: Annotated[
+        str | None, typer.Option(metavar="LIST", help="AEAD algorithms to offer, the preferred first: 30,15")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,  # noqa: FBT002 - a flag
 ) -> None:
     """Key establishment and authenticated exchanges with one server."""
@@ -191,7 +195,10 @@ def query_command(
         if address is not None:
             address = _parse_address(address)
         trust = Trust.of(load_roots(ca), datetime.now(UTC))
-        found = asyncio.run(query(endpoint.host, endpoint.port, trust, address=address, samples=samples))
+        offered = _parse_aead(aead) if aead is not None else SUPPORTED
+        found = asyncio.run(
+            query(endpoint.host, endpoint.port, trust, address=address, samples=samples, offered=offered)
+        )
         if not found.best.synchronised:
             failure = ClientError(Failure.UNSYNCHRONISED, f"{endpoint.host} says that it is not synchronised")
     except ClientError as error:
@@ -207,6 +214,15 @@ def _parse_address(text: str) -> str:
         return str(ipaddress.ip_address(text.strip("[]")))
     except ValueError:
         raise _unusable(f"--address {text}: not an IP address", "give an IPv4 or IPv6 address") from None
+
+
+def _parse_aead(text: str) -> tuple[AeadId, ...]:
+    try:
+        return parse_algorithms(text)
+    except ValueError as error:
+        raise _unusable(
+            f"--aead {text}: {error}", "give numbers with commas between, such as 30,15"
+        ) from None
 
 
 def _show_query(host: str, found: Measurement) -> None:

@@ -25,6 +25,7 @@ from cryptography import x509
 from cryptography.utils import CryptographyDeprecationWarning
 
 from nts_core import select
+from nts_core.aead import SUPPORTED, AeadId
 from nts_core.association import Association, Sample
 from nts_core.errors import (
     CertificateError,
@@ -149,7 +150,13 @@ class Established:
 
 
 async def establish(
-    name: str, address: str, port: int, trust: Trust, *, timeout: float = KE_TIMEOUT
+    name: str,
+    address: str,
+    port: int,
+    trust: Trust,
+    *,
+    offered: Sequence[AeadId] = SUPPORTED,
+    timeout: float = KE_TIMEOUT,
 ) -> Established:
     """Key establishment with the server `name` at one address. Raises ClientError."""
     started = time.monotonic_ns()
@@ -160,7 +167,7 @@ async def establish(
             stage = Failure.TLS
             try:
                 channel = client_channel(name, trust)
-                result = await _key_exchange(channel, reader, writer)
+                result = await _key_exchange(channel, reader, writer, offered)
             finally:
                 writer.transport.abort()
     except TimeoutError:
@@ -178,9 +185,12 @@ async def establish(
 
 
 async def _key_exchange(
-    channel: TlsChannel, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    channel: TlsChannel,
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    offered: Sequence[AeadId] = SUPPORTED,
 ) -> KeResult:
-    client = KeClient(channel.export)
+    client = KeClient(channel.export, offered)
     asked = False
     octets = b""
     while True:
@@ -334,6 +344,7 @@ async def query(
     *,
     address: str | None = None,
     samples: int = 4,
+    offered: Sequence[AeadId] = SUPPORTED,
 ) -> Measurement:
     """Key establishment and `samples` exchanges with one server, the first of its addresses that answers.
 
@@ -343,7 +354,8 @@ async def query(
     failure: ClientError | None = None
     for candidate in candidates:
         try:
-            measurement = await measure(await establish(name, candidate, port, trust), samples)
+            established = await establish(name, candidate, port, trust, offered=offered)
+            measurement = await measure(established, samples)
         except ClientError as error:
             failure = error
             continue

@@ -15,11 +15,13 @@ its exporter. What the server decides is written down in one table of outcomes:
     silence until the deadline               Error 1
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 
 from nts_core import records
-from nts_core.aead import KEY_LENGTH, AeadId, SessionKeys
+from nts_core.aead import KEY_LENGTH, SUPPORTED, AeadId, SessionKeys
 from nts_core.cookies import MAX_COOKIE_LENGTH, MAX_COOKIES, Keyring, Random
 from nts_core.errors import KeError, NoOverlap, WireError
 from nts_core.records import ErrorCode, MessageReader, Record, RecordType
@@ -32,18 +34,34 @@ Exporter = Callable[[bytes, int], bytes]
 
 # Records that both sides may send; a request must not carry others that are known (section 4.1).
 _REQUEST_TYPES = frozenset(
-    {RecordType.NEXT_PROTOCOL, RecordType.AEAD_ALGORITHM, RecordType.NTP_SERVER, RecordType.NTP_PORT}
+    {
+        RecordType.NEXT_PROTOCOL,
+        RecordType.AEAD_ALGORITHM,
+        RecordType.NTP_SERVER,
+        RecordType.NTP_PORT,
+        RecordType.COMPLIANT_128GCM_EXPORT,
+    }
 )
 _KNOWN_TYPES = frozenset(RecordType)
-# The AEAD algorithms we speak, the preferred first.
-PREFERENCE = (AeadId.AES_SIV_CMAC_256,)
+# Letters, digits and hyphens, and the underscore that hosts have in practice; a last label of digits would be
+# taken for an address.
+_HOST_NAME = re.compile(r"([a-z0-9_-]{1,63}[.])*(?!\d+$)[a-z0-9_-]{1,63}")
+_MAX_HOST_NAME = 253
 
 
-def export_keys(export: Exporter, aead: AeadId) -> SessionKeys:
-    """The session keys of a TLS session (section 5.1): context is protocol, algorithm, direction."""
-    context = uint16(NTPV4) + uint16(aead)
+def export_keys(export: Exporter, aead: AeadId, context_id: AeadId | None = None) -> SessionKeys:
+    """The session keys of a TLS session (section 5.1): context is protocol, algorithm, direction.
+
+    `context_id` is the algorithm named in the context when it is not the one whose keys are made.
+    """
+    context = uint16(NTPV4) + uint16(aead if context_id is None else context_id)
     length = KEY_LENGTH[aead]
     return SessionKeys(aead, export(context + b"\x00", length), export(context + b"\x01", length))
+
+
+def _export_as_chrony_4_4(export: Exporter) -> SessionKeys:
+    """Keys of AES-128-GCM-SIV as chrony 4.4 to 4.6 make them: exported in the name of AES-SIV-CMAC-256."""
+    return export_keys(export, AeadId.AES_128_GCM_SIV, AeadId.AES_SIV_CMAC_256)
 
 
 class _RequestRefused(Exception):
@@ -84,12 +102,47 @@ class NtpEndpoint:
         return tuple(told)
 
 
+@dataclass(frozen=True, slots=True)
+class NtpService:
+    """Where NTP is served with our cookies: where clients are sent, and where else they may ask to go."""
+
+    default: NtpEndpoint = NtpEndpoint()
+    others: tuple[NtpEndpoint, ...] = ()
+
+    def choose(self, host: str | None, port: int | None) -> NtpEndpoint:
+        """The endpoint that a client asks for by records 6 and 7, if it is one of ours (section 4.1.7)."""
+        for endpoint in (self.default, *self.others):
+            if host in {None, endpoint.host} and port in {None, endpoint.port}:
+                return endpoint
+        return self.default
+
+
+@dataclass(frozen=True, slots=True)
+class KeTerms:
+    """What a KE server gives: cookies of one keyring, for one service, under the algorithms it prefers.
+
+    AES-SIV-CMAC-256 has to be among them (section 5.1); the first that a client offers is chosen.
+    """
+
+    keyring: Keyring
+    service: NtpService = NtpService()
+    preference: tuple[AeadId, ...] = SUPPORTED
+
+    def __post_init__(self) -> None:
+        self.check_preference(self.preference)
+
+    @staticmethod
+    def check_preference(preference: Sequence[AeadId]) -> None:
+        """Raise ValueError for a preference that no server may have."""
+        if AeadId.AES_SIV_CMAC_256 not in preference:
+            raise ValueError("a server has to support 15 (AES-SIV-CMAC-256)")
+
+
 class KeServer:
     """The server's side of one TLS session."""
 
-    def __init__(self, keyring: Keyring, endpoint: NtpEndpoint, export: Exporter, random: Random) -> None:
-        self._keyring = keyring
-        self._endpoint = endpoint
+    def __init__(self, terms: KeTerms, export: Exporter, random: Random) -> None:
+        self._terms = terms
         self._export = export
         self._random = random
         self._reader = MessageReader(records.MAX_REQUEST)
@@ -124,15 +177,34 @@ class KeServer:
         if not offered:
             raise WireError("an empty list of AEAD algorithms")
         next_protocol = Record(RecordType.NEXT_PROTOCOL, uint16(NTPV4), critical=True)
-        aead = next((algorithm for algorithm in PREFERENCE if algorithm in offered), None)
+        is_compliant = RecordType.COMPLIANT_128GCM_EXPORT in by_type
+        aead = _choose(self._terms.preference, offered, is_compliant=is_compliant)
         if aead is None:
             raise _RequestRefused((next_protocol, Record(RecordType.AEAD_ALGORITHM, critical=True)))
-        keys = export_keys(self._export, aead)
-        cookies = [
-            Record(RecordType.NEW_COOKIE, self._keyring.seal(keys, self._random)) for _ in range(MAX_COOKIES)
-        ]
-        chosen = Record(RecordType.AEAD_ALGORITHM, uint16(aead), critical=True)
-        return [next_protocol, chosen, *self._endpoint.records(), *cookies]
+        told = [next_protocol, Record(RecordType.AEAD_ALGORITHM, uint16(aead), critical=True)]
+        if aead != AeadId.AES_128_GCM_SIV:
+            keys = export_keys(self._export, aead)
+        elif is_compliant:
+            told.append(Record(RecordType.COMPLIANT_128GCM_EXPORT))
+            keys = export_keys(self._export, aead)
+        else:
+            keys = _export_as_chrony_4_4(self._export)
+        wanted = _endpoint(by_type)
+        endpoint = self._terms.service.choose(
+            wanted.host, wanted.port if RecordType.NTP_PORT in by_type else None
+        )
+        cookies = self._terms.keyring.seal_many(keys, MAX_COOKIES, self._random)
+        return [*told, *endpoint.records(), *(Record(RecordType.NEW_COOKIE, cookie) for cookie in cookies)]
+
+
+def _choose(preference: Sequence[AeadId], offered: Sequence[int], *, is_compliant: bool) -> AeadId | None:
+    """The first of ours that is offered. AES-128-GCM-SIV without record 1024 comes last: only chrony 4.4 to
+    4.6 is sure to mean by it what we then do.
+    """
+    shared = [algorithm for algorithm in preference if algorithm in offered]
+    if not is_compliant:
+        shared.sort(key=lambda algorithm: algorithm == AeadId.AES_128_GCM_SIV)
+    return shared[0] if shared else None
 
 
 def _sort_request(request: Sequence[Record]) -> dict[int, Record]:
@@ -147,6 +219,7 @@ def _sort_request(request: Sequence[Record]) -> dict[int, Record]:
         by_type[record.type] = record
     if RecordType.NEXT_PROTOCOL not in by_type:
         raise WireError("no Next Protocol Negotiation record")
+    _check_compliance(by_type)
     return by_type
 
 
@@ -162,17 +235,23 @@ def _outcome(answer: Sequence[Record]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class KeResult:
-    """What a client takes away from key establishment."""
+    """What a client takes away from key establishment.
+
+    `alternative` are the keys that the server uses if it does not use `keys`: it chose AES-128-GCM-SIV and did
+    not say how it exports. chrony 4.4 to 4.6 is behind `keys`, a server that knows nothing of record 1024 and
+    follows section 5.1 behind `alternative`.
+    """
 
     keys: SessionKeys = field(repr=False)
     cookies: tuple[bytes, ...] = field(repr=False)
     endpoint: NtpEndpoint = NtpEndpoint()
+    alternative: SessionKeys | None = field(default=None, repr=False)
 
 
 class KeClient:
     """The client's side of one TLS session."""
 
-    def __init__(self, export: Exporter, offered: Sequence[AeadId] = PREFERENCE) -> None:
+    def __init__(self, export: Exporter, offered: Sequence[AeadId] = SUPPORTED) -> None:
         self._export = export
         self._offered = tuple(offered)
         self._reader = MessageReader(records.MAX_RESPONSE)
@@ -180,12 +259,13 @@ class KeClient:
     def request(self) -> bytes:
         """The only message a client sends."""
         algorithms = b"".join(uint16(aead) for aead in self._offered)
-        return _message(
-            (
-                Record(RecordType.NEXT_PROTOCOL, uint16(NTPV4), critical=True),
-                Record(RecordType.AEAD_ALGORITHM, algorithms, critical=True),
-            )
-        )
+        asked = [
+            Record(RecordType.NEXT_PROTOCOL, uint16(NTPV4), critical=True),
+            Record(RecordType.AEAD_ALGORITHM, algorithms, critical=True),
+        ]
+        if AeadId.AES_128_GCM_SIV in self._offered:
+            asked.append(Record(RecordType.COMPLIANT_128GCM_EXPORT))
+        return _message(asked)
 
     def receive(self, plaintext: bytes) -> KeResult | None:
         """The result once the response is whole, None while octets are missing.
@@ -213,7 +293,11 @@ class KeClient:
         aead = self._negotiated(single)
         if not cookies:
             raise KeError("the server sent no usable cookie")
-        return KeResult(export_keys(self._export, aead), tuple(cookies), _endpoint(single))
+        _check_compliance(single)
+        keys, alternative = export_keys(self._export, aead), None
+        if aead == AeadId.AES_128_GCM_SIV and RecordType.COMPLIANT_128GCM_EXPORT not in single:
+            keys, alternative = _export_as_chrony_4_4(self._export), keys
+        return KeResult(keys, tuple(cookies), _endpoint(single), alternative)
 
     def _negotiated(self, single: dict[int, Record]) -> AeadId:
         protocol, algorithm = single.get(RecordType.NEXT_PROTOCOL), single.get(RecordType.AEAD_ALGORITHM)
@@ -241,18 +325,37 @@ def _refuse_errors(single: dict[int, Record]) -> None:
             raise KeError(f"the server answered with {kind.name.lower()} {body[0]}", body[0])
 
 
+def _check_compliance(single: dict[int, Record]) -> None:
+    if RecordType.COMPLIANT_128GCM_EXPORT in single and single[RecordType.COMPLIANT_128GCM_EXPORT].body:
+        raise WireError("a record of type 1024 with a body")
+
+
 def _endpoint(single: dict[int, Record]) -> NtpEndpoint:
+    """What records 6 and 7 name, whichever side sent them (sections 4.1.7 and 4.1.8)."""
     host, port = None, DEFAULT_NTP_PORT
     if RecordType.NTP_SERVER in single:
-        try:
-            host = single[RecordType.NTP_SERVER].body.decode("ascii").rstrip(".")
-        except UnicodeDecodeError:
-            raise WireError("the NTP server's name is not ASCII") from None
-        if not host or len(host) > 253 or not host.isprintable() or " " in host:
-            raise WireError("the NTP server's name is not a host name or an address")
+        host = _host(single[RecordType.NTP_SERVER].body)
     if RecordType.NTP_PORT in single:
         ports = uint16_list(single[RecordType.NTP_PORT].body)
         if len(ports) != 1 or ports[0] == 0:
             raise WireError("the NTP port is not one port")
         port = ports[0]
     return NtpEndpoint(host, port)
+
+
+def _host(body: bytes) -> str:
+    """A host name without its last dot, or an address as `ipaddress` writes it (section 4.1.7)."""
+    try:
+        host = body.decode("ascii")
+    except UnicodeDecodeError:
+        raise WireError("the NTP server's name is not ASCII") from None
+    try:
+        address = ip_address(host)
+    except ValueError:
+        host = host.removesuffix(".").lower()
+        if not _HOST_NAME.fullmatch(host) or len(host) > _MAX_HOST_NAME:
+            raise WireError("the NTP server's name is not a host name or an address") from None
+        return host
+    if "%" in host:
+        raise WireError("the NTP server's address has a zone identifier")
+    return str(address)

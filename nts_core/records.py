@@ -24,7 +24,11 @@ _CRITICAL = 0x8000
 
 
 class RecordType(IntEnum):
-    """Assigned record types (section 7.6)."""
+    """Assigned record types (section 7.6), and the one that chrony 4.6.1 brought and others took over.
+
+    An empty record 1024 says: AES-128-GCM-SIV keys are exported as section 5.1 demands, and not under the
+    context of AES-SIV-CMAC-256, as chrony 4.4 to 4.6 did.
+    """
 
     END_OF_MESSAGE = 0
     NEXT_PROTOCOL = 1
@@ -34,6 +38,7 @@ class RecordType(IntEnum):
     NEW_COOKIE = 5
     NTP_SERVER = 6
     NTP_PORT = 7
+    COMPLIANT_128GCM_EXPORT = 1024
 
 
 class ErrorCode(IntEnum):

@@ -4,19 +4,19 @@ Rules:
 
 1. Mode 3 only is answered, whatever else the packet says: two servers never talk to each other.
 2. An answer is never longer than its request.
-3. Whatever the answer costs is bounded before any cryptography: at most eight cookies are counted.
+3. Whatever the answer costs is bounded before any cryptography: at most eight cookies are made.
 4. NTSN is sent only to a packet that had a unique identifier, a cookie and an authenticator.
 5. Cookies are sealed before the transmit time is taken, and the authenticator after it, as it must be.
 6. What is not answered is a `Drop` with its reason, for a counter.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from nts_core import ntptime
 from nts_core.aead import NONCE_LENGTH, Aead, SessionKeys
-from nts_core.cookies import MAX_COOKIES, Keyring, Random
+from nts_core.cookies import MAX_COOKIES, Keyring, Random, cookie_length
 from nts_core.errors import NotAuthentic, WireError
 from nts_core.packet import (
     HEADER_LENGTH,
@@ -28,17 +28,33 @@ from nts_core.packet import (
     Leap,
     Mode,
     Packet,
-    encode_fields,
+    encode_field,
     has_legacy_mac,
-    seal,
+    open_hidden,
+    protect,
 )
 
 _SERVED_VERSIONS = (3, 4)
 # Section 5.3 asks for 32 octets; NTPsec sends them too, and refuses more than 64.
 _MIN_UNIQUE_IDENTIFIER = 32
-# What an answer holds besides the echoed identifier and the cookies.
-_FIXED = HEADER_LENGTH + Authenticator.length(NONCE_LENGTH, 0)
-_NTSN = ClockState(Leap.UNSYNCHRONISED, 0, 0, 0, 0, b"NTSN", 0)
+# Looking a member of an enumeration up takes longer than comparing with it.
+_CLIENT = Mode.CLIENT.value
+_UNIQUE_IDENTIFIER = FieldType.UNIQUE_IDENTIFIER.value
+_COOKIE = FieldType.COOKIE.value
+_PLACEHOLDER = FieldType.COOKIE_PLACEHOLDER.value
+
+
+class Kiss(StrEnum):
+    """Kiss codes that a server may answer with instead of the time (RFC 5905 section 7.4)."""
+
+    RATE = "RATE"
+    DENY = "DENY"
+    NTSN = "NTSN"
+
+    @property
+    def state(self) -> ClockState:
+        """What the header says: no clock at all, and the code where the reference id stands."""
+        return ClockState(Leap.UNSYNCHRONISED, 0, 0, 0, 0, self.encode("ascii"), 0)
 
 
 class Outcome(StrEnum):
@@ -47,12 +63,17 @@ class Outcome(StrEnum):
     TIME = "time"
     NTS_TIME = "nts-time"
     NTSN = "ntsn"
+    KISS_RATE = "kiss-rate"
+    KISS_DENY = "kiss-deny"
     MALFORMED = "malformed"
     MODE = "mode"
     VERSION = "version"
     LEGACY_MAC = "legacy-mac"
     INCOMPLETE_NTS = "incomplete-nts"
     TOO_SHORT_FOR_ANSWER = "too-short-for-answer"
+
+
+_KISS_OUTCOME = {Kiss.RATE: Outcome.KISS_RATE, Kiss.DENY: Outcome.KISS_DENY}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +87,10 @@ class Drop:
     outcome: Outcome
 
 
+# Encodes the header of the answer, as late as can be: it holds the transmit time.
+_Head = Callable[[], bytes]
+
+
 class NtpServer:
     """Answers datagrams with the cookies of one keyring."""
 
@@ -74,92 +99,106 @@ class NtpServer:
         self._random = random
 
     def respond(
-        self, datagram: bytes, *, received: int, transmit_time: Callable[[], int], clock: ClockState
+        self,
+        datagram: bytes,
+        *,
+        received: int,
+        transmit_time: Callable[[], int],
+        clock: ClockState,
+        kiss: Kiss | None = None,
     ) -> Reply | Drop:
         """The reply to one datagram.
 
         `received` and what `transmit_time` returns are Unix nanoseconds; `transmit_time` is called once, as
-        late as the authenticator allows.
+        late as the authenticator allows. With `kiss` the answer has this code instead of the time, and to an
+        NTS request it is authentic and brings new cookies all the same (section 5.7).
         """
-        try:
-            header = Header.decode(datagram)
-        except WireError:
-            return Drop(Outcome.MALFORMED)
-        if header.mode != Mode.CLIENT:
-            return Drop(Outcome.MODE)
-        if header.version not in _SERVED_VERSIONS:
-            return Drop(Outcome.VERSION)
-        if has_legacy_mac(datagram):
-            return Drop(Outcome.LEGACY_MAC)
-        try:
-            packet = Packet.decode(datagram, header)
-        except WireError:
-            return Drop(Outcome.MALFORMED)
+        packet = _read(datagram)
+        if isinstance(packet, Drop):
+            return packet
+        request = packet.header
 
-        def answer() -> bytes:
+        def head() -> bytes:
+            if kiss is not None:
+                return _kiss(kiss, request)
             transmit = ntptime.timestamp(transmit_time())
-            return clock.answer(header, ntptime.timestamp(received), transmit)
+            return clock.answer(request, ntptime.timestamp(received), transmit)
 
-        if packet.authenticator is None and not packet.of_type(FieldType.COOKIE):
-            return _plain(packet, answer)
-        return self._authenticated(packet, datagram, answer)
+        if packet.authenticator is None and not packet.of_type(_COOKIE):
+            outcome = Outcome.TIME if kiss is None else _KISS_OUTCOME[kiss]
+            return Reply(head() + _echo(datagram, packet.of_type(_UNIQUE_IDENTIFIER)), outcome)
+        outcome = Outcome.NTS_TIME if kiss is None else _KISS_OUTCOME[kiss]
+        return self._authenticated(packet, datagram, head, outcome)
 
-    def _authenticated(self, packet: Packet, datagram: bytes, answer: Callable[[], bytes]) -> Reply | Drop:
-        identifiers = packet.of_type(FieldType.UNIQUE_IDENTIFIER)
-        cookies = packet.of_type(FieldType.COOKIE)
+    def _authenticated(self, packet: Packet, datagram: bytes, head: _Head, outcome: Outcome) -> Reply | Drop:
+        cookies, identifiers = packet.of_type(_COOKIE), packet.of_type(_UNIQUE_IDENTIFIER)
+        authenticator = packet.authenticator
         if (
             packet.header.version != 4
-            or packet.authenticator is None
+            or authenticator is None
             or len(cookies) != 1
             or len(identifiers) != 1
             or len(identifiers[0].value) < _MIN_UNIQUE_IDENTIFIER
         ):
             return Drop(Outcome.INCOMPLETE_NTS)
-        if not Authenticator.leaves_room(packet.authenticator.value):
-            return Drop(Outcome.MALFORMED)
+        echo, cookie = _echo(datagram, identifiers), cookies[0].value
         try:
-            keys = self.keyring.open(cookies[0].value)
-            hidden = packet.decrypt(datagram, Aead(keys.c2s))
+            sealed = Authenticator.decode(authenticator.value)
+            keys = self.keyring.open(cookie)
+            if not sealed.leaves_room(authenticator.value, NONCE_LENGTH[keys.aead]):
+                return Drop(Outcome.MALFORMED)
+            hidden = open_hidden(sealed, datagram[: authenticator.start], Aead(keys.aead, keys.c2s))
+        except WireError:
+            return Drop(Outcome.MALFORMED)
         except NotAuthentic:
-            return _negative_acknowledgement(identifiers[0], packet.header)
-        slots = 1 + _placeholders((*packet.fields, *hidden), len(cookies[0].value))
-        return self._time(keys, identifiers[0].encode(), min(slots, MAX_COOKIES), len(datagram), answer)
+            # NTS NAK: protected by nothing, and only the identifier tells whom it answers (section 5.7).
+            return Reply(_kiss(Kiss.NTSN, packet.header) + echo, Outcome.NTSN)
+        wanted = 1 + _placeholders(packet.fields, len(cookie)) + _placeholders(hidden, len(cookie))
+        octets = self._seal(keys, echo, wanted, len(datagram), head)
+        return Drop(Outcome.TOO_SHORT_FOR_ANSWER) if octets is None else Reply(octets, outcome)
 
-    def _time(
-        self, keys: SessionKeys, echo: bytes, wanted: int, limit: int, answer: Callable[[], bytes]
-    ) -> Reply | Drop:
-        cookie = self._cookie(keys)
-        count = min(wanted, (limit - _FIXED - len(echo)) // len(cookie))
+    def _seal(self, keys: SessionKeys, echo: bytes, wanted: int, limit: int, head: _Head) -> bytes | None:
+        """The authentic answer with as many cookies as are wanted and fit; None when not even one does."""
+        nonce_length = NONCE_LENGTH[keys.aead]
+        room = limit - HEADER_LENGTH - len(echo) - Authenticator.length(nonce_length, 0)
+        count = min(wanted, MAX_COOKIES, room // (4 + cookie_length(keys.aead)))
         if count < 1:
-            return Drop(Outcome.TOO_SHORT_FOR_ANSWER)
-        hidden = b"".join((cookie, *(self._cookie(keys) for _ in range(count - 1)))) if count > 1 else cookie
-        aead, nonce = Aead(keys.s2c), self._random(NONCE_LENGTH)
-        return Reply(seal(answer() + echo, hidden, aead, nonce), Outcome.NTS_TIME)
-
-    def _cookie(self, keys: SessionKeys) -> bytes:
-        return Field(FieldType.COOKIE, self.keyring.seal(keys, self._random)).encode()
+            return None
+        cookies = self.keyring.seal_many(keys, count, self._random)
+        hidden = b"".join([encode_field(_COOKIE, cookie) for cookie in cookies])
+        aead, nonce = Aead(keys.aead, keys.s2c), self._random(nonce_length)
+        return protect(head() + echo, hidden, aead, nonce)
 
 
-def _placeholders(fields: tuple[Field, ...], length: int) -> int:
+def _read(datagram: bytes) -> Packet | Drop:
+    try:
+        header = Header.decode(datagram)
+        if header.mode != _CLIENT:
+            return Drop(Outcome.MODE)
+        if header.version not in _SERVED_VERSIONS:
+            return Drop(Outcome.VERSION)
+        if has_legacy_mac(datagram):
+            return Drop(Outcome.LEGACY_MAC)
+        return Packet.decode(datagram, header)
+    except WireError:
+        return Drop(Outcome.MALFORMED)
+
+
+def _echo(datagram: bytes, identifiers: Sequence[Field]) -> bytes:
+    """The first unique identifier as it came. It protects even plain NTP from spoofing off the path."""
+    if not identifiers:
+        return b""
+    start = identifiers[0].start
+    return datagram[start : start + 4 + len(identifiers[0].value)]
+
+
+def _placeholders(fields: Sequence[Field], length: int) -> int:
     """How many more cookies are asked for. Placeholders of another length than the cookie do not count:
     section 5.5 demands the same length, and only that keeps the answer from being longer.
     """
-    count = 0
-    for field in fields:
-        if field.type == FieldType.COOKIE_PLACEHOLDER and len(field.value) == length:
-            count += 1
-            if count == MAX_COOKIES:
-                break
-    return count
+    return sum([field.type == _PLACEHOLDER and len(field.value) == length for field in fields])
 
 
-def _plain(packet: Packet, answer: Callable[[], bytes]) -> Reply:
-    """Unauthenticated time; a unique identifier is echoed, which protects even plain NTP from spoofing."""
-    echo = encode_fields(packet.of_type(FieldType.UNIQUE_IDENTIFIER)[:1])
-    return Reply(answer() + echo, Outcome.TIME)
-
-
-def _negative_acknowledgement(identifier: Field, request: Header) -> Reply:
-    """NTS NAK: stratum 0 and the kiss code NTSN, protected by nothing (section 5.7)."""
-    header = _NTSN.answer(request, request.transmit, request.transmit)
-    return Reply(header + identifier.encode(), Outcome.NTSN)
+def _kiss(code: Kiss, request: Header) -> bytes:
+    """The header of a kiss-o'-death packet; its times are all the request's own."""
+    return code.state.answer(request, request.transmit, request.transmit)

@@ -88,3 +88,16 @@ class ProgramSettings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the signature is pydantic's
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+
+def parse_host_port(text: str, default_port: int) -> tuple[str, int]:
+    """HOST, HOST:PORT, an IPv6 address or [IPV6]:PORT. Raises ValueError that says how to write it."""
+    host, port = text, str(default_port)
+    if text.startswith("["):
+        host, _, rest = text[1:].partition("]")
+        port = rest.removeprefix(":") if rest else port
+    elif text.count(":") == 1:
+        host, _, port = text.partition(":")
+    if not host or not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        raise ValueError(f"{text!r} is not HOST or HOST:PORT; write IPv6 as [ADDRESS]:PORT")
+    return host.rstrip(".").lower(), int(port)

@@ -56,10 +56,11 @@ def _choose_alpn(_connection: SSL.Connection, offered: list[bytes]) -> bytes:
 class ServerCredentials:
     """A certificate chain and its key, ready for handshakes; replaced as a whole when either changes."""
 
-    __slots__ = ("_context",)
+    __slots__ = ("_context", "names")
 
     def __init__(self, chain: Sequence[x509.Certificate], key: ServerKey) -> None:
         """`chain` is leaf first. Raises TlsError when certificate and key do not belong together."""
+        self.names = _dns_names(chain[0])
         self._context = _context(SSL.TLS_SERVER_METHOD)
         self._context.set_alpn_select_callback(_choose_alpn)
         try:
@@ -75,6 +76,15 @@ class ServerCredentials:
         connection = SSL.Connection(self._context, None)
         connection.set_accept_state()
         return TlsChannel(connection, None)
+
+
+def _dns_names(leaf: x509.Certificate) -> tuple[str, ...]:
+    """The host names in a certificate, without those that stand for many."""
+    try:
+        names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (*_X509_FAULTS, x509.ExtensionNotFound):
+        return ()
+    return tuple(name.lower() for name in names.get_values_for_type(x509.DNSName) if "*" not in name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,28 +2,21 @@
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
-from datetime import timedelta
+from collections.abc import Sequence
 
 from member_agent.clock import Clock
+from member_agent.config import AgentSettings
 from member_agent.ke_server import KeListeners
 from member_agent.ntp_server import NtpListeners
 from member_agent.sockets import Endpoint
-from nts_core.cookies import Keyring
-from nts_core.ke import NtpEndpoint
+from member_agent.state import StateDirectory
+from nts_core.cookies import Keyring, Schedule
+from nts_core.ke import NtpEndpoint, NtpService
 from nts_core.tls import ServerCredentials
-
-ROTATION = timedelta(days=1)
-# Clients that poll once a day must find their key for longer than that; NTPsec came to ten days.
-HISTORY = 10
 
 
 class BuiltinEngine:
-    """Serves from `start` to `stop`.
-
-    `save` is called with every new keyring before the keyring is used, so that no cookie outlives its key in
-    a crash.
-    """
+    """Serves from `start` to `stop`."""
 
     name = "builtin"
 
@@ -31,26 +24,58 @@ class BuiltinEngine:
         self,
         credentials: ServerCredentials,
         clock: Clock,
-        *,
-        keyring: Keyring | None,
-        save: Callable[[Keyring], None],
+        settings: AgentSettings,
+        state: StateDirectory | None,
     ) -> None:
-        if keyring is None:
-            keyring = Keyring.new(int(time.time()), secrets.token_bytes)
-            save(keyring)
-        self._keyring = keyring
-        self._save = save
+        """Cookie keys are kept in `state`; without one they die with the process. Raises AgentError."""
+        self._settings = settings
+        self._state = state
+        self._keyring = self._first_keyring()
         self.clock = clock
-        self.ke = KeListeners(credentials, keyring)
-        self.ntp = NtpListeners(clock, keyring)
+        self.ke = KeListeners(credentials, self._keyring, settings.aead)
+        self.ntp = NtpListeners(clock, self._keyring)
+
+    def _first_keyring(self) -> Keyring:
+        """The keys of the last run under the schedule that holds now, or fresh ones."""
+        schedule = Schedule(self._settings.cookie_rotation, self._settings.cookie_history)
+        keyring = self._state.keyring() if self._state else None
+        if keyring is None:
+            keyring = Keyring.new(int(time.time()), secrets.token_bytes, schedule)
+            self._save(keyring)
+        return keyring.under(schedule.rotation, schedule.history)
+
+    def _save(self, keyring: Keyring) -> None:
+        """Before the keyring is used, so that no cookie outlives its key in a crash."""
+        if self._state is not None:
+            self._state.save_keyring(keyring)
 
     async def start(self, ke: Sequence[Endpoint], ntp: Sequence[Endpoint]) -> None:
         """Bind everything, then answer. Raises AgentError when something cannot be bound."""
         sockets = [self.ke.bind(endpoint) for endpoint in ke]
         for endpoint in ntp:
             self.ntp.listen(endpoint)
-        for sock, endpoint in zip(sockets, self.ke.endpoints, strict=True):
-            await self.ke.listen(sock, _ntp_for(endpoint, self.ntp.endpoints))
+        for sock in sockets:
+            await self.ke.listen(sock, self._service)
+
+    def _service(self, local: str) -> NtpService:
+        """Where clients of the KE address `local` find NTP: there if it is served there."""
+        served = self.ntp.endpoints
+        here = [
+            ntp
+            for ntp in served
+            if ntp.address == local or (ntp.is_wildcard and ntp.family == Endpoint(local, 0).family)
+        ]
+        others = [NtpEndpoint(ntp.address, ntp.port) for ntp in served if not ntp.is_wildcard]
+        for ntp in here:
+            # By these names, too, a client may ask for what it would get anyway.
+            others += [NtpEndpoint(name, ntp.port) for name in (local, *self.ke.credentials.names)]
+        if self._settings.ntp_server is not None:
+            default = self._settings.ntp_server
+        elif here:
+            default = NtpEndpoint(None, here[0].port)
+        else:
+            default = NtpEndpoint(None if served[0].is_wildcard else served[0].address, served[0].port)
+        return NtpService(default, tuple(others))
 
     async def stop(self) -> None:
         await self.ke.close()
@@ -61,25 +86,14 @@ class BuiltinEngine:
         self.ke.credentials = credentials
 
     def rotate_if_due(self) -> None:
-        """Make a fresh cookie key when the sealing one is older than a day."""
-        now = int(time.time())
-        age = now - self._keyring.sealing_since
-        # A key from the future means that the clock was set back: its age cannot be told.
-        if 0 <= age < ROTATION.total_seconds():
+        """Seal with the key that was made ahead once its time has come, and make the next."""
+        rotated = self._keyring.at(int(time.time()), secrets.token_bytes)
+        if rotated is self._keyring:
             return
-        rotated = self._keyring.rotated(now, secrets.token_bytes, history=HISTORY)
         self._save(rotated)
         self._keyring = rotated
         self.ke.keyring = rotated
         self.ntp.use_keyring(rotated)
 
     def seconds_to_rotation(self) -> float:
-        return max(1.0, ROTATION.total_seconds() - (time.time() - self._keyring.sealing_since))
-
-
-def _ntp_for(ke: Endpoint, served: Sequence[Endpoint]) -> NtpEndpoint:
-    """Where clients of a KE address find NTP: on the same address if it is served there."""
-    for ntp in served:
-        if ntp.address == ke.address or (ntp.is_wildcard and ntp.family == ke.family):
-            return NtpEndpoint(None, ntp.port)
-    return NtpEndpoint(None if served[0].is_wildcard else served[0].address, served[0].port)
+        return max(1.0, self._keyring.next_at - time.time())

@@ -40,7 +40,7 @@ def answer(request):
 
 def nts_question():
     keys = SessionKeys(AeadId.AES_SIV_CMAC_256, secrets.token_bytes(32), secrets.token_bytes(32))
-    return Question.nts(keys, RING.seal(keys, secrets.token_bytes))
+    return Question.nts(keys, RING.seal(keys, secrets.token_bytes(16)))
 
 
 @contextmanager
@@ -123,7 +123,7 @@ def test_a_negative_acknowledgement_is_refused():
     """A server that cannot open the cookie is not measured as one that answers."""
     stranger = Keyring.new(0, secrets.token_bytes)
     keys = SessionKeys(AeadId.AES_SIV_CMAC_256, secrets.token_bytes(32), secrets.token_bytes(32))
-    question = Question.nts(keys, stranger.seal(keys, secrets.token_bytes))
+    question = Question.nts(keys, stranger.seal(keys, secrets.token_bytes(16)))
     with pytest.raises(NotAuthentic):
         question.check(answer(question.datagram))
 

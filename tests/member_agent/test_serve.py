@@ -30,7 +30,7 @@ from nts_core.cli import ExitStatus as ClientStatus
 from nts_core.client import _key_exchange, establish, exchange
 from nts_core.cookies import Keyring
 from nts_core.errors import KissOfDeath
-from nts_core.ke import KeClient, NtpEndpoint
+from nts_core.ke import KeClient, NtpEndpoint, NtpService
 from nts_core.records import MessageReader, Record, RecordType
 from nts_core.tls import ServerCredentials, Trust, client_channel
 
@@ -126,7 +126,7 @@ def test_clients_are_sent_to_the_ntp_port_of_their_address(shared, authority, in
     assert document["authenticated"] is True
     assert document["error"] is None
     assert (document["ntp_address"], document["ntp_port"]) == (address, port_of(ntp[index]))
-    assert (document["aead"], document["cookies"]) == (15, 8)
+    assert (document["aead"], document["cookies"]) == (30, 8)
     assert (document["stratum"], document["leap"]) == (3, 0)
     assert abs(document["offset_ns"]) < 50_000_000
     assert 0 <= document["delay_ns"] < 100_000_000
@@ -392,14 +392,17 @@ async def test_cookies_outlive_a_restart_with_state(tmp_path, pair, trust):
     with restarted(tmp_path, pair, port, f"--state={state}"):
         assert (await exchange(association, HOST, port)).synchronised
     assert json.loads((state / "cookie-keys.json").read_text()) == keys
-    keys["keys"][0]["made_at"] -= 2 * 86400
+    for key in keys["keys"]:
+        key["starts_at"] -= 2 * 86400
     (state / "cookie-keys.json").write_text(json.dumps(keys))
     with restarted(tmp_path, pair, port, f"--state={state}"):
         assert (await exchange(association, HOST, port)).synchronised
     rotated = json.loads((state / "cookie-keys.json").read_text())
-    assert len(rotated["keys"]) == 2
-    assert rotated["keys"][1] == keys["keys"][0]
-    assert abs(rotated["keys"][0]["made_at"] - time.time()) < 60
+    following, sealing, retired = rotated["keys"]
+    assert retired == keys["keys"][1]
+    assert sealing["secret"] == keys["keys"][0]["secret"], "the key made ahead is the one that seals"
+    assert abs(sealing["starts_at"] - time.time()) < 60
+    assert following["starts_at"] == sealing["starts_at"] + 86400
 
 
 async def test_cookies_die_with_a_server_without_state(tmp_path, pair, trust):
@@ -598,7 +601,8 @@ async def test_a_query_to_a_server_whose_ntp_port_is_silent(authority, pair):
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
         silent.bind((HOST, 0))
         bound = listeners.bind(Endpoint(HOST, 0))
-        await listeners.listen(bound, NtpEndpoint(None, silent.getsockname()[1]))
+        service = NtpService(NtpEndpoint(None, silent.getsockname()[1]))
+        await listeners.listen(bound, lambda _local: service)
         outcome = await asyncio.to_thread(query, authority, str(listeners.endpoints[0]), "--samples=1")
         await listeners.close()
     fails(outcome, ClientStatus.NO_TIME, "ntp")

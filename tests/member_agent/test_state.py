@@ -63,7 +63,7 @@ def test_everything_comes_back(directory):
     assert again.membership() == MEMBERSHIP
     assert again.listening() == Listening(("127.0.0.1", "::1"), 4460)
     keys = SessionKeys(AeadId.AES_SIV_CMAC_256, bytes(32), bytes(32))
-    assert again.keyring().open(keyring.seal(keys, secrets.token_bytes)) == keys
+    assert again.keyring().open(keyring.seal(keys, secrets.token_bytes(16))) == keys
 
 
 def test_every_file_is_for_its_owner_alone(directory):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nts_core import ntptime
 from nts_core.aead import Aead, AeadId, SessionKeys
 from nts_core.association import MAX_REQUEST, Association
-from nts_core.cookies import CookieKey, Keyring
+from nts_core.cookies import DAY, CookieKey, Keyring, Schedule
 from nts_core.errors import KissOfDeath, NotAuthentic, OutOfCookies
 from nts_core.ke import KeResult
 from nts_core.packet import Field, FieldType, Header, Leap, Mode, Packet, encode_fields, protect
@@ -22,7 +22,7 @@ VECTORS = Path(__file__).parent.parent / "vectors"
 MS = 1_000_000
 SENT = 1_800_000_000_000_000_000
 KEYS = SessionKeys(AeadId.AES_SIV_CMAC_256, bytes(range(32)), bytes(range(32, 64)))
-KEYRING = Keyring((CookieKey(7, 0, b"k" * 32),))
+KEYRING = Keyring((CookieKey(8, DAY, b"n" * 32), CookieKey(7, 0, b"k" * 32)), Schedule())
 CLOCK = ClockState(
     leap=Leap.NONE,
     stratum=2,
@@ -35,7 +35,7 @@ CLOCK = ClockState(
 
 
 def make_association(cookies=8):
-    sealed = tuple(KEYRING.seal(KEYS, secrets.token_bytes) for _ in range(cookies))
+    sealed = tuple(KEYRING.seal(KEYS, secrets.token_bytes(16)) for _ in range(cookies))
     return Association(KeResult(KEYS, sealed), secrets.token_bytes)
 
 
@@ -56,7 +56,11 @@ def forge(request, *, fields=None, hidden=(), header=None, key=KEYS.s2c):
     header = header or Header(mode=Mode.SERVER, stratum=2, origin=asked.header.transmit)
     fields = asked.of_type(FieldType.UNIQUE_IDENTIFIER) if fields is None else fields
     clear = header.encode() + encode_fields(fields)
-    return clear if key is None else protect(clear, hidden, Aead(key), secrets.token_bytes(16))
+    return (
+        clear
+        if key is None
+        else protect(clear, encode_fields(hidden), Aead(15, key), secrets.token_bytes(16))
+    )
 
 
 # Requests
@@ -65,7 +69,7 @@ def forge(request, *, fields=None, hidden=(), header=None, key=KEYS.s2c):
 def test_a_request_says_nothing_of_the_client():
     """Data minimisation: everything is zero but version, mode and a random transmit timestamp."""
     first, second = (Packet.decode(make_association().poll()) for _ in range(2))
-    assert replace(first.header, transmit=0) == Header(version=4, mode=Mode.CLIENT)
+    assert first.header._replace(transmit=0) == Header(version=4, mode=Mode.CLIENT)
     assert first.header.transmit != second.header.transmit
 
 
@@ -75,7 +79,7 @@ def test_the_form_of_a_request():
     packet = Packet.decode(request)
     assert [field.type for field in packet.fields] == [FieldType.UNIQUE_IDENTIFIER, FieldType.COOKIE]
     assert len(packet.fields[0].value) == 32
-    assert packet.decrypt(request, Aead(KEYS.c2s)) == []
+    assert packet.decrypt(request, Aead(15, KEYS.c2s)) == []
 
 
 def test_no_cookie_and_no_identifier_is_used_twice():
@@ -201,23 +205,23 @@ def test_forged_answers_are_ignored_and_the_true_one_is_taken():
             request, fields=[Field(FieldType.UNIQUE_IDENTIFIER, bytes(32))], hidden=cookie
         ),
         "two identifiers": forge(request, fields=[identifier, identifier], hidden=cookie),
-        "another origin": forge(request, header=replace(right, origin=right.origin ^ 1), hidden=cookie),
-        "origin zero": forge(request, header=replace(right, origin=0), hidden=cookie),
-        "a client's mode": forge(request, header=replace(right, mode=Mode.CLIENT), hidden=cookie),
-        "broadcast": forge(request, header=replace(right, mode=5), hidden=cookie),
+        "another origin": forge(request, header=right._replace(origin=right.origin ^ 1), hidden=cookie),
+        "origin zero": forge(request, header=right._replace(origin=0), hidden=cookie),
+        "a client's mode": forge(request, header=right._replace(mode=Mode.CLIENT), hidden=cookie),
+        "broadcast": forge(request, header=right._replace(mode=5), hidden=cookie),
         "the key of the other direction": forge(request, key=KEYS.c2s, hidden=cookie),
         "a stranger's key": forge(request, key=bytes(32), hidden=cookie),
         "no protection": forge(request, key=None),
         "no protection but a cookie": forge(request, key=None, fields=[identifier, *cookie]),
         "our own request": request,
         "kiss code RATE without protection": forge(
-            request, header=replace(right, stratum=0, reference_id=b"RATE"), key=None
+            request, header=right._replace(stratum=0, reference_id=b"RATE"), key=None
         ),
         "kiss code DENY without protection": forge(
-            request, header=replace(right, stratum=0, reference_id=b"DENY"), key=None
+            request, header=right._replace(stratum=0, reference_id=b"DENY"), key=None
         ),
         "NTSN that is not stratum 0": forge(
-            request, header=replace(right, stratum=1, reference_id=b"NTSN"), key=None
+            request, header=right._replace(stratum=1, reference_id=b"NTSN"), key=None
         ),
     }
     for name, datagram in forgeries.items():
@@ -318,7 +322,7 @@ def test_ntsn_to_another_request_is_ignored():
 
 
 def test_the_ntsn_of_our_server_is_understood():
-    stranger = Keyring((CookieKey(7, 0, b"x" * 32),)).seal(KEYS, secrets.token_bytes)
+    stranger = Keyring.new(0, secrets.token_bytes).seal(KEYS, secrets.token_bytes(16))
     association = Association(KeResult(KEYS, (stranger,)), secrets.token_bytes)
     with pytest.raises(KissOfDeath) as caught:
         receive(association, serve(association.poll()))

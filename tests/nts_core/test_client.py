@@ -14,12 +14,12 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from lab.certificates import Authority
 from lab.processes import free_port
 from nts_core import records
-from nts_core.aead import Aead
+from nts_core.aead import NONCE_LENGTH, Aead
 from nts_core.association import Association
 from nts_core.client import ClientError, Failure, establish, exchange, measure, query, system_addresses
 from nts_core.cookies import Keyring
 from nts_core.errors import KissOfDeath, TlsError
-from nts_core.ke import KeServer, NtpEndpoint
+from nts_core.ke import KeServer, KeTerms, NtpEndpoint, NtpService
 from nts_core.packet import Field, FieldType, Header, Leap, Mode, Packet, encode_fields, protect
 from nts_core.records import Record, RecordType
 from nts_core.server import ClockState, NtpServer, Reply
@@ -110,7 +110,9 @@ def good(keyring, endpoint=None):
     """The answer of a server that keeps the rules."""
 
     def answer(channel, asked):
-        server = KeServer(keyring, endpoint or NtpEndpoint(), channel.export, secrets.token_bytes)
+        server = KeServer(
+            KeTerms(keyring, NtpService(endpoint or NtpEndpoint())), channel.export, secrets.token_bytes
+        )
         return server.receive(asked).octets
 
     return answer
@@ -386,9 +388,10 @@ def kissing(established, code):
     """Answers with a kiss code that the session's key protects."""
 
     def answers(request):
-        cookie = Field(FieldType.COOKIE, b"c" * 100)
-        aead = Aead(established.result.keys.s2c)
-        return [protect(forged_kiss(request, code), [cookie], aead, secrets.token_bytes(16))]
+        cookie = Field(FieldType.COOKIE, b"c" * 100).encode()
+        keys = established.result.keys
+        nonce = secrets.token_bytes(NONCE_LENGTH[keys.aead])
+        return [protect(forged_kiss(request, code), cookie, Aead(keys.aead, keys.s2c), nonce)]
 
     return answers
 
@@ -443,11 +446,11 @@ async def test_a_server_that_is_still_starting_is_not_synchronised(credentials, 
 
     def answer(channel, asked):
         reply = good(keyring, NtpEndpoint(None, end.port))(channel, asked)
-        keys["s2c"] = channel.export(b"\0\0\0\x0f\1", 32)
+        keys["s2c"] = channel.export(b"\0\0\0\x1e\1", 16)
         return reply
 
     def answers(request):
-        return [protect(forged_kiss(request, code), [], Aead(keys["s2c"]), secrets.token_bytes(16))]
+        return [protect(forged_kiss(request, code), b"", Aead(30, keys["s2c"]), secrets.token_bytes(12))]
 
     async with ntp_end(answers) as end, ke_server(credentials, answer) as port:
         await fails(query(NAME, port, trust, address=HOST), Failure.UNSYNCHRONISED)

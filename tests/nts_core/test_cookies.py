@@ -1,5 +1,6 @@
 """Cookies and their keys (RFC 8915 section 6)."""
 
+import hmac
 import json
 import secrets
 
@@ -7,27 +8,54 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nts_core.aead import AeadId, SessionKeys
-from nts_core.cookies import MAX_COOKIE_LENGTH, MAX_COOKIES, CookieJar, CookieKey, Keyring
+from nts_core.aead import KEY_LENGTH, AeadId, SessionKeys
+from nts_core.cookies import (
+    DAY,
+    MAX_COOKIE_LENGTH,
+    MAX_COOKIES,
+    CookieJar,
+    CookieKey,
+    Keyring,
+    Schedule,
+    cookie_length,
+)
 from nts_core.errors import NotAuthentic, OutOfCookies, WireError
 
 KEYS = SessionKeys(AeadId.AES_SIV_CMAC_256, bytes(range(32)), bytes(range(32, 64)))
 NOW = 1_800_000_000
-session_keys = st.builds(
-    SessionKeys,
-    aead=st.just(AeadId.AES_SIV_CMAC_256),
-    c2s=st.binary(min_size=32, max_size=32),
-    s2c=st.binary(min_size=32, max_size=32),
-)
+KEPT_3 = Schedule(DAY, 3 * DAY)
+RATCHET = Schedule(DAY, 3 * DAY, ratchet=True)
+
+
+def keys_of(algorithm):
+    length = KEY_LENGTH[algorithm]
+    secret = st.binary(min_size=length, max_size=length)
+    return st.builds(SessionKeys, aead=st.just(algorithm), c2s=secret, s2c=secret)
+
+
+session_keys = st.sampled_from(AeadId).flatmap(keys_of)
 cookie_keys = st.builds(
     CookieKey,
     id=st.integers(0, 65535),
-    made_at=st.integers(0, 1 << 40),
+    starts_at=st.integers(0, 1 << 40),
     secret=st.binary(min_size=32, max_size=32),
 )
-keyrings = st.lists(cookie_keys, min_size=1, max_size=11, unique_by=lambda key: key.id).map(
-    lambda keys: Keyring(tuple(keys))
+schedules = st.builds(
+    Schedule, rotation=st.integers(3600, DAY), history=st.integers(0, 30 * DAY), ratchet=st.booleans()
 )
+keyrings = st.builds(
+    Keyring,
+    st.lists(cookie_keys, min_size=2, max_size=12, unique_by=lambda key: key.id).map(tuple),
+    schedules,
+)
+
+
+def seal(keyring, keys=KEYS):
+    return keyring.seal(keys, secrets.token_bytes(16))
+
+
+def key_id(cookie):
+    return int.from_bytes(cookie[2:4], "big")
 
 
 @pytest.fixture
@@ -37,30 +65,43 @@ def keyring():
 
 @given(keyrings, session_keys)
 def test_a_cookie_opens_to_what_was_sealed(keyring, keys):
-    cookie = keyring.seal(keys, secrets.token_bytes)
-    assert len(cookie) == 100
+    cookie = seal(keyring, keys)
     assert keyring.open(cookie) == keys
+    assert len(cookie) == cookie_length(keys.aead) <= 192
+    assert len(cookie) % 4 == 0
+
+
+def test_the_lengths_of_cookies():
+    """chrony keeps 256 octets at most, NTPsec 192; and short packets pass where long ones do not."""
+    assert [cookie_length(algorithm) for algorithm in (15, 16, 17, 30)] == [100, 132, 164, 68]
+
+
+@given(keyrings, session_keys, st.integers(0, 8))
+def test_many_cookies_at_once(keyring, keys, count):
+    cookies = keyring.seal_many(keys, count, secrets.token_bytes)
+    assert len(set(cookies)) == count
+    assert [keyring.open(cookie) for cookie in cookies] == [keys] * count
 
 
 def test_no_two_cookies_are_alike(keyring):
-    assert len({keyring.seal(KEYS, secrets.token_bytes) for _ in range(64)}) == 64
+    assert len({seal(keyring) for _ in range(64)}) == 64
 
 
 def test_a_cookie_does_not_show_the_keys(keyring):
-    cookie = keyring.seal(KEYS, secrets.token_bytes)
+    cookie = seal(keyring)
     assert KEYS.c2s not in cookie
     assert KEYS.s2c not in cookie
 
 
 def test_every_truncation_is_refused(keyring):
-    cookie = keyring.seal(KEYS, secrets.token_bytes)
+    cookie = seal(keyring)
     for length in range(len(cookie)):
         with pytest.raises(NotAuthentic):
             keyring.open(cookie[:length])
 
 
 def test_every_flipped_bit_is_refused(keyring):
-    cookie = keyring.seal(KEYS, secrets.token_bytes)
+    cookie = seal(keyring)
     for position in range(len(cookie) * 8):
         forged = bytearray(cookie)
         forged[position // 8] ^= 1 << position % 8
@@ -70,7 +111,7 @@ def test_every_flipped_bit_is_refused(keyring):
 
 def test_padding_is_refused(keyring):
     with pytest.raises(NotAuthentic):
-        keyring.open(keyring.seal(KEYS, secrets.token_bytes) + bytes(4))
+        keyring.open(seal(keyring) + bytes(4))
 
 
 @given(keyrings, st.binary(max_size=300))
@@ -79,42 +120,153 @@ def test_random_octets_are_no_cookie(keyring, octets):
         keyring.open(octets)
 
 
-def test_another_key_with_the_same_id_does_not_open(keyring):
-    first = Keyring((CookieKey(7, NOW, bytes(32)),))
-    second = Keyring((CookieKey(7, NOW, bytes(31) + b"\1"),))
+def test_another_key_with_the_same_id_does_not_open():
+    first, second = (
+        Keyring((CookieKey(8, NOW, bytes(32)), CookieKey(7, 0, secret)), Schedule())
+        for secret in (bytes(32), bytes(31) + b"\1")
+    )
     with pytest.raises(NotAuthentic):
-        second.open(first.seal(KEYS, secrets.token_bytes))
+        second.open(seal(first))
 
 
-def test_cookies_live_as_long_as_the_history(keyring):
-    """With a history of 3 a cookie survives three rotations and not the fourth."""
-    cookie = keyring.seal(KEYS, secrets.token_bytes)
-    rotated = keyring
-    for turn in range(1, 4):
-        rotated = rotated.rotated(NOW + turn, secrets.token_bytes, history=3)
-        assert rotated.open(cookie) == KEYS
-        assert rotated.sealing_since == NOW + turn
-    with pytest.raises(NotAuthentic):
-        rotated.rotated(NOW + 4, secrets.token_bytes, history=3).open(cookie)
+# Rotation
 
 
-def test_rotation_leaves_the_old_keyring_alone(keyring):
-    cookie = keyring.rotated(NOW + 1, secrets.token_bytes, history=3).seal(KEYS, secrets.token_bytes)
+def test_a_keyring_stays_itself_until_its_next_key_begins(keyring):
+    for now in (NOW, NOW + 1, NOW + DAY - 1):
+        assert keyring.at(now, secrets.token_bytes) is keyring
+    assert keyring.next_at == NOW + DAY
+
+
+def test_the_key_made_ahead_is_the_one_that_seals_next(keyring):
+    """Another host or process that has the file opens such cookies before it has moved on itself."""
+    moved = keyring.at(NOW + DAY, secrets.token_bytes)
+    assert key_id(seal(moved)) == (key_id(seal(keyring)) + 1) % 65536
+    assert keyring.open(seal(moved)) == KEYS
+    assert moved.next_at == NOW + 2 * DAY
+
+
+@pytest.mark.parametrize("schedule", [KEPT_3, RATCHET], ids=["random", "ratchet"])
+def test_cookies_live_as_long_as_the_history(schedule):
+    """With three days of history a cookie survives three rotations and not the fourth."""
+    keyring = Keyring.new(NOW, secrets.token_bytes, schedule)
+    cookie = seal(keyring)
+    for _ in range(3):
+        keyring = keyring.at(keyring.next_at, secrets.token_bytes)
+        assert keyring.open(cookie) == KEYS
+    keyring = keyring.at(keyring.next_at, secrets.token_bytes)
     with pytest.raises(NotAuthentic):
         keyring.open(cookie)
 
 
+@given(st.lists(st.integers(0, 40 * DAY), min_size=1, max_size=12), schedules)
+def test_whatever_the_clock_does_a_keyring_is_whole(steps, schedule):
+    keyring, now = Keyring.new(NOW, secrets.token_bytes, schedule), NOW
+    for step in steps:
+        now += step
+        before, keyring = keyring, keyring.at(now, secrets.token_bytes)
+        assert keyring.open(seal(keyring)) == KEYS
+        assert now < keyring.next_at <= now + schedule.rotation
+        assert Keyring.load(keyring.dump()).open(seal(keyring)) == KEYS
+        if step < schedule.rotation:
+            assert before.open(seal(keyring)) == KEYS, "the key made ahead was not used"
+
+
+def test_a_clock_that_was_set_back_begins_anew_with_random_keys(keyring):
+    earlier = keyring.at(NOW - 400 * DAY, secrets.token_bytes)
+    assert earlier.next_at == NOW - 399 * DAY
+    assert earlier.open(seal(keyring)) == KEYS
+
+
 def test_key_ids_begin_anew_after_65535():
-    last = Keyring((CookieKey(65535, NOW, bytes(32)),))
-    rotated = last.rotated(NOW + 1, secrets.token_bytes, history=3)
-    assert rotated.seal(KEYS, secrets.token_bytes)[2:4] == b"\0\0"
-    assert rotated.open(last.seal(KEYS, secrets.token_bytes)) == KEYS
+    last = Keyring((CookieKey(0, DAY, b"n" * 32), CookieKey(65535, 0, bytes(32))), KEPT_3)
+    rotated = last.at(DAY, secrets.token_bytes)
+    assert key_id(seal(rotated)) == 0
+    assert rotated.open(seal(last)) == KEYS
 
 
-@pytest.mark.parametrize("keys", [(), (CookieKey(1, 0, bytes(32)), CookieKey(1, 1, bytes(32)))])
+@pytest.mark.parametrize(
+    "keys", [(), (CookieKey(1, 0, bytes(32)),), (CookieKey(1, 0, bytes(32)), CookieKey(1, 1, bytes(32)))]
+)
 def test_a_keyring_needs_keys_with_different_ids(keys):
     with pytest.raises(ValueError, match="different ids"):
-        Keyring(keys)
+        Keyring(keys, Schedule())
+
+
+@pytest.mark.parametrize(("rotation", "history"), [(0, 0), (367 * DAY, 0), (60, 60 * 1023), (DAY, -1)])
+def test_schedules_that_cannot_be(rotation, history):
+    with pytest.raises(ValueError, match="rotation"):
+        Schedule(rotation, history)
+
+
+def test_another_schedule_for_the_same_keys(keyring):
+    hourly = keyring.under(3600, DAY)
+    assert hourly.next_at == NOW + 3600
+    assert hourly.open(seal(keyring)) == KEYS
+    assert hourly.schedule == Schedule(3600, DAY)
+
+
+# The ratchet
+
+
+def test_the_ratchet_is_hkdf_of_the_key_salted_with_its_id():
+    """Section 6, checked against HKDF written out (RFC 5869): extract, then one block of expand."""
+    key = CookieKey(0x1234, NOW, bytes(range(32)))
+    extracted = hmac.digest(bytes.fromhex("1234"), key.secret, "sha256")
+    expected = hmac.digest(extracted, b"truechimer cookie key" + b"\1", "sha256")
+    assert key.successor(DAY) == CookieKey(0x1235, NOW + DAY, expected)
+
+
+def test_hosts_that_share_a_ratchet_once_rotate_together():
+    """Each opens the other's cookies for ever after, whoever rotates first, and no key is sent again."""
+    first = Keyring.new(NOW, secrets.token_bytes, RATCHET)
+    second = Keyring.new(NOW, secrets.token_bytes).adopt(Keyring.load(first.share().dump()))
+    for day in range(1, 30):
+        first = first.at(NOW + day * DAY, secrets.token_bytes)
+        assert second.open(seal(first)) == KEYS
+        second = second.at(NOW + day * DAY, secrets.token_bytes)
+        assert first.open(seal(second)) == KEYS
+        assert first.next_at == second.next_at
+
+
+def test_a_host_that_slept_catches_up():
+    first = Keyring.new(NOW, secrets.token_bytes, RATCHET)
+    late = NOW + 500 * DAY
+    stepped = first
+    for day in range(1, 501):
+        stepped = stepped.at(NOW + day * DAY, secrets.token_bytes)
+    assert first.at(late, secrets.token_bytes).dump() == stepped.dump()
+
+
+def test_a_ratchet_never_turns_back():
+    ring = Keyring.new(NOW, secrets.token_bytes, RATCHET).at(NOW + 9 * DAY, secrets.token_bytes)
+    assert ring.at(NOW, secrets.token_bytes) is ring
+
+
+def test_a_shared_ratchet_does_not_open_what_was_sealed_before():
+    """Who gets the share learns the keys from now on, and none of those before."""
+    ring = Keyring.new(NOW, secrets.token_bytes, RATCHET)
+    cookie = seal(ring)
+    with pytest.raises(NotAuthentic):
+        ring.at(NOW + DAY, secrets.token_bytes).share().open(cookie)
+
+
+def test_adopting_keeps_ones_own_cookies(keyring):
+    adopted = keyring.adopt(Keyring.new(NOW, secrets.token_bytes, RATCHET).share())
+    assert adopted.open(seal(keyring)) == KEYS
+
+
+def test_random_keys_cannot_be_shared(keyring):
+    with pytest.raises(ValueError, match="no successors"):
+        keyring.share()
+
+
+def test_a_ratchet_keeps_its_rotation():
+    ring = Keyring.new(NOW, secrets.token_bytes, RATCHET)
+    assert ring.under(3600, DAY).schedule == Schedule(DAY, DAY, ratchet=True)
+
+
+# The rest
 
 
 def test_secrets_stay_out_of_representations(keyring):
@@ -127,12 +279,12 @@ def test_secrets_stay_out_of_representations(keyring):
 @given(keyrings, session_keys)
 def test_a_key_file_round_trip(keyring, keys):
     loaded = Keyring.load(keyring.dump())
-    assert loaded.open(keyring.seal(keys, secrets.token_bytes)) == keys
+    assert loaded.open(seal(keyring, keys)) == keys
     assert loaded.dump() == keyring.dump()
 
 
 def test_every_truncation_of_a_key_file_is_refused(keyring):
-    content = keyring.rotated(NOW + 1, secrets.token_bytes, history=1).dump()
+    content = keyring.at(NOW + DAY, secrets.token_bytes).dump()
     for length in range(len(content.rstrip())):
         with pytest.raises(WireError):
             Keyring.load(content[:length])
@@ -145,8 +297,16 @@ def test_random_octets_are_no_key_file(octets):
 
 
 def altered(**changes):
-    key = {"id": 1, "made_at": NOW, "secret": "A" * 43 + "="}
-    return {"version": 1, "keys": [key | changes]}
+    """A key file in which one thing is not as `dump` writes it."""
+    key = {"id": 1, "starts_at": NOW, "secret": "A" * 43 + "="}
+    document = {"version": 2, "rotation": DAY, "history": DAY, "ratchet": False}
+    document |= {name: value for name, value in changes.items() if name not in key}
+    keys = [key | {"id": 2}, key | {name: value for name, value in changes.items() if name in key}]
+    return {"keys": keys} | document
+
+
+def test_the_file_that_is_altered_below_is_a_key_file():
+    Keyring.load(json.dumps(altered()).encode())
 
 
 @pytest.mark.parametrize(
@@ -157,23 +317,31 @@ def altered(**changes):
         None,
         3,
         {},
-        {"version": 1},
-        {"version": 2, "keys": []},
-        {"version": 1, "keys": []},
-        {"version": 1, "keys": 3},
-        {"version": 1, "keys": {"id": 1}},
-        {"version": 1, "keys": [1]},
+        {"version": 2},
+        altered(version=1),
+        altered(version="2"),
+        altered(rotation=0),
+        altered(rotation="day"),
+        altered(rotation=float("nan")),
+        altered(history=-1),
+        altered(history=float("inf")),
+        altered(keys=[]),
+        altered(keys=3),
+        altered(keys={"id": 1}),
+        altered(keys=[1, 2]),
+        altered(keys=altered()["keys"][:1]),
+        altered(keys=[{**altered()["keys"][0], "id": number} for number in range(1025)]),
         altered(id=-1),
+        altered(id=2),
         altered(id=65536),
         altered(id=None),
         altered(id=float("inf")),
-        altered(made_at="yesterday"),
-        altered(made_at=float("inf")),
+        altered(starts_at="yesterday"),
+        altered(starts_at=float("inf")),
         altered(secret="A" * 20 + "===="),
         altered(secret="AAAA"),
         altered(secret="\u20ac" * 44),
         altered(secret=7),
-        {"version": 1, "keys": altered()["keys"] * 2},
     ],
 )
 def test_other_json_is_no_key_file(document):

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nts_core import records
-from nts_core.aead import AeadId
+from nts_core.aead import KEY_LENGTH, AeadId, SessionKeys
 from nts_core.cookies import MAX_COOKIE_LENGTH, Keyring
 from nts_core.errors import KeError, NoOverlap, WireError
-from nts_core.ke import KeClient, KeServer, NtpEndpoint, export_keys
+from nts_core.ke import KeClient, KeServer, KeTerms, NtpEndpoint, NtpService, export_keys
 from nts_core.records import MessageReader, Record, RecordType
 from nts_core.wire import uint16
 
@@ -41,7 +41,7 @@ def message(*body):
 
 def make_server(endpoint=None, keyring=None):
     keyring = keyring or Keyring.new(0, secrets.token_bytes)
-    return KeServer(keyring, endpoint or NtpEndpoint(), export, secrets.token_bytes)
+    return KeServer(KeTerms(keyring, NtpService(endpoint or NtpEndpoint())), export, secrets.token_bytes)
 
 
 def parse(octets):
@@ -100,7 +100,8 @@ def test_the_request_of_chronyd_is_served():
 
 
 def test_our_own_request_is_as_chronyds():
-    assert KeClient(export).request() == vector("chrony-ke-request")["request"]
+    client = KeClient(export, (AeadId.AES_SIV_CMAC_256,))
+    assert client.request() == vector("chrony-ke-request")["request"]
 
 
 def test_record_6_and_7_say_where_ntp_is():
@@ -137,7 +138,7 @@ def test_records_in_another_order_and_uncritical_aead():
 
 
 def test_algorithms_we_do_not_speak_are_passed_over():
-    offered = Record(RecordType.AEAD_ALGORITHM, uint16(30) + uint16(17) + uint16(15), critical=True)
+    offered = Record(RecordType.AEAD_ALGORITHM, uint16(1) + uint16(77) + uint16(15), critical=True)
     told, outcome = answer(NTPV4, offered)
     assert outcome == "ok"
     assert told[1] == SIV
@@ -170,6 +171,11 @@ BAD = {
     "an Error record": (NTPV4, SIV, Record(RecordType.ERROR, uint16(1), critical=True)),
     "a Warning record": (NTPV4, SIV, Record(RecordType.WARNING, uint16(1), critical=True)),
     "a cookie": (NTPV4, SIV, COOKIE),
+    "record 1024 with a body": (NTPV4, SIV, Record(1024, b"x")),
+    "record 1024 twice": (NTPV4, SIV, Record(1024), Record(1024)),
+    "a wish for a server that is no name": (NTPV4, SIV, Record(RecordType.NTP_SERVER, b"a b")),
+    "a wish for a zone of an address": (NTPV4, SIV, Record(RecordType.NTP_SERVER, b"fe80::1%eth0")),
+    "a wish for port 0": (NTPV4, SIV, Record(RecordType.NTP_PORT, uint16(0))),
     "two wishes for a server": (NTPV4, SIV, *([IGNORED["a wish for a server"]] * 2)),
 }
 
@@ -192,8 +198,116 @@ def test_no_protocol_in_common():
 
 
 def test_no_algorithm_in_common():
-    told, outcome = answer(NTPV4, Record(RecordType.AEAD_ALGORITHM, uint16(30), critical=True))
+    told, outcome = answer(NTPV4, Record(RecordType.AEAD_ALGORITHM, uint16(31), critical=True))
     assert (told, outcome) == ([NTPV4, Record(RecordType.AEAD_ALGORITHM, critical=True)], "no-aead")
+
+
+def offer(*algorithms):
+    return Record(RecordType.AEAD_ALGORITHM, b"".join(map(uint16, algorithms)), critical=True)
+
+
+COMPLIANT = Record(RecordType.COMPLIANT_128GCM_EXPORT)
+
+
+@pytest.mark.parametrize("algorithm", AeadId)
+def test_every_algorithm_has_its_keys_and_cookies(algorithm):
+    keyring = Keyring.new(0, secrets.token_bytes)
+    reply = make_server(keyring=keyring).receive(message(NTPV4, offer(algorithm), COMPLIANT))
+    told = parse(reply.octets)
+    assert told[1] == offer(algorithm)
+    cookies = [record.body for record in told if record.type == RecordType.NEW_COOKIE]
+    keys = export_keys(export, algorithm)
+    assert (len(keys.c2s), len(keys.s2c)) == (KEY_LENGTH[algorithm],) * 2
+    assert [keyring.open(cookie) for cookie in cookies] == [keys] * 8
+    assert len({len(cookie) for cookie in cookies}) == 1
+
+
+@pytest.mark.parametrize(
+    ("offered", "is_compliant", "chosen"),
+    [
+        ((30, 15), True, 30),
+        ((15, 30), True, 30),
+        ((30, 15), False, 15),
+        ((30, 17), False, 17),
+        ((30,), False, 30),
+        ((16, 17, 15), True, 15),
+        ((16, 17), False, 17),
+    ],
+)
+def test_the_server_chooses_what_it_prefers(offered, is_compliant, chosen):
+    """AES-128-GCM-SIV first if both ends mean the same by it, and last if they may not."""
+    told, outcome = answer(NTPV4, offer(*offered), *([COMPLIANT] if is_compliant else []))
+    assert (told[1], outcome) == (offer(chosen), "ok")
+
+
+def test_the_preference_is_the_operators():
+    terms = KeTerms(Keyring.new(0, secrets.token_bytes), preference=(AeadId(17), AeadId(15)))
+    for offered, chosen in (((15, 17, 30), 17), ((30, 15), 15)):
+        reply = KeServer(terms, export, secrets.token_bytes).receive(
+            message(NTPV4, offer(*offered), COMPLIANT)
+        )
+        assert parse(reply.octets)[1] == offer(chosen)
+
+
+def test_a_server_without_the_algorithm_that_everybody_has_is_refused():
+    with pytest.raises(ValueError, match="AES-SIV-CMAC-256"):
+        KeTerms(Keyring.new(0, secrets.token_bytes), preference=(AeadId(30),))
+
+
+@pytest.mark.parametrize(("is_compliant", "context_id"), [(True, 30), (False, 15)])
+def test_the_export_of_aes_128_gcm_siv(is_compliant, context_id):
+    """With record 1024 as section 5.1 has it; without, as chrony 4.4 to 4.6, in the name of algorithm 15."""
+    keyring = Keyring.new(0, secrets.token_bytes)
+    request = message(NTPV4, offer(30), *([COMPLIANT] if is_compliant else []))
+    told = parse(make_server(keyring=keyring).receive(request).octets)
+    assert (COMPLIANT in told) is is_compliant
+    cookie = next(record.body for record in told if record.type == RecordType.NEW_COOKIE)
+    contexts = [bytes((0, 0, 0, context_id, direction)) for direction in (0, 1)]
+    assert keyring.open(cookie) == SessionKeys(AeadId(30), *(export(context, 16) for context in contexts))
+
+
+def test_record_1024_is_echoed_for_the_algorithm_it_speaks_of_only():
+    told, _ = answer(NTPV4, offer(15), COMPLIANT)
+    assert COMPLIANT not in told
+
+
+# Records 6 and 7 of a client
+
+SERVICE = NtpService(
+    NtpEndpoint(None, 123),
+    (NtpEndpoint("192.0.2.1"), NtpEndpoint("2001:db8::1", 4123), NtpEndpoint("ntp.example")),
+)
+
+
+def wish(host=None, port=None):
+    return [
+        *([] if host is None else [Record(RecordType.NTP_SERVER, host)]),
+        *([] if port is None else [Record(RecordType.NTP_PORT, uint16(port))]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "told"),
+    [
+        (wish(b"192.0.2.1"), wish(b"192.0.2.1")),
+        (wish(b"192.0.2.1", 123), wish(b"192.0.2.1")),
+        (wish(b"192.0.2.1", 4123), []),
+        (wish(b"2001:DB8:0::1", 4123), wish(b"2001:db8::1", 4123)),
+        (wish(b"2001:db8::1"), wish(b"2001:db8::1", 4123)),
+        (wish(b"NTP.example."), wish(b"ntp.example")),
+        (wish(b"elsewhere.example"), []),
+        (wish(port=4123), wish(b"2001:db8::1", 4123)),
+        (wish(port=123), []),
+        ([], []),
+    ],
+)
+def test_a_wish_is_granted_if_it_names_what_is_served(wanted, told):
+    """Section 4.1.7: the same record back if we can supply cookies for it; else we say what we serve."""
+    server = KeServer(KeTerms(Keyring.new(0, secrets.token_bytes), SERVICE), export, secrets.token_bytes)
+    sent = parse(server.receive(message(NTPV4, SIV, *wanted)).octets)
+    found = [record for record in sent if record.type in {RecordType.NTP_SERVER, RecordType.NTP_PORT}]
+    assert [(record.type, record.body) for record in found] == [(record.type, record.body) for record in told]
+    assert all(record.critical for record in found)
 
 
 def test_silence_until_the_deadline():
@@ -266,9 +380,33 @@ def test_client_and_server_agree():
     client = KeClient(export)
     reply = make_server(NtpEndpoint("2001:db8::1", 4123)).receive(client.request())
     result = client.receive(reply.octets)
-    assert result.keys == export_keys(export, AeadId.AES_SIV_CMAC_256)
+    assert result.keys == export_keys(export, AeadId.AES_128_GCM_SIV)
+    assert result.alternative is None
     assert len(result.cookies) == 8
     assert result.endpoint == NtpEndpoint("2001:db8::1", 4123)
+
+
+def test_the_request_names_every_algorithm_and_how_keys_are_exported():
+    asked = parse(KeClient(export).request())
+    assert asked == [NTPV4, offer(30, 15, 17, 16), COMPLIANT]
+
+
+@pytest.mark.parametrize("algorithm", AeadId)
+def test_client_and_server_agree_on_every_algorithm(algorithm):
+    client = KeClient(export, (algorithm,))
+    keyring = Keyring.new(0, secrets.token_bytes)
+    result = client.receive(make_server(keyring=keyring).receive(client.request()).octets)
+    assert result.keys.aead is algorithm
+    assert keyring.open(result.cookies[0]) == result.keys
+
+
+def test_an_answer_of_aes_128_gcm_siv_without_record_1024_means_one_of_two_things():
+    """chrony 4.4 to 4.6 exports it in the name of algorithm 15; who knows RFC 8915 only, in its own."""
+    result = conclude(NTPV4, offer(30), COOKIE)
+    assert result.keys == export_keys(export, AeadId(30), AeadId(15))
+    assert result.alternative == export_keys(export, AeadId(30))
+    assert conclude(NTPV4, offer(30), COMPLIANT, COOKIE).keys == result.alternative
+    assert conclude(NTPV4, offer(15), COOKIE).alternative is None
 
 
 def test_a_result_shows_no_secrets():
@@ -314,7 +452,7 @@ def test_nothing_in_common(body):
 UNUSABLE = {
     "an algorithm that was not offered": (
         NTPV4,
-        Record(RecordType.AEAD_ALGORITHM, uint16(17), critical=True),
+        Record(RecordType.AEAD_ALGORITHM, uint16(18), critical=True),
         COOKIE,
     ),
     "two algorithms": (NTPV4, Record(RecordType.AEAD_ALGORITHM, uint16(15) * 2, critical=True), COOKIE),
@@ -356,6 +494,10 @@ MALFORMED = {
     "a server name with a control character": (NTPV4, SIV, COOKIE, Record(RecordType.NTP_SERVER, b"a\0b")),
     "a server name with a space": (NTPV4, SIV, COOKIE, Record(RecordType.NTP_SERVER, b"a b")),
     "a long server name": (NTPV4, SIV, COOKIE, Record(RecordType.NTP_SERVER, b"a" * 254)),
+    "a server address with a zone": (NTPV4, SIV, COOKIE, Record(RecordType.NTP_SERVER, b"fe80::1%1")),
+    "a server name with an empty label": (NTPV4, SIV, COOKIE, Record(RecordType.NTP_SERVER, b"a..b")),
+    "an address that is none": (NTPV4, SIV, COOKIE, Record(RecordType.NTP_SERVER, b"192.0.2.256")),
+    "record 1024 with a body": (NTPV4, SIV, COOKIE, Record(1024, b"x")),
     "port 0": (NTPV4, SIV, COOKIE, Record(RecordType.NTP_PORT, uint16(0))),
     "no port": (NTPV4, SIV, COOKIE, Record(RecordType.NTP_PORT)),
     "two ports": (NTPV4, SIV, COOKIE, Record(RecordType.NTP_PORT, uint16(1) * 2)),

@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nts_core import ntptime
-from nts_core.aead import Aead, AeadId, SessionKeys
-from nts_core.cookies import CookieKey, Keyring
+from nts_core.aead import KEY_LENGTH, Aead, AeadId, SessionKeys
+from nts_core.association import Association
+from nts_core.cookies import DAY, CookieKey, Keyring, Schedule
 from nts_core.errors import WireError
+from nts_core.ke import KeResult
 from nts_core.packet import (
     Authenticator,
     Field,
@@ -23,14 +25,14 @@ from nts_core.packet import (
     encode_fields,
     protect,
 )
-from nts_core.server import ClockState, Drop, NtpServer, Outcome, Reply
+from nts_core.server import ClockState, Drop, Kiss, NtpServer, Outcome, Reply
 
 VECTORS = Path(__file__).parent.parent / "vectors"
 SECOND = 1_000_000_000
 RECEIVED = 1_800_000_000 * SECOND
 TRANSMITTED = RECEIVED + 20_000
 KEYS = SessionKeys(AeadId.AES_SIV_CMAC_256, bytes(range(32)), bytes(range(32, 64)))
-KEYRING = Keyring((CookieKey(7, 0, b"k" * 32),))
+KEYRING = Keyring((CookieKey(8, DAY, b"n" * 32), CookieKey(7, 0, b"k" * 32)), Schedule())
 SERVER = NtpServer(KEYRING, secrets.token_bytes)
 CLOCK = ClockState(
     leap=Leap.NONE,
@@ -41,27 +43,29 @@ CLOCK = ClockState(
     reference_id=b"TEST",
     reference=ntptime.timestamp(RECEIVED - SECOND),
 )
-COOKIE = KEYRING.seal(KEYS, secrets.token_bytes)
+COOKIE = KEYRING.seal(KEYS, secrets.token_bytes(16))
 IDENTIFIER = Field(FieldType.UNIQUE_IDENTIFIER, bytes(range(32)))
 COOKIE_FIELD = Field(FieldType.COOKIE, COOKIE)
 PLACEHOLDER = Field(FieldType.COOKIE_PLACEHOLDER, bytes(len(COOKIE)))
 REQUEST_HEADER = Header(transmit=0x0123_4567_89AB_CDEF, poll=6)
 
 
-def respond(datagram):
-    return SERVER.respond(datagram, received=RECEIVED, transmit_time=lambda: TRANSMITTED, clock=CLOCK)
+def respond(datagram, kiss=None):
+    return SERVER.respond(
+        datagram, received=RECEIVED, transmit_time=lambda: TRANSMITTED, clock=CLOCK, kiss=kiss
+    )
 
 
 def make_request(*fields, hidden=(), key=KEYS.c2s, header=REQUEST_HEADER, nonce=bytes(range(16)), after=()):
     clear = header.encode() + encode_fields(fields)
-    return protect(clear, hidden, Aead(key), nonce) + encode_fields(after)
+    return protect(clear, encode_fields(hidden), Aead(15, key), nonce) + encode_fields(after)
 
 
 def cookies_in(reply):
     """The cookies of an answer, which has to be authentic and of the right form."""
     packet = Packet.decode(reply.octets)
     assert [field.type for field in packet.fields] == [FieldType.UNIQUE_IDENTIFIER]
-    hidden = packet.decrypt(reply.octets, Aead(KEYS.s2c))
+    hidden = packet.decrypt(reply.octets, Aead(15, KEYS.s2c))
     assert {field.type for field in hidden} == {FieldType.COOKIE}
     for field in hidden:
         assert KEYRING.open(field.value) == KEYS
@@ -163,7 +167,7 @@ def test_an_unknown_field_is_passed_over():
 
 
 def test_a_retired_key_still_opens_and_the_new_one_seals():
-    rotated = KEYRING.rotated(1, secrets.token_bytes, history=1)
+    rotated = KEYRING.at(DAY, secrets.token_bytes)
     server = NtpServer(rotated, secrets.token_bytes)
     reply = server.respond(
         make_request(IDENTIFIER, COOKIE_FIELD),
@@ -171,7 +175,7 @@ def test_a_retired_key_still_opens_and_the_new_one_seals():
         transmit_time=lambda: TRANSMITTED,
         clock=CLOCK,
     )
-    (hidden,) = Packet.decode(reply.octets).decrypt(reply.octets, Aead(KEYS.s2c))
+    (hidden,) = Packet.decode(reply.octets).decrypt(reply.octets, Aead(15, KEYS.s2c))
     assert rotated.open(hidden.value) == KEYS
     assert hidden.value[2:4] != COOKIE[2:4]
 
@@ -180,8 +184,8 @@ def test_short_encrypted_fields_of_an_authentic_request():
     """Section 5.6: encrypted fields MAY be arbitrarily short; such a request is authentic."""
     clear = REQUEST_HEADER.encode() + encode_fields((IDENTIFIER, COOKIE_FIELD))
     nonce = bytes(range(16))
-    sealed = Aead(KEYS.c2s).seal(nonce, bytes.fromhex("55550004"), clear)
-    reply = respond(clear + Authenticator(nonce, sealed).field().encode())
+    sealed = Aead(15, KEYS.c2s).seal(nonce, bytes.fromhex("55550004"), clear)
+    reply = respond(clear + Authenticator(nonce, sealed).encode())
     assert reply.outcome is Outcome.NTS_TIME
 
 
@@ -189,9 +193,9 @@ def test_a_short_nonce_needs_padding():
     """Section 5.6: with a nonce of 4 octets, 12 more of padding; else the server MUST discard the packet."""
     clear = REQUEST_HEADER.encode() + encode_fields((IDENTIFIER, COOKIE_FIELD, PLACEHOLDER))
     nonce = b"once"
-    field = Authenticator(nonce, Aead(KEYS.c2s).seal(nonce, b"", clear)).field()
-    assert isinstance(respond(clear + field.encode()), Drop)
-    padded = Field(field.type, field.value + bytes(12))
+    octets = Authenticator(nonce, Aead(15, KEYS.c2s).seal(nonce, b"", clear)).encode()
+    assert respond(clear + octets) == Drop(Outcome.MALFORMED)
+    padded = Field(FieldType.AUTHENTICATOR, octets[4:] + bytes(12))
     assert len(cookies_in(respond(clear + padded.encode()))) == 2
 
 
@@ -211,7 +215,7 @@ def assert_ntsn(reply, request):
 
 
 def test_a_cookie_of_other_keys_gets_ntsn():
-    stranger = Keyring((CookieKey(7, 0, b"x" * 32),)).seal(KEYS, secrets.token_bytes)
+    stranger = Keyring.new(0, secrets.token_bytes).seal(KEYS, secrets.token_bytes(16))
     request = make_request(IDENTIFIER, Field(FieldType.COOKIE, stranger))
     assert_ntsn(respond(request), request)
 
@@ -384,11 +388,11 @@ def test_captured_requests_of_chronyd_get_what_they_ask_for(missing):
     octets = chrony_requests()
     key = CookieKey(int.from_bytes(octets["cookie_key_id"], "big"), 0, octets["cookie_key"])
     request = octets[f"request_{missing}"]
-    reply = NtpServer(Keyring((key,)), secrets.token_bytes).respond(
-        request, received=RECEIVED, transmit_time=lambda: TRANSMITTED, clock=CLOCK
-    )
+    reply = NtpServer(
+        Keyring((CookieKey(key.id ^ 1, DAY, bytes(32)), key), Schedule()), secrets.token_bytes
+    ).respond(request, received=RECEIVED, transmit_time=lambda: TRANSMITTED, clock=CLOCK)
     assert reply.outcome is Outcome.NTS_TIME
-    hidden = Packet.decode(reply.octets).decrypt(reply.octets, Aead(octets["s2c"]))
+    hidden = Packet.decode(reply.octets).decrypt(reply.octets, Aead(15, octets["s2c"]))
     assert len(hidden) == missing + 1
     assert len(reply.octets) == len(request)
 
@@ -403,3 +407,77 @@ def test_header_decode_and_respond_agree_on_what_is_malformed():
     with pytest.raises(WireError):
         Header.decode(bytes(47))
     assert respond(bytes(47)) == Drop(Outcome.MALFORMED)
+
+
+# Kiss-o'-death by policy
+
+
+@pytest.mark.parametrize(
+    ("kiss", "outcome"), [(Kiss.RATE, Outcome.KISS_RATE), (Kiss.DENY, Outcome.KISS_DENY)]
+)
+def test_a_kiss_is_as_authentic_as_the_time(kiss, outcome):
+    """Section 5.7 leaves NTSN alone without protection; and a client must not lose its cookies by others."""
+    request = make_request(IDENTIFIER, COOKIE_FIELD, PLACEHOLDER)
+    reply = respond(request, kiss=kiss)
+    assert reply.outcome is outcome
+    answer = Header.decode(reply.octets)
+    assert (answer.stratum, answer.leap, answer.reference_id) == (0, 3, kiss.encode())
+    assert (answer.mode, answer.origin) == (Mode.SERVER, REQUEST_HEADER.transmit)
+    assert len(cookies_in(reply)) == 2
+    assert len(reply.octets) <= len(request)
+
+
+def test_a_plain_kiss():
+    reply = respond(REQUEST_HEADER.encode() + IDENTIFIER.encode(), kiss=Kiss.RATE)
+    assert (reply.outcome, len(reply.octets)) == (Outcome.KISS_RATE, 84)
+    assert Header.decode(reply.octets).reference_id == b"RATE"
+    assert reply.octets[48:] == IDENTIFIER.encode()
+
+
+def test_what_would_not_be_answered_is_not_kissed():
+    for datagram in (b"", bytes(48), REQUEST_HEADER._replace(mode=Mode.SERVER).encode()):
+        assert isinstance(respond(datagram, kiss=Kiss.DENY), Drop)
+
+
+# Every algorithm
+
+
+@pytest.mark.parametrize("algorithm", AeadId)
+@pytest.mark.parametrize("missing", range(8))
+def test_every_algorithm_and_number_of_cookies(algorithm, missing):
+    """Client and server together: as many cookies as are wanted, and never a longer answer."""
+    length = KEY_LENGTH[algorithm]
+    keys = SessionKeys(algorithm, secrets.token_bytes(length), secrets.token_bytes(length))
+    cookies = tuple(KEYRING.seal_many(keys, 8 - missing, secrets.token_bytes))
+    association = Association(KeResult(keys, cookies), secrets.token_bytes)
+    request = association.poll()
+    reply = respond(request)
+    assert len(request) <= 1232
+    assert len(reply.octets) == len(request)
+    sample = association.receive(reply.octets, sent=RECEIVED, received=TRANSMITTED)
+    assert sample.cookies == sample.asked
+    # Eight long cookies do not fit a packet that no network splits (section 5.7).
+    assert len(association.jar) == 8 or len(request) + 4 + len(cookies[0]) > 1232
+
+
+def gcm_request(nonce_length, padding):
+    keys = SessionKeys(AeadId.AES_128_GCM_SIV, b"c" * 16, b"s" * 16)
+    cookie = Field(FieldType.COOKIE, KEYRING.seal(keys, secrets.token_bytes(16)))
+    clear = REQUEST_HEADER.encode() + encode_fields((IDENTIFIER, cookie))
+    sealed = Aead(keys.aead, keys.c2s).seal(bytes(12), b"", clear)
+    octets = Authenticator(bytes(nonce_length), sealed).encode()
+    return clear + Field(FieldType.AUTHENTICATOR, octets[4:] + bytes(padding)).encode()
+
+
+def test_a_nonce_of_12_octets_is_long_enough_for_aes_gcm_siv():
+    """Section 5.6: N_REQ is 16, or the algorithm's longest nonce if that is less."""
+    assert respond(gcm_request(12, 0)).outcome is Outcome.NTS_TIME
+
+
+@pytest.mark.parametrize(("length", "padding"), [(8, 4), (16, 0), (13, 0)])
+def test_other_nonces_of_aes_gcm_siv_authenticate_nothing(length, padding):
+    assert respond(gcm_request(length, padding)).outcome is Outcome.NTSN
+
+
+def test_a_short_nonce_of_aes_gcm_siv_needs_padding_too():
+    assert respond(gcm_request(8, 0)) == Drop(Outcome.MALFORMED)
