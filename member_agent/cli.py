@@ -1,19 +1,20 @@
 """`pool-agent`: serve authenticated time, alone or as a member of a pool. Rendering only."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from member_agent import daemon
+from member_agent import cookie_keys, daemon
 from member_agent.clock import Clock
 from member_agent.config import MAX_CLOCK_OFFSET, load_settings
 from member_agent.errors import AgentError, ExitStatus
 from member_agent.sockets import parse_endpoint
 from member_agent.state import StateDirectory
+from nts_core.cookies import Keyring
 from nts_core.ke import DEFAULT_NTP_PORT
 from nts_core.shell import configure_logging, raise_descriptor_limit
 
@@ -59,7 +60,7 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
         _fail(error)
 
 
-def _fail(error: AgentError) -> None:
+def _fail(error: AgentError) -> NoReturn:
     typer.echo(f"error: {error.message}\n  {error.remedy}", err=True)
     raise typer.Exit(error.status)
 
@@ -175,6 +176,46 @@ def status(state: StateOption = _DEFAULT_STATE) -> None:
         typer.echo(f"clock     {clock.describe()}")
 
     _run(work())
+
+
+keys_app = typer.Typer(no_args_is_help=True, help="The keys that cookies are sealed with.")
+app.add_typer(keys_app, name="cookie-keys")
+ShareArgument = Annotated[Path, typer.Argument(metavar="FILE", help="the shared keys; secret")]
+
+
+def _with_keys(work: Callable[[StateDirectory], Keyring | None], state: Path, *notes: str) -> None:
+    try:
+        keyring = work(StateDirectory(state))
+    except AgentError as error:
+        _fail(error)
+    typer.echo("\n".join((cookie_keys.describe(keyring), *notes)))
+
+
+@keys_app.command("show")
+def show_keys(state: StateOption = _DEFAULT_STATE) -> None:
+    """How the keys follow each other; no secrets."""
+    _with_keys(StateDirectory.keyring, state)
+
+
+@keys_app.command("renew")
+def renew_keys(state: StateOption = _DEFAULT_STATE) -> None:
+    """Replace all keys, as after they may have been read. Clients come for new cookies by themselves."""
+    _with_keys(
+        cookie_keys.renew, state, "start pool-agent again; hosts that shared the old keys need a new share"
+    )
+
+
+@keys_app.command("share")
+def share_keys(file: ShareArgument, state: StateOption = _DEFAULT_STATE) -> None:
+    """Write what other hosts behind the same name adopt, so that all open each other's cookies for good."""
+    note = f"carry {file} to each other host by a safe way, adopt it there, and delete every copy"
+    _with_keys(lambda directory: cookie_keys.share(directory, file), state, note)
+
+
+@keys_app.command("adopt")
+def adopt_keys(file: ShareArgument, state: StateOption = _DEFAULT_STATE) -> None:
+    """Follow the keys of another host from now on."""
+    _with_keys(lambda directory: cookie_keys.adopt(directory, file), state, f"delete {file} now")
 
 
 def main() -> None:

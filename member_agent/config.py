@@ -10,7 +10,8 @@ from pydantic_settings import NoDecode, SettingsConfigDict
 from member_agent.errors import AgentError, ExitStatus
 from nts_core.aead import SUPPORTED, AeadId, parse_algorithms
 from nts_core.cookies import DAY, HISTORY, Schedule
-from nts_core.ke import DEFAULT_NTP_PORT, KeTerms, NtpEndpoint
+from nts_core.errors import WireError
+from nts_core.ke import DEFAULT_NTP_PORT, KeTerms, NtpEndpoint, host_of
 from nts_core.shell import ProgramSettings, SettingsError, parse_host_port
 
 CONFIG_FILE = "agent.toml"
@@ -27,7 +28,13 @@ def _algorithms(value: Any) -> Any:
 
 
 def _ntp_endpoint(value: Any) -> Any:
-    return NtpEndpoint(*parse_host_port(value, DEFAULT_NTP_PORT)) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    host, port = parse_host_port(value, DEFAULT_NTP_PORT)
+    try:
+        return NtpEndpoint(host_of(host.encode()), port)
+    except WireError as error:
+        raise ValueError(f"{value!r}: {error}") from None
 
 
 class AgentSettings(ProgramSettings):

@@ -29,6 +29,7 @@ from nts_core.client import (
     sources,
 )
 from nts_core.resolve import ResolveError, Resolver, TrustAnchors
+from nts_core.shell import parse_host_port
 from nts_core.tls import Trust
 
 app = typer.Typer(
@@ -73,26 +74,13 @@ class Endpoint:
     port: int
 
 
-def parse_endpoint(text: str, default_port: int | None) -> Endpoint:
+def parse_endpoint(text: str, default_port: int) -> Endpoint:
     """HOST, HOST:PORT, [IPV6] or [IPV6]:PORT. Raises ClientError."""
-    host, port = text, default_port
-    if text.startswith("["):
-        host, closing, rest = text[1:].partition("]")
-        if not closing or (rest and not rest.startswith(":")):
-            raise _unusable(f"{text!r} is not an address in brackets", "write IPv6 as [ADDRESS]:PORT")
-        tail = rest[1:] if rest else None
-    elif text.count(":") == 1:
-        host, _, tail = text.partition(":")
-    else:
-        tail = None
-    if tail is not None:
-        if not tail.isascii() or not tail.isdigit() or not 0 < int(tail) < 65536:
-            raise _unusable(f"{text!r} has no valid port", "write HOST:PORT, and IPv6 as [ADDRESS]:PORT")
-        port = int(tail)
-    host = host.rstrip(".").lower()
-    if not host or port is None:
-        raise _unusable(f"{text!r} is not a host and a port", "write HOST:PORT, and IPv6 as [ADDRESS]:PORT")
-    return Endpoint(host, port)
+    try:
+        return Endpoint(*parse_host_port(text, default_port))
+    except ValueError as error:
+        message, _, remedy = str(error).partition(": write ")
+        raise _unusable(message, f"write {remedy}") from None
 
 
 def _unusable(message: str, remedy: str) -> ClientError:

@@ -334,7 +334,7 @@ def _endpoint(single: dict[int, Record]) -> NtpEndpoint:
     """What records 6 and 7 name, whichever side sent them (sections 4.1.7 and 4.1.8)."""
     host, port = None, DEFAULT_NTP_PORT
     if RecordType.NTP_SERVER in single:
-        host = _host(single[RecordType.NTP_SERVER].body)
+        host = host_of(single[RecordType.NTP_SERVER].body)
     if RecordType.NTP_PORT in single:
         ports = uint16_list(single[RecordType.NTP_PORT].body)
         if len(ports) != 1 or ports[0] == 0:
@@ -343,7 +343,7 @@ def _endpoint(single: dict[int, Record]) -> NtpEndpoint:
     return NtpEndpoint(host, port)
 
 
-def _host(body: bytes) -> str:
+def host_of(body: bytes) -> str:
     """A host name without its last dot, or an address as `ipaddress` writes it (section 4.1.7)."""
     try:
         host = body.decode("ascii")

@@ -72,7 +72,8 @@ class ProgramSettings(BaseSettings):
             return loader(**{name: value for name, value in flags.items() if value is not None})
         except ValidationError as error:
             faults = (
-                f"{'.'.join(map(str, each['loc'])) or 'settings'}: {each['msg']}" for each in error.errors()
+                f"{'.'.join(map(str, each['loc'])) or 'settings'}: {each['msg'].removeprefix('Value error, ')}"
+                for each in error.errors()
             )
             raise SettingsError(f"{file}: {'; '.join(faults)}") from None
         except (ValueError, OSError) as error:
@@ -91,13 +92,14 @@ class ProgramSettings(BaseSettings):
 
 
 def parse_host_port(text: str, default_port: int) -> tuple[str, int]:
-    """HOST, HOST:PORT, an IPv6 address or [IPV6]:PORT. Raises ValueError that says how to write it."""
+    """HOST, HOST:PORT, an IPv6 address, [IPV6] or [IPV6]:PORT. Raises ValueError that says how to write it."""
     host, port = text, str(default_port)
     if text.startswith("["):
-        host, _, rest = text[1:].partition("]")
-        port = rest.removeprefix(":") if rest else port
+        host, closing, rest = text[1:].partition("]")
+        port = port if closing and not rest else rest.removeprefix(":") if rest.startswith(":") else ""
     elif text.count(":") == 1:
         host, _, port = text.partition(":")
+    host = host.rstrip(".").lower()
     if not host or not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
-        raise ValueError(f"{text!r} is not HOST or HOST:PORT; write IPv6 as [ADDRESS]:PORT")
-    return host.rstrip(".").lower(), int(port)
+        raise ValueError(f"{text!r} is not a host and a port: write HOST:PORT, and IPv6 as [ADDRESS]:PORT")
+    return host, int(port)

@@ -88,11 +88,6 @@ def test_any_text_is_an_endpoint_or_an_error(text):
     assert 0 < found.port < 65536
 
 
-def test_a_port_is_needed_without_a_default():
-    with pytest.raises(ClientError):
-        parse_endpoint("ntp.example", None)
-
-
 def test_roots_of_a_file(authority):
     assert len(load_roots(authority.root)) == 1
 

@@ -1,0 +1,91 @@
+"""The cookie keys of a state directory, for people: look, replace, and share with other hosts.
+
+Hosts that serve one name have to open each other's cookies. They share a ratchet once (RFC 8915 section 6): from
+then on each derives every next key itself, at the same second, and nothing is sent again.
+"""
+
+import os
+import secrets
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from member_agent.errors import AgentError, ExitStatus
+from member_agent.state import StateDirectory
+from nts_core.cookies import Keyring, Schedule
+from nts_core.errors import WireError
+
+# A share holds two keys: some hundred octets.
+_LONGEST_SHARE = 4096
+
+
+def describe(keyring: Keyring | None) -> str:
+    """What may be told of cookie keys: no secrets."""
+    if keyring is None:
+        return "no cookie keys yet: the first run makes them"
+    schedule = keyring.schedule
+    kind = "a ratchet that hosts can share" if schedule.ratchet else "random keys of this host alone"
+    following = datetime.fromtimestamp(keyring.next_at, UTC).isoformat(timespec="seconds")
+    return (
+        f"{kind}; the next key seals from {following}, then every {schedule.rotation} s;"
+        f" retired keys open cookies for {schedule.history} s"
+    )
+
+
+def renew(state: StateDirectory) -> Keyring:
+    """Throw all keys away, as after somebody else may have read them (RFC 8915 section 8.2)."""
+    state.lock()
+    keyring = state.keyring()
+    schedule = keyring.schedule if keyring else Schedule()
+    return _saved(state, Keyring.new(_now(), secrets.token_bytes, schedule))
+
+
+def share(state: StateDirectory, file: Path) -> Keyring:
+    """Turn the keys into a ratchet if they are none yet, and write what another host has to adopt."""
+    state.lock()
+    keyring = state.keyring() or Keyring.new(_now(), secrets.token_bytes)
+    if not keyring.schedule.ratchet:
+        ratchet = replace(keyring.schedule, ratchet=True)
+        keyring = keyring.adopt(Keyring.new(_now(), secrets.token_bytes, ratchet))
+    keyring = keyring.at(_now(), secrets.token_bytes)
+    try:
+        # Opened before anything is saved, and never over another file.
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as error:
+        raise AgentError(
+            f"{file}: {error.strerror}", "name a file that is not there yet", ExitStatus.STATE
+        ) from None
+    with os.fdopen(descriptor, "wb") as out:
+        out.write(keyring.share().dump())
+    return _saved(state, keyring)
+
+
+def adopt(state: StateDirectory, file: Path) -> Keyring:
+    """Follow the ratchet of another host, and go on opening the cookies of this one."""
+    state.lock()
+    try:
+        with file.open("rb") as source:
+            shared = Keyring.load(source.read(_LONGEST_SHARE))
+    except (OSError, WireError) as error:
+        raise AgentError(
+            f"{file}: {error}", "give the file that `pool-agent cookie-keys share` wrote", ExitStatus.STATE
+        ) from None
+    if not shared.schedule.ratchet:
+        raise AgentError(
+            f"{file} holds keys that are no ratchet",
+            "give the file that `pool-agent cookie-keys share` wrote",
+            ExitStatus.STATE,
+        )
+    own = state.keyring()
+    adopted = own.adopt(shared) if own else shared
+    return _saved(state, adopted.at(_now(), secrets.token_bytes))
+
+
+def _saved(state: StateDirectory, keyring: Keyring) -> Keyring:
+    state.save_keyring(keyring)
+    return keyring
+
+
+def _now() -> int:
+    return int(time.time())

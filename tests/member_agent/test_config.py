@@ -1,0 +1,66 @@
+"""The agent's settings: where they come from, and what is said of bad ones."""
+
+import pytest
+
+from member_agent.config import load_settings
+from member_agent.errors import AgentError
+from nts_core.aead import SUPPORTED, AeadId
+from nts_core.ke import NtpEndpoint
+
+
+def test_defaults():
+    settings = load_settings(None, {})
+    assert settings.aead == SUPPORTED
+    assert settings.ntp_server is None
+    assert (settings.cookie_rotation, settings.cookie_history) == (86400, 864000)
+
+
+@pytest.mark.parametrize(
+    ("content", "aead"),
+    [
+        ('aead = "15"', (15,)),
+        ('aead = "AES-128-GCM-SIV, 15"', (30, 15)),
+        ('aead = "AEAD_AES_SIV_CMAC_512,aes-siv-cmac-256,15"', (17, 15)),
+        ("aead = [30, 15]", (30, 15)),
+        ('aead = ["AES_SIV_CMAC_384", "15"]', (16, 15)),
+    ],
+)
+def test_algorithms_as_people_write_them(tmp_path, content, aead):
+    (tmp_path / "agent.toml").write_text(content)
+    assert load_settings(tmp_path, {}).aead == tuple(map(AeadId, aead))
+
+
+@pytest.mark.parametrize(
+    ("text", "endpoint"),
+    [
+        ("ntp.example", NtpEndpoint("ntp.example", 123)),
+        ("NTP.example.:4123", NtpEndpoint("ntp.example", 4123)),
+        ("192.0.2.1", NtpEndpoint("192.0.2.1", 123)),
+        ("[2001:db8::1]:4123", NtpEndpoint("2001:db8::1", 4123)),
+    ],
+)
+def test_another_ntp_server(monkeypatch, text, endpoint):
+    monkeypatch.setenv("POOL_AGENT_NTP_SERVER", text)
+    assert load_settings(None, {}).ntp_server == endpoint
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        ({"aead": "30"}, "aead: a server has to support 15"),
+        ({"aead": "15,99"}, "aead: '99' is not an AEAD algorithm known here; known are 30 (AES-128-GCM-SIV)"),
+        ({"aead": ""}, "aead: ''"),
+        ({"ntp_server": "a:b"}, "ntp_server: 'a:b' is not a host and a port"),
+        ({"ntp_server": "[::1"}, "ntp_server: '[::1'"),
+        ({"ntp_server": "a b"}, "ntp_server: 'a b'"),
+        ({"ntp_server": "192.0.2.256"}, "ntp_server: '192.0.2.256'"),
+        ({"ntp_server": "[fe80::1%eth0]"}, "zone identifier"),
+        ({"cookie_rotation": 5}, "cookie_rotation: Input should be greater"),
+        ({"cookie_rotation": 600, "cookie_history": 86400 * 30}, "a history of 2592000 s is more than 1022"),
+    ],
+)
+def test_bad_settings_are_named(flags, text):
+    with pytest.raises(AgentError) as caught:
+        load_settings(None, flags)
+    assert text in caught.value.message
+    assert "POOL_AGENT_" in caught.value.remedy

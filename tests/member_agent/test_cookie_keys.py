@@ -1,0 +1,118 @@
+"""`pool-agent cookie-keys`, and servers that share their keys."""
+
+import json
+import stat
+
+import pytest
+
+from lab.certificates import Authority
+from lab.processes import free_port
+from lab.programs import AgentServer, run
+from member_agent.errors import ExitStatus
+from member_agent.state import StateDirectory
+from nts_core.cookies import DAY, Schedule
+
+NAME = "ntp.example"
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory):
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+def keys(command, *arguments, state):
+    return run("pool-agent", "cookie-keys", command, *map(str, arguments), f"--state={state}")
+
+
+def succeeds(done):
+    assert (done.status, done.stderr) == (0, ""), done
+    return done.stdout
+
+
+def fails(done, text):
+    assert done.status == ExitStatus.STATE, done
+    assert text in done.stderr
+    assert len(done.stderr.splitlines()) == 2, "what happened, and what to do"
+
+
+def test_show(tmp_path):
+    assert "no cookie keys yet" in succeeds(keys("show", state=tmp_path))
+    succeeds(keys("renew", state=tmp_path))
+    told = succeeds(keys("show", state=tmp_path))
+    assert "random keys of this host alone" in told
+    content = (tmp_path / "cookie-keys.json").read_text()
+    assert not any(word in told for word in content.split('"') if len(word) > 40)
+
+
+def test_renewing_throws_every_key_away(tmp_path):
+    succeeds(keys("renew", state=tmp_path))
+    before = secrets_in(tmp_path)
+    succeeds(keys("renew", state=tmp_path))
+    assert not before & secrets_in(tmp_path)
+
+
+def secrets_in(state):
+    return {key["secret"] for key in json.loads((state / "cookie-keys.json").read_text())["keys"]}
+
+
+def test_the_share_is_for_its_owner_only_and_replaces_nothing(tmp_path):
+    share = tmp_path / "share"
+    told = succeeds(keys("share", share, state=tmp_path / "a"))
+    assert "delete every copy" in told
+    assert stat.S_IMODE(share.stat().st_mode) == 0o600
+    content = share.read_bytes()
+    fails(keys("share", share, state=tmp_path / "a"), "name a file that is not there yet")
+    assert share.read_bytes() == content
+
+
+def test_adopting_garbage(tmp_path):
+    share = tmp_path / "share"
+    for content in (b"", b"\xff" * 10_000, b"{}"):
+        share.write_bytes(content)
+        fails(keys("adopt", share, state=tmp_path / "a"), "cookie-keys share")
+    fails(keys("adopt", tmp_path / "nowhere", state=tmp_path / "a"), "No such file")
+    succeeds(keys("renew", state=tmp_path / "b"))
+    fails(keys("adopt", tmp_path / "b" / "cookie-keys.json", state=tmp_path / "a"), "no ratchet")
+    assert StateDirectory(tmp_path / "a").keyring() is None
+
+
+def test_a_running_server_keeps_its_keys(tmp_path, authority):
+    with AgentServer(tmp_path / "log", authority.issue(NAME), f"--state={tmp_path / 'a'}"):
+        fails(keys("renew", state=tmp_path / "a"), "another pool-agent uses")
+
+
+def test_two_hosts_open_each_others_cookies(tmp_path, authority):
+    """One does NTS-KE and sends its clients to the other for NTP, each with a state of its own."""
+    share, pair = tmp_path / "share", authority.issue(NAME)
+    succeeds(keys("share", share, state=tmp_path / "a"))
+    succeeds(keys("adopt", share, state=tmp_path / "b"))
+    ntp_port = free_port()
+    with (
+        AgentServer(
+            tmp_path / "log-b",
+            pair,
+            "--local-stratum=3",
+            f"--state={tmp_path / 'b'}",
+            ntp=(f"127.0.0.1:{ntp_port}",),
+        ),
+        AgentServer(
+            tmp_path / "log-a",
+            pair,
+            f"--state={tmp_path / 'a'}",
+            f"--ntp-server=127.0.0.1:{ntp_port}",
+        ) as first,
+    ):
+        done = run(
+            "pool-client",
+            "query",
+            f"{NAME}:{first.ke_port}",
+            "--address=127.0.0.1",
+            f"--ca={authority.root}",
+            "--json",
+        )
+    assert done.status == 0, done
+    assert (done.document["ntp_address"], done.document["ntp_port"]) == ("127.0.0.1", ntp_port)
+    assert done.document["stratum"] == 3
+    rings = [StateDirectory(tmp_path / name).keyring() for name in ("a", "b")]
+    assert rings[0].share().dump() == rings[1].share().dump()
+    assert rings[0].schedule == Schedule(DAY, 10 * DAY, ratchet=True)
