@@ -92,13 +92,15 @@ class Schedule:
 class Keyring:
     """Master keys, newest first: the next one, the sealing one, the retired ones; immutable."""
 
-    __slots__ = ("_aeads", "_keys", "schedule")
+    __slots__ = ("_aeads", "_keys", "_sealing", "_sealing_id", "schedule")
 
     def __init__(self, keys: tuple[CookieKey, ...], schedule: Schedule) -> None:
         if not 2 <= len(keys) <= _MAX_KEYS or len({key.id for key in keys}) != len(keys):
             raise ValueError("a keyring needs a sealing key and the next one, with different ids")
         self._keys = keys
         self._aeads = {key.id: Aead(AeadId.AES_SIV_CMAC_256, key.secret) for key in keys}
+        self._sealing_id = keys[1].id
+        self._sealing = self._aeads[self._sealing_id]
         self.schedule = schedule
 
     @classmethod
@@ -171,17 +173,17 @@ class Keyring:
 
     def seal(self, keys: SessionKeys, nonce: bytes) -> bytes:
         """A new cookie for one client's session keys; `nonce` is `NONCE_LENGTH` random octets."""
-        sealing = self._keys[1].id
-        head = _HEAD.pack(_VERSION, keys.aead, sealing)
-        return head + nonce + self._aeads[sealing].seal(nonce, keys.c2s + keys.s2c, head)
+        return self.seal_many(keys, nonce)[0]
 
-    def seal_many(self, keys: SessionKeys, count: int, random: Random) -> list[bytes]:
-        """`count` new cookies for one client, all of the length that `cookie_length` tells."""
-        nonces = random(count * NONCE_LENGTH)
-        return [
-            self.seal(keys, nonces[start : start + NONCE_LENGTH])
-            for start in range(0, len(nonces), NONCE_LENGTH)
-        ]
+    def seal_many(self, keys: SessionKeys, nonces: bytes) -> list[bytes]:
+        """New cookies for one client, one for each `NONCE_LENGTH` octets of `nonces`; `cookie_length` long."""
+        head = _HEAD.pack(_VERSION, keys.aead, self._sealing_id)
+        secret = keys.c2s + keys.s2c
+        cookies = []
+        for start in range(0, len(nonces), NONCE_LENGTH):
+            nonce = nonces[start : start + NONCE_LENGTH]
+            cookies.append(head + nonce + self._sealing.seal(nonce, secret, head))
+        return cookies
 
     def open(self, cookie: bytes) -> SessionKeys:
         """The session keys in a cookie; NotAuthentic when no key of ours made it."""

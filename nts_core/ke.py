@@ -22,7 +22,7 @@ from ipaddress import ip_address
 
 from nts_core import records
 from nts_core.aead import KEY_LENGTH, SUPPORTED, AeadId, SessionKeys
-from nts_core.cookies import MAX_COOKIE_LENGTH, MAX_COOKIES, Keyring, Random
+from nts_core.cookies import MAX_COOKIE_LENGTH, MAX_COOKIES, NONCE_LENGTH, Keyring, Random
 from nts_core.errors import KeError, NoOverlap, WireError
 from nts_core.records import ErrorCode, MessageReader, Record, RecordType
 from nts_core.wire import uint16, uint16_list
@@ -193,7 +193,7 @@ class KeServer:
         endpoint = self._terms.service.choose(
             wanted.host, wanted.port if RecordType.NTP_PORT in by_type else None
         )
-        cookies = self._terms.keyring.seal_many(keys, MAX_COOKIES, self._random)
+        cookies = self._terms.keyring.seal_many(keys, self._random(MAX_COOKIES * NONCE_LENGTH))
         return [*told, *endpoint.records(), *(Record(RecordType.NEW_COOKIE, cookie) for cookie in cookies)]
 
 

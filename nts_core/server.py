@@ -11,12 +11,13 @@ Rules:
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from nts_core import ntptime
 from nts_core.aead import NONCE_LENGTH, Aead, SessionKeys
 from nts_core.cookies import MAX_COOKIES, Keyring, Random, cookie_length
+from nts_core.cookies import NONCE_LENGTH as COOKIE_NONCE_LENGTH
 from nts_core.errors import NotAuthentic, WireError
 from nts_core.packet import (
     HEADER_LENGTH,
@@ -76,14 +77,12 @@ class Outcome(StrEnum):
 _KISS_OUTCOME = {Kiss.RATE: Outcome.KISS_RATE, Kiss.DENY: Outcome.KISS_DENY}
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(NamedTuple):
     octets: bytes
     outcome: Outcome
 
 
-@dataclass(frozen=True, slots=True)
-class Drop:
+class Drop(NamedTuple):
     outcome: Outcome
 
 
@@ -124,24 +123,26 @@ class NtpServer:
             transmit = ntptime.timestamp(transmit_time())
             return clock.answer(request, ntptime.timestamp(received), transmit)
 
-        if packet.authenticator is None and not packet.of_type(_COOKIE):
+        asked = _Asked.sort(packet.fields)
+        if packet.authenticator is None and not asked.cookies:
             outcome = Outcome.TIME if kiss is None else _KISS_OUTCOME[kiss]
-            return Reply(head() + _echo(datagram, packet.of_type(_UNIQUE_IDENTIFIER)), outcome)
+            return Reply(head() + _echo(datagram, asked.identifiers), outcome)
         outcome = Outcome.NTS_TIME if kiss is None else _KISS_OUTCOME[kiss]
-        return self._authenticated(packet, datagram, head, outcome)
+        return self._authenticated(packet, asked, datagram, head, outcome)
 
-    def _authenticated(self, packet: Packet, datagram: bytes, head: _Head, outcome: Outcome) -> Reply | Drop:
-        cookies, identifiers = packet.of_type(_COOKIE), packet.of_type(_UNIQUE_IDENTIFIER)
-        authenticator = packet.authenticator
+    def _authenticated(
+        self, packet: Packet, asked: "_Asked", datagram: bytes, head: _Head, outcome: Outcome
+    ) -> Reply | Drop:
+        authenticator, identifiers = packet.authenticator, asked.identifiers
         if (
             packet.header.version != 4
             or authenticator is None
-            or len(cookies) != 1
+            or len(asked.cookies) != 1
             or len(identifiers) != 1
             or len(identifiers[0].value) < _MIN_UNIQUE_IDENTIFIER
         ):
             return Drop(Outcome.INCOMPLETE_NTS)
-        echo, cookie = _echo(datagram, identifiers), cookies[0].value
+        echo, cookie = _echo(datagram, identifiers), asked.cookies[0].value
         try:
             sealed = Authenticator.decode(authenticator.value)
             keys = self.keyring.open(cookie)
@@ -153,21 +154,54 @@ class NtpServer:
         except NotAuthentic:
             # NTS NAK: protected by nothing, and only the identifier tells whom it answers (section 5.7).
             return Reply(_kiss(Kiss.NTSN, packet.header) + echo, Outcome.NTSN)
-        wanted = 1 + _placeholders(packet.fields, len(cookie)) + _placeholders(hidden, len(cookie))
+        # Placeholders of another length than the cookie do not count: section 5.5 demands the same length, and
+        # only that keeps the answer from being longer.
+        wanted = 1 + asked.placeholders.count(len(cookie))
+        if hidden:
+            wanted += _Asked.sort(hidden).placeholders.count(len(cookie))
         octets = self._seal(keys, echo, wanted, len(datagram), head)
         return Drop(Outcome.TOO_SHORT_FOR_ANSWER) if octets is None else Reply(octets, outcome)
 
     def _seal(self, keys: SessionKeys, echo: bytes, wanted: int, limit: int, head: _Head) -> bytes | None:
         """The authentic answer with as many cookies as are wanted and fit; None when not even one does."""
-        nonce_length = NONCE_LENGTH[keys.aead]
-        room = limit - HEADER_LENGTH - len(echo) - Authenticator.length(nonce_length, 0)
-        count = min(wanted, MAX_COOKIES, room // (4 + cookie_length(keys.aead)))
+        nonce_length, fixed, each = _LENGTHS[keys.aead]
+        count = min(wanted, MAX_COOKIES, (limit - fixed - len(echo)) // each)
         if count < 1:
             return None
-        cookies = self.keyring.seal_many(keys, count, self._random)
+        random = self._random(nonce_length + count * COOKIE_NONCE_LENGTH)
+        nonce = random[:nonce_length]
+        cookies = self.keyring.seal_many(keys, random[nonce_length:])
         hidden = b"".join([encode_field(_COOKIE, cookie) for cookie in cookies])
-        aead, nonce = Aead(keys.aead, keys.s2c), self._random(nonce_length)
+        aead = Aead(keys.aead, keys.s2c)
         return protect(head() + echo, hidden, aead, nonce)
+
+
+# For each algorithm: the octets of a nonce, of an answer without its cookies and identifier, of a cookie's field.
+_LENGTHS = {
+    algorithm: (length, HEADER_LENGTH + Authenticator.length(length, 0), 4 + cookie_length(algorithm))
+    for algorithm, length in NONCE_LENGTH.items()
+}
+
+
+class _Asked(NamedTuple):
+    """What a request's fields ask for; of placeholders their lengths."""
+
+    identifiers: list[Field]
+    cookies: list[Field]
+    placeholders: list[int]
+
+    @classmethod
+    def sort(cls, fields: Sequence[Field]) -> "_Asked":
+        asked = cls([], [], [])
+        for field in fields:
+            kind = field.type
+            if kind == _UNIQUE_IDENTIFIER:
+                asked.identifiers.append(field)
+            elif kind == _COOKIE:
+                asked.cookies.append(field)
+            elif kind == _PLACEHOLDER:
+                asked.placeholders.append(len(field.value))
+        return asked
 
 
 def _read(datagram: bytes) -> Packet | Drop:
@@ -190,13 +224,6 @@ def _echo(datagram: bytes, identifiers: Sequence[Field]) -> bytes:
         return b""
     start = identifiers[0].start
     return datagram[start : start + 4 + len(identifiers[0].value)]
-
-
-def _placeholders(fields: Sequence[Field], length: int) -> int:
-    """How many more cookies are asked for. Placeholders of another length than the cookie do not count:
-    section 5.5 demands the same length, and only that keeps the answer from being longer.
-    """
-    return sum([field.type == _PLACEHOLDER and len(field.value) == length for field in fields])
 
 
 def _kiss(code: Kiss, request: Header) -> bytes:
