@@ -42,6 +42,12 @@ def _environment() -> dict[str, str]:
     return {"LD_LIBRARY_PATH": ":".join([*unpacked, *([inherited] if inherited else [])])}
 
 
+def chronyc_environment() -> dict[str, str]:
+    """What lets a program find `chronyc` on its PATH."""
+    directory = Path(peer_program("chrony", "usr/bin/chronyc")).parent
+    return {**_environment(), "PATH": f"{directory}:{os.environ.get('PATH', '')}"}
+
+
 _CHRONY_COMMON = """\
 cmdport 0
 bindcmdaddress {directory}/socket
@@ -68,12 +74,12 @@ port 0
 
 
 class Chronyd:
-    """chronyd in the foreground, controlled over a socket in its directory."""
+    """chronyd in the foreground, controlled over `socket` in its directory."""
 
     def __init__(self, directory: Path, configuration: str) -> None:
         # chronyd refuses a directory for its socket that others may enter.
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._socket = directory / "socket"
+        self.socket = directory / "socket"
         config = directory / "chrony.conf"
         config.write_text(configuration + _CHRONY_COMMON.format(directory=directory))
         argv = [peer_program("chrony", "usr/sbin/chronyd"), "-x", "-d", "-f", str(config)]
@@ -109,10 +115,10 @@ class Chronyd:
         return shlex.join([*self._chronyc("-n"), name])
 
     def _chronyc(self, *options: str) -> list[str]:
-        return [peer_program("chrony", "usr/bin/chronyc"), *options, "-h", str(self._socket)]
+        return [peer_program("chrony", "usr/bin/chronyc"), *options, "-h", str(self.socket)]
 
     def _answers(self) -> bool:
-        return self._socket.exists() and bool(self.report("tracking"))
+        return self.socket.exists() and bool(self.report("tracking"))
 
     def __enter__(self) -> Self:
         return self.start()
@@ -174,6 +180,8 @@ driftfile {directory}/drift
 statsdir {directory}/
 tos orphan {stratum} orphanwait 1 minsane 1 minclock 1
 restrict default
+restrict 127.0.0.1
+restrict ::1
 limit average 1000
 nts enable
 nts cert {pair.cert}

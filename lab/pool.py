@@ -15,7 +15,7 @@ from lab.certificates import Authority
 from lab.knot import Knot
 from lab.pebble import SIX_DAYS, Pebble
 from lab.processes import LabError, Process, free_port, wait_until
-from lab.programs import Finished, run, script
+from lab.programs import NO_DAEMON, Finished, run, script
 from lab.unbound import Unbound
 from member_agent.sockets import is_local
 
@@ -110,7 +110,7 @@ class Member:
         self.name = name
         self.addresses = tuple(addresses)
         self.state = pool.directory / f"agent-{name}"
-        argv = [script("pool-agent"), "run", "--state", str(self.state), "--local-stratum", "10"]
+        argv = [script("pool-agent"), "run", NO_DAEMON, "--state", str(self.state), "--local-stratum", "10"]
         argv += ["--ntp-port", str(pool.ntp_port), *options]
         self.process = Process(f"agent-{name}", argv, pool.directory)
 

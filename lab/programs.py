@@ -43,8 +43,12 @@ def run(name: str, *arguments: str, deadline: float = RUN_DEADLINE) -> Finished:
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
+# Whatever time daemon the host of the tests has, it is not part of them.
+NO_DAEMON = "--clock-source=kernel"
+
+
 class AgentServer:
-    """`pool-agent serve`, with the endpoints of its ready line."""
+    """`pool-agent serve`, with the endpoints of its ready line; a later --clock-source overrides ours."""
 
     def __init__(
         self,
@@ -57,7 +61,7 @@ class AgentServer:
         options = [*(f"--ke={endpoint}" for endpoint in ke), *(f"--ntp={endpoint}" for endpoint in ntp)]
         files = [f"--cert={pair.cert}", f"--key={pair.key}"]
         self.process = Process(
-            "pool-agent", [script("pool-agent"), "serve", *files, *options, *arguments], directory
+            "pool-agent", [script("pool-agent"), "serve", NO_DAEMON, *files, *options, *arguments], directory
         )
 
     def start(self) -> Self:

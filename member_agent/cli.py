@@ -14,6 +14,7 @@ from member_agent.config import MAX_CLOCK_OFFSET, load_settings
 from member_agent.errors import AgentError, ExitStatus
 from member_agent.sockets import parse_endpoint
 from member_agent.state import StateDirectory
+from member_agent.tracking import OPTION, parse_source
 from nts_core.cookies import Keyring
 from nts_core.ke import DEFAULT_NTP_PORT
 from nts_core.shell import configure_logging, raise_descriptor_limit
@@ -29,7 +30,18 @@ _DEFAULT_STATE = Path("/var/lib/pool-agent")
 
 StateOption = Annotated[Path, typer.Option("--state", metavar="DIR", help="where the agent keeps its keys")]
 StratumOption = Annotated[
-    int | None, typer.Option("--local-stratum", min=1, max=15, help="vouch for this host's clock")
+    int | None,
+    typer.Option(
+        "--local-stratum", min=1, max=15, help="vouch for this host's clock where no time daemon does"
+    ),
+]
+SourceOption = Annotated[
+    str | None,
+    typer.Option(
+        OPTION,
+        metavar="SOURCE",
+        help="whom to ask of the clock: auto (default), chronyd[:SOCKET or ADDR:PORT], ntpd[:ADDR:PORT], kernel",
+    ),
 ]
 OffsetOption = Annotated[
     float | None, typer.Option("--clock-offset", metavar="SECONDS", help="test option: serve a wrong time")
@@ -85,6 +97,7 @@ def serve(
         Path | None,
         typer.Option(metavar="DIR", help="keep cookie keys there; without it they die with the process"),
     ] = None,
+    clock_source: SourceOption = None,
     local_stratum: StratumOption = None,
     clock_offset: OffsetOption = None,
     metrics: MetricsOption = None,
@@ -105,7 +118,7 @@ def serve(
                 for text in ntp or (f"0.0.0.0:{DEFAULT_NTP_PORT}", f"[::]:{DEFAULT_NTP_PORT}")
             ],
             state=StateDirectory(state) if state else None,
-            clock=Clock(local_stratum, _offset_ns(clock_offset)),
+            clock=Clock(local_stratum, _offset_ns(clock_offset), parse_source(clock_source or "auto")),
             settings=load_settings(state, flags),
             metrics_endpoint=parse_endpoint(metrics, "--metrics") if metrics else None,
             ready=lambda line: print(line, flush=True),  # noqa: T201 - the line that callers wait for
@@ -138,6 +151,7 @@ def join(
 def run(
     state: StateOption = _DEFAULT_STATE,
     ntp_port: Annotated[int | None, typer.Option(min=1, max=65535, help="UDP port of NTP (123)")] = None,
+    clock_source: SourceOption = None,
     local_stratum: StratumOption = None,
     clock_offset: OffsetOption = None,
     metrics: MetricsOption = None,
@@ -149,6 +163,7 @@ def run(
     async def work() -> None:
         flags = {
             "ntp_port": ntp_port,
+            "clock_source": clock_source,
             "local_stratum": local_stratum,
             "clock_offset": clock_offset,
             "metrics": metrics,
@@ -169,7 +184,8 @@ def status(state: StateOption = _DEFAULT_STATE) -> None:
     async def work() -> None:
         membership = StateDirectory(state, create=False).require_membership()
         settings = load_settings(state, {})
-        clock = Clock(settings.local_stratum, round(settings.clock_offset * 1e9))
+        clock = daemon.clock_of(settings)
+        await clock.refresh()
         typer.echo(f"server    {membership.domain}")
         typer.echo(f"registry  {membership.registry}")
         typer.echo("engine    builtin (Python)")

@@ -46,7 +46,12 @@ class AgentSettings(ProgramSettings):
         (), description="addresses to listen on; by default the server's own, or all when they are not local"
     )
     ntp_port: int = Field(DEFAULT_NTP_PORT, ge=1, le=65535)
-    local_stratum: int | None = Field(None, ge=1, le=15, description="vouch for this host's clock")
+    local_stratum: int | None = Field(
+        None, ge=1, le=15, description="vouch for this host's clock where no time daemon does"
+    )
+    clock_source: str = Field(
+        "auto", description="whom to ask of the clock: auto, chronyd[:PLACE], ntpd[:PLACE] or kernel"
+    )
     clock_offset: float = Field(
         0.0,
         ge=-MAX_CLOCK_OFFSET,

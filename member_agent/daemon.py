@@ -33,6 +33,7 @@ from member_agent.install import CertificateStore, InstalledPair, InstallError, 
 from member_agent.registry import Registry, RegistryError
 from member_agent.sockets import Endpoint, is_local
 from member_agent.state import Membership, StateDirectory
+from member_agent.tracking import parse_source
 from nts_core.control import (
     ACME_PATH,
     PROOF_PATH,
@@ -141,6 +142,7 @@ async def serve(
             _log.info("certificate_reloaded")
 
     async with _signals(reload) as stop:
+        await clock.refresh()
         await engine.start(ke, ntp)
         metrics.expose(metrics_endpoint, metrics.engine_families(engine))
         try:
@@ -149,7 +151,7 @@ async def serve(
                 f" ntp={','.join(map(str, engine.ntp.endpoints))}"
             )
             _log.info("serving", clock=clock.describe())
-            await _until(stop, asyncio.create_task(_rotate(engine)))
+            await _until(stop, asyncio.create_task(_rotate(engine)), asyncio.create_task(clock.follow()))
         finally:
             await engine.stop()
 
@@ -188,6 +190,13 @@ async def join(url: str, token: str, state: StateDirectory, ca: Path | None, age
 def _bounded(seconds: float) -> float:
     """What a registry asks for as the time to the next report, within our bounds."""
     return min(max(seconds, _MIN_POLL), _MAX_POLL) if math.isfinite(seconds) else _MAX_POLL
+
+
+def clock_of(settings: AgentSettings) -> Clock:
+    """The clock that a member's settings ask for. Raises AgentError that names the option."""
+    return Clock(
+        settings.local_stratum, round(settings.clock_offset * 1e9), parse_source(settings.clock_source)
+    )
 
 
 def _is_address(text: str) -> bool:
@@ -229,7 +238,7 @@ class Member:
                 ExitStatus.STATE,
             ) from None
         self._responder = Responder([membership.domain])
-        self._clock = Clock(settings.local_stratum, round(settings.clock_offset * 1e9))
+        self._clock = clock_of(settings)
         self._engine: BuiltinEngine | None = None
         self._facts = _Facts()
         self._proofs: dict[str, bytes] = {}
@@ -244,7 +253,12 @@ class Member:
                 metrics_endpoint, lambda: metrics.engine_families(self._engine)() if self._engine else []
             )
             try:
-                await _until(stop, asyncio.create_task(self._keep_in_step(wake)))
+                await self._clock.refresh()
+                await _until(
+                    stop,
+                    asyncio.create_task(self._keep_in_step(wake)),
+                    asyncio.create_task(self._clock.follow()),
+                )
             finally:
                 if self._engine is not None:
                     await self._engine.stop()

@@ -6,9 +6,12 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from member_agent.clock import Clock
 from member_agent.engines.builtin import BuiltinEngine
 from member_agent.errors import AgentError, ExitStatus
 from member_agent.sockets import Endpoint
+from nts_core import ntptime
+from nts_core.packet import Leap
 
 Families = Callable[[], Iterable[Metric]]
 
@@ -37,9 +40,31 @@ def engine_families(engine: BuiltinEngine) -> Families:
             "pool_agent_clock_offset_seconds", "Test option: added to the time served."
         )
         offset.add_metric([], engine.clock.offset_ns / 1e9)
-        return [ke, ntp, open_now, offset]
+        return [ke, ntp, open_now, offset, *_clock_families(engine.clock)]
 
     return families
+
+
+def _clock_families(clock: Clock) -> Iterable[Metric]:
+    """What is said of the clock in every answer."""
+    said = clock.state(clock.now_ns())
+    values = {
+        "synchronised": (
+            "1 unless the answers say that the clock is not synchronised.",
+            said.leap is not Leap.UNSYNCHRONISED,
+        ),
+        "stratum": ("Stratum in the answers; 16 is not synchronised.", said.stratum),
+        "root_delay_seconds": ("Root delay in the answers.", ntptime.short_ns(said.root_delay) / 1e9),
+        "root_dispersion_seconds": (
+            "Root dispersion in the answers.",
+            ntptime.short_ns(said.root_dispersion) / 1e9,
+        ),
+        "smeared": ("1 while the source of the time says that it smears a leap second.", clock.is_smeared),
+    }
+    for name, (text, value) in values.items():
+        gauge = GaugeMetricFamily(f"pool_agent_clock_{name}", text)
+        gauge.add_metric([], value)
+        yield gauge
 
 
 def expose(endpoint: Endpoint | None, families: Families) -> None:
