@@ -252,6 +252,12 @@ def parse_chronyc(report: str, *, asked_at: int, now_ns: int) -> Tracking:
     except (KeyError, ValueError):
         raise TrackingError("chronyd: chronyc's report is not understood") from None
     _check(Daemon.CHRONYD, stratum, reference_id, root_dispersion_ns)
+    sent = _sent_by_source(rows, fields[1])
+    remarks = []
+    if correction_ns >= _REMARKABLE_NS:
+        remarks.append(f"the system's clock is {correction_ns / 1e6:.3g} ms off and being corrected")
+    if sent is None and _is_address(fields[1]):
+        remarks.append("chronyd does not show whether its source smears")
     return Tracking(
         daemon=Daemon.CHRONYD,
         asked_at=asked_at,
@@ -264,25 +270,29 @@ def parse_chronyc(report: str, *, asked_at: int, now_ns: int) -> Tracking:
         # chronyd serves its own corrected time. We serve the system's clock, which is off by the rest.
         root_dispersion_ns=root_dispersion_ns + correction_ns,
         drift_ppb=drift_ppb,
-        smear_id=_chronyd_smear(rows, fields[1], now_ns),
-        remark=(
-            f"the system's clock is {correction_ns / 1e6:.3g} ms off and being corrected"
-            if correction_ns >= _REMARKABLE_NS
-            else ""
-        ),
+        smear_id=sent if sent is not None and is_smeared(sent, now_ns) else None,
+        remark=", ".join(remarks),
     )
 
 
-def _chronyd_smear(rows: list[str], reference: str, now_ns: int) -> bytes | None:
-    """The reference id that the selected source sent, if it says that the source's time is smeared."""
+def _sent_by_source(rows: list[str], reference: str) -> bytes | None:
+    """The reference id that the source in use sent, from the rows of `ntpdata`."""
     for row in rows:
         fields = row.split(",")
         if len(fields) > 15 and reference and fields[0] == reference:
             with contextlib.suppress(ValueError):
                 found = bytes.fromhex(fields[15])
-                if len(found) == 4 and is_smeared(found, now_ns):
+                if len(found) == 4:
                     return found
     return None
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 # ntpd

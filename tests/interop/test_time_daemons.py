@@ -93,6 +93,7 @@ def test_what_chronyd_tracks_is_served(tmp_path, pair, daemon):
     assert "pool_agent_clock_stratum 5.0" in gauges
     assert "pool_agent_clock_smeared 0.0" in gauges
     assert "stratum 5 by chronyd" in log
+    assert "smears" not in log
 
 
 def test_a_local_stratum_of_chronyd_is_chronyds_word(tmp_path, pair, upstream):
@@ -134,6 +135,7 @@ async def test_chronyd_over_udp_tells_its_tracking_but_not_its_sources(tmp_path,
         found = await ask(source)
     assert (found.daemon, found.stratum, found.leap) == (Daemon.CHRONYD, 5, Leap.NONE)
     assert found.reference_id == bytes((127, 0, 0, 1))
+    assert "whether its source smears" in found.remark
 
 
 async def test_a_command_socket_that_never_answers(tmp_path):
@@ -213,3 +215,21 @@ def test_what_ntpd_tells_is_served(tmp_path, authority, pair, ntpd):
     assert done.returncode == 0, done
     document = json.loads(done.stdout)
     assert (document["leap"], document["stratum"]) == (0, 10)
+
+
+def test_an_ntpd_without_a_source_is_not_synchronised(tmp_path, pair):
+    """The real ntpd's leap 3, stratum 16 and reference id INIT; a member may vouch for the clock all the same."""
+    lost = NtpsecNtpd(tmp_path / "ntpd", pair)
+    config = tmp_path / "ntpd" / "ntp.conf"
+    lines = config.read_text().splitlines(keepends=True)
+    config.write_text("".join(line for line in lines if not line.startswith("tos orphan")))
+    StateDirectory(tmp_path / "state").save_membership(
+        Membership("https://registry.example", "pool.example", "s-1", "alice.servers.pool.example", "TOKEN")
+    )
+    settings = tmp_path / "state" / "agent.toml"
+    with lost.process.start(lambda: "Private Key OK" in lost.process.output()):
+        for vouched, words in (("", "served as not synchronised"), ("local_stratum = 5", "as stratum 5")):
+            settings.write_text(f'clock_source = "ntpd"\n{vouched}\n')
+            done = inside(lost, script("pool-agent"), "status", f"--state={tmp_path}/state")
+            assert words in done.stdout, done
+            assert "ntpd is not synchronised" in done.stdout

@@ -38,6 +38,13 @@ def test_a_clock_offset_out_of_range(offset, authority, tmp_path):
     assert "--clock-offset" in serve.stderr
 
 
+def test_a_clock_source_that_is_none(authority, tmp_path):
+    pair = authority.issue("localhost")
+    serve = refused("serve", "--cert", str(pair.cert), "--key", str(pair.key), "--clock-source=sundial")
+    assert serve.status == ExitStatus.CONFIGURATION
+    assert "--clock-source sundial" in serve.stderr
+
+
 def test_a_state_directory_that_is_not_there_is_not_made(tmp_path):
     for command in ("run", "status"):
         assert refused(command, "--state", str(tmp_path / "none")).status == ExitStatus.STATE

@@ -133,6 +133,7 @@ def test_chronyds_tracking():
         root_delay_ns=7485,
         root_dispersion_ns=457730 + 2110,
         drift_ppb=250 + 507770 + 15000,
+        remark="chronyd does not show whether its source smears",
     )
 
 
@@ -142,7 +143,7 @@ def test_the_correction_under_way_is_an_error_of_the_clock_that_we_serve():
         found = chronyc(tracking_row(f4=sign + "0.250000000"))
         assert found.root_dispersion_ns == 457730 + 250_000_000
         assert "250 ms off" in found.remark
-    assert chronyc(REFERENCE).remark == ""
+    assert "off" not in chronyc(REFERENCE).remark
 
 
 @pytest.mark.parametrize(
@@ -172,6 +173,13 @@ def test_the_smear_of_chronyds_source_is_seen(reference_id):
     # A hash of an IPv6 address may begin like ntpd's smear; chrony's id is no hash.
     calm = chronyc(f"{REFERENCE}\n{SOURCE.format(reference_id)}\n", now_ns=MID_MONTH)
     assert (calm.smear_id is None) == (reference_id == "FE3FFFFF")
+
+
+def test_what_cannot_be_known_of_smearing_is_said():
+    """chronyd shows its sources to users of its Unix socket only. A reference clock does not smear."""
+    assert chronyc(f"{REFERENCE}\n{SOURCE.format('C0000201')}\n").remark == ""
+    assert "whether its source smears" in chronyc(f"{REFERENCE}\n501 Not authorised\n").remark
+    assert chronyc(tracking_row(f0="50505300", f1="PPS", f2="1")).remark == ""
 
 
 def test_the_smear_of_another_source_is_not_ours():
