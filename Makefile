@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long lint bench lock clean
+.PHONY: help setup demo test test-long lint bench docs lock clean
 
 help:
 	@echo "make demo       the whole life of a pool on this machine, in under a minute"
 	@echo "make test       every check and test at a bounded size"
 	@echo "make test-long  the tests at full size as well"
 	@echo "make bench      our figures beside chronyd's"
+	@echo "make docs       the pages that are generated"
 	@echo "make setup      system packages and $(VENV) only"
 
 setup: $(VENV)/.installed .peers/.unpacked
@@ -46,6 +47,9 @@ test-long: lint
 bench: setup
 	$(BIN)/python -m bench.ntp
 	$(BIN)/python -m bench.ke
+
+docs: setup
+	$(BIN)/python -m lab.conformance
 
 # Only this writes the lock; it holds hashes and no index address.
 lock: setup

@@ -61,6 +61,7 @@ class Authority:
         *names: str,
         not_before: datetime | None = None,
         not_after: datetime | None = None,
+        common_name: str | None = None,
         file: str | None = None,
     ) -> Pair:
         """A certificate for DNS names and IP addresses, valid now unless told otherwise."""
@@ -68,13 +69,16 @@ class Authority:
         key = ec.generate_private_key(ec.SECP256R1())
         leaf = (
             x509.CertificateBuilder()
-            .subject_name(x509.Name([]))
+            .subject_name(x509.Name(_common_name(common_name)))
             .issuer_name(self._name)
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
             .not_valid_before(not_before or now - _DAY)
             .not_valid_after(not_after or now + 10 * _DAY)
-            .add_extension(x509.SubjectAlternativeName([_general(name) for name in names]), critical=True)
+            # Critical exactly when there is no subject (RFC 5280 section 4.2.1.6).
+            .add_extension(
+                x509.SubjectAlternativeName([_general(name) for name in names]), critical=common_name is None
+            )
             .add_extension(
                 x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False
             )
@@ -90,6 +94,10 @@ class Authority:
         )
         pair.key.chmod(0o600)
         return pair
+
+
+def _common_name(text: str | None) -> list[x509.NameAttribute[str]]:
+    return [] if text is None else [x509.NameAttribute(NameOID.COMMON_NAME, text)]
 
 
 def _general(name: str) -> x509.GeneralName:

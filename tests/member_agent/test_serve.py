@@ -117,6 +117,7 @@ def test_the_ready_line_tells_every_endpoint(shared):
         assert all(0 < port_of(text) < 65536 for text in found)
 
 
+@pytest.mark.rfc8915("4.1.7-12")
 @pytest.mark.parametrize(("index", "address"), [(0, HOST), (1, "::1")])
 def test_clients_are_sent_to_the_ntp_port_of_their_address(shared, authority, index, address):
     """Record 7, because the port is not 123; no record 6."""
@@ -147,10 +148,14 @@ def test_a_query_by_address(shared, authority):
     assert (status, document["server"]) == (ClientStatus.OK, HOST)
 
 
-async def test_ntp_on_another_address_is_told_by_record_6(tmp_path, pair, trust):
-    with AgentServer(tmp_path, pair, ke=("[::1]:0",), ntp=(f"{HOST}:0",)) as server:
-        found = await establish(NAME, "::1", server.ke_port, trust)
-    assert found.result.endpoint == NtpEndpoint(HOST, server.ntp_port)
+@pytest.mark.rfc8915("4.1.7-1", "4.1.7-2", "4.1.7-3")
+@pytest.mark.parametrize(("address", "other"), [("::1", HOST), (HOST, "::1")])
+async def test_ntp_on_another_address_is_told_by_record_6(tmp_path, pair, trust, address, other):
+    with AgentServer(
+        tmp_path, pair, ke=(str(Endpoint(address, 0)),), ntp=(str(Endpoint(other, 0)),)
+    ) as server:
+        found = await establish(NAME, address, server.ke_port, trust)
+    assert found.result.endpoint == NtpEndpoint(other, server.ntp_port)
 
 
 async def test_wildcards_answer_from_the_address_that_was_asked(tmp_path, pair, trust):
@@ -381,6 +386,7 @@ def restarted(tmp_path, pair, ntp_port, *arguments):
     return AgentServer(directory, pair, "--local-stratum=1", *arguments, ntp=(f"{HOST}:{ntp_port}",))
 
 
+@pytest.mark.rfc8915("6-4", "6-6")
 async def test_cookies_outlive_a_restart_with_state(tmp_path, pair, trust):
     """And a rotation that was due meanwhile: the key of the day before still opens."""
     port = free_port()
@@ -405,6 +411,7 @@ async def test_cookies_outlive_a_restart_with_state(tmp_path, pair, trust):
     assert following["starts_at"] == sealing["starts_at"] + 86400
 
 
+@pytest.mark.rfc8915("6-2")
 async def test_cookies_die_with_a_server_without_state(tmp_path, pair, trust):
     port = free_port()
     with restarted(tmp_path, pair, port) as server:
@@ -415,6 +422,7 @@ async def test_cookies_die_with_a_server_without_state(tmp_path, pair, trust):
     assert (caught.value.code, caught.value.authentic) == ("NTSN", False)
 
 
+@pytest.mark.rfc8915("6-2")
 def test_the_cookie_keys_are_private(tmp_path, pair):
     with AgentServer(tmp_path / "log", pair, f"--state={tmp_path}/state"):
         path = tmp_path / "state" / "cookie-keys.json"
@@ -480,6 +488,7 @@ async def test_connections_have_a_cap_and_come_free_again(tmp_path, pair, trust)
         assert "Traceback" not in server.process.output()
 
 
+@pytest.mark.rfc8915("4-2", "4-3", "4.1.3-7")
 async def test_slow_peers_get_their_deadline_and_no_more(shared, trust):
     """Silence before TLS is cut off; a request that never ends gets Error 1 (RFC 8915 section 4.1.3)."""
     idle = socket.create_connection((HOST, shared.ke_port), timeout=10)
@@ -502,6 +511,26 @@ async def test_slow_peers_get_their_deadline_and_no_more(shared, trust):
     assert answer == (Record(RecordType.ERROR, b"\0\1", critical=True),)
     with idle, contextlib.suppress(ConnectionResetError):
         assert idle.recv(1) == b""
+
+
+@pytest.mark.rfc8915("4-2", "4-3")
+async def test_a_server_sends_one_answer_and_close_notify(shared, trust):
+    reader, writer = await asyncio.open_connection(HOST, shared.ke_port)
+    channel = client_channel(NAME, trust)
+    channel.receive(b"")
+    writer.write(channel.to_send())
+    plaintext = b""
+    async with asyncio.timeout(10):
+        while octets := await reader.read(1 << 16):
+            was_established = channel.established
+            plaintext += channel.receive(octets)
+            if channel.established and not was_established:
+                channel.send(KeClient(channel.export).request())
+            writer.write(channel.to_send())
+    writer.close()
+    assert channel.closed_by_peer
+    answer = MessageReader(records.MAX_RESPONSE).receive(plaintext)
+    assert [record.type for record in answer].count(RecordType.NEW_COOKIE) == 8
 
 
 async def test_a_client_that_does_not_hang_up_has_its_answer_and_loses_its_slot(shared, trust):

@@ -15,7 +15,17 @@ from nts_core.association import MAX_REQUEST, Association
 from nts_core.cookies import DAY, CookieKey, Keyring, Schedule
 from nts_core.errors import KissOfDeath, NotAuthentic, OutOfCookies
 from nts_core.ke import KeResult
-from nts_core.packet import Field, FieldType, Header, Leap, Mode, Packet, encode_fields, protect
+from nts_core.packet import (
+    Authenticator,
+    Field,
+    FieldType,
+    Header,
+    Leap,
+    Mode,
+    Packet,
+    encode_fields,
+    protect,
+)
 from nts_core.server import ClockState, NtpServer
 
 VECTORS = Path(__file__).parent.parent / "vectors"
@@ -66,6 +76,7 @@ def forge(request, *, fields=None, hidden=(), header=None, key=KEYS.s2c):
 # Requests
 
 
+@pytest.mark.rfc8915("5.4-3", "5.6-14")
 def test_a_request_says_nothing_of_the_client():
     """Data minimisation: everything is zero but version, mode and a random transmit timestamp."""
     first, second = (Packet.decode(make_association().poll()) for _ in range(2))
@@ -73,6 +84,7 @@ def test_a_request_says_nothing_of_the_client():
     assert first.header.transmit != second.header.transmit
 
 
+@pytest.mark.rfc8915("5.3-2", "5.6-3", "5.7-1", "5.7-2", "5.7-3", "5.7-5", "5.7-6", "5.7-26")
 def test_the_form_of_a_request():
     association = make_association()
     request = association.poll()
@@ -82,6 +94,7 @@ def test_the_form_of_a_request():
     assert packet.decrypt(request, Aead(15, KEYS.c2s)) == []
 
 
+@pytest.mark.rfc8915("5.3-1", "5.7-4", "5.7-8")
 def test_no_cookie_and_no_identifier_is_used_twice():
     association = make_association()
     packets = [Packet.decode(association.poll()) for _ in range(8)]
@@ -89,6 +102,7 @@ def test_no_cookie_and_no_identifier_is_used_twice():
         assert len({packet.of_type(kind)[0].value for packet in packets}) == 8
 
 
+@pytest.mark.rfc8915("5.7-10")
 def test_out_of_cookies():
     association = make_association(cookies=2)
     association.poll()
@@ -97,6 +111,7 @@ def test_out_of_cookies():
         association.poll()
 
 
+@pytest.mark.rfc8915("5.5-2", "5.6-12", "5.7-11", "5.7-13")
 @pytest.mark.parametrize("lost", range(8))
 def test_the_cookies_come_back_to_eight_after_losses(lost):
     association = make_association()
@@ -109,6 +124,20 @@ def test_the_cookies_come_back_to_eight_after_losses(lost):
     assert len(association.jar) == 8
 
 
+@pytest.mark.rfc8915("5.5-4")
+def test_placeholders_hold_zeroes():
+    placeholders = Packet.decode(make_association(cookies=3).poll()).of_type(FieldType.COOKIE_PLACEHOLDER)
+    assert len(placeholders) == 5
+    assert {field.value for field in placeholders} == {bytes(100)}
+
+
+@pytest.mark.rfc8915("5.6-11")
+def test_each_request_has_a_nonce_of_its_own():
+    association = make_association()
+    fields = [Packet.decode(association.poll()).authenticator for _ in range(8)]
+    assert len({Authenticator.decode(field.value).nonce for field in fields}) == 8
+
+
 def test_a_server_that_gives_fewer_cookies_is_noticed():
     association = make_association(cookies=3)
     answer = forge(association.poll(), hidden=[Field(FieldType.COOKIE, b"c" * 100)])
@@ -116,11 +145,13 @@ def test_a_server_that_gives_fewer_cookies_is_noticed():
     assert (sample.asked, sample.cookies) == (6, 1)
 
 
+@pytest.mark.rfc8915("5.5-3", "5.7-14", "5.7-15")
 @pytest.mark.parametrize("length", [100, 104, 168, 256])
 def test_a_request_is_never_longer_than_the_smallest_path_allows(length):
     association = Association(KeResult(KEYS, (b"c" * length,)), secrets.token_bytes)
     request = association.poll()
     assert len(request) <= MAX_REQUEST
+    assert len(request) + 40 + 8 <= 1280, "with the headers of IPv6 and UDP, the smallest MTU of IPv6"
     placeholders = Packet.decode(request).of_type(FieldType.COOKIE_PLACEHOLDER)
     assert {len(field.value) for field in placeholders} <= {length}
     assert len(placeholders) == min(7, (MAX_REQUEST - 48 - 36 - 40 - 4 - length) // (4 + length))
@@ -190,6 +221,7 @@ def assert_ignored(association, datagram):
     assert len(association.jar) == held
 
 
+@pytest.mark.rfc8915("5.6-4", "5.7-29", "5.7-30", "5.7-31")
 def test_forged_answers_are_ignored_and_the_true_one_is_taken():
     association = make_association()
     request = association.poll()
@@ -233,6 +265,7 @@ def test_forged_answers_are_ignored_and_the_true_one_is_taken():
     assert receive(association, serve(request)).cookies == 1
 
 
+@pytest.mark.rfc8915("5.7-29", "5.7-30")
 def test_every_changed_bit_of_an_answer_is_found():
     association = make_association()
     answer = serve(association.poll())
@@ -258,6 +291,7 @@ def test_random_octets_are_ignored(datagram):
     assert_ignored(association, datagram)
 
 
+@pytest.mark.rfc8915("5.7-29")
 def test_a_replayed_answer_is_ignored():
     association = make_association()
     answer = serve(association.poll())
@@ -267,6 +301,7 @@ def test_a_replayed_answer_is_ignored():
     assert_ignored(association, answer)
 
 
+@pytest.mark.rfc8915("5.7-29")
 def test_an_answer_to_an_older_request_is_ignored():
     association = make_association()
     late = serve(association.poll())
@@ -278,6 +313,7 @@ def test_an_answer_nobody_asked_for_is_ignored():
     assert_ignored(make_association(), serve(make_association().poll()))
 
 
+@pytest.mark.rfc8915("5.7-28")
 def test_cookies_behind_the_authenticator_are_not_kept():
     association = make_association()
     answer = serve(association.poll()) + Field(FieldType.COOKIE, b"f" * 100).encode()
@@ -285,6 +321,7 @@ def test_cookies_behind_the_authenticator_are_not_kept():
     assert b"f" * 100 not in [association.jar.take() for _ in range(8)]
 
 
+@pytest.mark.rfc8915("5.7-27")
 def test_cookies_in_the_clear_are_not_kept():
     """Section 5.7: cookies from the server MUST be encrypted."""
     association = make_association()
@@ -314,11 +351,20 @@ def test_ntsn_is_a_hint_and_the_true_answer_is_still_taken():
     assert receive(association, serve(request)).cookies == 1
 
 
+@pytest.mark.rfc8915("5.7-34", "5.7-35")
 def test_ntsn_to_another_request_is_ignored():
     association = make_association()
     old = ntsn(association.poll())
     association.poll()
     assert_ignored(association, old)
+
+
+@pytest.mark.rfc8915("5.7-34", "5.7-35")
+def test_ntsn_without_its_identifier_is_ignored():
+    association = make_association()
+    request = association.poll()
+    assert_ignored(association, ntsn(request)[:48])
+    assert receive(association, serve(request)).cookies == 1
 
 
 def test_the_ntsn_of_our_server_is_understood():
@@ -347,6 +393,7 @@ def test_an_authentic_kiss_code(code):
 # A captured answer
 
 
+@pytest.mark.rfc8915("4.1.6-2", "5.3-1", "5.4-2", "5.7-4", "5.7-7")
 def test_the_captured_answer_of_chronyd():
     """The request's random octets are played back, so that the recorded answer fits."""
     named = tomllib.loads((VECTORS / "chrony-ntp-answer.toml").read_text())

@@ -183,6 +183,7 @@ async def fails(work, code):
 # Key establishment
 
 
+@pytest.mark.rfc8915("4.1.7-7")
 @pytest.mark.parametrize("piece", [1 << 16, 1])
 async def test_establish(credentials, trust, keyring, piece):
     async with ke_server(credentials, good(keyring, NtpEndpoint(None, 4123)), piece=piece) as port:
@@ -197,6 +198,27 @@ async def test_record_6_overrides_the_address(credentials, trust, keyring):
     async with ke_server(credentials, good(keyring, NtpEndpoint("192.0.2.7", 123))) as port:
         found = await establish(NAME, HOST, port, trust)
     assert found.ntp_host == "192.0.2.7"
+
+
+@pytest.mark.rfc8915("4-1", "4-3")
+async def test_a_client_sends_one_request_and_close_notify(credentials, trust, keyring):
+    told = asyncio.get_running_loop().create_future()
+
+    async def serve(reader, writer):
+        channel = credentials.channel()
+        asked = await read_request(channel, reader, writer)
+        channel.send(good(keyring)(channel, asked))
+        writer.write(channel.to_send())
+        while octets := await reader.read(4096):
+            asked += channel.receive(octets)
+        told.set_result((asked, channel.closed_by_peer))
+
+    async with listening(serve) as port:
+        await establish(NAME, HOST, port, trust)
+        async with asyncio.timeout(5):
+            asked, is_closed = await told
+    assert is_closed
+    assert records.MessageReader(records.MAX_REQUEST).receive(asked) is not None
 
 
 async def test_nobody_listens(trust):
@@ -280,12 +302,14 @@ KE_FAILURES = {
 }
 
 
+@pytest.mark.rfc8915("4.1.3-4")
 @pytest.mark.parametrize("body", KE_FAILURES.values(), ids=KE_FAILURES)
 async def test_answers_without_cookies(credentials, trust, body):
     async with ke_server(credentials, scripted(*body)) as port:
         await fails(establish(NAME, HOST, port, trust), Failure.KE)
 
 
+@pytest.mark.rfc8915("4-9")
 async def test_an_answer_of_64_kib(credentials, trust):
     filler = [Record(0x4000, bytes(1000))] * 64
     cookie = Record(RecordType.NEW_COOKIE, b"c" * 100)
@@ -331,6 +355,7 @@ async def test_each_request_leaves_from_another_port(association, keyring):
     assert len({address for _, address in end.requests}) > 4
 
 
+@pytest.mark.rfc8915("5.7-30")
 async def test_forgeries_before_the_answer_change_nothing(association, keyring):
     def answers(request):
         (true,) = honest(keyring)(request)
@@ -454,6 +479,33 @@ async def test_a_server_that_is_still_starting_is_not_synchronised(credentials, 
 
     async with ntp_end(answers) as end, ke_server(credentials, answer) as port:
         await fails(query(NAME, port, trust, address=HOST), Failure.UNSYNCHRONISED)
+
+
+@pytest.mark.rfc8915("4.1.3-4", "8.7-1")
+async def test_after_an_error_there_is_no_ntp(credentials, trust):
+    """Neither with the cookie that came all the same, nor without protection."""
+    async with ntp_end(lambda request: [request]) as end:
+        where = Record(RecordType.NTP_PORT, uint16(end.port), critical=True)
+        cookie = Record(RecordType.NEW_COOKIE, b"c" * 100)
+        error = Record(RecordType.ERROR, uint16(2), critical=True)
+        async with ke_server(credentials, scripted(NTPV4, SIV, where, cookie, error)) as port:
+            await fails(query(NAME, port, trust, address=HOST), Failure.KE)
+        assert end.requests == []
+
+
+@pytest.mark.rfc8915("5.7-31", "8.7-1")
+async def test_plain_answers_are_never_taken(credentials, trust, keyring):
+    """A server that lost everything but the time gets no second, unprotected request."""
+
+    def plain(request):
+        header = Header(mode=Mode.SERVER, stratum=2, origin=Packet.decode(request).header.transmit)
+        return [header.encode(), header.encode() + request[48:84]]
+
+    async with ntp_end(plain) as end:
+        async with ke_server(credentials, good(keyring, NtpEndpoint(None, end.port))) as port:
+            await fails(query(NAME, port, trust, address=HOST, samples=1), Failure.NTP)
+        assert len(end.requests) == 2
+        assert all(Packet.decode(request).authenticator for request, _ in end.requests)
 
 
 async def test_query_goes_on_to_the_next_address(credentials, trust, keyring):

@@ -5,6 +5,7 @@ import json
 import secrets
 
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESSIV
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -63,6 +64,7 @@ def keyring():
     return Keyring.new(NOW, secrets.token_bytes)
 
 
+@pytest.mark.rfc8915("4.1.6-1", "5.4-1", "6-8")
 @given(keyrings, session_keys)
 def test_a_cookie_opens_to_what_was_sealed(keyring, keys):
     cookie = seal(keyring, keys)
@@ -83,10 +85,22 @@ def test_many_cookies_at_once(keyring, keys, count):
     assert [keyring.open(cookie) for cookie in cookies] == [keys] * count
 
 
+@pytest.mark.rfc8915("6-1", "6-8", "6-9", "6-10")
+def test_the_layout_of_a_cookie():
+    """Version, algorithm and key id in front; then nonce, and the session keys sealed with AES-SIV."""
+    keys = (CookieKey(0x0709, NOW + DAY, b"n" * 32), CookieKey(0x0708, NOW, b"k" * 32))
+    cookie = seal(Keyring(keys, Schedule()))
+    head, nonce, sealed = cookie[:4], cookie[4:20], cookie[20:]
+    assert head == bytes.fromhex("010f0708")
+    assert AESSIV(b"k" * 32).decrypt(sealed, [head, nonce]) == KEYS.c2s + KEYS.s2c
+
+
+@pytest.mark.rfc8915("6-9")
 def test_no_two_cookies_are_alike(keyring):
     assert len({seal(keyring) for _ in range(64)}) == 64
 
 
+@pytest.mark.rfc8915("6-8")
 def test_a_cookie_does_not_show_the_keys(keyring):
     cookie = seal(keyring)
     assert KEYS.c2s not in cookie
@@ -146,6 +160,7 @@ def test_the_key_made_ahead_is_the_one_that_seals_next(keyring):
     assert moved.next_at == NOW + 2 * DAY
 
 
+@pytest.mark.rfc8915("6-5", "6-6")
 @pytest.mark.parametrize("schedule", [KEPT_3, RATCHET], ids=["random", "ratchet"])
 def test_cookies_live_as_long_as_the_history(schedule):
     """With three days of history a cookie survives three rotations and not the fourth."""
@@ -178,6 +193,7 @@ def test_a_clock_that_was_set_back_begins_anew_with_random_keys(keyring):
     assert earlier.open(seal(keyring)) == KEYS
 
 
+@pytest.mark.rfc8915("6-3")
 def test_key_ids_begin_anew_after_65535():
     last = Keyring((CookieKey(0, DAY, b"n" * 32), CookieKey(65535, 0, bytes(32))), KEPT_3)
     rotated = last.at(DAY, secrets.token_bytes)
@@ -185,6 +201,7 @@ def test_key_ids_begin_anew_after_65535():
     assert rotated.open(seal(last)) == KEYS
 
 
+@pytest.mark.rfc8915("6-3")
 @pytest.mark.parametrize(
     "keys", [(), (CookieKey(1, 0, bytes(32)),), (CookieKey(1, 0, bytes(32)), CookieKey(1, 1, bytes(32)))]
 )

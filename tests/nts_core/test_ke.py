@@ -15,7 +15,7 @@ from nts_core.cookies import MAX_COOKIE_LENGTH, Keyring
 from nts_core.errors import KeError, NoOverlap, WireError
 from nts_core.ke import KeClient, KeServer, KeTerms, NtpEndpoint, NtpService, export_keys
 from nts_core.records import MessageReader, Record, RecordType
-from nts_core.wire import uint16
+from nts_core.wire import uint16, uint16_list
 
 VECTORS = Path(__file__).parent.parent / "vectors"
 END = Record(RecordType.END_OF_MESSAGE, critical=True)
@@ -60,6 +60,7 @@ def answer(*body):
 # The exporter
 
 
+@pytest.mark.rfc8915("4.3-3", "4.3-4", "5.1-1", "5.1-4", "5.1-5", "5.1-6", "5.1-7", "5.1-8")
 def test_the_exporter_contexts_are_those_of_the_rfc():
     expected = vector("exporter-contexts")
     asked = []
@@ -72,6 +73,7 @@ def test_the_exporter_contexts_are_those_of_the_rfc():
     assert asked == [(expected["c2s"], 32), (expected["s2c"], 32)]
 
 
+@pytest.mark.rfc8915("5.1-1", "5.1-7")
 def test_the_directions_get_different_keys():
     keys = export_keys(export, AeadId.AES_SIV_CMAC_256)
     assert keys.c2s == export(b"\0\0\0\x0f\0", 32)
@@ -81,6 +83,21 @@ def test_the_directions_get_different_keys():
 # The server's table of outcomes
 
 
+@pytest.mark.rfc8915(
+    "4-5",
+    "4-6",
+    "4.1.1-1",
+    "4.1.1-2",
+    "4.1.2-1",
+    "4.1.2-2",
+    "4.1.5-2",
+    "4.1.5-4",
+    "4.1.5-6",
+    "4.1.5-7",
+    "4.1.6-4",
+    "4.1.6-5",
+    "4.1.6-6",
+)
 def test_a_good_request_gets_eight_cookies_that_open():
     keyring = Keyring.new(0, secrets.token_bytes)
     reply = make_server(keyring=keyring).receive(message(NTPV4, SIV))
@@ -94,6 +111,7 @@ def test_a_good_request_gets_eight_cookies_that_open():
         assert not cookie.critical
 
 
+@pytest.mark.rfc8915("4.1.5-7")
 def test_the_request_of_chronyd_is_served():
     reply = make_server().receive(vector("chrony-ke-request")["request"])
     assert reply.outcome == "ok"
@@ -104,6 +122,22 @@ def test_our_own_request_is_as_chronyds():
     assert client.request() == vector("chrony-ke-request")["request"]
 
 
+@pytest.mark.rfc8915("4-5", "4-6", "4.1.1-1", "4.1.1-2", "4.1.2-1", "4.1.2-2", "4.1.2-5")
+@pytest.mark.rfc8915("4.1.3-2", "4.1.4-2", "4.1.5-1", "4.1.5-2", "4.1.5-3", "4.1.6-3")
+@pytest.mark.rfc8915("4.1.7-10", "4.1.7-14", "4.1.8-4")
+def test_our_request_holds_what_a_request_must_and_nothing_that_it_must_not():
+    request = parse(KeClient(export).request())
+    assert [record for record in request if record.type == RecordType.NEXT_PROTOCOL] == [NTPV4]
+    (aead,) = [record for record in request if record.type == RecordType.AEAD_ALGORITHM]
+    assert aead.critical
+    assert 15 in uint16_list(aead.body)
+    forbidden = {RecordType.ERROR, RecordType.WARNING, RecordType.NEW_COOKIE}
+    assert not {record.type for record in request} & (
+        forbidden | {RecordType.NTP_SERVER, RecordType.NTP_PORT}
+    )
+
+
+@pytest.mark.rfc8915("4.1.7-1", "4.1.7-13", "4.1.8-3")
 def test_record_6_and_7_say_where_ntp_is():
     reply = make_server(NtpEndpoint("192.0.2.1", 11123)).receive(message(NTPV4, SIV))
     told = {record.type: record for record in parse(reply.octets)}
@@ -124,6 +158,7 @@ IGNORED = {
 }
 
 
+@pytest.mark.rfc8915("4-10", "4-13")
 @pytest.mark.parametrize("extra", IGNORED.values(), ids=IGNORED)
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_what_a_request_may_contain_besides(extra, place):
@@ -132,6 +167,7 @@ def test_what_a_request_may_contain_besides(extra, place):
     assert answer(*body)[1] == "ok"
 
 
+@pytest.mark.rfc8915("4.1.5-1")
 def test_records_in_another_order_and_uncritical_aead():
     """The critical bit of the AEAD record MAY be set (section 4.1.5); no order is demanded."""
     assert answer(Record(RecordType.AEAD_ALGORITHM, uint16(15)), NTPV4)[1] == "ok"
@@ -144,6 +180,7 @@ def test_algorithms_we_do_not_speak_are_passed_over():
     assert told[1] == SIV
 
 
+@pytest.mark.rfc8915("4.1.2-3")
 def test_protocols_we_do_not_speak_are_passed_over():
     protocols = Record(RecordType.NEXT_PROTOCOL, uint16(0x8001) + uint16(0), critical=True)
     told, outcome = answer(protocols, SIV)
@@ -151,6 +188,7 @@ def test_protocols_we_do_not_speak_are_passed_over():
     assert told[0] == NTPV4
 
 
+@pytest.mark.rfc8915("4-11", "4.1.3-1", "4.1.3-5")
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_unknown_critical_record(place):
     body = [NTPV4, SIV]
@@ -180,11 +218,13 @@ BAD = {
 }
 
 
+@pytest.mark.rfc8915("4-5", "4-14", "4.1.2-1", "4.1.2-5", "4.1.3-1", "4.1.3-7", "4.1.5-2", "4.1.5-3")
 @pytest.mark.parametrize("body", BAD.values(), ids=BAD)
 def test_bad_requests(body):
     assert answer(*body) == ([Record(RecordType.ERROR, uint16(1), critical=True)], "bad-request")
 
 
+@pytest.mark.rfc8915("4.1.1-1", "4.1.1-2", "4.1.3-7")
 @pytest.mark.parametrize("octets", ["00000000", "8000000100", "800000000000", "8000000080000000"])
 def test_bad_ends_of_message(octets):
     reply = make_server().receive(bytes.fromhex(octets))
@@ -192,6 +232,7 @@ def test_bad_ends_of_message(octets):
     assert parse(reply.octets) == [Record(RecordType.ERROR, uint16(1), critical=True)]
 
 
+@pytest.mark.rfc8915("4-5", "4.1.2-1", "4.1.2-2", "4.1.2-3", "4.1.2-6")
 def test_no_protocol_in_common():
     told, outcome = answer(Record(RecordType.NEXT_PROTOCOL, uint16(0x8001), critical=True), SIV)
     assert (told, outcome) == ([Record(RecordType.NEXT_PROTOCOL, critical=True)], "no-protocol")
@@ -318,6 +359,7 @@ def test_silence_until_the_deadline():
     assert parse(reply.octets) == [Record(RecordType.ERROR, uint16(1), critical=True)]
 
 
+@pytest.mark.rfc8915("4-6")
 def test_every_truncation_of_a_request_is_waited_for():
     request = message(NTPV4, Record(0x4000, b"xyz"), SIV)
     for length in range(len(request)):
@@ -332,6 +374,7 @@ def test_a_request_may_come_octet_by_octet():
     assert replies[-1].outcome == "ok"
 
 
+@pytest.mark.rfc8915("4-7", "4-8")
 def test_a_request_longer_than_the_limit_is_bad():
     """A server must take 1,024 octets (section 4) and needs a bound."""
     room = records.MAX_REQUEST - len(message(NTPV4, SIV))
@@ -376,6 +419,7 @@ def conclude(*body, octets=None):
     return KeClient(export).receive(message(*body) if octets is None else octets)
 
 
+@pytest.mark.rfc8915("4.1.7-8")
 def test_client_and_server_agree():
     client = KeClient(export)
     reply = make_server(NtpEndpoint("2001:db8::1", 4123)).receive(client.request())
@@ -421,6 +465,7 @@ def test_every_truncation_of_an_answer_is_waited_for():
         assert conclude(octets=octets[:length]) is None
 
 
+@pytest.mark.rfc8915("4.1.3-4", "4.1.4-3", "4.1.4-4")
 @pytest.mark.parametrize("code", [0, 1, 2, 77])
 @pytest.mark.parametrize("kind", [RecordType.ERROR, RecordType.WARNING])
 def test_errors_and_warnings_end_it_whatever_else_was_sent(kind, code):
@@ -428,6 +473,23 @@ def test_errors_and_warnings_end_it_whatever_else_was_sent(kind, code):
     with pytest.raises(KeError) as caught:
         conclude(NTPV4, SIV, COOKIE, Record(kind, uint16(code), critical=True))
     assert caught.value.code == code
+
+
+@pytest.mark.rfc8915("4.1.3-3")
+def test_after_an_error_no_key_is_made():
+    exported = []
+
+    def recorded(context, length):
+        exported.append(context)
+        return bytes(length)
+
+    with pytest.raises(KeError):
+        KeClient(recorded).receive(
+            message(NTPV4, SIV, COOKIE, Record(RecordType.ERROR, uint16(2), critical=True))
+        )
+    assert exported == []
+    assert KeClient(recorded).receive(message(NTPV4, SIV, COOKIE)) is not None
+    assert exported
 
 
 def test_an_error_alone():
@@ -443,6 +505,7 @@ NO_OVERLAP = {
 }
 
 
+@pytest.mark.rfc8915("4.1.2-4", "4.1.2-6")
 @pytest.mark.parametrize("body", NO_OVERLAP.values(), ids=NO_OVERLAP)
 def test_nothing_in_common(body):
     with pytest.raises(NoOverlap):
@@ -467,6 +530,7 @@ UNUSABLE = {
 }
 
 
+@pytest.mark.rfc8915("4-11", "4.1.5-4")
 @pytest.mark.parametrize("body", UNUSABLE.values(), ids=UNUSABLE)
 def test_answers_that_cannot_be_used(body):
     with pytest.raises(KeError):
@@ -504,12 +568,14 @@ MALFORMED = {
 }
 
 
+@pytest.mark.rfc8915("4-5", "4-14", "4.1.2-1", "4.1.5-2", "4.1.7-8")
 @pytest.mark.parametrize("body", MALFORMED.values(), ids=MALFORMED)
 def test_malformed_answers(body):
     with pytest.raises(WireError):
         conclude(*body)
 
 
+@pytest.mark.rfc8915("4.1.6-2")
 def test_unusable_cookies_are_left_out():
     empty, long = Record(RecordType.NEW_COOKIE), Record(RecordType.NEW_COOKIE, bytes(60_000))
     result = conclude(NTPV4, empty, SIV, long, COOKIE, empty)
@@ -521,6 +587,7 @@ def test_no_more_than_eight_cookies_are_kept():
     assert conclude(NTPV4, SIV, *cookies).cookies == tuple(record.body for record in cookies[:8])
 
 
+@pytest.mark.rfc8915("4-7", "4-10")
 def test_64_kib_of_unknown_records_are_read():
     filler = [Record(0x4000)] * ((records.MAX_RESPONSE - len(message(NTPV4, SIV, COOKIE))) // 4)
     assert conclude(NTPV4, *filler, SIV, COOKIE).cookies == (COOKIE.body,)
@@ -528,6 +595,7 @@ def test_64_kib_of_unknown_records_are_read():
         conclude(NTPV4, *filler, SIV, COOKIE, COOKIE)
 
 
+@pytest.mark.rfc8915("4.1.8-1")
 @pytest.mark.parametrize("name", [b"ntp.example", b"ntp.example."])
 def test_a_server_name_with_and_without_its_dot(name):
     """Section 4.1.7: a name is fully qualified, with or without the dot."""

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -19,6 +20,7 @@ def sample(offset, delay, root_delay=0, root_dispersion=0):
     return Sample(offset, delay, 2, 0, root_delay, root_dispersion, -20, b"TEST", 1, 1)
 
 
+@pytest.mark.rfc8915("8.6-1")
 def test_who_admits_to_be_useless_has_no_vote():
     """A wide claim covers every other one, whatever its offset: it would be a truechimer with any time."""
     honest, useless = sample(0, 2 * MS), sample(5000 * MS, 2 * MS, root_dispersion=60_000 * MS)
@@ -54,6 +56,7 @@ def test_a_majority_against_one_falseticker():
     assert abs(found.offset) <= 2 * MS
 
 
+@pytest.mark.rfc8915("8.5-6")
 def test_four_of_which_one_is_wrong():
     found = select([ms(1), ms(-1), ms(0), ms(-250)])
     assert found.truechimers == {0, 1, 2}
@@ -120,6 +123,7 @@ def truths(draw):
     return true, found
 
 
+@pytest.mark.rfc8915("8.5-6")
 @given(truths(), st.lists(estimates, max_size=5), st.randoms())
 def test_a_majority_that_holds_the_truth_is_always_found(truth, liars, random):
     """Whatever a minority claims, there is a selection and a true claim is in it."""

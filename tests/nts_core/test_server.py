@@ -89,12 +89,14 @@ def test_plain_time():
     assert answer.reference == ntptime.timestamp(RECEIVED - SECOND)
 
 
+@pytest.mark.rfc8915("5.3-4", "5.3-5")
 def test_a_plain_request_gets_its_identifier_back():
     reply = respond(REQUEST_HEADER.encode() + IDENTIFIER.encode())
     assert reply.outcome is Outcome.TIME
     assert reply.octets[48:] == IDENTIFIER.encode()
 
 
+@pytest.mark.rfc8915("5.3-3", "5.3-4", "5.7-17", "5.7-19", "5.7-20", "5.7-21")
 def test_authenticated_time():
     reply = respond(make_request(IDENTIFIER, COOKIE_FIELD))
     assert reply.outcome is Outcome.NTS_TIME
@@ -128,6 +130,7 @@ def test_the_transmit_time_is_asked_for_once_after_the_cookies_were_sealed():
 # Cookies and placeholders
 
 
+@pytest.mark.rfc8915("5.5-1", "5.6-4", "5.7-18", "5.7-22", "5.7-23", "5.7-24", "5.7-25", "5.7-27", "8.4-1")
 @pytest.mark.parametrize(("placeholders", "cookies"), [(0, 1), (1, 2), (6, 7), (7, 8), (8, 8), (14, 8)])
 def test_as_many_cookies_as_asked_for_and_eight_at_most(placeholders, cookies):
     request = make_request(IDENTIFIER, COOKIE_FIELD, *([PLACEHOLDER] * placeholders))
@@ -138,6 +141,7 @@ def test_as_many_cookies_as_asked_for_and_eight_at_most(placeholders, cookies):
         assert len(reply.octets) == len(request)
 
 
+@pytest.mark.rfc8915("5.7-12", "5.7-23")
 def test_placeholders_may_be_encrypted():
     """Section 5.7: placeholders MAY be encrypted."""
     request = make_request(IDENTIFIER, COOKIE_FIELD, hidden=[PLACEHOLDER] * 3)
@@ -146,6 +150,7 @@ def test_placeholders_may_be_encrypted():
     assert len(reply.octets) <= len(request)
 
 
+@pytest.mark.rfc8915("5.5-3", "5.7-24")
 @pytest.mark.parametrize("length", [12, 96, 104, 400])
 def test_placeholders_of_another_length_are_not_valid(length):
     """Section 5.5: only the same length keeps the answer from being longer than the request."""
@@ -154,11 +159,13 @@ def test_placeholders_of_another_length_are_not_valid(length):
     assert len(cookies_in(reply)) == 2
 
 
+@pytest.mark.rfc8915("5.5-5")
 def test_what_a_placeholder_holds_does_not_matter():
     odd = Field(FieldType.COOKIE_PLACEHOLDER, b"\xff" * len(COOKIE))
     assert len(cookies_in(respond(make_request(IDENTIFIER, COOKIE_FIELD, odd)))) == 2
 
 
+@pytest.mark.rfc8915("5.7-16")
 def test_placeholders_after_the_authenticator_do_not_count():
     request = make_request(IDENTIFIER, COOKIE_FIELD, after=[PLACEHOLDER] * 5)
     assert len(cookies_in(respond(request))) == 1
@@ -169,6 +176,7 @@ def test_an_unknown_field_is_passed_over():
     assert len(cookies_in(respond(make_request(unknown, IDENTIFIER, COOKIE_FIELD, hidden=[unknown])))) == 1
 
 
+@pytest.mark.rfc8915("6-4", "6-6")
 def test_a_retired_key_still_opens_and_the_new_one_seals():
     rotated = KEYRING.at(DAY, secrets.token_bytes)
     server = NtpServer(rotated, secrets.token_bytes)
@@ -183,6 +191,14 @@ def test_a_retired_key_still_opens_and_the_new_one_seals():
     assert hidden.value[2:4] != COOKIE[2:4]
 
 
+@pytest.mark.rfc8915("5.6-11")
+def test_each_answer_has_a_nonce_of_its_own():
+    request = make_request(IDENTIFIER, COOKIE_FIELD)
+    fields = [Packet.decode(respond(request).octets).authenticator for _ in range(8)]
+    assert len({Authenticator.decode(field.value).nonce for field in fields}) == 8
+
+
+@pytest.mark.rfc8915("5.6-9")
 def test_short_encrypted_fields_of_an_authentic_request():
     """Section 5.6: encrypted fields MAY be arbitrarily short; such a request is authentic."""
     clear = REQUEST_HEADER.encode() + encode_fields((IDENTIFIER, COOKIE_FIELD))
@@ -192,6 +208,7 @@ def test_short_encrypted_fields_of_an_authentic_request():
     assert reply.outcome is Outcome.NTS_TIME
 
 
+@pytest.mark.rfc8915("5.6-13")
 def test_a_short_nonce_needs_padding():
     """Section 5.6: with a nonce of 4 octets, 12 more of padding; else the server MUST discard the packet."""
     clear = REQUEST_HEADER.encode() + encode_fields((IDENTIFIER, COOKIE_FIELD, PLACEHOLDER))
@@ -217,17 +234,27 @@ def assert_ntsn(reply, request):
     assert len(reply.octets) <= len(request)
 
 
+@pytest.mark.rfc8915("5.3-4", "5.7-32", "5.7-33", "6-12")
 def test_a_cookie_of_other_keys_gets_ntsn():
     stranger = Keyring.new(0, secrets.token_bytes).seal(KEYS, secrets.token_bytes(16))
     request = make_request(IDENTIFIER, Field(FieldType.COOKIE, stranger))
     assert_ntsn(respond(request), request)
 
 
+@pytest.mark.rfc8915("5.7-32", "6-11")
+def test_a_cookie_of_an_unknown_key_gets_ntsn():
+    stranger = Keyring((CookieKey(8, 0, b"k" * 32),)).seal(KEYS, secrets.token_bytes)
+    request = make_request(IDENTIFIER, Field(FieldType.COOKIE, stranger))
+    assert_ntsn(respond(request), request)
+
+
+@pytest.mark.rfc8915("5.6-3", "5.7-32", "5.7-33")
 def test_a_wrong_session_key_gets_ntsn():
     request = make_request(IDENTIFIER, COOKIE_FIELD, key=KEYS.s2c)
     assert_ntsn(respond(request), request)
 
 
+@pytest.mark.rfc8915("5.6-5", "5.7-32")
 def test_a_changed_header_gets_ntsn():
     request = bytearray(make_request(IDENTIFIER, COOKIE_FIELD))
     request[2] ^= 1
@@ -259,11 +286,13 @@ INCOMPLETE = {
 }
 
 
+@pytest.mark.rfc8915("5.3-2", "5.7-16")
 @pytest.mark.parametrize("request_", INCOMPLETE.values(), ids=INCOMPLETE)
 def test_incomplete_requests_are_not_answered(request_):
     assert respond(request_) == Drop(Outcome.INCOMPLETE_NTS)
 
 
+@pytest.mark.rfc8915("5.4-3", "5.6-14", "8.1-1")
 @pytest.mark.parametrize("mode", [0, 1, 2, 4, 5, 6, 7])
 def test_only_clients_are_answered(mode):
     """Answers to answers made two ntpd-rs talk for ever (CVE-2025-58066), NTSN included."""
@@ -334,6 +363,7 @@ def test_random_octets(datagram):
     check_bounds(datagram)
 
 
+@pytest.mark.rfc8915("8.4-1")
 @given(st.sampled_from([0x1B, 0x23]), st.binary(min_size=47, max_size=400))
 def test_random_octets_that_look_like_a_request(first, rest):
     check_bounds(bytes((first,)) + rest)
@@ -355,6 +385,7 @@ the_fields = st.sampled_from(
 )
 
 
+@pytest.mark.rfc8915("5.7-24", "8.4-1")
 @given(
     st.lists(the_fields, max_size=14),
     st.lists(the_fields, max_size=3),
@@ -386,6 +417,7 @@ def chrony_requests():
     return {key: bytes.fromhex(value) for key, value in named.items()}
 
 
+@pytest.mark.rfc8915("5.6-1", "5.7-17")
 @pytest.mark.parametrize("missing", range(4))
 def test_captured_requests_of_chronyd_get_what_they_ask_for(missing):
     octets = chrony_requests()

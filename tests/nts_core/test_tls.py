@@ -146,6 +146,7 @@ def test_the_client_knows_the_chain(authority, pair, server):
     assert server.peer_chain == ()
 
 
+@pytest.mark.rfc8915("4.3-3")
 def test_exporters_agree_and_depend_on_the_context(authority, server):
     one = client(authority)
     handshake(one, server)
@@ -170,6 +171,7 @@ def expand_label(hash_name, secret, label, context, length):
     return hmac.digest(secret, info + b"\1", hash_name)[:length]
 
 
+@pytest.mark.rfc8915("4.3-1", "4.3-2", "4.3-3", "5.1-2", "5.1-3")
 def test_the_exporter_is_the_one_of_the_rfcs(server):
     """Computed anew from the key log by RFC 8446 section 7.5 with the label of RFC 8915 section 4.3."""
     vector = tomllib.loads((VECTORS / "exporter-contexts.toml").read_text())
@@ -230,6 +232,7 @@ def assert_refused(error, one, server, match=None):
     assert not one.established
 
 
+@pytest.mark.rfc8915("3-4", "3-5")
 @pytest.mark.parametrize(
     "name", ["other.example", "example", "x.ntp.example", "ntp.example.com", "192.0.2.2", "2001:db8::2"]
 )
@@ -237,16 +240,26 @@ def test_a_certificate_for_another_name(authority, server, name):
     assert_refused(CertificateError, client(authority, name), server, match=name)
 
 
+@pytest.mark.rfc8915("3-4", "3-5")
 @pytest.mark.parametrize("name", [NAME, "NTP.Example", "192.0.2.1", "2001:db8::1", "2001:DB8:0:0::1"])
 def test_names_and_addresses_in_the_certificate(authority, server, name):
     handshake(client(authority, name), server)
 
 
+@pytest.mark.rfc8915("3-4")
 def test_a_name_does_not_match_an_address_and_the_reverse(authority):
     only_name = ServerCredentials(*load(authority.issue(NAME, file="only-name")))
     assert_refused(CertificateError, client(authority, "127.0.0.1"), only_name.channel())
     only_address = ServerCredentials(*load(authority.issue("127.0.0.1", file="only-address")))
     assert_refused(CertificateError, client(authority, NAME), only_address.channel())
+
+
+@pytest.mark.rfc8915("3-5")
+def test_the_common_name_does_not_count(authority):
+    pair = authority.issue("other.example", common_name=NAME, file="common-name")
+    credentials = ServerCredentials(*load(pair))
+    handshake(client(authority, "other.example"), credentials.channel())
+    assert_refused(CertificateError, client(authority), credentials.channel(), match=NAME)
 
 
 @pytest.mark.parametrize("name", [NAME, "192.0.2.1", "2001:db8::1"])
@@ -257,6 +270,7 @@ def test_an_address_is_never_sent_as_server_name(authority, pair, name):
     assert server.connection.get_servername() == (NAME.encode() if name == NAME else None)
 
 
+@pytest.mark.rfc8915("3-4")
 def test_validity_is_judged_at_the_time_given(authority):
     now = datetime.now(UTC)
     pair = authority.issue(NAME, not_before=now - DAY, not_after=now + 5 * DAY, file="validity")
@@ -279,6 +293,7 @@ def test_a_certificate_that_is_not_yet_valid(authority):
     assert_refused(CertificateError, client(authority), ServerCredentials(*load(pair)).channel())
 
 
+@pytest.mark.rfc8915("3-4")
 def test_a_certificate_of_an_unknown_root(authority, tmp_path):
     stranger = Authority(tmp_path).issue(NAME)
     assert_refused(CertificateError, client(authority), ServerCredentials(*load(stranger)).channel())
@@ -304,14 +319,17 @@ def test_a_name_that_no_certificate_can_carry(authority, server, name):
         handshake(client(authority, name), server)
 
 
+@pytest.mark.rfc8915("3-1", "3-2")
 def test_a_server_that_speaks_tls_1_2_only(authority, pair):
     assert_refused(TlsError, client(authority), raw_server(pair, version=SSL.TLS1_2_VERSION))
 
 
+@pytest.mark.rfc8915("3-3")
 def test_a_server_without_alpn(authority, pair):
     assert_refused(TlsError, client(authority), raw_server(pair, alpn=None), match="ntske/1")
 
 
+@pytest.mark.rfc8915("3-3")
 def test_a_server_that_chooses_another_protocol(authority, pair):
     assert_refused(TlsError, client(authority), raw_server(pair, alpn=b"http/1.1"))
 
@@ -328,12 +346,14 @@ def test_a_server_that_does_not_speak_tls(authority, octets):
 # What a server refuses
 
 
+@pytest.mark.rfc8915("3-3")
 def test_a_client_without_alpn(server):
     with pytest.raises(TlsError, match="ntske/1"):
         handshake(raw_client(alpn=()), server)
     assert not server.established
 
 
+@pytest.mark.rfc8915("3-3")
 def test_a_client_with_another_protocol_gets_an_alert(server):
     """RFC 7301 section 3.2: no_application_protocol, alert 120."""
     one = raw_client(alpn=(b"h2", b"http/1.1"))
@@ -351,17 +371,58 @@ def test_a_client_that_offers_more_protocols_is_served(server):
     assert one.connection.get_alpn_proto_negotiated() == ALPN
 
 
+@pytest.mark.rfc8915("3-1", "3-2")
 def test_a_client_that_speaks_tls_1_2_only(server):
     with pytest.raises(TlsError):
         handshake(raw_client(version=SSL.TLS1_2_VERSION), server)
     assert not server.established
 
 
-def test_no_session_tickets_are_given(server):
-    """A ticket would link a client's sessions; chrony turned them off for the same reason."""
-    one = raw_client()
-    handshake(one, server)
-    assert server.to_send() == b""
+@pytest.mark.rfc8915("3-1")
+def test_no_session_is_resumed(pair):
+    """A client that offers its ticket gets a full handshake, certificates included (docs/adr/0018)."""
+    credentials = ServerCredentials(*load(pair))
+    context = SSL.Context(SSL.TLS_CLIENT_METHOD)
+    context.set_alpn_protos([ALPN])
+    flights = []
+    ticket = None
+    for _ in range(2):
+        one, server = Raw(context, is_server=False), credentials.channel()
+        if ticket is not None:
+            one.connection.set_session(ticket)
+        one.receive(b"")
+        hello = one.to_send()
+        assert (PRE_SHARED_KEY in extensions(hello)) is (ticket is not None)
+        server.receive(hello)
+        flights.append(server.to_send())
+        one.receive(flights[-1])
+        server.receive(one.to_send())
+        server.send(b"answer")
+        one.connection.bio_write(server.to_send())
+        assert one.connection.recv(100) == b"answer"
+        ticket = one.connection.get_session()
+        # OpenSSL forgets sessions that were not shut down on their own.
+        one.connection.shutdown()
+        server.close()
+    certificates = sum(len(each.public_bytes(Encoding.DER)) for each in load(pair)[0])
+    assert len(flights[1]) > len(flights[0]) - certificates // 2
+
+
+PRE_SHARED_KEY = 41
+
+
+def extensions(hello):
+    """The types of a ClientHello's extensions (RFC 8446 section 4.1.2) in its one TLS record."""
+    at = 5 + 4 + 2 + 32
+    at += 1 + hello[at]
+    at += 2 + int.from_bytes(hello[at : at + 2], "big")
+    at += 1 + hello[at]
+    at += 2
+    found = set()
+    while at < len(hello):
+        found.add(int.from_bytes(hello[at : at + 2], "big"))
+        at += 4 + int.from_bytes(hello[at + 2 : at + 4], "big")
+    return found
 
 
 @pytest.mark.parametrize(

@@ -53,16 +53,19 @@ def test_pad4_adds_up_to_three_zeroes(octets):
     assert padded[len(octets) :] in {b"", b"\0", b"\0\0", b"\0\0\0"}
 
 
+@pytest.mark.rfc8915("4-4", "4-13")
 @given(some_records, st.lists(st.integers(0), max_size=8))
 def test_records_round_trip_however_they_arrive(sent, cuts):
     assert read_in_pieces(records.encode([*sent, END]), cuts) == tuple(sent)
 
 
+@pytest.mark.rfc8915("4-4")
 def test_the_octets_of_a_record():
     assert Record(4, b"\x00\x0f", critical=True).encode() == bytes.fromhex("80040002000f")
     assert Record(5, b"x").encode() == bytes.fromhex("0005000178")
 
 
+@pytest.mark.rfc8915("4-6")
 @given(some_records)
 def test_every_truncation_is_waited_for(sent):
     message = records.encode([*sent, END])
@@ -70,6 +73,7 @@ def test_every_truncation_is_waited_for(sent):
         assert MessageReader(records.MAX_RESPONSE).receive(message[:length]) is None
 
 
+@pytest.mark.rfc8915("4.1.1-1", "4.1.1-2")
 @pytest.mark.parametrize(
     ("message", "why"),
     [
@@ -91,6 +95,7 @@ def test_octets_after_the_end_that_come_later_are_refused():
         reader.receive(END.encode()[2:] + b"\0")
 
 
+@pytest.mark.rfc8915("4-9")
 def test_a_message_may_be_as_long_as_the_limit_and_no_longer():
     """RFC 8915 section 4: a client should take 65,536 octets."""
     filler = Record(0x4000, bytes(records.MAX_RESPONSE - 8))
