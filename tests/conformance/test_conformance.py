@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -30,7 +31,11 @@ def text(*changes):
 def test_the_page_is_what_clauses_and_markers_say():
     """A process of its own, as pytest cannot collect inside of pytest."""
     done = subprocess.run(
-        [sys.executable, "-m", "lab.conformance", "--check"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "lab.conformance", "--check"],
+        cwd=Path(__file__).parent.parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
 

@@ -100,7 +100,6 @@ def test_chronyd_goes_on_after_a_restart_with_kept_keys(tmp_path, authority, pai
             assert chronyd.report("authdata")[0][7] == "0"
 
 
-@pytest.mark.rfc8915("8.2-1")
 def test_chronyd_recovers_after_a_restart_with_lost_keys(tmp_path, authority, pair):
     """NTSN makes it run key establishment again; its own back-off is all it waits for."""
     server = OurServer(tmp_path, pair)

@@ -422,6 +422,22 @@ async def test_cookies_die_with_a_server_without_state(tmp_path, pair, trust):
     assert (caught.value.code, caught.value.authentic) == ("NTSN", False)
 
 
+@pytest.mark.rfc8915("8.2-1")
+async def test_cookies_die_with_a_key_file_that_was_taken_away(tmp_path, pair, trust):
+    """What an operator does whose cookie keys were stolen; key establishment then gives new cookies."""
+    port = free_port()
+    state = tmp_path / "state"
+    with restarted(tmp_path, pair, port, f"--state={state}") as server:
+        association = await session(server, trust)
+        await exchange(association, HOST, port)
+    (state / "cookie-keys.json").unlink()
+    with restarted(tmp_path, pair, port, f"--state={state}") as server:
+        with pytest.raises(KissOfDeath) as caught:
+            await exchange(association, HOST, port, timeout=0.5)
+        assert caught.value.code == "NTSN"
+        assert (await exchange(await session(server, trust), HOST, port)).synchronised
+
+
 @pytest.mark.rfc8915("6-2")
 def test_the_cookie_keys_are_private(tmp_path, pair):
     with AgentServer(tmp_path / "log", pair, f"--state={tmp_path}/state"):
