@@ -152,6 +152,7 @@ def test_a_keyring_stays_itself_until_its_next_key_begins(keyring):
     assert keyring.next_at == NOW + DAY
 
 
+@pytest.mark.rfc8915("6-4")
 def test_the_key_made_ahead_is_the_one_that_seals_next(keyring):
     """Another host or process that has the file opens such cookies before it has moved on itself."""
     moved = keyring.at(NOW + DAY, secrets.token_bytes)
@@ -226,6 +227,7 @@ def test_another_schedule_for_the_same_keys(keyring):
 # The ratchet
 
 
+@pytest.mark.rfc8915("6-7")
 def test_the_ratchet_is_hkdf_of_the_key_salted_with_its_id():
     """Section 6, checked against HKDF written out (RFC 5869): extract, then one block of expand."""
     key = CookieKey(0x1234, NOW, bytes(range(32)))
@@ -234,6 +236,7 @@ def test_the_ratchet_is_hkdf_of_the_key_salted_with_its_id():
     assert key.successor(DAY) == CookieKey(0x1235, NOW + DAY, expected)
 
 
+@pytest.mark.rfc8915("6-7")
 def test_hosts_that_share_a_ratchet_once_rotate_together():
     """Each opens the other's cookies for ever after, whoever rotates first, and no key is sent again."""
     first = Keyring.new(NOW, secrets.token_bytes, RATCHET)

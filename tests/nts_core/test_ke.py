@@ -250,6 +250,7 @@ def offer(*algorithms):
 COMPLIANT = Record(RecordType.COMPLIANT_128GCM_EXPORT)
 
 
+@pytest.mark.rfc8915("4.1.6-5", "5.1-6")
 @pytest.mark.parametrize("algorithm", AeadId)
 def test_every_algorithm_has_its_keys_and_cookies(algorithm):
     keyring = Keyring.new(0, secrets.token_bytes)
@@ -263,6 +264,7 @@ def test_every_algorithm_has_its_keys_and_cookies(algorithm):
     assert len({len(cookie) for cookie in cookies}) == 1
 
 
+@pytest.mark.rfc8915("4.1.5-4", "4.1.5-5", "4.1.5-7")
 @pytest.mark.parametrize(
     ("offered", "is_compliant", "chosen"),
     [
@@ -281,6 +283,7 @@ def test_the_server_chooses_what_it_prefers(offered, is_compliant, chosen):
     assert (told[1], outcome) == (offer(chosen), "ok")
 
 
+@pytest.mark.rfc8915("4.1.5-5")
 def test_the_preference_is_the_operators():
     terms = KeTerms(Keyring.new(0, secrets.token_bytes), preference=(AeadId(17), AeadId(15)))
     for offered, chosen in (((15, 17, 30), 17), ((30, 15), 15)):
@@ -290,11 +293,13 @@ def test_the_preference_is_the_operators():
         assert parse(reply.octets)[1] == offer(chosen)
 
 
+@pytest.mark.rfc8915("4.1.5-6")
 def test_a_server_without_the_algorithm_that_everybody_has_is_refused():
     with pytest.raises(ValueError, match="AES-SIV-CMAC-256"):
         KeTerms(Keyring.new(0, secrets.token_bytes), preference=(AeadId(30),))
 
 
+@pytest.mark.rfc8915("5.1-6")
 @pytest.mark.parametrize(("is_compliant", "context_id"), [(True, 30), (False, 15)])
 def test_the_export_of_aes_128_gcm_siv(is_compliant, context_id):
     """With record 1024 as section 5.1 has it; without, as chrony 4.4 to 4.6, in the name of algorithm 15."""
@@ -327,6 +332,7 @@ def wish(host=None, port=None):
     ]
 
 
+@pytest.mark.rfc8915("4.1.7-9", "4.1.7-11", "4.1.8-2")
 @pytest.mark.parametrize(
     ("wanted", "told"),
     [
@@ -351,6 +357,7 @@ def test_a_wish_is_granted_if_it_names_what_is_served(wanted, told):
     assert all(record.critical for record in found)
 
 
+@pytest.mark.rfc8915("4.1.3-1", "4.1.3-7")
 def test_silence_until_the_deadline():
     server = make_server()
     assert server.receive(message(NTPV4, SIV)[:-1]) is None
