@@ -30,6 +30,7 @@ def test_algorithms_as_people_write_them(tmp_path, content, aead):
     assert load_settings(tmp_path, {}).aead == tuple(map(AeadId, aead))
 
 
+@pytest.mark.rfc8915("4.1.7-1", "4.1.7-3")
 @pytest.mark.parametrize(
     ("text", "endpoint"),
     [
@@ -44,6 +45,7 @@ def test_another_ntp_server(monkeypatch, text, endpoint):
     assert load_settings(None, {}).ntp_server == endpoint
 
 
+@pytest.mark.rfc8915("4.1.7-1", "4.1.7-2", "4.1.7-4", "4.1.7-5")
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
@@ -54,6 +56,8 @@ def test_another_ntp_server(monkeypatch, text, endpoint):
         ({"ntp_server": "[::1"}, "ntp_server: '[::1'"),
         ({"ntp_server": "a b"}, "ntp_server: 'a b'"),
         ({"ntp_server": "192.0.2.256"}, "ntp_server: '192.0.2.256'"),
+        ({"ntp_server": "127.1"}, "ntp_server: '127.1'"),
+        ({"ntp_server": "z\u00fcrich.example"}, "not ASCII"),
         ({"ntp_server": "[fe80::1%eth0]"}, "zone identifier"),
         ({"cookie_rotation": 5}, "cookie_rotation: Input should be greater"),
         ({"cookie_rotation": 600, "cookie_history": 86400 * 30}, "a history of 2592000 s is more than 1022"),

@@ -44,6 +44,7 @@ def test_show(tmp_path):
     assert not any(word in told for word in content.split('"') if len(word) > 40)
 
 
+@pytest.mark.rfc8915("8.2-1")
 def test_renewing_throws_every_key_away(tmp_path):
     succeeds(keys("renew", state=tmp_path))
     before = secrets_in(tmp_path)
@@ -81,6 +82,7 @@ def test_a_running_server_keeps_its_keys(tmp_path, authority):
         fails(keys("renew", state=tmp_path / "a"), "another pool-agent uses")
 
 
+@pytest.mark.rfc8915("6-7")
 def test_two_hosts_open_each_others_cookies(tmp_path, authority):
     """One does NTS-KE and sends its clients to the other for NTP, each with a state of its own."""
     share, pair = tmp_path / "share", authority.issue(NAME)
