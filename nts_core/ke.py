@@ -12,7 +12,8 @@ its exporter. What the server decides is written down in one table of outcomes:
     malformed, missing, duplicate, misplaced Error 1
     no protocol in common                    empty Next Protocol record
     no AEAD algorithm in common              empty AEAD record
-    silence until the deadline               Error 1
+    silence until the deadline, or the end   Error 1
+    anything, when we fail ourselves         Error 2
 """
 
 import re
@@ -162,6 +163,14 @@ class KeServer:
     def timeout(self) -> KeReply:
         """The reply when the deadline passed before the request was whole (section 4.1.3)."""
         return KeReply(_message(_error(ErrorCode.BAD_REQUEST)), "timeout")
+
+    def cut_short(self) -> KeReply:
+        """The reply when the client said that it sends no more before its request was whole."""
+        return KeReply(_message(_error(ErrorCode.BAD_REQUEST)), "cut-short")
+
+    def internal_error(self) -> KeReply:
+        """The reply when we failed by a fault of our own (section 4.1.3)."""
+        return KeReply(_message(_error(ErrorCode.INTERNAL_SERVER_ERROR)), "internal-error")
 
     def _answer(self, request: Sequence[Record]) -> list[Record]:
         by_type = _sort_request(request)

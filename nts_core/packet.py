@@ -182,6 +182,9 @@ class Authenticator(NamedTuple):
         if len(value) < _PAIR.size:
             raise WireError(f"an authenticator of {len(value)} octets")
         nonce_length, ciphertext_length = _PAIR.unpack_from(value)
+        if not nonce_length:
+            # No algorithm of ours takes an empty one (RFC 5297 section 6, RFC 8452 section 6).
+            raise WireError("an authenticator without a nonce")
         middle = _PAIR.size + nonce_length + -nonce_length % 4
         if middle + ciphertext_length + -ciphertext_length % 4 > len(value):
             raise WireError(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from nts_core.association import Sample
 
-# RFC 5905's MAXDIST: who admits to be worse is of no use, and could hide any error behind its admission.
+# chrony's and ntpd's bound, above RFC 5905's MAXDIST of one second: who admits to be worse is of no use, and could hide any error behind its admission.
 MAX_DISTANCE = 1_500_000_000
 # RFC 5905's MINDISP: no claim is believed to be narrower, whatever a local network makes of it.
 MIN_DISTANCE = 5_000_000

@@ -58,24 +58,28 @@ class BuiltinEngine:
             await self.ke.listen(sock, self._service)
 
     def _service(self, local: str) -> NtpService:
-        """Where clients of the KE address `local` find NTP: there if it is served there."""
-        served = self.ntp.endpoints
-        here = [
-            ntp
-            for ntp in served
-            if ntp.address == local or (ntp.is_wildcard and ntp.family == Endpoint(local, 0).family)
-        ]
-        others = [NtpEndpoint(ntp.address, ntp.port) for ntp in served if not ntp.is_wildcard]
-        for ntp in here:
-            # By these names, too, a client may ask for what it would get anyway.
-            others += [NtpEndpoint(name, ntp.port) for name in (local, *self.ke.credentials.names)]
-        if self._settings.ntp_server is not None:
-            default = self._settings.ntp_server
-        elif here:
-            default = NtpEndpoint(None, here[0].port)
-        else:
-            default = NtpEndpoint(None if served[0].is_wildcard else served[0].address, served[0].port)
-        return NtpService(default, tuple(others))
+        """Where clients of the KE address `local` find NTP: there if it is served there.
+
+        Otherwise at an address of the same family, at another, or by the certificate's name, which may lead to
+        any (RFC 8915 section 4.1.7). Addresses with a zone mean nothing elsewhere and are not told.
+        """
+        family = Endpoint(local, 0).family
+        names = self.ke.credentials.names
+        here: list[NtpEndpoint] = []
+        told: list[NtpEndpoint] = []
+        for ntp in sorted(self.ntp.endpoints, key=lambda ntp: ntp.family != family):
+            if ntp.address == local or (ntp.is_wildcard and ntp.family == family):
+                here.append(NtpEndpoint(None, ntp.port))
+                # By these names, too, a client may ask for what it would get anyway.
+                told += [NtpEndpoint(name, ntp.port) for name in (local, *names)]
+            elif ntp.is_wildcard:
+                told += [NtpEndpoint(name, ntp.port) for name in names]
+            else:
+                told.append(NtpEndpoint(ntp.address, ntp.port))
+        told = [endpoint for endpoint in told if endpoint.host and "%" not in endpoint.host]
+        elsewhere = [self._settings.ntp_server] if self._settings.ntp_server else []
+        choices = [*elsewhere, *here, *told, NtpEndpoint(None, self.ntp.endpoints[0].port)]
+        return NtpService(choices[0], tuple(told))
 
     async def stop(self) -> None:
         await self.ke.close()

@@ -178,6 +178,13 @@ async def test_ntp_on_another_address_is_told_by_record_6(tmp_path, pair, trust,
     assert found.result.endpoint == NtpEndpoint(other, server.ntp_port)
 
 
+async def test_ntp_in_the_other_family_only_is_told_by_name(tmp_path, pair, trust):
+    """An address of its own a wildcard cannot tell; the certificate's name leads to either family."""
+    with AgentServer(tmp_path, pair, ke=("[::1]:0",), ntp=("0.0.0.0:0",)) as server:
+        found = await establish(NAME, "::1", server.ke_port, trust)
+    assert found.result.endpoint == NtpEndpoint(NAME, server.ntp_port)
+
+
 async def test_wildcards_answer_from_the_address_that_was_asked(tmp_path, pair, trust):
     wild = ("0.0.0.0:0", "[::]:0")
     with AgentServer(tmp_path, pair, "--local-stratum=1", ke=wild, ntp=wild) as server:
