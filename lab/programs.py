@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,13 @@ def run(name: str, *arguments: str, deadline: float = RUN_DEADLINE) -> Finished:
 
 # Whatever time daemon the host of the tests has, it is not part of them.
 NO_DAEMON = "--clock-source=kernel"
+
+
+def scrape(port: int) -> dict[str, float]:
+    """The metrics that one of our programs serves on loopback: name, with labels, to value."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+        lines = answer.read().decode().splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
 
 
 class AgentServer:

@@ -61,6 +61,25 @@ NtpServerOption = Annotated[
 RotationOption = Annotated[
     int | None, typer.Option("--cookie-rotation", metavar="SECONDS", help="life of a cookie key (a day)")
 ]
+IntervalOption = Annotated[
+    float | None,
+    typer.Option(
+        "--ntp-interval",
+        metavar="SECONDS",
+        help="rate limit: answer an address once in so many seconds on average, after a burst",
+    ),
+]
+AllowOption = Annotated[
+    list[str] | None, typer.Option("--allow", metavar="PREFIX", help="serve only these prefixes")
+]
+DenyOption = Annotated[
+    list[str] | None, typer.Option("--deny", metavar="PREFIX", help="do not serve these prefixes")
+]
+
+
+def _limits(interval: float | None, allow: list[str] | None, deny: list[str] | None) -> dict[str, Any]:
+    flags = {"ntp_interval": interval, "allow": allow, "deny": deny}
+    return {name: value for name, value in flags.items() if value not in (None, [])}
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:
@@ -104,11 +123,19 @@ def serve(
     aead: AeadOption = None,
     ntp_server: NtpServerOption = None,
     cookie_rotation: RotationOption = None,
+    ntp_interval: IntervalOption = None,
+    allow: AllowOption = None,
+    deny: DenyOption = None,
 ) -> None:
     """A stand-alone NTS server. SIGHUP loads the certificate anew, SIGTERM ends."""
 
     async def work() -> None:
-        flags = {"aead": aead, "ntp_server": ntp_server, "cookie_rotation": cookie_rotation}
+        flags = {
+            "aead": aead,
+            "ntp_server": ntp_server,
+            "cookie_rotation": cookie_rotation,
+            "limits": _limits(ntp_interval, allow, deny),
+        }
         await daemon.serve(
             cert=cert,
             key=key,
@@ -157,6 +184,9 @@ def run(
     metrics: MetricsOption = None,
     aead: AeadOption = None,
     cookie_rotation: RotationOption = None,
+    ntp_interval: IntervalOption = None,
+    allow: AllowOption = None,
+    deny: DenyOption = None,
 ) -> None:
     """Serve as a member of the pool, and keep the certificate and the registry up to date."""
 
@@ -169,6 +199,7 @@ def run(
             "metrics": metrics,
             "aead": aead,
             "cookie_rotation": cookie_rotation,
+            "limits": _limits(ntp_interval, allow, deny),
         }
         settings = load_settings(state, flags)
         endpoint = parse_endpoint(settings.metrics, "--metrics") if settings.metrics else None

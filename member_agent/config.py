@@ -2,9 +2,17 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, IPvAnyAddress, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    IPvAnyAddress,
+    IPvAnyNetwork,
+    model_validator,
+)
 from pydantic_settings import NoDecode, SettingsConfigDict
 
 from member_agent.errors import AgentError, ExitStatus
@@ -12,11 +20,52 @@ from nts_core.aead import SUPPORTED, AeadId, parse_algorithms
 from nts_core.cookies import DAY, HISTORY, Schedule
 from nts_core.errors import WireError
 from nts_core.ke import DEFAULT_NTP_PORT, KeTerms, NtpEndpoint, host_of
+from nts_core.ratelimit import AccessList
 from nts_core.shell import ProgramSettings, SettingsError, parse_host_port
 
 CONFIG_FILE = "agent.toml"
 # Thirty years: enough to test whatever a clock may do.
 MAX_CLOCK_OFFSET = 1e9
+
+
+# Seconds: from a thousand requests a second to one in a good hour.
+Interval = Annotated[float, Field(ge=0.001, le=4096, allow_inf_nan=False)]
+
+
+class Limits(BaseModel):
+    """What one address may take of the engine. Times are seconds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    allow: tuple[IPvAnyNetwork, ...] = Field((), description="prefixes to serve; with any, only these")
+    deny: tuple[IPvAnyNetwork, ...] = Field(
+        (), description="prefixes not to serve; the longest prefix decides"
+    )
+    deny_action: Literal["ignore", "kod"] = Field("ignore", description="whether NTP tells those denied so")
+    ntp_interval: Interval | None = Field(
+        None, description="rate limit: between requests of an address, on average; none without"
+    )
+    ntp_burst: int = Field(8, ge=1, le=1000, description="requests at once")
+    ntp_leak: int = Field(
+        4, ge=2, le=256, description="of what is over the limit, one in so many is answered"
+    )
+    ntp_kod: int = Field(0, ge=0, le=256, description="and one in so many gets KoD RATE; 0 is none")
+    ke_connections: int = Field(1024, ge=1, le=60_000, description="open at a time")
+    ke_connections_per_address: int = Field(128, ge=1, description="of an IPv4 address or an IPv6 /64")
+    ke_connections_per_48: int = Field(256, ge=1, description="of an IPv6 /48")
+    ke_interval: Interval | None = Field(
+        None, description="rate limit: between connections of an address, on average; none without"
+    )
+    ke_burst: int = Field(16, ge=1, le=1000, description="connections at once")
+
+    @model_validator(mode="after")
+    def _one_meaning(self) -> Self:
+        self.access()
+        return self
+
+    def access(self) -> AccessList | None:
+        """None when everybody is served."""
+        return AccessList(self.allow, self.deny) if self.allow or self.deny else None
 
 
 def _algorithms(value: Any) -> Any:
@@ -40,7 +89,7 @@ def _ntp_endpoint(value: Any) -> Any:
 class AgentSettings(ProgramSettings):
     """What a member may choose; everything else the registry assigns or the host knows."""
 
-    model_config = SettingsConfigDict(env_prefix="POOL_AGENT_")
+    model_config = SettingsConfigDict(env_prefix="POOL_AGENT_", env_nested_delimiter="__")
 
     listen: tuple[IPvAnyAddress, ...] = Field(
         (), description="addresses to listen on; by default the server's own, or all when they are not local"
@@ -67,6 +116,7 @@ class AgentSettings(ProgramSettings):
         None,
         description="HOST[:PORT] where clients find NTP when that is not this host; it needs our cookie keys",
     )
+    limits: Limits = Limits()
     cookie_rotation: int = Field(DAY, ge=60, description="seconds until the next cookie key seals")
     cookie_history: int = Field(HISTORY, ge=0, description="seconds for which retired keys open cookies")
 

@@ -34,13 +34,18 @@ def engine_families(engine: BuiltinEngine) -> Families:
         ntp = CounterMetricFamily("pool_agent_ntp", "NTP datagrams by outcome.", labels=["outcome"])
         for outcome, count in engine.ntp.counters.items():
             ntp.add_metric([outcome], count)
+        forgotten = CounterMetricFamily(
+            "pool_agent_rate_forgotten",
+            "Token buckets forgotten too early: more addresses than fit the table.",
+        )
+        forgotten.add_metric([], engine.ntp.admission.forgotten if engine.ntp.admission else 0)
         open_now = GaugeMetricFamily("pool_agent_ke_connections", "Open NTS-KE connections.")
-        open_now.add_metric([], engine.ke.connections)
+        open_now.add_metric([], engine.ke.slots.taken)
         offset = GaugeMetricFamily(
             "pool_agent_clock_offset_seconds", "Test option: added to the time served."
         )
         offset.add_metric([], engine.clock.offset_ns / 1e9)
-        return [ke, ntp, open_now, offset, *_clock_families(engine.clock)]
+        return [ke, ntp, forgotten, open_now, offset, *_clock_families(engine.clock)]
 
     return families
 

@@ -8,14 +8,17 @@ import asyncio
 import secrets
 import socket
 import struct
+import time
 from collections import Counter
 from collections.abc import Sequence
 
 from member_agent.clock import Clock
-from member_agent.sockets import Endpoint, bind, bound_endpoint
+from member_agent.config import Limits
+from member_agent.sockets import Endpoint, bind, bound_endpoint, packed
 from nts_core.cookies import Keyring
 from nts_core.packet import MAX_DATAGRAM
-from nts_core.server import NtpServer, Reply
+from nts_core.ratelimit import Admission, RatePolicy, Verdict
+from nts_core.server import Kiss, NtpServer, Reply
 
 _BATCH = 64
 _ANCILLARY = 256
@@ -25,13 +28,24 @@ _SO_TIMESTAMPNS = 35
 _IP_PKTINFO = 8
 _IPV6_RECVPKTINFO, _IPV6_PKTINFO = 49, 50
 _RECEIVE_BUFFER = 4 * 1024 * 1024
+_ANSWER = Verdict.ANSWER
+_KISSES = {Verdict.KISS_RATE: Kiss.RATE, Verdict.KISS_DENY: Kiss.DENY}
 
 
 class NtpListener:
     """One UDP socket that answers NTP."""
 
-    def __init__(self, endpoint: Endpoint, server: NtpServer, clock: Clock, counters: Counter[str]) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        server: NtpServer,
+        clock: Clock,
+        counters: Counter[str],
+        admission: Admission | None,
+    ) -> None:
         self._server = server
+        self._admission = admission
+        self._family = endpoint.family
         self._clock = clock
         self._counters = counters
         self._socket = bind(endpoint, socket.SOCK_DGRAM)
@@ -51,6 +65,8 @@ class NtpListener:
         self._socket.close()
 
     def _drain(self) -> None:
+        admission, kiss = self._admission, None
+        now = 0 if admission is None else time.monotonic_ns()
         for _ in range(_BATCH):
             try:
                 datagram, ancillary, _flags, peer = self._socket.recvmsg(MAX_DATAGRAM + 1, _ANCILLARY)
@@ -60,12 +76,21 @@ class NtpListener:
                 # A queued ICMP error of an earlier answer; the next call brings the next datagram.
                 self._counters["receive-error"] += 1
                 continue
+            if admission is not None:
+                kiss = None
+                verdict = admission.judge(packed(self._family, peer), now)
+                if verdict is not _ANSWER:
+                    kiss = _KISSES.get(verdict)
+                    if kiss is None:
+                        self._counters[verdict] += 1
+                        continue
             received, origin = self._read_ancillary(ancillary)
             action = self._server.respond(
                 datagram,
                 received=received,
                 transmit_time=self._clock.now_ns,
                 clock=self._clock.state(received),
+                kiss=kiss,
             )
             self._counters[action.outcome] += 1
             if isinstance(action, Reply):
@@ -93,11 +118,12 @@ class NtpListener:
 
 
 class NtpListeners:
-    """All NTP sockets of one engine, sharing one keyring."""
+    """All NTP sockets of one engine, sharing one keyring and one account of who asked how often."""
 
-    def __init__(self, clock: Clock, keyring: Keyring) -> None:
+    def __init__(self, clock: Clock, keyring: Keyring, limits: Limits) -> None:
         self._clock = clock
         self._server = NtpServer(keyring, secrets.token_bytes)
+        self.admission = _admission(limits)
         self._listeners: list[NtpListener] = []
         self.counters: Counter[str] = Counter()
 
@@ -106,7 +132,8 @@ class NtpListeners:
         return [listener.endpoint for listener in self._listeners]
 
     def listen(self, endpoint: Endpoint) -> None:
-        self._listeners.append(NtpListener(endpoint, self._server, self._clock, self.counters))
+        listener = NtpListener(endpoint, self._server, self._clock, self.counters, self.admission)
+        self._listeners.append(listener)
 
     def use_keyring(self, keyring: Keyring) -> None:
         self._server.keyring = keyring
@@ -115,3 +142,15 @@ class NtpListeners:
         for listener in self._listeners:
             listener.close()
         self._listeners.clear()
+
+
+def _admission(limits: Limits) -> Admission | None:
+    """None when every datagram is to be answered, which then costs nothing to find out."""
+    access = limits.access()
+    if access is None and limits.ntp_interval is None:
+        return None
+    rate = None
+    if limits.ntp_interval is not None:
+        interval_ns = round(limits.ntp_interval * 1e9)
+        rate = RatePolicy(interval_ns, limits.ntp_burst, limits.ntp_leak, limits.ntp_kod)
+    return Admission(secrets.token_bytes, access=access, rate=rate, kiss_denied=limits.deny_action == "kod")

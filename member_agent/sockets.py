@@ -46,6 +46,11 @@ def parse_endpoint(text: str, option: str) -> Endpoint:
     return Endpoint(address, int(port))
 
 
+def packed(family: int, peer: tuple[str, int] | tuple[str, int, int, int]) -> bytes:
+    """The address of a peer, as sockets of the family tell it, in 4 or 16 octets."""
+    return socket.inet_pton(family, peer[0])
+
+
 def bound_endpoint(sock: socket.socket) -> Endpoint:
     address, port = sock.getsockname()[:2]
     return Endpoint(address, port)

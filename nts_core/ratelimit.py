@@ -45,6 +45,10 @@ class Verdict(StrEnum):
     KISS_DENY = "kiss-deny"
 
 
+# Looking a member of an enumeration up costs as much as looking a bucket up.
+_ANSWER = Verdict.ANSWER
+
+
 @dataclass(frozen=True, slots=True)
 class RatePolicy:
     """One request in `interval_ns` on average, `burst` at once.
@@ -166,7 +170,7 @@ class Admission:
         if self._access is not None and not self._access.allows(address):
             return Verdict.KISS_DENY if self._kiss_denied and self._may_kiss(address, now) else Verdict.DENIED
         if self._limiter is None or self._limiter.take(address, now):
-            return Verdict.ANSWER
+            return _ANSWER
         return self._over_limit(address, now)
 
     def _over_limit(self, address: bytes, now: int) -> Verdict:
@@ -176,7 +180,7 @@ class Admission:
             drawn, is_other = divmod(drawn, self._rate.kiss)
             if not is_other:
                 return Verdict.KISS_RATE if self._may_kiss(address, now) else Verdict.RATE_LIMITED
-        return Verdict.RATE_LIMITED if drawn % self._rate.leak else Verdict.ANSWER
+        return Verdict.RATE_LIMITED if drawn % self._rate.leak else _ANSWER
 
     def _may_kiss(self, address: bytes, now: int) -> bool:
         return self._kisses.take(address, now)

@@ -32,8 +32,8 @@ class BuiltinEngine:
         self._state = state
         self._keyring = self._first_keyring()
         self.clock = clock
-        self.ke = KeListeners(credentials, self._keyring, settings.aead)
-        self.ntp = NtpListeners(clock, self._keyring)
+        self.ke = KeListeners(credentials, self._keyring, settings.limits, settings.aead)
+        self.ntp = NtpListeners(clock, self._keyring, settings.limits)
 
     def _first_keyring(self) -> Keyring:
         """The keys of the last run under the schedule that holds now, or fresh ones."""
@@ -55,7 +55,7 @@ class BuiltinEngine:
         for endpoint in ntp:
             self.ntp.listen(endpoint)
         for sock in sockets:
-            await self.ke.listen(sock, self._service)
+            self.ke.listen(sock, self._service)
 
     def _service(self, local: str) -> NtpService:
         """Where clients of the KE address `local` find NTP: there if it is served there.

@@ -1,16 +1,13 @@
 """`pool-agent serve` and `pool-client query` as people run them, on loopback."""
 
 import asyncio
-import contextlib
 import json
 import os
-import resource
 import secrets
 import shutil
 import signal
 import socket
 import time
-import urllib.request
 from datetime import UTC, datetime
 
 import pytest
@@ -19,19 +16,18 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from lab.certificates import Authority, Pair
 from lab.processes import free_port, wait_until
-from lab.programs import AgentServer, run
+from lab.programs import AgentServer, run, scrape
+from member_agent.config import Limits
 from member_agent.errors import ExitStatus
-from member_agent.ke_server import MAX_CONNECTIONS, KeListeners
+from member_agent.ke_server import KeListeners
 from member_agent.sockets import Endpoint
 from member_agent.state import Membership, StateDirectory
-from nts_core import records
 from nts_core.association import Association
 from nts_core.cli import ExitStatus as ClientStatus
 from nts_core.client import _key_exchange, establish, exchange
 from nts_core.cookies import Keyring
 from nts_core.errors import KissOfDeath
 from nts_core.ke import KeClient, NtpEndpoint, NtpService
-from nts_core.records import MessageReader, Record, RecordType
 from nts_core.tls import ServerCredentials, Trust, client_channel
 
 NAME = "ntp.example"
@@ -82,13 +78,6 @@ def endpoints(server):
 
 def port_of(endpoint):
     return int(endpoint.rpartition(":")[2])
-
-
-def counters(port):
-    """The agent's metrics as a dictionary of name (with labels) to value."""
-    with urllib.request.urlopen(f"http://{HOST}:{port}/metrics", timeout=5) as answer:
-        lines = answer.read().decode().splitlines()
-    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
 
 
 def query(authority, endpoint, *arguments, host=NAME, address=HOST):
@@ -290,7 +279,7 @@ def reload(server):
 async def test_sighup_swaps_the_certificate_and_spares_open_connections(reloadable, authority, pair, trust):
     reader, writer = await asyncio.open_connection(HOST, reloadable.ke_port)
     wait_until(
-        lambda: counters(reloadable.metrics)["pool_agent_ke_connections"] == 1, "the connection is accepted"
+        lambda: scrape(reloadable.metrics)["pool_agent_ke_connections"] == 1, "the connection is accepted"
     )
     fresh = authority.issue(NAME, file="fresh")
     install(fresh, reloadable.pair)
@@ -479,92 +468,6 @@ def test_the_cookie_keys_are_private(tmp_path, pair):
 # Bad company
 
 
-@pytest.fixture(scope="module")
-def many_descriptors():
-    """Room for a few thousand sockets, here and in the servers that are started."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 4 * MAX_CONNECTIONS
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(wanted, hard)), hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-@contextlib.contextmanager
-def idle_connections(port, count):
-    with contextlib.ExitStack() as stack:
-        for _ in range(count):
-            stack.enter_context(socket.create_connection((HOST, port), timeout=5))
-        yield
-
-
-def is_cut_off(port):
-    """Whether a fresh connection is closed at once."""
-    with socket.create_connection((HOST, port), timeout=2) as fresh:
-        try:
-            return fresh.recv(1) == b""
-        except ConnectionResetError:
-            return True
-
-
-@pytest.mark.usefixtures("many_descriptors")
-async def test_hundreds_of_idle_connections_do_not_stop_a_client(tmp_path, pair, trust):
-    with AgentServer(tmp_path, pair) as server, idle_connections(server.ke_port, 400):
-        before = time.monotonic()
-        assert (await establish(NAME, HOST, server.ke_port, trust)).result.cookies
-        assert time.monotonic() - before < 2
-
-
-@pytest.mark.usefixtures("many_descriptors")
-async def test_connections_have_a_cap_and_come_free_again(tmp_path, pair, trust):
-    metrics = free_port()
-
-    def connections():
-        return counters(metrics)["pool_agent_ke_connections"]
-
-    with AgentServer(tmp_path, pair, f"--metrics={HOST}:{metrics}") as server:
-        with idle_connections(server.ke_port, MAX_CONNECTIONS):
-            wait_until(lambda: connections() == MAX_CONNECTIONS, "the server is full")
-            assert is_cut_off(server.ke_port)
-            assert counters(metrics)['pool_agent_ke_total{outcome="too-many-connections"}'] == 1
-        wait_until(lambda: connections() == 0, "the slots are free again")
-        assert (await establish(NAME, HOST, server.ke_port, trust)).result.cookies
-        assert "Traceback" not in server.process.output()
-
-
-async def test_slow_peers_get_their_deadline_and_no_more(shared, trust):
-    """Silence before TLS is cut off; a request that never ends gets Error 1 (RFC 8915 section 4.1.3)."""
-    idle = socket.create_connection((HOST, shared.ke_port), timeout=10)
-    reader, writer = await asyncio.open_connection(HOST, shared.ke_port)
-    channel = client_channel(NAME, trust)
-    channel.receive(b"")
-    writer.write(channel.to_send())
-    plaintext = b""
-    async with asyncio.timeout(10):
-        while not channel.closed_by_peer:
-            octets = await reader.read(1 << 16)
-            assert octets
-            was_established = channel.established
-            plaintext += channel.receive(octets)
-            if channel.established and not was_established:
-                channel.send(KeClient(channel.export).request()[:-1])
-            writer.write(channel.to_send())
-    writer.close()
-    answer = MessageReader(records.MAX_RESPONSE).receive(plaintext)
-    assert answer == (Record(RecordType.ERROR, b"\0\1", critical=True),)
-    with idle, contextlib.suppress(ConnectionResetError):
-        assert idle.recv(1) == b""
-
-
-async def test_a_client_that_does_not_hang_up_has_its_answer_and_loses_its_slot(shared, trust):
-    reader, writer = await asyncio.open_connection(HOST, shared.ke_port)
-    result = await _key_exchange(client_channel(NAME, trust), reader, writer)
-    assert len(result.cookies) == 8
-    async with asyncio.timeout(10):
-        while await reader.read(4096):
-            pass
-    writer.close()
-
-
 async def test_a_client_that_closes_its_direction_with_the_request_is_served(shared, trust):
     """RFC 8915 section 4: close_notify may follow the request at once."""
     reader, writer = await asyncio.open_connection(HOST, shared.ke_port)
@@ -597,7 +500,7 @@ GARBAGE = [
 
 
 def datagrams_seen(server):
-    found = counters(server.metrics)
+    found = scrape(server.metrics)
     return sum(value for name, value in found.items() if name.startswith("pool_agent_ntp_total"))
 
 
@@ -648,12 +551,12 @@ def test_a_query_to_a_port_that_does_not_speak_tls(shared, authority):
 async def test_a_query_to_a_server_whose_ntp_port_is_silent(authority, pair):
     key = load_pem_private_key(pair.key.read_bytes(), None)
     credentials = ServerCredentials(x509.load_pem_x509_certificates(pair.cert.read_bytes()), key)
-    listeners = KeListeners(credentials, Keyring.new(0, secrets.token_bytes))
+    listeners = KeListeners(credentials, Keyring.new(0, secrets.token_bytes), Limits())
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
         silent.bind((HOST, 0))
         bound = listeners.bind(Endpoint(HOST, 0))
         service = NtpService(NtpEndpoint(None, silent.getsockname()[1]))
-        await listeners.listen(bound, lambda _local: service)
+        listeners.listen(bound, lambda _local: service)
         outcome = await asyncio.to_thread(query, authority, str(listeners.endpoints[0]), "--samples=1")
         await listeners.close()
     fails(outcome, ClientStatus.NO_TIME, "ntp")
