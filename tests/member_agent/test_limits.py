@@ -28,7 +28,7 @@ from nts_core.association import Association
 from nts_core.client import establish
 from nts_core.cookies import Keyring
 from nts_core.errors import KissOfDeath
-from nts_core.ke import KeClient, NtpEndpoint
+from nts_core.ke import KeClient, NtpEndpoint, NtpService
 from nts_core.packet import Header, Leap, Mode
 from nts_core.records import MessageReader, Record, RecordType
 from nts_core.tls import ServerCredentials, Trust, client_channel
@@ -442,7 +442,7 @@ async def test_what_cannot_be_sent_is_thrown_away_at_the_deadline(authority, tru
     listeners = KeListeners(credentials, Keyring.new(0, secrets.token_bytes), LIMITS)
     bound = listeners.bind(Endpoint(HOST, 0))
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
-    listeners.listen(bound, NtpEndpoint())
+    listeners.listen(bound, lambda _local: NtpService(NtpEndpoint()))
     peer = Peer(listeners.endpoints[0].port, trust, receive_buffer=1)
     with peer.socket:
         before = descriptors("self")
