@@ -15,6 +15,8 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
+import structlog
+
 from member_agent.config import Limits
 from member_agent.sockets import Endpoint, bind, bound_endpoint, packed
 from nts_core.aead import SUPPORTED, AeadId
@@ -43,6 +45,8 @@ _OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _ABORT = struct.pack("ii", 1, 0)
 # After these there is nothing that the peer would have to read yet.
 _UNSAID = ("tls-timeout", "connection-lost")
+
+_log = structlog.get_logger()
 
 # What NTP service belongs to a connection that came in on a local address.
 ServiceAt = Callable[[str], NtpService]
@@ -175,15 +179,15 @@ class KeListeners:
             async with asyncio.timeout(DEADLINE):
                 return await _converse(channel, ke, reader, writer)
         except TimeoutError:
-            if not channel.established:
-                return "tls-timeout"
-            reply = ke.timeout()
-            _finish(channel, reply, writer)
-            return reply.outcome
+            return _finish(channel, ke.timeout(), writer) if channel.established else "tls-timeout"
         except TlsError:
             return "tls-failed"
         except OSError:
             return "connection-lost"
+        except Exception:  # noqa: BLE001 - the root of a connection's task
+            # Whatever it is, it is our own fault, and the client has to be told so.
+            _log.exception("key_establishment_failed")
+            return _finish(channel, ke.internal_error(), writer) if channel.established else "internal-error"
 
 
 async def _converse(
@@ -193,7 +197,7 @@ async def _converse(
     while True:
         octets = await reader.read(_READ)
         if not octets:
-            return "connection-lost"
+            return _cut_short(channel, ke, writer)
         received += len(octets)
         if received > MAX_RECEIVED:
             return "too-long"
@@ -204,19 +208,22 @@ async def _converse(
             # Also on failure: the client then gets the alert that says why.
             writer.write(channel.to_send())
         if reply is not None:
-            _finish(channel, reply, writer)
-            await writer.drain()
-            return reply.outcome
+            return _finish(channel, reply, writer)
         if channel.closed_by_peer:
-            return "connection-lost"
+            return _cut_short(channel, ke, writer)
         await writer.drain()
 
 
-def _finish(channel: TlsChannel, reply: KeReply, writer: asyncio.StreamWriter) -> None:
-    """The answer in one write, with the close_notify that section 4 asks for behind it."""
+def _cut_short(channel: TlsChannel, ke: KeServer, writer: asyncio.StreamWriter) -> str:
+    return _finish(channel, ke.cut_short(), writer) if channel.established else "connection-lost"
+
+
+def _finish(channel: TlsChannel, reply: KeReply, writer: asyncio.StreamWriter) -> str:
+    """The answer in one write, with the close_notify that section 4 asks for behind it; its outcome."""
     channel.send(reply.octets)
     channel.close()
     writer.write(channel.to_send())
+    return reply.outcome
 
 
 async def _linger(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -18,17 +18,21 @@ from lab.certificates import Authority, Pair
 from lab.processes import free_port, wait_until
 from lab.programs import AgentServer, run, scrape
 from member_agent.config import Limits
+from member_agent.daemon import load_credentials
 from member_agent.errors import ExitStatus
 from member_agent.ke_server import KeListeners
 from member_agent.sockets import Endpoint
 from member_agent.state import Membership, StateDirectory
+from nts_core import records
 from nts_core.association import Association
 from nts_core.cli import ExitStatus as ClientStatus
 from nts_core.client import _key_exchange, establish, exchange
 from nts_core.cookies import Keyring
 from nts_core.errors import KissOfDeath
 from nts_core.ke import KeClient, NtpEndpoint, NtpService
+from nts_core.records import ErrorCode, MessageReader, Record, RecordType
 from nts_core.tls import ServerCredentials, Trust, client_channel
+from nts_core.wire import uint16
 
 NAME = "ntp.example"
 HOST = "127.0.0.1"
@@ -137,9 +141,12 @@ def test_a_query_by_address(shared, authority):
     assert (status, document["server"]) == (ClientStatus.OK, HOST)
 
 
-@pytest.mark.rfc8915("4-2", "4-3")
-async def test_a_server_sends_one_answer_and_close_notify(shared, trust):
-    reader, writer = await asyncio.open_connection(HOST, shared.ke_port)
+async def converse(port, trust, request, *, is_last=False):
+    """The records that a server answers `request` with; it has to say that it closes.
+
+    `is_last` says close_notify behind the request.
+    """
+    reader, writer = await asyncio.open_connection(HOST, port)
     channel = client_channel(NAME, trust)
     channel.receive(b"")
     writer.write(channel.to_send())
@@ -149,12 +156,50 @@ async def test_a_server_sends_one_answer_and_close_notify(shared, trust):
             was_established = channel.established
             plaintext += channel.receive(octets)
             if channel.established and not was_established:
-                channel.send(KeClient(channel.export).request())
+                if request:
+                    channel.send(request)
+                if is_last:
+                    channel.close()
             writer.write(channel.to_send())
     writer.close()
     assert channel.closed_by_peer
-    answer = MessageReader(records.MAX_RESPONSE).receive(plaintext)
+    return list(MessageReader(records.MAX_RESPONSE).receive(plaintext))
+
+
+REQUEST = KeClient(lambda _context, length: bytes(length)).request()
+
+
+@pytest.mark.rfc8915("4-2", "4-3")
+async def test_a_server_sends_one_answer_and_close_notify(shared, trust):
+    answer = await converse(shared.ke_port, trust, REQUEST)
     assert [record.type for record in answer].count(RecordType.NEW_COOKIE) == 8
+
+
+@pytest.mark.rfc8915("4.1.3-7")
+@pytest.mark.parametrize("length", [0, 1, len(REQUEST) // 2, len(REQUEST) - 1])
+async def test_a_request_that_ends_too_early_is_a_bad_request(shared, trust, length):
+    answer = await converse(shared.ke_port, trust, REQUEST[:length], is_last=True)
+    assert answer == [Record(RecordType.ERROR, uint16(ErrorCode.BAD_REQUEST), critical=True)]
+
+
+@pytest.mark.rfc8915("4.1.3-9")
+async def test_a_fault_of_our_own_is_error_2(pair, trust):
+    """Here the keys of cookies fail; the client is told, and nothing is left behind."""
+
+    class Broken(Keyring):
+        def seal_many(self, keys, nonces):
+            raise RuntimeError("broken on purpose")
+
+    keyring = Broken.load(Keyring.new(0, secrets.token_bytes).dump())
+    credentials = load_credentials(pair.cert, pair.key)
+    listeners = KeListeners(credentials, keyring, Limits())
+    bound = listeners.bind(Endpoint(HOST, 0))
+    listeners.listen(bound, lambda _local: NtpService())
+    answer = await converse(listeners.endpoints[0].port, trust, REQUEST)
+    await listeners.close()
+    assert answer == [Record(RecordType.ERROR, uint16(ErrorCode.INTERNAL_SERVER_ERROR), critical=True)]
+    assert listeners.counters == {"internal-error": 1}
+    assert listeners.slots.taken == 0
 
 
 @pytest.mark.rfc8915("4.1.7-1", "4.1.7-2", "4.1.7-3")
