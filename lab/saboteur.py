@@ -752,6 +752,16 @@ async def swapped_cookies(talk: KeTalk) -> None:
     await talk.close()
 
 
+@_ke(None)
+async def one_swapped_cookie(talk: KeTalk) -> None:
+    """Gives another client's cookie as the second; one exchange is lost with it, and no more."""
+    await talk.handshake()
+    answer = await talk.answer()
+    first, *rest = _bodies(answer)
+    await talk.say(records.encode(_cookies(answer, first, talk.cookies_of_others()[0], *rest[:6])))
+    await talk.close()
+
+
 @_answer(None)
 def cookies_of_different_lengths(honest: list[Record]) -> list[Record]:
     """Gives a good cookie, then some of 1 to 256 octets; the client keeps them and its requests stay well-formed."""
@@ -1452,7 +1462,7 @@ class Saboteur:
             self.counted.plain_requests += 1
             return
         self.counted.nts_requests += 1
-        truth = self._honest_reply(datagram)
+        truth = self.honest_reply(datagram)
         sabotage = self.ntp
         try:
             keys = self.keyring.open(packet.of_type(FieldType.COOKIE)[0].value)
@@ -1472,7 +1482,7 @@ class Saboteur:
                 keys=keys,
                 truth=truth,
                 earlier=tuple(self._earlier),
-                answer_of_others=self._honest_reply(asked_by_others),
+                answer_of_others=self.honest_reply(asked_by_others),
                 cookie_of_others=self.keyring.seal(others, self.random.randbytes),
                 keyring=self.keyring,
                 random=self.random,
@@ -1482,7 +1492,9 @@ class Saboteur:
         self.last_truth = truth
         self._earlier.append(truth)
 
-    def _honest_reply(self, datagram: bytes) -> bytes:
+    def honest_reply(self, datagram: bytes) -> bytes:
+        """What a server that keeps the rules answers."""
+
         def now() -> int:
             return time.time_ns() + TRUTH
 

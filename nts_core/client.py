@@ -259,6 +259,8 @@ async def _receive(udp: socket.socket, peer: tuple[str, int]) -> tuple[bytes, in
     """The next datagram from `peer` with the kernel's receive time."""
     loop = asyncio.get_running_loop()
     while True:
+        # Garbage may come faster than it can be checked: it must stop neither our deadline nor other sources.
+        await asyncio.sleep(0)
         try:
             datagram, ancillary, _flags, source = udp.recvmsg(MAX_DATAGRAM + 1, 64)
         except BlockingIOError:

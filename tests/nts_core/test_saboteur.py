@@ -6,6 +6,7 @@ is kept, that the next honest answer is used, and that plain NTP is never asked.
 
 import asyncio
 import secrets
+import socket
 import time
 from datetime import UTC, datetime, timedelta
 
@@ -20,7 +21,7 @@ from nts_core.cli import ExitStatus
 from nts_core.client import ClientError, Failure, establish, exchange, measure
 from nts_core.cookies import MAX_COOKIES
 from nts_core.errors import KissOfDeath, NotAuthentic
-from nts_core.packet import Packet
+from nts_core.packet import MAX_DATAGRAM, Packet
 from nts_core.tls import Trust
 
 # For what has to come by itself, however slow this machine is now; less than the saboteur's own patience.
@@ -300,6 +301,30 @@ async def test_a_measurement_among_lies(saboteur, trust):
     measurement = await measure(found, 4)
     assert all(is_true(sample) for sample in measurement.samples)
     assert len(measurement.samples) == 4
+
+
+async def test_other_work_goes_on_while_garbage_waits(saboteur, trust):
+    """The loop turns between two datagrams: else garbage that comes faster than it can be checked stops deadlines."""
+    association = Association((await established(saboteur, trust)).result, secrets.token_bytes)
+    count = 100
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        server.bind((saboteur.address, 0))
+        server.setblocking(False)
+        waiting = asyncio.create_task(
+            exchange(association, saboteur.address, server.getsockname()[1], timeout=PATIENCE)
+        )
+        # After one turn it has asked and waits.
+        await asyncio.sleep(0)
+        request, peer = server.recvfrom(MAX_DATAGRAM)
+        for _ in range(count):
+            server.sendto(b"garbage", peer)
+        server.sendto(saboteur.honest_reply(request), peer)
+        turns = 0
+        while not waiting.done():
+            turns += 1
+            await asyncio.sleep(0)
+    assert is_true(await waiting)
+    assert turns >= count
 
 
 # The program
