@@ -293,7 +293,10 @@ class Measurement:
 
 
 async def measure(established: Established, samples: int) -> Measurement:
-    """`samples` exchanges; one lost packet is made up for. Raises ClientError if there is no sample at all."""
+    """`samples` exchanges; one lost packet is made up for.
+
+    Raises ClientError if there is no sample at all, and for an authentic kiss code.
+    """
     association = Association(established.result, secrets.token_bytes)
     host = await _ntp_address(established)
     taken: list[Sample] = []
@@ -307,9 +310,13 @@ async def measure(established: Established, samples: int) -> Measurement:
             failure = error
         except KissOfDeath as kiss:
             code = Failure.UNSYNCHRONISED if kiss.code in _STARTING else Failure.KISS
-            raise ClientError(code, str(kiss)) from None
+            failure = ClientError(code, str(kiss))
+            if kiss.authentic:
+                raise failure from None
+            # Anybody may have sent it: it costs no more than the loss of a packet.
         except OutOfCookies as error:
-            raise ClientError(Failure.NTP, str(error)) from None
+            failure = failure or ClientError(Failure.NTP, str(error))
+            break
     if not taken:
         assert failure is not None
         raise failure

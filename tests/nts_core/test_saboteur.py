@@ -303,6 +303,21 @@ async def test_a_measurement_among_lies(saboteur, trust):
     assert len(measurement.samples) == 4
 
 
+async def test_samples_are_not_lost_with_the_last_cookie(saboteur, trust):
+    """A server that gives one cookie and none back leaves us with one sample, which is as true as any."""
+    saboteur.ke, saboteur.ntp = KE_SABOTAGES["one-cookie"], NTP_SABOTAGES["no-cookies-back"]
+    measurement = await measure(await established(saboteur, trust), 4)
+    assert [is_true(sample) for sample in measurement.samples] == [True]
+
+
+async def test_a_hint_costs_one_exchange(saboteur, trust):
+    """Anybody may forge NTSN, so that it must not cost more than a lost packet (RFC 8915 section 5.7)."""
+    saboteur.ke = KE_SABOTAGES["one-swapped-cookie"]
+    measurement = await measure(await established(saboteur, trust), 4)
+    assert [is_true(sample) for sample in measurement.samples] == [True] * 4
+    assert (await settled(saboteur)).nts_requests == 5
+
+
 async def test_other_work_goes_on_while_garbage_waits(saboteur, trust):
     """The loop turns between two datagrams: else garbage that comes faster than it can be checked stops deadlines."""
     association = Association((await established(saboteur, trust)).result, secrets.token_bytes)
