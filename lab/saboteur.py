@@ -402,10 +402,17 @@ async def drip(talk: KeTalk) -> None:
     await talk.flood(Record(0x4000).encode(), pause=0.01)
 
 
-@_ke(Failure.TLS)
+async def _presented(talk: KeTalk, manner: Manner) -> None:
+    """An honest answer behind a handshake that is not."""
+    await talk.handshake(manner)
+    await talk.say(records.encode(await talk.answer()))
+    await talk.close()
+
+
+@_ke(Failure.TLS, says="protocol version")
 async def tls_1_2_only(talk: KeTalk) -> None:
-    """Speaks no TLS above 1.2; the client refuses it (section 3)."""
-    await talk.handshake(Manner.TLS_1_2)
+    """Speaks no TLS above 1.2 and answers honestly by that; the client refuses it (section 3)."""
+    await _presented(talk, Manner.TLS_1_2)
 
 
 @_ke(Failure.TLS, says="ntske/1")
@@ -418,13 +425,6 @@ async def no_alpn(talk: KeTalk) -> None:
 async def other_alpn(talk: KeTalk) -> None:
     """Chooses an ALPN protocol that was not offered; the client refuses it before it asks anything."""
     await talk.handshake(Manner.OTHER_ALPN)
-
-
-async def _presented(talk: KeTalk, manner: Manner) -> None:
-    """An honest answer behind a certificate that is not."""
-    await talk.handshake(manner)
-    await talk.say(records.encode(await talk.answer()))
-    await talk.close()
 
 
 @_ke(Failure.CERTIFICATE, says=NAME)
@@ -512,13 +512,13 @@ def record_length_too_short(honest: list[Record]) -> bytes:
 @_answer(None)
 def exactly_64_kib(honest: list[Record]) -> list[Record]:
     """Fills the answer with unknown records to 65,536 octets; the client takes it (section 4)."""
-    return _filled(honest, records.MAX_RESPONSE)
+    return _filled(honest, 65_536)
 
 
 @_answer(Failure.KE, says="longer than")
 def one_octet_more_than_64_kib(honest: list[Record]) -> list[Record]:
     """Fills the answer to 65,537 octets; the client refuses it."""
-    return _filled(honest, records.MAX_RESPONSE + 1)
+    return _filled(honest, 65_537)
 
 
 @_answer(None)
