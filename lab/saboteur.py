@@ -24,11 +24,11 @@ import struct
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -40,12 +40,12 @@ from OpenSSL import SSL
 from lab.certificates import Authority, Pair
 from lab.processes import LabError, free_port
 from nts_core import records
-from nts_core.aead import KEY_LENGTH, Aead, AeadId, SessionKeys
+from nts_core.aead import KEY_LENGTH, NONCE_LENGTH, SUPPORTED, Aead, AeadId, SessionKeys
 from nts_core.association import Association
 from nts_core.client import Failure
-from nts_core.cookies import MAX_COOKIE_LENGTH, Keyring
+from nts_core.cookies import MAX_COOKIE_LENGTH, MAX_COOKIES, Keyring
 from nts_core.errors import NtsError, TlsError
-from nts_core.ke import PREFERENCE, KeResult, KeServer, NtpEndpoint
+from nts_core.ke import KeResult, KeServer, KeTerms, NtpEndpoint, NtpService
 from nts_core.packet import (
     HEADER_LENGTH,
     MAX_DATAGRAM,
@@ -57,7 +57,7 @@ from nts_core.packet import (
     Mode,
     Packet,
     encode_fields,
-    seal,
+    protect,
 )
 from nts_core.records import MessageReader, Record, RecordType
 from nts_core.server import NtpServer, Reply
@@ -116,11 +116,6 @@ class KeTalk:
         self._asked = b""
         self.channel = saboteur.channel(Manner.HONEST)
 
-    @property
-    def host(self) -> bytes:
-        """The server's address."""
-        return self._saboteur.address.encode("ascii")
-
     async def handshake(self, manner: Manner = Manner.HONEST) -> None:
         """TLS until it is established."""
         self.channel = self._saboteur.channel(manner)
@@ -146,7 +141,7 @@ class KeTalk:
 
     def cookies_of_others(self) -> list[bytes]:
         """Eight good cookies of a session that is not this one."""
-        return [self._saboteur.cookie_of_others() for _ in range(8)]
+        return self._saboteur.cookies_of_others()
 
     async def say(self, *pieces: bytes) -> None:
         """Each piece in TLS records of its own."""
@@ -249,7 +244,9 @@ def _title(play: Callable[..., object]) -> tuple[str, str]:
 _Spoil = Callable[[list[Record]], Iterable[Record] | bytes]
 
 
-def _answer(failure: Failure | None, *, says: str = "", kept: int = 8) -> Callable[[_Spoil], _Spoil]:
+def _answer(
+    failure: Failure | None, *, says: str = "", kept: int = 8, useful: bool = True
+) -> Callable[[_Spoil], _Spoil]:
     """An entry that only changes the honest records, in a TLS session that is in order."""
 
     def enter(spoil: _Spoil) -> _Spoil:
@@ -260,7 +257,9 @@ def _answer(failure: Failure | None, *, says: str = "", kept: int = 8) -> Callab
             await talk.close()
 
         name, sentence = _title(spoil)
-        KE_SABOTAGES[name] = KeSabotage(name, sentence, play, failure, says, waits=False, kept=kept)
+        KE_SABOTAGES[name] = KeSabotage(
+            name, sentence, play, failure, says, waits=False, kept=kept, useful=useful
+        )
         return spoil
 
     return enter
@@ -693,6 +692,23 @@ def two_aeads(honest: list[Record]) -> list[Record]:
     return _with(honest, RecordType.AEAD_ALGORITHM, uint16(15) + uint16(1))
 
 
+@_answer(None, useful=False)
+def aead_of_other_keys(honest: list[Record]) -> list[Record]:
+    """Names an AEAD that was offered, but its cookies are for another; the client gets no time with them."""
+    (chosen,) = (record.body for record in honest if record.type == RecordType.AEAD_ALGORITHM)
+    return _with(honest, RecordType.AEAD_ALGORITHM, uint16(next(i for i in SUPPORTED if uint16(i) != chosen)))
+
+
+@_answer(Failure.KE, says="type 1024 with a body")
+def compliance_with_a_body(honest: list[Record]) -> list[Record]:
+    """Record 1024 has a body; the client refuses the answer."""
+    return [
+        *_without(_without(honest, RecordType.COMPLIANT_128GCM_EXPORT), RecordType.END_OF_MESSAGE),
+        Record(RecordType.COMPLIANT_128GCM_EXPORT, b"\0"),
+        _END,
+    ]
+
+
 @_answer(Failure.KE, says="comes twice")
 def aead_twice(honest: list[Record]) -> list[Record]:
     """Sends the AEAD record twice; the client refuses the answer."""
@@ -807,12 +823,22 @@ def host_twice(honest: list[Record]) -> list[Record]:
     return _with(honest, RecordType.NTP_SERVER, b"127.0.0.1", b"127.0.0.2")
 
 
-@_ke(None)
-async def host_with_a_trailing_dot(talk: KeTalk) -> None:
-    """The NTP server's address ends in a dot; the client asks it without the dot."""
-    await talk.handshake()
-    await talk.say(records.encode(_with(await talk.answer(), RecordType.NTP_SERVER, talk.host + b".")))
-    await talk.close()
+@_answer(None)
+def host_with_a_trailing_dot(honest: list[Record]) -> list[Record]:
+    """The NTP server's name ends in a dot; the client looks it up without the dot."""
+    return _with(honest, RecordType.NTP_SERVER, b"localhost.")
+
+
+@_answer(Failure.KE, says="not a host name")
+def address_with_a_trailing_dot(honest: list[Record]) -> list[Record]:
+    """The NTP server's address ends in a dot, which makes it neither address nor name; refused (section 4.1.7)."""
+    return _with(honest, RecordType.NTP_SERVER, b"127.0.0.1.")
+
+
+@_answer(Failure.KE, says="zone identifier")
+def address_with_a_zone(honest: list[Record]) -> list[Record]:
+    """The NTP server's IPv6 address names an interface of ours; the client refuses the answer."""
+    return _with(honest, RecordType.NTP_SERVER, b"fe80::1%lo")
 
 
 @_answer(None)
@@ -889,10 +915,10 @@ class NtpTurn:
         """The unique identifier as the answer has to echo it."""
         return encode_fields(self.packet.of_type(FieldType.UNIQUE_IDENTIFIER))
 
-    def true_header(self, **changes: object) -> Header:
-        return replace(Header.decode(self.truth), **changes)  # type: ignore[arg-type]  # names of fields
+    def true_header(self, **changes: Any) -> Header:
+        return Header.decode(self.truth)._replace(**changes)
 
-    def lie(self, **changes: object) -> bytes:
+    def lie(self, **changes: Any) -> bytes:
         """A header that answers the request with a time an hour off."""
         true = Header.decode(self.truth)
         receive, transmit = true.receive + _LIE_STEPS, true.transmit + _LIE_STEPS
@@ -900,15 +926,17 @@ class NtpTurn:
 
     def cookie(self) -> bytes:
         """A field with one more honest cookie."""
-        return Field(FieldType.COOKIE, self.keyring.seal(self.keys, self.random.randbytes)).encode()
+        return Field(
+            FieldType.COOKIE, self.keyring.seal_many(self.keys, 1, self.random.randbytes)[0]
+        ).encode()
 
     def sealed(self, clear: bytes, hidden: bytes | None = None, key: bytes | None = None) -> bytes:
         """`clear` under the session's S2C key or another one, with hidden fields (an honest cookie unless told)."""
         plaintext = self.cookie() if hidden is None else hidden
-        aead = Aead(self.keys.s2c if key is None else key)
-        return seal(clear, plaintext, aead, self.random.randbytes(16))
+        aead = Aead(self.keys.aead, self.keys.s2c if key is None else key)
+        return protect(clear, plaintext, aead, self.random.randbytes(NONCE_LENGTH[self.keys.aead]))
 
-    def kiss(self, code: bytes, **changes: object) -> bytes:
+    def kiss(self, code: bytes, **changes: Any) -> bytes:
         """The header and identifier of a kiss-of-death."""
         told = {"leap": Leap.UNSYNCHRONISED, "stratum": 0, "reference_id": code, **changes}
         return self.true_header(**told).encode() + self.echo
@@ -1056,12 +1084,6 @@ def answer_of_another_association(turn: NtpTurn) -> list[bytes]:
 def truncated(turn: NtpTurn) -> Iterator[bytes]:
     """The true answer cut after each of its octets; ignored."""
     return (turn.truth[:length] for length in range(len(turn.truth)))
-
-
-@_ntp(Fate.IGNORED)
-def extended(turn: NtpTurn) -> Iterator[bytes]:
-    """The true answer with 1 to 15 octets behind it, which is no extension field; ignored."""
-    return (turn.truth + bytes(length) for length in range(1, 16))
 
 
 @_ntp(Fate.IGNORED)
@@ -1236,6 +1258,12 @@ def fields_after_the_authenticator(turn: NtpTurn) -> list[bytes]:
 
 
 @_ntp(Fate.TAKEN)
+def rubbish_after_the_authenticator(turn: NtpTurn) -> list[bytes]:
+    """Three octets behind the authenticator, which are no field; they are not looked at (section 5.7)."""
+    return [turn.truth + b"\xff" * 3]
+
+
+@_ntp(Fate.TAKEN)
 def cookies_in_clear(turn: NtpTurn) -> list[bytes]:
     """Cookies beside the authenticator and before it; only those inside are kept (section 5.7)."""
     hostile = Field(FieldType.COOKIE, b"\xbb" * 100).encode()
@@ -1301,7 +1329,7 @@ class Counted:
 class Saboteur:
     """The server; a context manager. Without a sabotage it keeps the rules.
 
-    `ke` and `ntp` are what is played to whoever comes next. With `truth_follows` the true answer is sent after
+    `ke` and `ntp` are what is played to whoever comes next, `algorithm` what is preferred. With `truth_follows` the true answer is sent after
     an NTP sabotage, or in its midst when it never ends. One client at a time: its next NTP request ends what is
     still being sent for the one before.
     """
@@ -1310,6 +1338,7 @@ class Saboteur:
         self.ke: KeSabotage | None = None
         self.ntp: NtpSabotage | None = None
         self.truth_follows = False
+        self.algorithm = SUPPORTED[0]
         self.counted = Counted()
         self.last_truth = b""
         self.random = random.Random(seed)
@@ -1332,7 +1361,8 @@ class Saboteur:
             1 + secrets.randbelow(250),
         )
         self.address, self.other_address = f"{middle}.{last}", f"{middle}.{last + 1}"
-        self.ntp_port = free_port(self.address, self.other_address, "::1")
+        others = ("127.0.0.1", "::1")
+        self.ntp_port = free_port(self.address, self.other_address, *others)
         self._listener = socket.create_server((self.address, 0))
         self.ke_port: int = self._listener.getsockname()[1]
         server = _udp(self.address, self.ntp_port)
@@ -1341,7 +1371,7 @@ class Saboteur:
             Source.OTHER_PORT: _udp(self.address, 0),
             Source.OTHER_ADDRESS: _udp(self.other_address, self.ntp_port),
         }
-        self._inboxes = [server, _udp("::1", self.ntp_port)]
+        self._inboxes = [server, *(_udp(address, self.ntp_port) for address in others)]
         # A fall-back to plain NTP would go there; only the privileged may listen, and only where nobody else does.
         with contextlib.suppress(OSError):
             self._inboxes.append(_udp(self.address, 123))
@@ -1371,6 +1401,7 @@ class Saboteur:
         async def forget() -> None:
             self.ke = self.ntp = None
             self.truth_follows = False
+            self.algorithm = SUPPORTED[0]
             await _end(self._talks | self._shots)
             self._drain()
             await _end(self._shots)
@@ -1414,8 +1445,9 @@ class Saboteur:
 
     def honest_records(self, asked: bytes, channel: TlsChannel) -> list[Record]:
         """What a server that keeps the rules answers."""
-        endpoint = NtpEndpoint(None, self.ntp_port)
-        reply = KeServer(self.keyring, endpoint, channel.export, self.random.randbytes).receive(asked)
+        service = NtpService(NtpEndpoint(None, self.ntp_port))
+        terms = KeTerms(self.keyring, service, (self.algorithm, AeadId.AES_SIV_CMAC_256))
+        reply = KeServer(terms, channel.export, self.random.randbytes).receive(asked)
         assert reply is not None, "a client of ours sends its request at once"
         message = MessageReader(records.MAX_RESPONSE).receive(reply.octets)
         assert message is not None, "a server's answer is whole"
@@ -1466,7 +1498,7 @@ class Saboteur:
         sabotage = self.ntp
         try:
             keys = self.keyring.open(packet.of_type(FieldType.COOKIE)[0].value)
-            packet.decrypt(datagram, Aead(keys.c2s))
+            packet.decrypt(datagram, Aead(keys.aead, keys.c2s))
         except NtsError:
             # Not a cookie of this session: what is sent is NTSN, and there is no key to lie with.
             sabotage = None
@@ -1474,8 +1506,8 @@ class Saboteur:
             sock.sendto(truth, peer)
         else:
             others = self._others(keys.aead)
-            cookie = self.keyring.seal(others, self.random.randbytes)
-            asked_by_others = Association(KeResult(others, (cookie,)), self.random.randbytes).poll()
+            cookies = self.keyring.seal_many(others, 2, self.random.randbytes)
+            asked_by_others = Association(KeResult(others, (cookies[0],)), self.random.randbytes).poll()
             turn = NtpTurn(
                 request=datagram,
                 packet=packet,
@@ -1483,7 +1515,7 @@ class Saboteur:
                 truth=truth,
                 earlier=tuple(self._earlier),
                 answer_of_others=self.honest_reply(asked_by_others),
-                cookie_of_others=self.keyring.seal(others, self.random.randbytes),
+                cookie_of_others=cookies[1],
                 keyring=self.keyring,
                 random=self.random,
             )
@@ -1507,9 +1539,9 @@ class Saboteur:
         size = KEY_LENGTH[aead]
         return SessionKeys(aead, self.random.randbytes(size), self.random.randbytes(size))
 
-    def cookie_of_others(self) -> bytes:
-        """A good cookie of another client."""
-        return self.keyring.seal(self._others(PREFERENCE[0]), self.random.randbytes)
+    def cookies_of_others(self) -> list[bytes]:
+        """Good cookies of another client."""
+        return self.keyring.seal_many(self._others(self.algorithm), MAX_COOKIES, self.random.randbytes)
 
     def _shoot(self, sabotage: NtpSabotage, turn: NtpTurn, line: "_Line") -> None:
         for task in self._shots:
