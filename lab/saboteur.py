@@ -44,6 +44,7 @@ from nts_core.aead import KEY_LENGTH, NONCE_LENGTH, SUPPORTED, Aead, AeadId, Ses
 from nts_core.association import Association
 from nts_core.client import Failure
 from nts_core.cookies import MAX_COOKIE_LENGTH, MAX_COOKIES, Keyring
+from nts_core.cookies import NONCE_LENGTH as COOKIE_NONCE_LENGTH
 from nts_core.errors import NtsError, TlsError
 from nts_core.ke import KeResult, KeServer, KeTerms, NtpEndpoint, NtpService
 from nts_core.packet import (
@@ -927,7 +928,7 @@ class NtpTurn:
     def cookie(self) -> bytes:
         """A field with one more honest cookie."""
         return Field(
-            FieldType.COOKIE, self.keyring.seal_many(self.keys, 1, self.random.randbytes)[0]
+            FieldType.COOKIE, self.keyring.seal(self.keys, self.random.randbytes(COOKIE_NONCE_LENGTH))
         ).encode()
 
     def sealed(self, clear: bytes, hidden: bytes | None = None, key: bytes | None = None) -> bytes:
@@ -1506,7 +1507,7 @@ class Saboteur:
             sock.sendto(truth, peer)
         else:
             others = self._others(keys.aead)
-            cookies = self.keyring.seal_many(others, 2, self.random.randbytes)
+            cookies = self.keyring.seal_many(others, self.random.randbytes(2 * COOKIE_NONCE_LENGTH))
             asked_by_others = Association(KeResult(others, (cookies[0],)), self.random.randbytes).poll()
             turn = NtpTurn(
                 request=datagram,
@@ -1541,7 +1542,9 @@ class Saboteur:
 
     def cookies_of_others(self) -> list[bytes]:
         """Good cookies of another client."""
-        return self.keyring.seal_many(self._others(self.algorithm), MAX_COOKIES, self.random.randbytes)
+        return self.keyring.seal_many(
+            self._others(self.algorithm), self.random.randbytes(MAX_COOKIES * COOKIE_NONCE_LENGTH)
+        )
 
     def _shoot(self, sabotage: NtpSabotage, turn: NtpTurn, line: "_Line") -> None:
         for task in self._shots:

@@ -9,12 +9,11 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from member_agent import cookie_keys, daemon
-from member_agent.clock import Clock
-from member_agent.config import MAX_CLOCK_OFFSET, load_settings
-from member_agent.errors import AgentError, ExitStatus
+from member_agent.config import load_settings
+from member_agent.errors import AgentError
 from member_agent.sockets import parse_endpoint
 from member_agent.state import StateDirectory
-from member_agent.tracking import OPTION, parse_source
+from member_agent.tracking import OPTION
 from nts_core.cookies import Keyring
 from nts_core.ke import DEFAULT_NTP_PORT
 from nts_core.shell import configure_logging, raise_descriptor_limit
@@ -96,16 +95,6 @@ def _fail(error: AgentError) -> NoReturn:
     raise typer.Exit(error.status)
 
 
-def _offset_ns(seconds: float | None) -> int:
-    if seconds is not None and not abs(seconds) <= MAX_CLOCK_OFFSET:
-        raise AgentError(
-            f"--clock-offset {seconds}: out of range",
-            f"give seconds from -{MAX_CLOCK_OFFSET:g} to {MAX_CLOCK_OFFSET:g}",
-            ExitStatus.CONFIGURATION,
-        )
-    return round((seconds or 0) * 1e9)
-
-
 @app.command()
 def serve(
     cert: Annotated[Path, typer.Option(metavar="FULLCHAIN.pem", help="certificate chain, leaf first")],
@@ -131,12 +120,17 @@ def serve(
 
     async def work() -> None:
         flags = {
+            "clock_source": clock_source,
+            "local_stratum": local_stratum,
+            "clock_offset": clock_offset,
+            "metrics": metrics,
             "aead": aead,
             "ntp_server": ntp_server,
             "cookie_rotation": cookie_rotation,
             "limits": _limits(ntp_interval, allow, deny),
         }
         await daemon.serve(
+            load_settings(state, flags),
             cert=cert,
             key=key,
             ke=[parse_endpoint(text, "--ke") for text in ke or ("0.0.0.0:4460", "[::]:4460")],
@@ -145,9 +139,6 @@ def serve(
                 for text in ntp or (f"0.0.0.0:{DEFAULT_NTP_PORT}", f"[::]:{DEFAULT_NTP_PORT}")
             ],
             state=StateDirectory(state) if state else None,
-            clock=Clock(local_stratum, _offset_ns(clock_offset), parse_source(clock_source or "auto")),
-            settings=load_settings(state, flags),
-            metrics_endpoint=parse_endpoint(metrics, "--metrics") if metrics else None,
             ready=lambda line: print(line, flush=True),  # noqa: T201 - the line that callers wait for
         )
 
@@ -202,8 +193,7 @@ def run(
             "limits": _limits(ntp_interval, allow, deny),
         }
         settings = load_settings(state, flags)
-        endpoint = parse_endpoint(settings.metrics, "--metrics") if settings.metrics else None
-        await daemon.Member(StateDirectory(state, create=False), settings).run(endpoint)
+        await daemon.Member(StateDirectory(state, create=False), settings).run()
 
     _run(work())
 

@@ -117,20 +117,19 @@ async def _until(stop: asyncio.Event, *tasks: asyncio.Task[None]) -> None:
 
 
 async def serve(
+    settings: AgentSettings,
     *,
     cert: Path,
     key: Path,
     ke: Sequence[Endpoint],
     ntp: Sequence[Endpoint],
     state: StateDirectory | None,
-    clock: Clock,
-    settings: AgentSettings,
-    metrics_endpoint: Endpoint | None,
     ready: Callable[[str], None],
 ) -> None:
     """A stand-alone NTS server until SIGTERM. `ready` gets the one line that says where it listens."""
     if state is not None:
         state.lock()
+    clock = clock_of(settings)
     engine = BuiltinEngine(load_credentials(cert, key), clock, settings, state)
 
     def reload() -> None:
@@ -144,7 +143,7 @@ async def serve(
     async with _signals(reload) as stop:
         await clock.refresh()
         await engine.start(ke, ntp)
-        metrics.expose(metrics_endpoint, metrics.engine_families(engine))
+        metrics.expose(settings.metrics, metrics.engine_families(engine))
         try:
             ready(
                 f"ready ke={','.join(map(str, engine.ke.endpoints))}"
@@ -244,13 +243,14 @@ class Member:
         self._proofs: dict[str, bytes] = {}
         self._listening = False
 
-    async def run(self, metrics_endpoint: Endpoint | None) -> None:
+    async def run(self) -> None:
         """Serve and keep in step until SIGTERM, or until the server has left the pool."""
         self._state.lock()
         wake = asyncio.Event()
         async with _signals(wake.set) as stop, self._responder:
             metrics.expose(
-                metrics_endpoint, lambda: metrics.engine_families(self._engine)() if self._engine else []
+                self._settings.metrics,
+                lambda: metrics.engine_families(self._engine)() if self._engine else [],
             )
             try:
                 await self._clock.refresh()

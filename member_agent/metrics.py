@@ -9,7 +9,7 @@ from prometheus_client.registry import Collector
 from member_agent.clock import Clock
 from member_agent.engines.builtin import BuiltinEngine
 from member_agent.errors import AgentError, ExitStatus
-from member_agent.sockets import Endpoint
+from member_agent.sockets import parse_endpoint
 from nts_core import ntptime
 from nts_core.packet import Leap
 
@@ -72,10 +72,11 @@ def _clock_families(clock: Clock) -> Iterable[Metric]:
         yield gauge
 
 
-def expose(endpoint: Endpoint | None, families: Families) -> None:
-    """Serve /metrics there, in a thread of its own; nothing without an endpoint."""
-    if endpoint is None:
+def expose(text: str | None, families: Families) -> None:
+    """Serve /metrics at ADDR:PORT, in a thread of its own; nothing without one. Raises AgentError."""
+    if text is None:
         return
+    endpoint = parse_endpoint(text, "--metrics")
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_EngineCollector(families))
     try:

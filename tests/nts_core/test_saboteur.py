@@ -415,7 +415,7 @@ def asked_and_answered(algorithm):
     """An association that waits, and the true answer to its request."""
     keyring = Keyring.new(0, secrets.token_bytes)
     keys = SessionKeys(algorithm, *(secrets.token_bytes(KEY_LENGTH[algorithm]) for _ in range(2)))
-    cookies = keyring.seal_many(keys, MAX_COOKIES - 2, secrets.token_bytes)
+    cookies = keyring.seal_many(keys, secrets.token_bytes((MAX_COOKIES - 2) * 16))
     association = Association(KeResult(keys, tuple(cookies)), secrets.token_bytes)
     reply = NtpServer(keyring, secrets.token_bytes).respond(
         association.poll(), received=TRUTH, transmit_time=lambda: TRUTH, clock=CLOCK
