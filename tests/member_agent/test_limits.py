@@ -382,6 +382,7 @@ def drips_records_without_end(server, trust):
     return "timeout"
 
 
+@pytest.mark.rfc8915("4.1.3-7")
 async def test_slow_peers_get_the_deadline_and_no_more(shared, trust):
     """Silence before TLS is cut off; a request that never ends gets Error 1 (RFC 8915 section 4.1.3)."""
     slow = (silent, drips_its_hello, says_half_of_its_request, drips_records_without_end)
@@ -547,6 +548,7 @@ def data_segments(sock):
     return struct.unpack_from("@I", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 160), 152)[0]
 
 
+@pytest.mark.rfc8915("4-2", "4-3")
 def test_the_answer_is_one_write_that_ends_with_close_notify(shared, trust):
     """RFC 8915 section 4."""
     peer = Peer(shared.ke_port, trust).handshake()
@@ -560,6 +562,22 @@ def test_the_answer_is_one_write_that_ends_with_close_notify(shared, trust):
         assert peer.channel.closed_by_peer
         assert data_segments(peer.socket) == before + 1
         assert peer.socket.recv(1) == b"", "and no more follows"
+
+
+@pytest.mark.rfc8915("4.1.3-7")
+@pytest.mark.parametrize("length", [0, 1, 9])
+@pytest.mark.parametrize("says_so", [True, False], ids=["close_notify", "FIN"])
+def test_a_client_that_closes_its_side_too_early_gets_error_1(shared, trust, length, says_so):
+    peer = Peer(shared.ke_port, trust).handshake()
+    with peer.socket:
+        if length:
+            peer.socket.sendall(peer.seal(peer.client.request()[:length]))
+        if says_so:
+            peer.channel.close()
+            peer.socket.sendall(peer.channel.to_send())
+        else:
+            peer.socket.shutdown(socket.SHUT_WR)
+        assert parse(peer.answer()) == ERROR_1
 
 
 def test_a_client_that_does_not_hang_up_loses_its_slot(shared, trust):
