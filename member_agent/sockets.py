@@ -3,6 +3,7 @@
 import errno
 import ipaddress
 import os
+import re
 import socket
 from dataclasses import dataclass
 
@@ -31,7 +32,8 @@ class Endpoint:
 def parse_endpoint(text: str, option: str) -> Endpoint:
     """ADDR:PORT or [ADDR6]:PORT; AgentError names the option."""
     host, _, port = text.rpartition(":")
-    is_port = port.isascii() and port.isdigit() and int(port) < 65536
+    # Five digits at most: Python refuses to read thousands with a ValueError of its own.
+    is_port = re.fullmatch(r"[0-9]{1,5}", port) is not None and int(port) < 65536
     is_bracketed = host.startswith("[") and host.endswith("]")
     try:
         address = str(ipaddress.ip_address(host[1:-1] if is_bracketed else host))

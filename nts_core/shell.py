@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import resource
 import sys
 from pathlib import Path
@@ -100,6 +101,7 @@ def parse_host_port(text: str, default_port: int) -> tuple[str, int]:
     elif text.count(":") == 1:
         host, _, port = text.partition(":")
     host = host.rstrip(".").lower()
-    if not host or not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+    # Five digits at most: Python refuses to read thousands with a ValueError that says nothing of ports.
+    if not host or re.fullmatch(r"[0-9]{1,5}", port) is None or not 0 < int(port) < 65536:
         raise ValueError(f"{text!r} is not a host and a port: write HOST:PORT, and IPv6 as [ADDRESS]:PORT")
     return host, int(port)

@@ -1,6 +1,7 @@
 """The registry as one ASGI application: API, worker, metrics, and errors as problem documents (RFC 9457)."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from http import HTTPStatus
@@ -23,6 +24,8 @@ from poolsvc.worker import Health, Worker
 _log = structlog.get_logger()
 # No document of the API is longer; a CSR has a few hundred octets.
 MAX_BODY = 64 * 1024
+# Digits alone, and few: Python reads other digits too, and refuses thousands of them with a ValueError.
+_LENGTH = re.compile(r"[0-9]{1,20}")
 _PROBLEM = "application/problem+json"
 
 
@@ -65,7 +68,8 @@ def _add_metrics(app: FastAPI) -> None:
     @app.middleware("http")
     async def count(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         length = request.headers.get("content-length", "0")
-        if "transfer-encoding" in request.headers or not length.isdigit() or int(length) > MAX_BODY:
+        is_number = _LENGTH.fullmatch(length) is not None
+        if "transfer-encoding" in request.headers or not is_number or int(length) > MAX_BODY:
             response: Response = _problem(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
                 "too-large",

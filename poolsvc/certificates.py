@@ -83,15 +83,18 @@ def load_chain(pem: str) -> list[x509.Certificate]:
 
 
 def chain_facts(chain_pem: str) -> ChainFacts:
-    """Facts of the first certificate; ChainError when there is none."""
+    """Facts of the first certificate; ChainError when there is none, or none of a kind that can be read."""
     leaf = load_chain(chain_pem)[0]
-    return ChainFacts(
-        fingerprint=leaf.fingerprint(hashes.SHA256()).hex(),
-        serial=f"{leaf.serial_number:x}",
-        not_before=leaf.not_valid_before_utc,
-        not_after=leaf.not_valid_after_utc,
-        spki_sha256=hashlib.sha256(_spki(leaf)).hexdigest(),
-    )
+    try:
+        return ChainFacts(
+            fingerprint=leaf.fingerprint(hashes.SHA256()).hex(),
+            serial=f"{leaf.serial_number:x}",
+            not_before=leaf.not_valid_before_utc,
+            not_after=leaf.not_valid_after_utc,
+            spki_sha256=hashlib.sha256(_spki(leaf)).hexdigest(),
+        )
+    except _X509_FAULTS as error:
+        raise ChainError(f"not a usable certificate: {printable(str(error))}") from error
 
 
 def check_chain(chain_pem: str, csr_pem: str, domain: str) -> None:

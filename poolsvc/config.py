@@ -1,6 +1,7 @@
 """The registry's settings: environment (POOLSVC_*) before the TOML file before defaults; one frozen object."""
 
 import ipaddress
+import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -26,7 +27,7 @@ class ConfigError(Exception):
 
 def _endpoint(text: str) -> str:
     host, _, port = text.rpartition(":")
-    is_port = port.isascii() and port.isdigit() and int(port) < 65536
+    is_port = re.fullmatch(r"[0-9]{1,5}", port) is not None and int(port) < 65536
     is_bracketed = host.startswith("[") and host.endswith("]")
     if not is_port or is_bracketed != (":" in host):
         raise ValueError("write it as ADDRESS:PORT, and IPv6 as [ADDRESS]:PORT")

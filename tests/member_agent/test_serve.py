@@ -406,6 +406,10 @@ def test_an_address_that_is_not_ours(pair):
     assert "192.0.2.1" in start_fails(ExitStatus.CONFIGURATION, *files(pair), "--ke=192.0.2.1:0")
 
 
+def test_a_port_of_thousands_of_digits(pair):
+    assert "port" in start_fails(ExitStatus.CONFIGURATION, *files(pair), f"--ke={HOST}:{'9' * 5000}")
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "4460", "localhost:1", f"{HOST}", f"{HOST}:65536", f"{HOST}:x", "::1:1", "[::1]", "[127.0.0.1]:1"],

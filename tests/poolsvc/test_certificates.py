@@ -109,6 +109,15 @@ def test_chain_facts_of_a_known_certificate():
     assert facts.fingerprint != chain_facts(self_signed(key, "bob.example")).fingerprint
 
 
+def test_a_certificate_with_a_key_of_an_unknown_kind_has_no_facts():
+    der = x509.load_pem_x509_certificate(self_signed(ec.generate_private_key(ec.SECP256R1())).encode())
+    oid = bytes.fromhex("2a8648ce3d0201")  # id-ecPublicKey
+    changed = der.public_bytes(serialization.Encoding.DER).replace(oid, oid[:-1] + b"\x7f")
+    pem = x509.load_der_x509_certificate(changed).public_bytes(serialization.Encoding.PEM).decode()
+    with pytest.raises(ChainError):
+        chain_facts(pem)
+
+
 def test_a_chain_for_another_key_or_name_or_out_of_order_is_refused():
     key, other = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
     csr = make_csr(key=key)
