@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long lint bench docs lock clean
+.PHONY: help setup demo test test-long lint bench docs fuzz lock clean
 
 help:
 	@echo "make demo       the whole life of a pool on this machine, in under a minute"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-long  the tests at full size as well"
 	@echo "make bench      our figures beside chronyd's"
 	@echo "make docs       the pages that are generated"
+	@echo "make fuzz       every parser with hostile octets, ten minutes each (SECONDS=...)"
 	@echo "make setup      system packages and $(VENV) only"
 
 setup: $(VENV)/.installed .peers/.unpacked
@@ -52,11 +53,19 @@ docs: setup
 	$(BIN)/python -m lab.conformance
 
 # Only this writes the lock; it holds hashes and no index address.
+# TARGET=ntp-server fuzzes only that one.
+SECONDS ?= 600
+fuzz: setup
+	$(BIN)/python -m fuzz $(or $(TARGET),--all) --seconds $(SECONDS)
+
+# Only this writes the lock; it holds hashes and no index address. pip-compile loses the markers of extras, so the one
+# requirement that has some (there is no wheel for every platform) is given to it once more.
 lock: setup
 	@test -x .lock/bin/pip-compile || { $(PYTHON) -m venv .lock && .lock/bin/pip install --quiet pip-tools; }
-	CUSTOM_COMPILE_COMMAND="make lock" .lock/bin/pip-compile --quiet --generate-hashes --strip-extras \
+	grep -o 'atheris>=[^"]*' pyproject.toml \
+	  | CUSTOM_COMPILE_COMMAND="make lock" .lock/bin/pip-compile --quiet --generate-hashes --strip-extras \
 	  --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --allow-unsafe --extra dev \
-	  -o requirements.lock pyproject.toml
+	  -o requirements.lock pyproject.toml -
 
 clean:
-	rm -rf $(VENV) .lock .peers .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .lock .peers .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz

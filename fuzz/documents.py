@@ -1,0 +1,132 @@
+"""Targets of texts: JSON documents, key files, endpoints, trust anchors."""
+
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from fuzz.target import Plan, Target, hold
+from member_agent.errors import AgentError
+from member_agent.sockets import parse_endpoint as parse_listening
+from nts_core.cli import parse_endpoint as parse_peer
+from nts_core.client import ClientError
+from nts_core.control import (
+    AgentReport,
+    Assignment,
+    JoinAnswer,
+    JoinRequest,
+    ProofAnswer,
+    ProofRequest,
+)
+from nts_core.cookies import Keyring
+from nts_core.errors import WireError
+from nts_core.resolve import MAX_ANCHORS, ResolveError, TrustAnchors
+
+_KINDS = (JoinRequest, JoinAnswer, ProofRequest, ProofAnswer, AgentReport, Assignment)
+_ADAPTERS: tuple[TypeAdapter[Any], ...] = tuple(TypeAdapter(kind) for kind in _KINDS)
+_JSON = (b'{"', b'":', b"null", b"true", b"[]", b"{}", b"1e999", b"NaN", b"\\ud800")
+
+
+def _text(octets: bytes) -> str:
+    """Any octets as text, as the operating system's arguments are."""
+    return octets.decode("utf-8", "surrogateescape")
+
+
+def _control(data: bytes) -> str:
+    """First octet: the kind of document."""
+    plan = Plan(data)
+    adapter = _ADAPTERS[plan.octet() % len(_ADAPTERS)]
+    try:
+        document = adapter.validate_json(plan.rest())
+    except ValidationError:
+        return "refused"
+    repr(document)
+    if isinstance(document, Assignment) and not -1e300 < document.poll_after < 1e300:
+        # JSON has no infinity; the agent bounds the wait itself.
+        return "boundless"
+    hold(adapter.validate_json(adapter.dump_json(document)) == document, "a document survives being sent")
+    return type(document).__name__
+
+
+def _keyring(data: bytes) -> str:
+    try:
+        keyring = Keyring.load(data)
+    except WireError as error:
+        hold(len(str(error)) < 1000 + len(data), "an error is not longer than what it is about")
+        return "refused"
+    again = Keyring.load(keyring.dump())
+    hold(again.dump() == keyring.dump(), "a key file survives being read and written")
+    hold(again.sealing_since == keyring.sealing_since, "the sealing key stays the first")
+    return "loaded"
+
+
+def _endpoints(data: bytes) -> str:
+    text, read = _text(data), []
+    try:
+        listening = parse_listening(text, "--ke")
+        hold(0 <= listening.port < 65536, "a port has 16 bits")
+        hold(parse_listening(str(listening), "--ke") == listening, "an endpoint reads as it is written")
+        read.append("listening")
+    except AgentError as error:
+        hold(error.remedy, "an error has a remedy")
+    try:
+        peer = parse_peer(text, 4460)
+        hold(0 < peer.port < 65536, "a peer's port has 16 bits and is not 0")
+        hold(peer.host and not peer.host.endswith("."), "a host has no final dot")
+        read.append("peer")
+    except ClientError as error:
+        hold(error.remedy, "an error has a remedy")
+    return "-and-".join(read) or "refused"
+
+
+def _anchors(data: bytes) -> str:
+    try:
+        anchors = TrustAnchors.parse(_text(data))
+    except ResolveError as error:
+        hold(error.code == "anchor", "the error says that it is the anchor")
+        return "refused"
+    hold(1 <= sum(map(len, anchors.zones.values())) <= MAX_ANCHORS, "anchors are few")
+    return "read"
+
+
+TARGETS = (
+    Target(
+        "control",
+        "Only ValidationError; what is read survives being sent.",
+        _control,
+        frozenset({"refused", "boundless", *(kind.__name__ for kind in _KINDS)}),
+        longest=6000,
+        tokens=_JSON,
+    ),
+    Target(
+        "keyring",
+        "Only WireError; a key file survives being read and written.",
+        _keyring,
+        frozenset({"refused", "loaded"}),
+        longest=6000,
+        tokens=(*_JSON, b'"version"', b'"keys"', b'"id"', b'"made_at"', b'"secret"'),
+    ),
+    Target(
+        "endpoints",
+        "Only AgentError and ClientError, with a remedy; an endpoint reads as it is written.",
+        _endpoints,
+        frozenset({"refused", "peer", "listening-and-peer"}),
+        longest=6000,
+        tokens=(b"[::1]:123", b"127.0.0.1:123", b"%1", b"xn--"),
+    ),
+    Target(
+        "trust-anchors",
+        "Only ResolveError about the anchor; at least one anchor and not too many.",
+        _anchors,
+        frozenset({"refused", "read"}),
+        tokens=(
+            b" IN DS ",
+            b" DNSKEY 257 3 13 ",
+            b"$ORIGIN ",
+            b"$TTL ",
+            b"$GENERATE ",
+            b"$INCLUDE ",
+            b"(",
+            b";",
+        ),
+    ),
+)
