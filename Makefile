@@ -52,7 +52,6 @@ bench: setup
 docs: setup
 	$(BIN)/python -m lab.conformance
 
-# Only this writes the lock; it holds hashes and no index address.
 # TARGET=ntp-server fuzzes only that one.
 SECONDS ?= 600
 fuzz: setup

@@ -4,9 +4,11 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from fuzz.target import Plan, Target, hold
+from fuzz.target import NOW, Drawn, Plan, Target, hold
+from member_agent.cookie_keys import describe
 from member_agent.errors import AgentError
 from member_agent.sockets import parse_endpoint as parse_listening
+from nts_core.aead import AeadId, SessionKeys
 from nts_core.cli import parse_endpoint as parse_peer
 from nts_core.client import ClientError
 from nts_core.control import (
@@ -17,13 +19,16 @@ from nts_core.control import (
     ProofAnswer,
     ProofRequest,
 )
-from nts_core.cookies import Keyring
+from nts_core.cookies import NONCE_LENGTH, Keyring
 from nts_core.errors import WireError
 from nts_core.resolve import MAX_ANCHORS, ResolveError, TrustAnchors
 
 _KINDS = (JoinRequest, JoinAnswer, ProofRequest, ProofAnswer, AgentReport, Assignment)
 _ADAPTERS: tuple[TypeAdapter[Any], ...] = tuple(TypeAdapter(kind) for kind in _KINDS)
 _JSON = (b'{"', b'":', b"null", b"true", b"[]", b"{}", b"1e999", b"NaN", b"\\ud800")
+
+# How far a ratchet is at least turned at once, so that it is bounded what one call may cost.
+_TURNS = 10_000
 
 
 def _text(octets: bytes) -> str:
@@ -55,8 +60,15 @@ def _keyring(data: bytes) -> str:
         return "refused"
     again = Keyring.load(keyring.dump())
     hold(again.dump() == keyring.dump(), "a key file survives being read and written")
-    hold(again.sealing_since == keyring.sealing_since, "the sealing key stays the first")
-    return "loaded"
+    hold(describe(keyring), "a keyring can be described")
+    current = keyring.at(NOW, Drawn(b"next"))
+    schedule = keyring.schedule
+    if not schedule.ratchet or NOW - keyring.next_at < _TURNS * schedule.rotation:
+        hold(current.next_at > NOW, "the sealing key is current")
+        hold(current.at(NOW, Drawn()) is current, "a current keyring stays as it is")
+    keys = SessionKeys(AeadId.AES_SIV_CMAC_256, bytes(32), bytes(32))
+    hold(current.open(current.seal(keys, bytes(NONCE_LENGTH))) == keys, "what it seals it opens")
+    return "ratchet" if keyring.schedule.ratchet else "random"
 
 
 def _endpoints(data: bytes) -> str:
@@ -74,7 +86,7 @@ def _endpoints(data: bytes) -> str:
         hold(peer.host and not peer.host.endswith("."), "a host has no final dot")
         read.append("peer")
     except ClientError as error:
-        hold(error.remedy, "an error has a remedy")
+        hold("HOST:PORT" in error.remedy, "an error has a remedy")
     return "-and-".join(read) or "refused"
 
 
@@ -99,11 +111,21 @@ TARGETS = (
     ),
     Target(
         "keyring",
-        "Only WireError; a key file survives being read and written.",
+        "Only WireError; a key file survives being read and written; it can be described and brought up to date.",
         _keyring,
-        frozenset({"refused", "loaded"}),
+        frozenset({"refused", "ratchet", "random"}),
         longest=6000,
-        tokens=(*_JSON, b'"version"', b'"keys"', b'"id"', b'"made_at"', b'"secret"'),
+        tokens=(
+            *_JSON,
+            b'"version"',
+            b'"keys"',
+            b'"id"',
+            b'"starts_at"',
+            b'"secret"',
+            b'"rotation"',
+            b'"history"',
+            b'"ratchet"',
+        ),
     ),
     Target(
         "endpoints",
@@ -118,6 +140,7 @@ TARGETS = (
         "Only ResolveError about the anchor; at least one anchor and not too many.",
         _anchors,
         frozenset({"refused", "read"}),
+        longest=6000,
         tokens=(
             b" IN DS ",
             b" DNSKEY 257 3 13 ",

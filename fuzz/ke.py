@@ -8,10 +8,10 @@ from collections.abc import Callable
 from fuzz.mutate import Layout
 from fuzz.target import NOW, Drawn, OracleError, Plan, Target, hold, pieces
 from nts_core import records
-from nts_core.aead import KEY_LENGTH, AeadId
-from nts_core.cookies import MAX_COOKIE_LENGTH, MAX_COOKIES, Keyring
+from nts_core.aead import KEY_LENGTH, SUPPORTED, AeadId
+from nts_core.cookies import MAX_COOKIE_LENGTH, MAX_COOKIES, NONCE_LENGTH, Keyring, cookie_length
 from nts_core.errors import KeError, NoOverlap, WireError
-from nts_core.ke import KeClient, KeReply, KeResult, KeServer, NtpEndpoint
+from nts_core.ke import KeClient, KeReply, KeResult, KeServer, KeTerms, NtpEndpoint, NtpService, host_of
 from nts_core.records import MessageReader, Record, RecordType
 from nts_core.wire import uint16, uint16_list
 
@@ -20,20 +20,20 @@ _LAYOUT = Layout(
     clear=1,
     counts_head=False,
     unit=1,
-    types=tuple(kind | critical for kind in (*RecordType, 1024, 0x7FFF) for critical in (0, _CRITICAL)),
+    types=tuple(kind | critical for kind in (*RecordType, 0x7FFF) for critical in (0, _CRITICAL)),
 )
 _TOKENS = (
-    *(Record(kind, critical=True).encode() for kind in (*RecordType, 1024)),
+    *(Record(kind, critical=True).encode() for kind in RecordType),
     *(Record(RecordType.AEAD_ALGORITHM, uint16(aead), critical=True).encode() for aead in (15, 16, 17, 30)),
     Record(RecordType.NEXT_PROTOCOL, uint16(0), critical=True).encode(),
-    Record(1024).encode(),
+    Record(RecordType.COMPLIANT_128GCM_EXPORT).encode(),
 )
 # Of the bare reader; short, so that it is passed.
 _LIMIT = 1024
 _KEYRING = Keyring.new(NOW, Drawn(b"keyring"))
 _ELSEWHERE = NtpEndpoint("ntp.example", 1123)
-# Enough for two keys each of the algorithm that is answered and of one that an older peer exports instead.
-_MOST_EXPORTS = 4
+_OTHERS = (NtpEndpoint("192.0.2.1"), NtpEndpoint("2001:db8::1", 2123))
+_TERMS = KeTerms(_KEYRING, NtpService(_ELSEWHERE, _OTHERS))
 _Export = Callable[[bytes, int], bytes]
 
 
@@ -77,7 +77,7 @@ def _server(data: bytes) -> str:
         exported.append(context)
         return Drawn(context)(length)
 
-    server = KeServer(_KEYRING, _ELSEWHERE, export, randomness)
+    server = KeServer(_TERMS, export, randomness)
     reply, fed = None, 0
     for piece in pieces(request, length):
         fed += len(piece)
@@ -86,10 +86,10 @@ def _server(data: bytes) -> str:
             break
     if reply is None:
         reply = server.timeout()
+    hold(randomness.octets <= MAX_COOKIES * NONCE_LENGTH, "no more is drawn than a nonce a cookie")
+    hold(len(exported) <= 2, "one key is exported for each direction")
     # What came after the end of the message is nobody's.
     _check_reply(request[:fed], reply, export)
-    hold(randomness.calls <= MAX_COOKIES, "no more is drawn than a nonce a cookie")
-    hold(len(exported) <= _MOST_EXPORTS, "few keys are exported")
     return reply.outcome
 
 
@@ -105,9 +105,6 @@ def _check_reply(request: bytes, reply: KeReply, export: _Export) -> None:
         return
     hold(len(cookies) == MAX_COOKIES, "there are eight cookies")
     hold(len(set(cookies)) == MAX_COOKIES, "no two cookies are the same")
-    lengths = {len(cookie) for cookie in cookies}
-    hold(len(lengths) == 1, "all cookies have one length")
-    hold(all(length % 4 == 0 and length <= 192 for length in lengths), "a cookie fits an extension field")
     asked = _whole(request)
     offered = [a for r in asked if r.type == RecordType.AEAD_ALGORITHM for a in uint16_list(r.body)]
     protocols = [p for r in asked if r.type == RecordType.NEXT_PROTOCOL for p in uint16_list(r.body)]
@@ -116,17 +113,22 @@ def _check_reply(request: bytes, reply: KeReply, export: _Export) -> None:
     hold(
         len(chosen) == 1 and chosen[0] in offered, "one AEAD algorithm is chosen, of those that were offered"
     )
+    hold({len(cookie) for cookie in cookies} == {cookie_length(chosen[0])}, "all cookies have their length")
+    hold(cookie_length(chosen[0]) % 4 == 0 and cookie_length(chosen[0]) <= 192, "a cookie fits a field")
+    compliance = RecordType.COMPLIANT_128GCM_EXPORT
+    hold(compliance not in types or chosen == [AeadId.AES_128_GCM_SIV], "1024 is said of one algorithm only")
+    hold(compliance not in types or compliance in {record.type for record in asked}, "1024 answers 1024")
     result = KeClient(export, (AeadId(chosen[0]),)).receive(reply.octets)
     if result is None:
         raise OracleError("our client understands what our server says")
-    hold(result.endpoint == _ELSEWHERE, "the client is told where NTP is served")
+    hold(result.endpoint in {_ELSEWHERE, *_OTHERS}, "the client is told where NTP is served")
     hold({_KEYRING.open(cookie) for cookie in cookies} == {result.keys}, "cookies hold the client's keys")
 
 
 def _client(data: bytes) -> str:
     plan = Plan(data)
     length, response = plan.octet(), plan.rest()
-    client = KeClient(lambda context, length: Drawn(context)(length), tuple(KEY_LENGTH))
+    client = KeClient(lambda context, length: Drawn(context)(length))
     client.request()
     try:
         for piece in pieces(response, length):
@@ -153,15 +155,13 @@ def _check_result(response: bytes, result: KeResult) -> str:
     hold(RecordType.ERROR not in types and RecordType.WARNING not in types, "an error is not a success")
     hold(1 <= len(result.cookies) <= MAX_COOKIES, "one to eight cookies are kept")
     hold(all(0 < len(c) <= MAX_COOKIE_LENGTH for c in result.cookies), "cookies are usable")
-    hold(result.keys.aead in KEY_LENGTH, "the algorithm is one that was offered")
+    hold(result.keys.aead in SUPPORTED, "the algorithm is one that was offered")
     length = KEY_LENGTH[result.keys.aead]
-    hold({len(result.keys.c2s), len(result.keys.s2c)} == {length}, "the keys are as long as the algorithm's")
+    for keys in (result.keys, result.alternative or result.keys):
+        hold({len(keys.c2s), len(keys.s2c)} == {length}, "the keys are as long as the algorithm's")
     host, port = result.endpoint.host, result.endpoint.port
     hold(0 < port < 65536, "the port is a port")
-    hold(
-        host is None or (0 < len(host) <= 253 and host.isascii() and host.isprintable()),
-        "the host can be shown",
-    )
+    hold(host is None or host_of(host.encode()) == host, "the host is a host name or an address")
     return "established"
 
 
@@ -188,7 +188,7 @@ TARGETS = (
     Target(
         "ke-client",
         "Only KeError and WireError; no success beside an error; one to eight usable cookies; an algorithm that was"
-        " offered, with keys of its length; a host that can be shown.",
+        " offered, with keys of its length; a host that is a name or an address.",
         _client,
         frozenset({"established", "no-overlap", "refused", "told-an-error", "malformed", "incomplete"}),
         layout=_LAYOUT,

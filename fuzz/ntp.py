@@ -9,9 +9,9 @@ was written, so the rules of section 5.6 are met or broken as the input will hav
 from fuzz.mutate import Layout
 from fuzz.target import NOW, Drawn, OracleError, Plan, Target, hold
 from nts_core import ntptime
-from nts_core.aead import KEY_LENGTH, TAG_LENGTH, Aead, AeadId, SessionKeys
+from nts_core.aead import KEY_LENGTH, SUPPORTED, TAG_LENGTH, Aead, AeadId, SessionKeys
 from nts_core.association import Association
-from nts_core.cookies import MAX_COOKIES, Keyring
+from nts_core.cookies import MAX_COOKIES, NONCE_LENGTH, Keyring
 from nts_core.errors import KissOfDeath, NotAuthentic, WireError
 from nts_core.ke import KeResult
 from nts_core.packet import (
@@ -28,14 +28,16 @@ from nts_core.packet import (
     encode_fields,
     parse_fields,
 )
-from nts_core.server import Drop, NtpServer, Outcome, Reply
+from nts_core.server import Drop, Kiss, NtpServer, Outcome, Reply
 
 _NOW_NS = NOW * ntptime.NANOSECONDS
 _CLOCK = ClockState(Leap.NONE, 2, -20, 655, 66, b"FUZZ", ntptime.timestamp(_NOW_NS))
 _KEYRING = Keyring.new(NOW, Drawn(b"keyring"))
-_ALGORITHMS = tuple(KEY_LENGTH)
+# The order is part of the corpus.
+_ALGORITHMS = tuple(algorithm for algorithm in AeadId if algorithm in SUPPORTED)
+_KISSES = (None, Kiss.RATE, Kiss.DENY)
 # A nonce for each cookie, and the authenticator's.
-_MOST_DRAWS = MAX_COOKIES + 1
+_MOST_DRAWN = (MAX_COOKIES + 1) * NONCE_LENGTH
 # A new cookie is as long as the old one, so that a request which meets section 5.6 has room for its answer.
 _UNREACHED = {Outcome.TOO_SHORT_FOR_ANSWER}
 _TYPES = (*FieldType, 0x0002, 0x2005)
@@ -95,7 +97,8 @@ def _with_cookies(datagram: bytes, keys: SessionKeys) -> bytes:
     items, rest = _layout(0).split(datagram)
     draw = Drawn(b"cookies")
     given = [
-        (kind, _KEYRING.seal(keys, draw) if kind == FieldType.COOKIE else value) for kind, value in items
+        (kind, _KEYRING.seal(keys, draw(NONCE_LENGTH)) if kind == FieldType.COOKIE else value)
+        for kind, value in items
     ]
     return datagram[:HEADER_LENGTH] + _layout(0).join(given) + rest
 
@@ -120,7 +123,9 @@ def _packet(data: bytes) -> str:
         return "malformed"
     if fields is None:
         raise OracleError("a packet has good fields")
-    hold(header.encode() + encode_fields(fields) == data, "fields encode to what they were")
+    end = fields[-1].start + 4 + len(fields[-1].value) if fields else HEADER_LENGTH
+    hold(end == len(data) or packet.authenticator is not None, "nothing but an authenticator ends the fields")
+    hold(header.encode() + encode_fields(fields) == data[:end], "fields encode to what they were")
     for field in fields:
         hold(
             data[field.start : field.start + 4 + len(field.value)] == field.encode(),
@@ -137,7 +142,7 @@ def _authenticator(value: bytes) -> str:
         body = Authenticator.decode(value)
     except WireError:
         return "authenticator-malformed"
-    again = body.field().value
+    again = body.encode()[4:]
     hold(len(again) <= len(value), "an authenticator holds what it says")
     hold(Authenticator.decode(again) == body, "an authenticator encodes to itself")
     lengths = Authenticator.length(len(body.nonce), max(len(body.ciphertext) - TAG_LENGTH, 0))
@@ -150,7 +155,7 @@ def _cookie(data: bytes) -> str:
     plan = Plan(data)
     keys = _SESSIONS[_ALGORITHMS[plan.octet() % len(_ALGORITHMS)]]
     cut, mask = plan.octet(), plan.rest()
-    true = _KEYRING.seal(keys, Drawn(b"cookie"))
+    true = _KEYRING.seal(keys, Drawn(b"cookie")(NONCE_LENGTH))
     shown = bytearray(true[: len(true) - cut] if cut else true)
     shown.extend(bytes(max(len(mask) - len(shown), 0)))
     for place, octet in enumerate(mask):
@@ -176,7 +181,7 @@ def _raw_cookie(data: bytes) -> str:
 # Server
 
 
-def _respond(datagram: bytes, session: SessionKeys | None) -> str:
+def _respond(datagram: bytes, kiss: Kiss | None, session: SessionKeys | None) -> str:
     """What the server makes of a datagram; `session` is what its cookies hold, if anybody but us can know."""
     draw, taken = Drawn(b"server"), []
 
@@ -185,44 +190,46 @@ def _respond(datagram: bytes, session: SessionKeys | None) -> str:
         return _NOW_NS
 
     server = NtpServer(_KEYRING, draw)
-    made = server.respond(datagram, received=_NOW_NS, transmit_time=transmit_time, clock=_CLOCK)
-    hold(draw.calls <= _MOST_DRAWS, "work is bounded: no more is drawn than eight cookies need")
+    made = server.respond(datagram, received=_NOW_NS, transmit_time=transmit_time, clock=_CLOCK, kiss=kiss)
+    hold(draw.octets <= _MOST_DRAWN, "work is bounded: no more is drawn than eight cookies need")
     hold(len(taken) <= 1, "the transmit time is taken once")
     if isinstance(made, Drop):
         return made.outcome
-    _check_reply(datagram, made, session)
+    _check_reply(datagram, made, kiss, session)
     return made.outcome
 
 
-def _check_reply(datagram: bytes, made: Reply, session: SessionKeys | None) -> None:
+def _check_reply(datagram: bytes, made: Reply, kiss: Kiss | None, session: SessionKeys | None) -> None:
     hold(len(made.octets) <= len(datagram), "a reply is never longer than its request")
     asked, told = Packet.decode(datagram), Packet.decode(made.octets)
     hold(asked.header.mode == Mode.CLIENT, "nothing is answered but mode 3")
     hold(told.header.mode == Mode.SERVER, "a reply is of mode 4")
     hold(told.header.version == asked.header.version in {3, 4}, "versions 3 and 4 are answered in kind")
     hold(told.header.origin == asked.header.transmit, "a reply names the request's transmit time")
+    code = told.header.reference_id.decode("ascii") if told.header.stratum == 0 else None
+    wanted = Kiss.NTSN if made.outcome is Outcome.NTSN else kiss
+    hold(code == wanted, "a kiss is given exactly when one is due")
     names = [field.value for field in asked.of_type(FieldType.UNIQUE_IDENTIFIER)]
     echo = [field.value for field in told.of_type(FieldType.UNIQUE_IDENTIFIER)]
     hold(len(told.fields) == len(echo), "nothing is in clear but the unique identifier")
     hold(echo == names[:1], "the unique identifier comes back")
     is_nts = asked.authenticator is not None or bool(asked.of_type(FieldType.COOKIE))
-    match made.outcome:
-        case Outcome.TIME:
-            hold(not is_nts, "plain time is for plain requests")
-            hold(told.authenticator is None, "plain time is not protected")
-        case Outcome.NTSN:
-            cookies = asked.of_type(FieldType.COOKIE)
-            hold(asked.authenticator and cookies and names, "NTSN is for requests with all three fields")
-            hold(told.header.stratum == 0 and told.header.reference_id == b"NTSN", "NTSN is a kiss")
-            hold(told.authenticator is None, "NTSN is not protected")
-        case Outcome.NTS_TIME if session is not None:
-            _check_protected(asked, told, made.octets, session)
-        case _:
-            raise OracleError(f"the outcome {made.outcome} has no reply")
+    if made.outcome is Outcome.NTSN:
+        hold(
+            asked.authenticator and asked.of_type(FieldType.COOKIE),
+            "NTSN is for requests with all three fields",
+        )
+        hold(names, "NTSN is for requests with all three fields")
+    if made.outcome is Outcome.NTSN or not is_nts:
+        hold(told.authenticator is None, "nothing is sealed for who has no key")
+        return
+    if session is None:
+        raise OracleError("nobody is authentic without the key")
+    _check_protected(asked, told, made.octets, session)
 
 
 def _check_protected(asked: Packet, told: Packet, octets: bytes, session: SessionKeys) -> None:
-    hidden = told.decrypt(octets, Aead(session.s2c))
+    hidden = told.decrypt(octets, Aead(session.aead, session.s2c))
     hold({field.type for field in hidden} == {FieldType.COOKIE}, "nothing is hidden but cookies")
     hold(1 <= len(hidden) <= MAX_COOKIES, "one to eight cookies")
     hold(len({field.value for field in hidden}) == len(hidden), "no two cookies are the same")
@@ -232,13 +239,18 @@ def _check_protected(asked: Packet, told: Packet, octets: bytes, session: Sessio
 
 
 def _server(data: bytes) -> str:
-    return _respond(data, None)
+    """First octet: the kiss that is asked for, if any."""
+    plan = Plan(data)
+    kiss = _KISSES[plan.octet() % len(_KISSES)]
+    return _respond(plan.rest(), kiss, None)
 
 
 def _server_sealed(data: bytes) -> str:
+    """First octet: the algorithm in its two lowest bits, and above them the kiss that is asked for."""
     plan = Plan(data)
-    keys = _SESSIONS[_ALGORITHMS[plan.octet() % len(_ALGORITHMS)]]
-    return _respond(_sealed(_with_cookies(plan.rest(), keys), Aead(keys.c2s)), keys)
+    choice = plan.octet()
+    keys, kiss = _SESSIONS[_ALGORITHMS[choice % 4 % len(_ALGORITHMS)]], _KISSES[choice // 4 % len(_KISSES)]
+    return _respond(_sealed(_with_cookies(plan.rest(), keys), Aead(keys.aead, keys.c2s)), kiss, keys)
 
 
 # Client
@@ -251,7 +263,7 @@ def _client(data: bytes) -> str:
     plan = Plan(data)
     fitting, keys = plan.octet(), _SESSIONS[_ALGORITHMS[plan.octet() % len(_ALGORITHMS)]]
     draw = Drawn(b"client")
-    cookie = _KEYRING.seal(keys, draw)
+    cookie = _KEYRING.seal(keys, draw(NONCE_LENGTH))
     association = Association(KeResult(keys, (cookie,)), draw)
     request = association.poll()
     datagram = _fitted(plan.rest(), request, fitting, keys)
@@ -288,7 +300,7 @@ def _fitted(datagram: bytes, request: bytes, fitting: int, keys: SessionKeys) ->
         name = asked.of_type(FieldType.UNIQUE_IDENTIFIER)[0].value
         items = [(kind, name if kind == FieldType.UNIQUE_IDENTIFIER else value) for kind, value in items]
         datagram = datagram[:HEADER_LENGTH] + _layout(0).join(items) + rest
-    return _sealed(datagram, Aead(keys.s2c)) if fitting & _SEALED else datagram
+    return _sealed(datagram, Aead(keys.aead, keys.s2c)) if fitting & _SEALED else datagram
 
 
 def _genuine(request: bytes) -> bytes:
@@ -348,7 +360,7 @@ TARGETS = (
         "Only WireError; header, fields and authenticator encode to what was read; nothing after the authenticator.",
         _packet,
         frozenset({"no-header", "malformed", "plain", "authenticator-malformed", "protected"}),
-        longest=MAX_DATAGRAM + 4,
+        longest=MAX_DATAGRAM + 8,
         layout=_layout(0),
         tokens=_TOKENS,
     ),
@@ -373,8 +385,8 @@ TARGETS = (
         " else in clear; few draws; never authenticated time, as no input can be authentic.",
         _server,
         frozenset(Outcome) - {Outcome.NTS_TIME} - _UNREACHED,
-        longest=MAX_DATAGRAM + 4,
-        layout=_layout(0),
+        longest=MAX_DATAGRAM + 8,
+        layout=_layout(1),
         tokens=_TOKENS,
     ),
     Target(
@@ -383,7 +395,7 @@ TARGETS = (
         " one, that hold the same keys.",
         _server_sealed,
         frozenset(Outcome) - _UNREACHED,
-        longest=MAX_DATAGRAM + 4,
+        longest=MAX_DATAGRAM + 8,
         layout=_layout(1),
         tokens=_TOKENS,
     ),
@@ -393,7 +405,7 @@ TARGETS = (
         " with it one answer is accepted once; eight cookies at most.",
         _client,
         frozenset({"ignored", "kiss-hint", "kiss-authentic", "sample"}),
-        longest=MAX_DATAGRAM + 4,
+        longest=MAX_DATAGRAM + 8,
         layout=_layout(2),
         tokens=_TOKENS,
     ),

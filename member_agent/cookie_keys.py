@@ -26,11 +26,18 @@ def describe(keyring: Keyring | None) -> str:
         return "no cookie keys yet: the first run makes them"
     schedule = keyring.schedule
     kind = "a ratchet that hosts can share" if schedule.ratchet else "random keys of this host alone"
-    following = datetime.fromtimestamp(keyring.next_at, UTC).isoformat(timespec="seconds")
     return (
-        f"{kind}; the next key seals from {following}, then every {schedule.rotation} s;"
+        f"{kind}; the next key seals from {_moment(keyring.next_at)}, then every {schedule.rotation} s;"
         f" retired keys open cookies for {schedule.history} s"
     )
+
+
+def _moment(seconds: int) -> str:
+    """A file may name a second of any size, and years have four digits."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+    except (ValueError, OverflowError, OSError):
+        return "a time that is in no calendar"
 
 
 def renew(state: StateDirectory) -> Keyring:
