@@ -225,17 +225,25 @@ def _check_reply(datagram: bytes, made: Reply, kiss: Kiss | None, session: Sessi
         return
     if session is None:
         raise OracleError("nobody is authentic without the key")
-    _check_protected(asked, told, made.octets, session)
+    _check_cookies(
+        asked, asked.decrypt(datagram, Aead(session.aead, session.c2s)), told, made.octets, session
+    )
 
 
-def _check_protected(asked: Packet, told: Packet, octets: bytes, session: SessionKeys) -> None:
-    hidden = told.decrypt(octets, Aead(session.aead, session.s2c))
-    hold({field.type for field in hidden} == {FieldType.COOKIE}, "nothing is hidden but cookies")
-    hold(1 <= len(hidden) <= MAX_COOKIES, "one to eight cookies")
-    hold(len({field.value for field in hidden}) == len(hidden), "no two cookies are the same")
-    hold({_KEYRING.open(field.value) for field in hidden} == {session}, "new cookies hold the same keys")
+def _check_cookies(
+    asked: Packet, hidden: list[Field], told: Packet, octets: bytes, session: SessionKeys
+) -> None:
+    """The cookies of an authentic answer; `hidden` are the fields that the request's authenticator held."""
+    given = told.decrypt(octets, Aead(session.aead, session.s2c))
+    hold({field.type for field in given} == {FieldType.COOKIE}, "nothing is hidden but cookies")
+    hold(1 <= len(given) <= MAX_COOKIES, "one to eight cookies")
+    hold(len({field.value for field in given}) == len(given), "no two cookies are the same")
+    hold({_KEYRING.open(field.value) for field in given} == {session}, "new cookies hold the same keys")
     length = len(asked.of_type(FieldType.COOKIE)[0].value)
-    hold(all(len(field.value) == length for field in hidden), "new cookies are as long as the old one")
+    hold(all(len(field.value) == length for field in given), "new cookies are as long as the old one")
+    fields = (*asked.fields, *hidden)
+    wanted = [f for f in fields if f.type == FieldType.COOKIE_PLACEHOLDER and len(f.value) == length]
+    hold(len(given) <= 1 + len(wanted), "one for the cookie, one for each placeholder of its length, no more")
 
 
 def _server(data: bytes) -> str:
