@@ -8,6 +8,14 @@ from fuzz.target import NOW, Drawn, Plan, Target, hold
 from member_agent.cookie_keys import describe
 from member_agent.errors import AgentError
 from member_agent.sockets import parse_endpoint as parse_listening
+from member_agent.tracking import (
+    MAX_STRATUM,
+    Daemon,
+    TrackingError,
+    ntpd_tracking,
+    parse_chronyc,
+    parse_variables,
+)
 from nts_core.aead import AeadId, SessionKeys
 from nts_core.cli import parse_endpoint as parse_peer
 from nts_core.client import ClientError
@@ -21,6 +29,7 @@ from nts_core.control import (
 )
 from nts_core.cookies import NONCE_LENGTH, Keyring
 from nts_core.errors import WireError
+from nts_core.ntptime import NANOSECONDS
 from nts_core.resolve import MAX_ANCHORS, ResolveError, TrustAnchors
 
 _KINDS = (JoinRequest, JoinAnswer, ProofRequest, ProofAnswer, AgentReport, Assignment)
@@ -100,6 +109,27 @@ def _anchors(data: bytes) -> str:
     return "read"
 
 
+def _tracking(data: bytes) -> str:
+    """First octet: whether chronyd or ntpd says the rest; what ntpd says of its peer stands after a NUL."""
+    plan = Plan(data)
+    by_ntpd, text = plan.octet() & 1, plan.rest().decode("ascii", "replace")
+    now_ns = NOW * NANOSECONDS
+    try:
+        if by_ntpd:
+            system, _, peer = text.partition("\0")
+            told = ntpd_tracking(parse_variables(system), parse_variables(peer), asked_at=0, now_ns=now_ns)
+        else:
+            told = parse_chronyc(text, asked_at=0, now_ns=now_ns)
+    except TrackingError as error:
+        hold(str(error).isprintable() and len(str(error)) < 200, "the reason can be shown")
+        return "refused"
+    hold(0 <= told.stratum <= MAX_STRATUM and len(told.reference_id) == 4, "the header can be written")
+    hold(told.root_delay_ns >= 0, "no distance is negative")
+    hold(told.dispersion_ns(10**9) >= told.root_dispersion_ns >= 0, "an error grows with time")
+    hold(told.remark.isprintable(), "the remark can be shown")
+    return told.daemon
+
+
 TARGETS = (
     Target(
         "control",
@@ -126,6 +156,13 @@ TARGETS = (
             b'"history"',
             b'"ratchet"',
         ),
+    ),
+    Target(
+        "tracking",
+        "Only TrackingError, fit to be shown; stratum, reference and distances that a header can hold.",
+        _tracking,
+        frozenset({"refused", *Daemon}),
+        tokens=(b",", b"=", b'"', b"Normal", b"stratum=", b"refid=", b"reftime=0x", b"7F7F01FF"),
     ),
     Target(
         "endpoints",
