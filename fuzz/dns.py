@@ -6,6 +6,7 @@ reached too; and only what was signed may ever be returned.
 """
 
 import asyncio
+import socket
 from functools import cache
 from typing import cast
 
@@ -131,6 +132,20 @@ class _Liar(asyncio.DatagramProtocol):
             self.signed |= {(rrset.name, rdata.to_text().lower()) for rdata in rrset}
 
 
+def _one_port() -> tuple[socket.socket, socket.socket]:
+    """A TCP and a UDP socket of the same port; other programs may have one of the two."""
+    while True:
+        listening = socket.create_server(("127.0.0.1", 0))
+        udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            udp.bind(listening.getsockname())
+        except OSError:
+            listening.close()
+            udp.close()
+            continue
+        return listening, udp
+
+
 def _lookups(data: bytes) -> str:
     return asyncio.run(_lookup(data))
 
@@ -139,9 +154,10 @@ async def _lookup(data: bytes) -> str:
     plan = Plan(data)
     what, liar = plan.octet() % 3, _Liar(plan)
     loop = asyncio.get_running_loop()
-    server = await asyncio.start_server(liar.connected, "127.0.0.1", 0)
-    host, port = server.sockets[0].getsockname()
-    transport, _ = await loop.create_datagram_endpoint(lambda: liar, local_addr=(host, port))
+    listening, udp = _one_port()
+    host, port = udp.getsockname()
+    server = await asyncio.start_server(liar.connected, sock=listening)
+    transport, _ = await loop.create_datagram_endpoint(lambda: liar, sock=udp)
     anchors = TrustAnchors({_ZONE: (_key(),)})
     try:
         return await _ask(what, Resolver(host, port, anchors, _TIMEOUT), liar)
