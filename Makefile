@@ -17,7 +17,7 @@ help:
 
 setup: $(VENV)/.installed .peers/.unpacked
 
-.peers/.unpacked: lab/system-packages
+.peers/.unpacked: lab/system-packages lab/newer_peers.py lab/newer-peers.toml
 	@sh lab/system-packages
 	@touch $@
 
