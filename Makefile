@@ -51,6 +51,7 @@ bench: setup
 
 docs: setup
 	$(BIN)/python -m lab.conformance
+	$(BIN)/python -m lab.interop
 
 # TARGET=ntp-server fuzzes only that one.
 SECONDS ?= 600

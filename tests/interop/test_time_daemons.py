@@ -10,7 +10,7 @@ import urllib.request
 import pytest
 
 from lab.certificates import Authority
-from lab.peers import ChronydClient, ChronydServer, NtpsecNtpd, chronyc_environment
+from lab.peers import ChronydClient, ChronydServer, Namespace, NtpsecServer, chronyc_environment
 from lab.processes import free_port, wait_until
 from lab.programs import RUN_DEADLINE, AgentServer, run, script
 from member_agent.errors import ExitStatus
@@ -173,15 +173,22 @@ def test_status_says_what_chronyd_says(tmp_path, daemon):
     assert "stratum 5 by chronyd, reference 127.0.0.1, root delay" in done.stdout
 
 
+@pytest.fixture
+def namespace(tmp_path):
+    with Namespace(tmp_path / "namespace") as entered:
+        yield entered
+
+
 @pytest.fixture(scope="module")
 def ntpd(tmp_path_factory, pair):
-    with NtpsecNtpd(tmp_path_factory.mktemp("ntpd"), pair, stratum=10) as running:
+    directory = tmp_path_factory.mktemp("ntpd")
+    with Namespace(directory) as namespace, NtpsecServer(directory, pair, namespace, stratum=10) as running:
         yield running
 
 
 def inside(ntpd, *argv):
     return subprocess.run(
-        [*ntpd.inside(), *argv], capture_output=True, text=True, timeout=RUN_DEADLINE, check=False
+        [*ntpd.namespace.inside(), *argv], capture_output=True, text=True, timeout=RUN_DEADLINE, check=False
     )
 
 
@@ -201,7 +208,7 @@ def test_status_says_what_ntpd_says(tmp_path, ntpd, source):
 
 def test_what_ntpd_tells_is_served(tmp_path, authority, pair, ntpd):
     server = agent(tmp_path, pair, "ntpd")
-    server.process.argv = [*ntpd.inside(), *server.process.argv]
+    server.process.argv = [*ntpd.namespace.inside(), *server.process.argv]
     with server:
         done = inside(
             ntpd,
@@ -217,9 +224,9 @@ def test_what_ntpd_tells_is_served(tmp_path, authority, pair, ntpd):
     assert (document["leap"], document["stratum"]) == (0, 10)
 
 
-def test_an_ntpd_without_a_source_is_not_synchronised(tmp_path, pair):
+def test_an_ntpd_without_a_source_is_not_synchronised(tmp_path, namespace, pair):
     """The real ntpd's leap 3, stratum 16 and reference id INIT; a member may vouch for the clock all the same."""
-    lost = NtpsecNtpd(tmp_path / "ntpd", pair)
+    lost = NtpsecServer(tmp_path / "ntpd", pair, namespace)
     config = tmp_path / "ntpd" / "ntp.conf"
     lines = config.read_text().splitlines(keepends=True)
     config.write_text("".join(line for line in lines if not line.startswith("tos orphan")))
