@@ -1043,8 +1043,15 @@ def wrong_mode(turn: NtpTurn) -> list[bytes]:
 
 @_ntp(Fate.IGNORED)
 def wrong_version(turn: NtpTurn) -> list[bytes]:
-    """Well sealed, in versions of NTP that do not exist; ignored."""
-    return [turn.sealed(turn.lie(version=version) + turn.echo) for version in (0, 5, 6, 7)]
+    """Well sealed, in versions of NTP that do not exist or that NTS is not made for; ignored."""
+    return [turn.sealed(turn.lie(version=version) + turn.echo) for version in (0, 1, 2, 3, 5, 6, 7)]
+
+
+@_ntp(Fate.IGNORED)
+def zero_timestamps(turn: NtpTurn) -> list[bytes]:
+    """Well sealed, without the time of receipt or of sending (RFC 5905 section 8); ignored."""
+    lies = (turn.lie(receive=0), turn.lie(transmit=0), turn.lie(receive=0, transmit=0))
+    return [turn.sealed(lie + turn.echo) for lie in lies]
 
 
 @_ntp(Fate.IGNORED)

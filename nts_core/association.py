@@ -111,20 +111,24 @@ class Association:
         identifiers = packet.of_type(FieldType.UNIQUE_IDENTIFIER)
         if len(identifiers) != 1 or identifiers[0].value != pending.identifier:
             raise NotAuthentic("another unique identifier")
-        if packet.header.mode != Mode.SERVER or packet.header.origin != pending.transmit:
+        header = packet.header
+        if header.mode != Mode.SERVER or header.version != 4 or header.origin != pending.transmit:
             raise NotAuthentic("not an answer to our request")
         if packet.authenticator is None:
-            if packet.header.stratum == 0 and packet.header.reference_id == b"NTSN":
+            if header.stratum == 0 and header.reference_id == b"NTSN":
                 raise KissOfDeath("NTSN", authentic=False)
             raise NotAuthentic("an unprotected answer to a protected request")
         hidden = packet.decrypt(datagram, self._s2c)
+        if header.stratum and not (header.receive and header.transmit):
+            # RFC 5905 section 8: a time that is not there must not be taken for one.
+            raise NotAuthentic("an answer without its times")
         self._pending = None
         cookies = [field.value for field in hidden if field.type == FieldType.COOKIE][:MAX_COOKIES]
         for cookie in cookies:
             self.jar.add(cookie)
-        if packet.header.stratum == 0:
-            raise KissOfDeath(_kiss_code(packet.header.reference_id), authentic=True)
-        return _sample(packet.header, sent, received, len(cookies), pending.asked)
+        if header.stratum == 0:
+            raise KissOfDeath(_kiss_code(header.reference_id), authentic=True)
+        return _sample(header, sent, received, len(cookies), pending.asked)
 
 
 def _kiss_code(reference_id: bytes) -> str:

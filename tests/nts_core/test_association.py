@@ -43,6 +43,8 @@ CLOCK = ClockState(
     reference=0,
 )
 
+STAMP = ntptime.timestamp(SENT)
+
 
 def make_association(cookies=8):
     sealed = tuple(KEYRING.seal(KEYS, secrets.token_bytes(16)) for _ in range(cookies))
@@ -63,7 +65,9 @@ def receive(association, datagram, received=SENT):
 def forge(request, *, fields=None, hidden=(), header=None, key=KEYS.s2c):
     """An answer to `request` with whatever is to be wrong about it; `key` None leaves it unprotected."""
     asked = Packet.decode(request)
-    header = header or Header(mode=Mode.SERVER, stratum=2, origin=asked.header.transmit)
+    header = header or Header(
+        mode=Mode.SERVER, stratum=2, origin=asked.header.transmit, receive=STAMP, transmit=STAMP
+    )
     fields = asked.of_type(FieldType.UNIQUE_IDENTIFIER) if fields is None else fields
     clear = header.encode() + encode_fields(fields)
     return (
@@ -226,7 +230,7 @@ def test_forged_answers_are_ignored_and_the_true_one_is_taken():
     association = make_association()
     request = association.poll()
     asked = Packet.decode(request)
-    right = Header(mode=Mode.SERVER, stratum=2, origin=asked.header.transmit)
+    right = Header(mode=Mode.SERVER, stratum=2, origin=asked.header.transmit, receive=STAMP, transmit=STAMP)
     identifier = asked.of_type(FieldType.UNIQUE_IDENTIFIER)[0]
     cookie = [Field(FieldType.COOKIE, b"c" * 100)]
     forgeries = {
@@ -238,6 +242,9 @@ def test_forged_answers_are_ignored_and_the_true_one_is_taken():
         ),
         "two identifiers": forge(request, fields=[identifier, identifier], hidden=cookie),
         "another origin": forge(request, header=right._replace(origin=right.origin ^ 1), hidden=cookie),
+        "version 3": forge(request, header=right._replace(version=3), hidden=cookie),
+        "no receive time": forge(request, header=right._replace(receive=0), hidden=cookie),
+        "no transmit time": forge(request, header=right._replace(transmit=0), hidden=cookie),
         "origin zero": forge(request, header=right._replace(origin=0), hidden=cookie),
         "a client's mode": forge(request, header=right._replace(mode=Mode.CLIENT), hidden=cookie),
         "broadcast": forge(request, header=right._replace(mode=5), hidden=cookie),
