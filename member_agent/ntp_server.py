@@ -27,9 +27,16 @@ _TIMESPEC = struct.Struct("@qq")
 _SO_TIMESTAMPNS = 35
 _IP_PKTINFO = 8
 _IPV6_RECVPKTINFO, _IPV6_PKTINFO = 49, 50
+# Looking a member of an enumeration up takes longer than comparing with it.
+_SOL_SOCKET, _IPPROTO_IP, _IPPROTO_IPV6 = socket.SOL_SOCKET, int(socket.IPPROTO_IP), int(socket.IPPROTO_IPV6)
+# One octet more than is looked at: what is longer shows.
+_LONGEST = MAX_DATAGRAM + 1
 _RECEIVE_BUFFER = 4 * 1024 * 1024
 _ANSWER = Verdict.ANSWER
 _KISSES = {Verdict.KISS_RATE: Kiss.RATE, Verdict.KISS_DENY: Kiss.DENY}
+
+
+_Ancillary = tuple[int, int, bytes]
 
 
 class NtpListener:
@@ -67,14 +74,15 @@ class NtpListener:
     def _drain(self) -> None:
         admission, kiss = self._admission, None
         now = 0 if admission is None else time.monotonic_ns()
+        sock, clock, counters = self._socket, self._clock, self._counters
         for _ in range(_BATCH):
             try:
-                datagram, ancillary, _flags, peer = self._socket.recvmsg(MAX_DATAGRAM + 1, _ANCILLARY)
+                datagram, ancillary, _flags, peer = sock.recvmsg(_LONGEST, _ANCILLARY)
             except BlockingIOError:
                 return
             except OSError:
                 # A queued ICMP error of an earlier answer; the next call brings the next datagram.
-                self._counters["receive-error"] += 1
+                counters["receive-error"] += 1
                 continue
             if admission is not None:
                 kiss = None
@@ -82,38 +90,39 @@ class NtpListener:
                 if verdict is not _ANSWER:
                     kiss = _KISSES.get(verdict)
                     if kiss is None:
-                        self._counters[verdict] += 1
+                        counters[verdict] += 1
                         continue
             received, origin = self._read_ancillary(ancillary)
             action = self._server.respond(
                 datagram,
                 received=received,
-                transmit_time=self._clock.now_ns,
-                clock=self._clock.state(received),
+                transmit_time=clock.now_ns,
+                clock=clock.state(received),
                 kiss=kiss,
             )
-            self._counters[action.outcome] += 1
+            counters[action.outcome] += 1
             if isinstance(action, Reply):
                 try:
-                    self._socket.sendmsg((action.octets,), origin, 0, peer)
+                    if origin is None:
+                        sock.sendto(action.octets, peer)
+                    else:
+                        sock.sendmsg((action.octets,), (origin,), 0, peer)
                 except OSError:
-                    self._counters["send-error"] += 1
+                    counters["send-error"] += 1
 
-    def _read_ancillary(
-        self, ancillary: Sequence[tuple[int, int, bytes]]
-    ) -> tuple[int, Sequence[tuple[int, int, bytes]]]:
+    def _read_ancillary(self, ancillary: Sequence[_Ancillary]) -> tuple[int, _Ancillary | None]:
         """The receive time to be served, and what makes the answer leave from the address asked."""
         received: int | None = None
-        origin: list[tuple[int, int, bytes]] = []
+        origin: _Ancillary | None = None
         for level, kind, data in ancillary:
-            if level == socket.SOL_SOCKET and kind == _SO_TIMESTAMPNS:
-                seconds, nanoseconds = _TIMESPEC.unpack(data[: _TIMESPEC.size])
+            if level == _SOL_SOCKET and kind == _SO_TIMESTAMPNS:
+                seconds, nanoseconds = _TIMESPEC.unpack_from(data)
                 received = seconds * 1_000_000_000 + nanoseconds + self._clock.offset_ns
-            elif level == socket.IPPROTO_IP and kind == _IP_PKTINFO:
+            elif level == _IPPROTO_IP and kind == _IP_PKTINFO:
                 # struct in_pktinfo: interface, local address (used as the source), header destination.
-                origin.append((level, kind, bytes(4) + data[4:8] + bytes(4)))
-            elif level == socket.IPPROTO_IPV6 and kind == _IPV6_PKTINFO:
-                origin.append((level, kind, data))
+                origin = (level, kind, bytes(4) + data[4:8] + bytes(4))
+            elif level == _IPPROTO_IPV6 and kind == _IPV6_PKTINFO:
+                origin = (level, kind, data)
         return (self._clock.now_ns() if received is None else received), origin
 
 
