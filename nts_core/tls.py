@@ -89,23 +89,40 @@ def _dns_names(leaf: x509.Certificate) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Trust:
-    """The roots a client accepts and the time at which certificates have to be valid."""
+    """The roots a client accepts and the time at which certificates have to be valid.
+
+    With a `floor` the time `at` is that of a clock that nobody vouches for (RFC 8915 section 8.5): a certificate
+    must not have ended before the floor, and its chain is checked at `at` if that fits, else at the first time
+    that does.
+    """
 
     roots: Store
     at: datetime
+    floor: datetime | None = None
 
     @classmethod
-    def of(cls, roots: Sequence[x509.Certificate], at: datetime) -> Self:
-        return cls(Store(list(roots)), at)
+    def of(cls, roots: Sequence[x509.Certificate], at: datetime, floor: datetime | None = None) -> Self:
+        return cls(Store(list(roots)), at, floor)
 
     def verify(self, name: str, chain: Sequence[x509.Certificate]) -> None:
         """Raise CertificateError unless `chain` is good for `name` (a DNS name or an IP address)."""
-        builder = PolicyBuilder().store(self.roots).time(self.at)
         try:
+            builder = PolicyBuilder().store(self.roots).time(self._time(name, chain[0]))
             # A name that no certificate can carry is a ValueError.
             builder.build_server_verifier(_subject(name)).verify(chain[0], list(chain[1:]))
         except (*_X509_FAULTS, VerificationError) as error:
             raise CertificateError(f"the certificate is not acceptable for {name}: {error}") from None
+
+    def _time(self, name: str, leaf: x509.Certificate) -> datetime:
+        if self.floor is None:
+            return self.at
+        first, last = max(self.floor, leaf.not_valid_before_utc), leaf.not_valid_after_utc
+        if last < first:
+            raise CertificateError(
+                f"the certificate for {name} ended on {last:%Y-%m-%d %H:%M:%S} UTC, "
+                f"before the last recorded time, {self.floor:%Y-%m-%d %H:%M:%S} UTC"
+            )
+        return self.at if first <= self.at <= last else first
 
 
 def _subject(name: str) -> x509.DNSName | x509.IPAddress:

@@ -270,6 +270,34 @@ def test_an_address_is_never_sent_as_server_name(authority, pair, name):
     assert server.connection.get_servername() == (NAME.encode() if name == NAME else None)
 
 
+@pytest.mark.rfc8915("8.5-3")
+@pytest.mark.parametrize("at", [-30, -5, 0, 5, 30])
+@pytest.mark.parametrize(
+    ("floor", "is_good"), [(-100, True), (-2, True), (1, True), (3, False), (100, False)]
+)
+def test_a_floor_in_place_of_a_clock(authority, at, floor, is_good):
+    """RFC 8915 section 8.5: refused is what ended before the floor, whatever the clock says."""
+    now = datetime.now(UTC)
+    pair = authority.issue(NAME, not_before=now - DAY, not_after=now + 2 * DAY, file="floor")
+    chain, _ = load(pair)
+    roots = x509.load_pem_x509_certificates(authority.root.read_bytes())
+    lax = Trust.of(roots, now + at * DAY, now + floor * DAY)
+    if is_good:
+        lax.verify(NAME, chain)
+    else:
+        with pytest.raises(CertificateError, match="recorded time"):
+            lax.verify(NAME, chain)
+    with pytest.raises(CertificateError):
+        lax.verify("other.example", chain)
+
+
+def test_a_floor_is_not_a_way_around_the_roots(authority, tmp_path):
+    chain, _ = load(Authority(tmp_path).issue(NAME))
+    roots = x509.load_pem_x509_certificates(authority.root.read_bytes())
+    with pytest.raises(CertificateError):
+        Trust.of(roots, datetime.now(UTC), datetime(2026, 1, 1, tzinfo=UTC)).verify(NAME, chain)
+
+
 @pytest.mark.rfc8915("3-4")
 def test_validity_is_judged_at_the_time_given(authority):
     now = datetime.now(UTC)
