@@ -21,15 +21,15 @@ from nts_core.client import (
     KE_PORT,
     ClientError,
     Failure,
-    Measurement,
     PoolView,
     Verdict,
     load_roots,
-    query,
     sources,
 )
 from nts_core.resolve import ResolveError, Resolver, TrustAnchors
+from nts_core.session import CertificateTime
 from nts_core.shell import parse_host_port
+from nts_core.source import CertificateCheck, QueryResult, Source, query
 from nts_core.tls import Trust
 
 app = typer.Typer(
@@ -145,20 +145,25 @@ def _finish(document: dict[str, Any], error: ClientError | None, *, as_json: boo
         raise typer.Exit(_STATUS.get(Failure(error.code), ExitStatus.NOT_ESTABLISHED))
 
 
-def _query_document(endpoint: Endpoint | None, host: str, found: Measurement | None) -> dict[str, Any]:
+def _query_document(
+    endpoint: Endpoint | None, host: str, found: QueryResult | None, warnings: list[str]
+) -> dict[str, Any]:
     best = None if found is None else found.best
     return {
         "authenticated": found is not None,
         "server": endpoint.host if endpoint else host,
         "ke_port": endpoint.port if endpoint else None,
-        "ntp_address": found.established.ntp_host if found else None,
-        "ntp_port": found.established.ntp_port if found else None,
-        "aead": int(found.established.result.keys.aead) if found else None,
-        "cookies": len(found.established.result.cookies) if found else None,
+        "ntp_address": found.ntp_host if found else None,
+        "ntp_port": found.ntp_port if found else None,
+        "aead": int(found.aead) if found else None,
+        "cookies": found.cookies if found else None,
+        "key_establishment": found.key_establishment if found else None,
+        "certificate_time": found.certificate_time if found else None,
         "offset_ns": best.offset if best else None,
         "delay_ns": best.delay if best else None,
         "stratum": best.stratum if best else None,
         "leap": best.leap if best else None,
+        "warnings": warnings,
     }
 
 
@@ -171,29 +176,44 @@ def query_command(
     aead: Annotated[
         str | None, typer.Option(metavar="LIST", help="AEAD algorithms to offer, the preferred first: 30,15")
     ] = None,
+    state: Annotated[Path | None, typer.Option(help="keep cookies and the last known time here")] = None,
+    certificate_time: Annotated[
+        CertificateCheck, typer.Option(help="auto goes without a right clock if --state is given")
+    ] = CertificateCheck.AUTO,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,  # noqa: FBT002 - a flag
 ) -> None:
     """Key establishment and authenticated exchanges with one server."""
     endpoint: Endpoint | None = None
-    found: Measurement | None = None
+    source: Source | None = None
+    found: QueryResult | None = None
     failure: ClientError | None = None
     try:
         _check_range("--samples", samples, MAX_SAMPLES)
         endpoint = parse_endpoint(host, KE_PORT)
         if address is not None:
             address = _parse_address(address)
-        trust = Trust.of(load_roots(ca), datetime.now(UTC))
-        offered = _parse_aead(aead) if aead is not None else SUPPORTED
-        found = asyncio.run(
-            query(endpoint.host, endpoint.port, trust, address=address, samples=samples, offered=offered)
+        source = Source(
+            endpoint.host,
+            endpoint.port,
+            load_roots(ca),
+            addresses=[] if address is None else [address],
+            state=state,
+            check=certificate_time,
+            interval=0,
+            offered=_parse_aead(aead) if aead is not None else SUPPORTED,
         )
+        found = asyncio.run(query(source, samples))
         if not found.best.synchronised:
             failure = ClientError(Failure.UNSYNCHRONISED, f"{endpoint.host} says that it is not synchronised")
     except ClientError as error:
         failure = error
-    if found is not None and not as_json:
-        _show_query(host, found)
-    document = {**_query_document(endpoint, host, found), "error": _error(failure)}
+    warnings = [] if source is None else source.warnings
+    if not as_json:
+        for warning in warnings:
+            typer.echo(f"warning: {warning}", err=True)
+        if found is not None:
+            _show_query(host, found)
+    document = {**_query_document(endpoint, host, found, warnings), "error": _error(failure)}
     _finish(document, failure, as_json=as_json)
 
 
@@ -213,13 +233,17 @@ def _parse_aead(text: str) -> tuple[AeadId, ...]:
         ) from None
 
 
-def _show_query(host: str, found: Measurement) -> None:
+def _show_query(host: str, found: QueryResult) -> None:
     best = found.best
     now = datetime.fromtimestamp((time.time_ns() + best.offset) / 1e9, UTC)
-    typer.echo(f"{host} at {found.established.ntp_host} port {found.established.ntp_port}, authenticated")
+    typer.echo(f"{host} at {found.ntp_host} port {found.ntp_port}, authenticated")
     typer.echo(f"  time    {now.isoformat(timespec='milliseconds')}")
     typer.echo(f"  offset  {_milliseconds(best.offset)}   delay {_milliseconds(best.delay)}")
     typer.echo(f"  stratum {best.stratum}   leap {best.leap}   samples {len(found.samples)}")
+    if not found.key_establishment:
+        typer.echo("  kept cookies were used, without key establishment")
+    if found.certificate_time is CertificateTime.FLOOR:
+        typer.echo("  certificate time not checked strictly: this machine's clock is not known to be right")
 
 
 def _milliseconds(nanoseconds: int | None) -> str:

@@ -1,7 +1,7 @@
 """Asking servers for authenticated time over real sockets (asyncio).
 
-`establish` runs key establishment, `measure` authenticated exchanges, `query` both with one server, `sources` a
-whole pool. Every wait has a deadline. ICMP errors are not listened to: anybody can forge them, so only silence
+`establish` runs key establishment, `measure` authenticated exchanges, `sources` both with the members of a pool; for
+one server over a longer time see `nts_core.source`. Every wait has a deadline. ICMP errors are not listened to: anybody can forge them, so only silence
 counts. Nothing here touches the system clock.
 """
 
@@ -39,6 +39,7 @@ from nts_core.errors import (
 )
 from nts_core.ke import KeClient, KeResult
 from nts_core.packet import MAX_DATAGRAM
+from nts_core.records import ErrorCode
 from nts_core.resolve import ResolveError, Resolver, SrvTarget, addresses, srv_targets
 from nts_core.tls import TlsChannel, Trust, client_channel
 
@@ -51,7 +52,7 @@ _OWN_FAULTS = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENETDOWN, errno.ENETUNREACH}
 )
 # Kiss codes that tell of the server's own clock and refuse nobody (RFC 5905 section 7.4).
-_STARTING = frozenset({"INIT", "STEP"})
+STARTING = frozenset({"INIT", "STEP"})
 _TIMESPEC = struct.Struct("@qq")
 # asm-generic/socket.h; Python names it from 3.13 on only.
 _SO_TIMESTAMPNS = 35
@@ -88,13 +89,24 @@ _REMEDIES = {
 
 
 class ClientError(Exception):
-    """A failure with its stage, what happened, and what to do about it."""
+    """A failure with its stage, what happened, and what to do about it.
 
-    def __init__(self, code: str, message: str, remedy: str | None = None) -> None:
+    `ke_error` is the code of the Error record that key establishment ended with, if it did.
+    """
+
+    def __init__(
+        self, code: str, message: str, remedy: str | None = None, *, ke_error: int | None = None
+    ) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
+        self.ke_error = ke_error
         self.remedy = _REMEDIES.get(Failure(code), "") if remedy is None else remedy
+
+    @property
+    def is_unacceptable(self) -> bool:
+        """Whether a server called our request bad: then it is not to be repeated (RFC 8915 section 4.1.3)."""
+        return self.ke_error in {ErrorCode.UNRECOGNIZED_CRITICAL_RECORD, ErrorCode.BAD_REQUEST}
 
 
 def load_roots(file: Path | None) -> list[x509.Certificate]:
@@ -179,7 +191,9 @@ async def establish(
         raise ClientError(Failure.CERTIFICATE, str(error)) from None
     except TlsError as error:
         raise ClientError(Failure.TLS, str(error)) from None
-    except (KeError, WireError) as error:
+    except KeError as error:
+        raise ClientError(Failure.KE, str(error), ke_error=error.code) from None
+    except WireError as error:
         raise ClientError(Failure.KE, str(error)) from None
     return Established(result, channel.peer_chain, address, time.monotonic_ns() - started)
 
@@ -298,7 +312,7 @@ async def measure(established: Established, samples: int) -> Measurement:
     Raises ClientError if there is no sample at all, and for an authentic kiss code.
     """
     association = Association(established.result, secrets.token_bytes)
-    host = await _ntp_address(established)
+    host = await ntp_address(established)
     taken: list[Sample] = []
     failure: ClientError | None = None
     for _ in range(samples + 1):
@@ -309,7 +323,7 @@ async def measure(established: Established, samples: int) -> Measurement:
         except ClientError as error:
             failure = error
         except KissOfDeath as kiss:
-            code = Failure.UNSYNCHRONISED if kiss.code in _STARTING else Failure.KISS
+            code = Failure.UNSYNCHRONISED if kiss.code in STARTING else Failure.KISS
             failure = ClientError(code, str(kiss))
             if kiss.authentic:
                 raise failure from None
@@ -323,7 +337,8 @@ async def measure(established: Established, samples: int) -> Measurement:
     return Measurement(established, tuple(taken))
 
 
-async def _ntp_address(established: Established) -> str:
+async def ntp_address(established: Established) -> str:
+    """The IP address at which NTP is served. Raises ClientError when record 6's name does not resolve."""
     host = established.ntp_host
     try:
         return str(ip_address(host))
@@ -346,33 +361,6 @@ async def system_addresses(name: str) -> list[str]:
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
-async def query(
-    name: str,
-    port: int,
-    trust: Trust,
-    *,
-    address: str | None = None,
-    samples: int = 4,
-    offered: Sequence[AeadId] = SUPPORTED,
-) -> Measurement:
-    """Key establishment and `samples` exchanges with one server, the first of its addresses that answers.
-
-    Raises ClientError, also when the server says itself that it does not know the time.
-    """
-    candidates = [address] if address is not None else await system_addresses(name)
-    failure: ClientError | None = None
-    for candidate in candidates:
-        try:
-            established = await establish(name, candidate, port, trust, offered=offered)
-            measurement = await measure(established, samples)
-        except ClientError as error:
-            failure = error
-            continue
-        return measurement
-    assert failure is not None
-    raise failure
-
-
 class Verdict(StrEnum):
     TRUECHIMER = "truechimer"
     FALSETICKER = "falseticker"
@@ -380,7 +368,7 @@ class Verdict(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class PoolSource:
     """One pool member as this client found it; offset and delay in nanoseconds."""
 
     name: str
@@ -395,7 +383,7 @@ class PoolView:
     """The sources that were tried, and what the truechimers among them agree on."""
 
     pool: str
-    sources: tuple[Source, ...]
+    sources: tuple[PoolSource, ...]
     offset: int | None
 
     @property
@@ -455,6 +443,8 @@ async def _try(
                 candidate.measurement = await measure(established, samples)
             except ClientError as error:
                 candidate.failure = error.message
+                if error.is_unacceptable:
+                    return
                 continue
             return
     except ResolveError as error:
@@ -476,7 +466,7 @@ def _judge(pool: str, tried: Sequence[_Candidate]) -> PoolView:
     return PoolView(pool, judged, selection.offset)
 
 
-def _source(candidate: _Candidate, *, is_chosen: bool) -> Source:
+def _source(candidate: _Candidate, *, is_chosen: bool) -> PoolSource:
     measurement = candidate.measurement
     if measurement is None:
         verdict, reason = Verdict.FAILED, candidate.failure
@@ -486,7 +476,7 @@ def _source(candidate: _Candidate, *, is_chosen: bool) -> Source:
         verdict, reason = Verdict.TRUECHIMER, ""
     else:
         verdict, reason = Verdict.FALSETICKER, "its time disagrees with the majority"
-    return Source(candidate.target.name, candidate.address, measurement, verdict, reason)
+    return PoolSource(candidate.target.name, candidate.address, measurement, verdict, reason)
 
 
 def _strerror(error: BaseException) -> str:

@@ -20,10 +20,13 @@ QUERY_FIELDS = {
     "ntp_port",
     "aead",
     "cookies",
+    "key_establishment",
+    "certificate_time",
     "offset_ns",
     "delay_ns",
     "stratum",
     "leap",
+    "warnings",
     "error",
 }
 

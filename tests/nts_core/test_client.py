@@ -15,15 +15,16 @@ from lab.certificates import Authority
 from lab.processes import free_port
 from lab.programs import run
 from nts_core import records
-from nts_core.aead import NONCE_LENGTH, Aead
+from nts_core.aead import NONCE_LENGTH, Aead, AeadId
 from nts_core.association import Association
-from nts_core.client import ClientError, Failure, establish, exchange, measure, query, system_addresses
+from nts_core.client import ClientError, Failure, establish, exchange, measure, system_addresses
 from nts_core.cookies import Keyring
 from nts_core.errors import KissOfDeath, TlsError
-from nts_core.ke import KeServer, KeTerms, NtpEndpoint, NtpService
+from nts_core.ke import KeServer, KeTerms, NtpEndpoint, NtpService, export_keys
 from nts_core.packet import Field, FieldType, Header, Leap, Mode, Packet, encode_fields, protect
 from nts_core.records import Record, RecordType
 from nts_core.server import ClockState, NtpServer, Reply
+from nts_core.source import Source, query
 from nts_core.tls import ServerCredentials, Trust
 from nts_core.wire import uint16
 
@@ -48,8 +49,13 @@ def credentials(authority):
 
 
 @pytest.fixture(scope="module")
-def trust(authority):
-    return Trust.of(x509.load_pem_x509_certificates(authority.root.read_bytes()), datetime.now(UTC))
+def roots(authority):
+    return x509.load_pem_x509_certificates(authority.root.read_bytes())
+
+
+@pytest.fixture(scope="module")
+def trust(roots):
+    return Trust.of(roots, datetime.now(UTC))
 
 
 @contextlib.asynccontextmanager
@@ -495,7 +501,7 @@ async def test_measure_reports_a_kiss(credentials, trust, keyring):
 
 
 @pytest.mark.parametrize("code", [b"INIT", b"STEP"])
-async def test_a_server_that_is_still_starting_is_not_synchronised(credentials, trust, keyring, code):
+async def test_a_server_that_is_still_starting_is_not_synchronised(credentials, roots, keyring, code):
     """RFC 5905 section 7.4: INIT and STEP tell of the server's clock; they are no refusal. ntpd sends them."""
     keys = {}
 
@@ -508,10 +514,53 @@ async def test_a_server_that_is_still_starting_is_not_synchronised(credentials, 
         return [protect(forged_kiss(request, code), b"", Aead(30, keys["s2c"]), secrets.token_bytes(12))]
 
     async with ntp_end(answers) as end, ke_server(credentials, answer) as port:
-        await fails(query(NAME, port, trust, address=HOST), Failure.UNSYNCHRONISED)
+        source = Source(NAME, port, roots, addresses=[HOST], interval=0)
+        await fails(query(source), Failure.UNSYNCHRONISED)
 
 
-async def test_query_goes_on_to_the_next_address(credentials, trust, keyring):
+@pytest.mark.parametrize(("exported_as", "requests"), [(15, 4), (30, 5)])
+async def test_a_server_that_does_not_say_how_it_exports(credentials, roots, keyring, exported_as, requests):
+    """AES-128-GCM-SIV without record 1024: the first keys, and if only NTSN comes the others."""
+    gcm_siv = AeadId.AES_128_GCM_SIV
+
+    def answer(channel, _asked):
+        keys = export_keys(channel.export, gcm_siv, AeadId(exported_as))
+        chosen = Record(RecordType.AEAD_ALGORITHM, uint16(gcm_siv), critical=True)
+        port = NtpEndpoint(None, end.port).records()
+        sealed = keyring.seal_many(keys, secrets.token_bytes(8 * 16))
+        cookies = [Record(RecordType.NEW_COOKIE, cookie) for cookie in sealed]
+        return records.encode([NTPV4, chosen, *port, *cookies, END])
+
+    async with ntp_end(honest(keyring)) as end, ke_server(credentials, answer) as port:
+        found = await query(Source(NAME, port, roots, addresses=[HOST], interval=0))
+    assert len(found.samples) == 4
+    assert found.aead == gcm_siv
+    assert len(end.requests) == requests
+
+
+@pytest.mark.rfc8915("4.1.3-6", "4.1.3-8")
+@pytest.mark.parametrize(("code", "seconds"), [(0, 432_000), (1, 432_000), (2, 10)])
+async def test_a_request_that_was_called_bad_is_not_soon_repeated(credentials, roots, code, seconds):
+    """RFC 8915 section 4.1.3: the unmodified request only after an internal error of the server."""
+    error = Record(RecordType.ERROR, uint16(code), critical=True)
+    asked = []
+
+    def answer(channel, octets):
+        asked.append(octets)
+        return scripted(error)(channel, octets)
+
+    async with (
+        ke_server(credentials, answer) as port,
+        # Two addresses of one server, as far as it can tell.
+        Source(NAME, port, roots, addresses=[HOST, "::ffff:127.0.0.1"]) as source,
+    ):
+        before = time.monotonic()
+        await fails(source.next(), Failure.KE)
+        assert len(asked) == (2 if code == 2 else 1)
+        assert before + seconds <= source.action.at / 1e9 <= time.monotonic() + seconds
+
+
+async def test_query_goes_on_to_the_next_address(credentials, roots, keyring):
     """`localhost` has an IPv6 address on most systems; the server listens on IPv4 alone."""
     pool = await system_addresses("localhost")
     if HOST not in pool:
@@ -519,9 +568,9 @@ async def test_query_goes_on_to_the_next_address(credentials, trust, keyring):
     async with ntp_end(honest(keyring)) as end:
         answer = good(keyring, NtpEndpoint(None, end.port))
         async with ke_server(credentials, answer) as port:
-            await fails(query("localhost", port, trust), Failure.CERTIFICATE)
-            found = await query(HOST, port, trust, samples=1)
-    assert found.established.address == HOST
+            await fails(query(Source("localhost", port, roots, interval=0)), Failure.CERTIFICATE)
+            found = await query(Source(HOST, port, roots, interval=0), samples=1)
+    assert found.ntp_host == HOST
 
 
 async def test_a_name_that_does_not_resolve():

@@ -1,0 +1,372 @@
+"""What a client keeps on disk between runs (I/O): cookies with their keys, and the last recorded time.
+
+    DIR/NAME-PORT-DIGEST.json   one server's credentials (RFC 8915 section 5.7)
+    DIR/NAME-PORT-DIGEST.lock   held by the one process that uses them
+    DIR/recorded-time.json      a time that was known to be right (section 8.5)
+
+Rules:
+
+1. A cookie that is going to be used is gone from the file, durably, before its request is sent: `CookieFile.save`
+   returns when the new content has reached the disk.
+2. One process at a time uses a server's file. The lock ends with the process, however that ends.
+3. Every file is 0600, written aside and renamed. One that is damaged, or that others could read or write, is not
+   believed; it is moved aside, and never overwritten.
+4. Credentials are bound to what they were asked for: name, port, roots.
+"""
+
+import asyncio
+import fcntl
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Literal, Self, TypeVar
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+from pydantic import BaseModel, ConfigDict, Field, IPvAnyAddress, ValidationError
+
+from nts_core.aead import KEY_LENGTH, AeadId, SessionKeys
+from nts_core.client import ClientError, Failure
+from nts_core.cookies import MAX_COOKIE_LENGTH, MAX_COOKIES
+from nts_core.session import CHECKED_ANSWERS, COOKIE_LIFETIME, MAX_INTERVAL, CertificateTime, Credentials
+
+# How long a second process waits for the first one's lock, in seconds.
+LOCK_TIMEOUT = 5.0
+_LOCK_POLL = 0.05
+# Eight cookies of the longest kind in base64 take less than 4 KiB.
+_MAX_FILE = 16 * 1024
+_VERSION = 1
+_RECORDED_TIME = "recorded-time"
+_Result = TypeVar("_Result")
+_REMEDY = "check the directory's owner, rights and space, or give another --state"
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """What credentials were asked for; they serve nothing else. `roots` is a digest of those that were trusted."""
+
+    name: str
+    port: int
+    roots: str
+
+    @classmethod
+    def of(cls, name: str, port: int, roots: Sequence[x509.Certificate]) -> Self:
+        digest = hashlib.sha256()
+        for der in sorted(root.public_bytes(Encoding.DER) for root in roots):
+            digest.update(hashlib.sha256(der).digest())
+        return cls(name, port, digest.hexdigest())
+
+    @property
+    def stem(self) -> str:
+        """A file name for the server, safe for every name and no longer than file systems allow."""
+        digest = hashlib.sha256(f"{self.name}\0{self.port}".encode()).hexdigest()
+        readable = re.sub(r"[^a-z0-9.-]", "_", self.name.lower())[:80].lstrip(".")
+        return f"{readable}-{self.port}-{digest[:16]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """One server's file. `ke_address` is where key establishment was done; `established_at` and `received_at` (the newest cookie) are Unix nanoseconds.
+
+    `rate_floor` is the interval between polls, in nanoseconds, that the server's RATE demands.
+    """
+
+    credentials: Credentials
+    ke_address: str
+    established_at: int
+    received_at: int
+    rate_floor: int = 0
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        ser_json_bytes="base64",
+        val_json_bytes="base64",
+        hide_input_in_errors=True,
+    )
+
+
+_Cookie = Annotated[bytes, Field(min_length=1, max_length=MAX_COOKIE_LENGTH)]
+_Nanoseconds = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
+
+
+class _KeysDocument(_Document):
+    aead: int
+    c2s: bytes
+    s2c: bytes
+
+    @classmethod
+    def of(cls, keys: SessionKeys) -> Self:
+        return cls(aead=keys.aead, c2s=keys.c2s, s2c=keys.s2c)
+
+    def keys(self) -> SessionKeys:
+        """Raises ValueError for an algorithm that we do not speak, or keys that are not its."""
+        aead = AeadId(self.aead)
+        if len(self.c2s) != KEY_LENGTH[aead] or len(self.s2c) != KEY_LENGTH[aead]:
+            raise ValueError("the session keys have a wrong length")
+        return SessionKeys(aead, self.c2s, self.s2c)
+
+
+class _CookieDocument(_Document):
+    version: Literal[1]
+    name: str
+    port: int
+    roots: str
+    ke_address: IPvAnyAddress
+    host: IPvAnyAddress
+    ntp_port: Annotated[int, Field(ge=1, le=65535)]
+    not_before: _Nanoseconds
+    not_after: _Nanoseconds
+    certificate_time: CertificateTime
+    unchecked: Annotated[int, Field(ge=0, le=CHECKED_ANSWERS)]
+    established_at: _Nanoseconds
+    received_at: _Nanoseconds
+    rate_floor: Annotated[int, Field(ge=0, le=MAX_INTERVAL)]
+    keys: _KeysDocument
+    alternative: _KeysDocument | None
+    cookies: Annotated[tuple[_Cookie, ...], Field(max_length=MAX_COOKIES)]
+
+
+class _TimeDocument(_Document):
+    version: Literal[1]
+    recorded_ns: Annotated[int, Field(ge=0, lt=1 << 63)]
+
+
+class CookieFile:
+    """The file of one server, held under its lock from `open` to `close`."""
+
+    def __init__(self, directory: Path, binding: Binding, lock: int) -> None:
+        self._path = directory / f"{binding.stem}.json"
+        self._binding = binding
+        self._lock = lock
+
+    @classmethod
+    async def open(cls, directory: Path, binding: Binding) -> Self:
+        """Raises ClientError when the directory is of no use, or another process keeps the lock for too long."""
+        _make_directory(directory)
+        path = directory / f"{binding.stem}.lock"
+        lock = _open_lock(path)
+        try:
+            async with asyncio.timeout(LOCK_TIMEOUT):
+                # The kernel tells nobody when a lock becomes free, but by blocking.
+                while not _try_lock(lock):  # noqa: ASYNC110
+                    await asyncio.sleep(_LOCK_POLL)
+        except TimeoutError:
+            os.close(lock)
+            raise ClientError(
+                Failure.CONFIGURATION,
+                f"another process uses what is kept of {binding.name} in {directory}",
+                "wait until it has ended, or give another --state",
+            ) from None
+        except BaseException:
+            os.close(lock)
+            raise
+        return cls(directory, binding, lock)
+
+    def close(self) -> None:
+        os.close(self._lock)
+
+    def load(self, now: int) -> tuple[Kept | None, str | None]:
+        """What is kept, and a sentence if something is wrong with the file. `now` is in Unix nanoseconds.
+
+        Nothing is kept that was asked for otherwise or is too old. An age below zero is that of a clock that
+        was set back, and says nothing.
+        """
+        content, fault = _read(self._path)
+        if content is None:
+            return None, fault
+        try:
+            document = _CookieDocument.model_validate_json(content)
+            kept = Kept(
+                Credentials(
+                    keys=document.keys.keys(),
+                    cookies=document.cookies,
+                    host=str(document.host),
+                    port=document.ntp_port,
+                    not_before=document.not_before,
+                    not_after=document.not_after,
+                    certificate_time=document.certificate_time,
+                    alternative=None if document.alternative is None else document.alternative.keys(),
+                    unchecked=document.unchecked,
+                ),
+                str(document.ke_address),
+                document.established_at,
+                document.received_at,
+                document.rate_floor,
+            )
+        except (ValueError, KeyError) as error:
+            return None, _set_aside(self._path, content, _explain(error))
+        binding = Binding(document.name, document.port, document.roots)
+        if binding != self._binding or now - kept.received_at > COOKIE_LIFETIME:
+            return None, None
+        return kept, None
+
+    def save(self, kept: Kept) -> None:
+        """Replace the file durably. Raises ClientError; then the old content or the new one is there."""
+        credentials, binding = kept.credentials, self._binding
+        document = _CookieDocument(
+            version=_VERSION,
+            name=binding.name,
+            port=binding.port,
+            roots=binding.roots,
+            ke_address=ip_address(kept.ke_address),
+            host=ip_address(credentials.host),
+            ntp_port=credentials.port,
+            not_before=credentials.not_before,
+            not_after=credentials.not_after,
+            certificate_time=credentials.certificate_time,
+            unchecked=credentials.unchecked,
+            established_at=kept.established_at,
+            received_at=kept.received_at,
+            rate_floor=kept.rate_floor,
+            keys=_KeysDocument.of(credentials.keys),
+            alternative=None
+            if credentials.alternative is None
+            else _KeysDocument.of(credentials.alternative),
+            cookies=credentials.cookies,
+        )
+        _guarded(
+            self._path, lambda: _replace(self._path, document.model_dump_json(indent=1).encode() + b"\n")
+        )
+
+    def forget(self) -> None:
+        """Remove the file durably. Raises ClientError."""
+        _guarded(self._path, lambda: _remove(self._path))
+
+
+class TimeRecord:
+    """The last recorded time of a state directory, which never goes back (section 8.5)."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / f"{_RECORDED_TIME}.json"
+
+    def load(self) -> tuple[int | None, str | None]:
+        """The time in Unix nanoseconds, and a sentence if something is wrong with the file."""
+        content, fault = _read(self._path)
+        if content is None:
+            return None, fault
+        try:
+            return _TimeDocument.model_validate_json(content).recorded_ns, None
+        except ValueError as error:
+            return None, _set_aside(self._path, content, _explain(error))
+
+    def save(self, time: int) -> None:
+        """Record `time` unless a later one is recorded. Raises ClientError."""
+        _make_directory(self._path.parent)
+        lock = _open_lock(self._path.with_suffix(".lock"))
+        try:
+            if not _try_lock(lock):
+                # Another process records the time just now: it knows it as well as we do.
+                return
+            recorded, _ = self.load()
+            if recorded is None or recorded < time:
+                document = _TimeDocument(version=_VERSION, recorded_ns=time)
+                _guarded(
+                    self._path, lambda: _replace(self._path, document.model_dump_json().encode() + b"\n")
+                )
+        finally:
+            os.close(lock)
+
+
+def _make_directory(directory: Path) -> None:
+    _guarded(directory, lambda: directory.mkdir(mode=0o700, parents=True, exist_ok=True))
+
+
+def _open_lock(path: Path) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    return _guarded(path, lambda: os.open(path, flags, 0o600))
+
+
+def _guarded(path: Path, work: Callable[[], _Result]) -> _Result:
+    try:
+        return work()
+    except OSError as error:
+        raise ClientError(Failure.CONFIGURATION, f"{path}: {error.strerror or error}", _REMEDY) from None
+
+
+def _try_lock(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _read(path: Path) -> tuple[bytes | None, str | None]:
+    """The content of one of our files; or None, with a sentence when it is there and cannot be used."""
+    try:
+        # Without O_NONBLOCK a named pipe in the file's place would hold us up.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None, None
+    except OSError as error:
+        return None, _set_aside(path, b"", error.strerror or str(error))
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            return None, _set_aside(path, b"", "it is not a file")
+        with open(descriptor, "rb", closefd=False) as file:
+            content = file.read(_MAX_FILE + 1)
+    except OSError as error:
+        return None, _set_aside(path, b"", error.strerror or str(error))
+    finally:
+        os.close(descriptor)
+    if found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        return None, _set_aside(path, content, "others may read or write it")
+    if len(content) > _MAX_FILE:
+        return None, _set_aside(path, content, f"it is longer than {_MAX_FILE} octets")
+    return content, None
+
+
+def _explain(error: ValueError | KeyError) -> str:
+    """What is wrong with a document, without anything of its content."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    return f"{place}: {first['msg']}" if place else first["msg"]
+
+
+def _set_aside(path: Path, content: bytes, fault: str) -> str:
+    """Move a file of no use out of the way, for whoever wants to look at it."""
+    aside = path.with_name(f"{path.name}.damaged-{hashlib.sha256(content).hexdigest()[:8]}")
+    with suppress(OSError):
+        path.rename(aside)
+        return f"{path} is not used: {fault}; it is now {aside.name}"
+    return f"{path} is not used: {fault}"
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Written aside, brought to the disk, renamed, and the name brought to the disk."""
+    aside = path.with_name(f".{path.name}.new")
+    with suppress(FileNotFoundError):
+        aside.unlink()
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    with os.fdopen(os.open(aside, flags, 0o600), "wb") as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    _sync(path.parent)
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
