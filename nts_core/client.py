@@ -214,6 +214,10 @@ async def _key_exchange(
                 asked = True
                 channel.send(client.request())
             result = client.receive(plaintext) if plaintext else None
+        except (KeError, WireError):
+            # Each side says that it closes, also over an answer that it cannot use (section 4).
+            channel.close()
+            raise
         finally:
             # Also on failure: the server then gets the alert that says why.
             writer.write(channel.to_send())
@@ -343,7 +347,10 @@ async def ntp_address(established: Established) -> str:
     try:
         return str(ip_address(host))
     except ValueError:
-        return (await system_addresses(host))[0]
+        # Section 4.1.7: a whole name, to which no search list is applied.
+        found = await system_addresses(f"{host}.")
+    family = ip_address(established.address).version
+    return min(found, key=lambda address: ip_address(address).version != family)
 
 
 async def system_addresses(name: str) -> list[str]:

@@ -212,6 +212,7 @@ async def test_ntp_on_another_address_is_told_by_record_6(tmp_path, pair, trust,
     assert found.result.endpoint == NtpEndpoint(other, server.ntp_port)
 
 
+@pytest.mark.rfc8915("4.1.7-12")
 async def test_ntp_in_the_other_family_only_is_told_by_name(tmp_path, pair, trust):
     """An address of its own a wildcard cannot tell; the certificate's name leads to either family."""
     with AgentServer(tmp_path, pair, ke=("[::1]:0",), ntp=("0.0.0.0:0",)) as server:

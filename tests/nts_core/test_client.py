@@ -17,7 +17,7 @@ from lab.programs import run
 from nts_core import records
 from nts_core.aead import NONCE_LENGTH, Aead, AeadId
 from nts_core.association import Association
-from nts_core.client import ClientError, Failure, establish, exchange, measure, system_addresses
+from nts_core.client import ClientError, Failure, establish, exchange, measure, ntp_address, system_addresses
 from nts_core.cookies import Keyring
 from nts_core.errors import KissOfDeath, TlsError
 from nts_core.ke import KeServer, KeTerms, NtpEndpoint, NtpService, export_keys
@@ -207,21 +207,40 @@ async def test_record_6_overrides_the_address(credentials, trust, keyring):
     assert found.ntp_host == "192.0.2.7"
 
 
+@pytest.mark.rfc8915("4.1.7-6")
+async def test_a_name_in_record_6_is_a_whole_name(credentials, trust, keyring, monkeypatch):
+    """No search list may lead it elsewhere; of its addresses one of the family that works is taken."""
+    asked = []
+
+    async def getaddrinfo(host, *_, **__):
+        asked.append(host)
+        return [(None, None, None, "", (address, 0)) for address in ("2001:db8::7", "192.0.2.7")]
+
+    async with ke_server(credentials, good(keyring, NtpEndpoint("ntp", 123))) as port:
+        found = await establish(NAME, HOST, port, trust)
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+    assert await ntp_address(found) == "192.0.2.7"
+    assert asked == ["ntp."]
+
+
 @pytest.mark.rfc8915("4-1", "4-3")
-async def test_a_client_sends_one_request_and_close_notify(credentials, trust, keyring):
+@pytest.mark.parametrize("is_usable", [True, False])
+async def test_a_client_sends_one_request_and_close_notify(credentials, trust, keyring, is_usable):
     told = asyncio.get_running_loop().create_future()
 
     async def serve(reader, writer):
         channel = credentials.channel()
         asked = await read_request(channel, reader, writer)
-        channel.send(good(keyring)(channel, asked))
+        answer = good(keyring) if is_usable else scripted(Record(RecordType.ERROR, uint16(1), critical=True))
+        channel.send(answer(channel, asked))
         writer.write(channel.to_send())
         while octets := await reader.read(4096):
             asked += channel.receive(octets)
         told.set_result((asked, channel.closed_by_peer))
 
     async with listening(serve) as port:
-        await establish(NAME, HOST, port, trust)
+        with contextlib.nullcontext() if is_usable else pytest.raises(ClientError):
+            await establish(NAME, HOST, port, trust)
         async with asyncio.timeout(5):
             asked, is_closed = await told
     assert is_closed
