@@ -347,18 +347,33 @@ async def ntp_address(established: Established) -> str:
     try:
         return str(ip_address(host))
     except ValueError:
-        # Section 4.1.7: a whole name, to which no search list is applied.
-        found = await system_addresses(f"{host}.")
+        found = await _whole_name_addresses(host)
     family = ip_address(established.address).version
     return min(found, key=lambda address: ip_address(address).version != family)
 
 
-async def system_addresses(name: str) -> list[str]:
-    """The addresses of a host by the system's resolver. Raises ClientError."""
+async def _whole_name_addresses(host: str) -> list[str]:
+    """The addresses of a fully qualified name (section 4.1.7): no search list leads it elsewhere."""
+    try:
+        return await system_addresses(f"{host}.")
+    except ClientError as error:
+        # /etc/hosts knows names without their last dot only, and they are their own canonical names there.
+        with suppress(ClientError):
+            return await system_addresses(host, canonical=host)
+        raise error from None
+
+
+async def system_addresses(name: str, *, canonical: str | None = None) -> list[str]:
+    """The addresses of a host by the system's resolver. Raises ClientError.
+
+    With `canonical` they count only if that is the name that they were found under.
+    """
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(KE_TIMEOUT):
-            found = await loop.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+            found = await loop.getaddrinfo(name, None, type=socket.SOCK_STREAM, flags=socket.AI_CANONNAME)
+        if canonical is not None and found[0][3].rstrip(".").lower() != canonical:
+            raise OSError("it is found under another name only")  # noqa: TRY301 - as if it were not found
     except (OSError, TimeoutError, UnicodeError) as error:
         raise ClientError(
             Failure.DNS,

@@ -69,7 +69,7 @@ def member(tmp_path, registry):
 )
 async def test_an_assignment_without_sense_changes_nothing_and_ends_nothing(tmp_path, nonsense):
     async with Registry({**ASSIGNMENT, **nonsense}) as registry:
-        running = asyncio.create_task(member(tmp_path, registry).run(None))
+        running = asyncio.create_task(member(tmp_path, registry).run())
         async with asyncio.timeout(10):
             while registry.calls < 1:
                 await asyncio.wait({running}, timeout=0.05)

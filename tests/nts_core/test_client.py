@@ -210,17 +210,22 @@ async def test_record_6_overrides_the_address(credentials, trust, keyring):
 @pytest.mark.rfc8915("4.1.7-6")
 async def test_a_name_in_record_6_is_a_whole_name(credentials, trust, keyring, monkeypatch):
     """No search list may lead it elsewhere; of its addresses one of the family that works is taken."""
-    asked = []
+    known = {"ntp.": "ntp"}
 
     async def getaddrinfo(host, *_, **__):
-        asked.append(host)
-        return [(None, None, None, "", (address, 0)) for address in ("2001:db8::7", "192.0.2.7")]
+        if host not in known:
+            raise socket.gaierror(socket.EAI_NONAME, "not known")
+        return [(None, None, None, known[host], (address, 0)) for address in ("2001:db8::7", "192.0.2.7")]
 
     async with ke_server(credentials, good(keyring, NtpEndpoint("ntp", 123))) as port:
         found = await establish(NAME, HOST, port, trust)
     monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
     assert await ntp_address(found) == "192.0.2.7"
-    assert asked == ["ntp."]
+    # As in /etc/hosts; and as by a search list.
+    known = {"ntp": "ntp"}
+    assert await ntp_address(found) == "192.0.2.7"
+    known = {"ntp": "ntp.evil.example"}
+    await fails(ntp_address(found), Failure.DNS)
 
 
 @pytest.mark.rfc8915("4-1", "4-3")
