@@ -10,7 +10,6 @@ block; a daemon calls them in a thread.
 
 import datetime as dt
 import fcntl
-import os
 import shutil
 import tempfile
 import time
@@ -31,6 +30,8 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
     load_pem_private_key,
 )
+
+from nts_core.shell import sync
 
 FILE_LIMIT = 262_144  # octets of a PEM file
 PENDING_LIMIT = 4  # orders whose keys are kept; the oldest go first
@@ -161,17 +162,17 @@ class CertificateStore:
         aside.unlink(missing_ok=True)
         aside.symlink_to(place.relative_to(self._directory))
         aside.replace(self._current)
-        _sync(self._directory)
+        sync(self._directory)
 
     def _write(self, place: Path, files: Mapping[str, str]) -> None:
         aside = Path(tempfile.mkdtemp(prefix=".tmp-", dir=place.parent))  # mkdtemp gives 0700
         for name, text in files.items():
             (aside / name).touch(mode=0o600)
             (aside / name).write_text(text)
-            _sync(aside / name)
-        _sync(aside)
+            sync(aside / name)
+        sync(aside)
         aside.rename(place)
-        _sync(place.parent)
+        sync(place.parent)
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
@@ -196,14 +197,6 @@ class CertificateStore:
 
 def _order_of(pending: Path) -> int:
     return int(pending.name)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read(path: Path, what: str) -> bytes:

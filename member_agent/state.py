@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from member_agent.errors import AgentError, ExitStatus
 from nts_core.cookies import Keyring
 from nts_core.errors import WireError
+from nts_core.shell import replace_file
 
 _MEMBERSHIP = "membership.json"
 _AGENT_KEY = "agent-key.pem"
@@ -42,23 +43,6 @@ class Listening:
 
 _listening_adapter = TypeAdapter(Listening)
 _membership_adapter = TypeAdapter(Membership)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file as a whole, readable by its owner only, and safe against a crash at any point."""
-    aside = path.with_name(f".{path.name}.new")
-    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        os.fchmod(descriptor, 0o600)
-        file.write(content)
-        file.flush()
-        os.fsync(descriptor)
-    aside.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 class StateDirectory:
@@ -168,7 +152,7 @@ class StateDirectory:
 
     def _write(self, name: str, content: bytes) -> None:
         try:
-            write_atomically(self.path / name, content)
+            replace_file(self.path / name, content)
         except OSError as error:
             raise _unusable(self.path / name, error) from None
 

@@ -1,10 +1,11 @@
-"""What the programs share at their edges (I/O): how they log, and where their settings come from."""
+"""What the programs share at their edges (I/O): how they log, how files are replaced, where settings come from."""
 
 import logging
 import os
 import re
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -42,6 +43,30 @@ def raise_descriptor_limit() -> None:
     wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Replace a file as a whole, for its owner's eyes only, and safe against a crash at any point."""
+    aside = path.with_name(f".{path.name}.new")
+    with suppress(FileNotFoundError):
+        aside.unlink()
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    with os.fdopen(os.open(aside, flags, 0o600), "wb") as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Return once the file, or the names in the directory, have reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class SettingsError(Exception):

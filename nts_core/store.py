@@ -35,6 +35,7 @@ from nts_core.aead import KEY_LENGTH, AeadId, SessionKeys
 from nts_core.client import ClientError, Failure
 from nts_core.cookies import MAX_COOKIE_LENGTH, MAX_COOKIES
 from nts_core.session import CHECKED_ANSWERS, COOKIE_LIFETIME, MAX_INTERVAL, CertificateTime, Credentials
+from nts_core.shell import replace_file, sync
 
 # How long a second process waits for the first one's lock, in seconds.
 LOCK_TIMEOUT = 5.0
@@ -234,7 +235,7 @@ class CookieFile:
             cookies=credentials.cookies,
         )
         _guarded(
-            self._path, lambda: _replace(self._path, document.model_dump_json(indent=1).encode() + b"\n")
+            self._path, lambda: replace_file(self._path, document.model_dump_json(indent=1).encode() + b"\n")
         )
 
     def forget(self) -> None:
@@ -270,7 +271,7 @@ class TimeRecord:
             if recorded is None or recorded < time:
                 document = _TimeDocument(version=_VERSION, recorded_ns=time)
                 _guarded(
-                    self._path, lambda: _replace(self._path, document.model_dump_json().encode() + b"\n")
+                    self._path, lambda: replace_file(self._path, document.model_dump_json().encode() + b"\n")
                 )
         finally:
             os.close(lock)
@@ -344,29 +345,6 @@ def _set_aside(path: Path, content: bytes, fault: str) -> str:
     return f"{path} is not used: {fault}"
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Written aside, brought to the disk, renamed, and the name brought to the disk."""
-    aside = path.with_name(f".{path.name}.new")
-    with suppress(FileNotFoundError):
-        aside.unlink()
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-    with os.fdopen(os.open(aside, flags, 0o600), "wb") as file:
-        os.fchmod(file.fileno(), 0o600)
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    _sync(path.parent)
-
-
 def _remove(path: Path) -> None:
     path.unlink(missing_ok=True)
-    _sync(path.parent)
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)

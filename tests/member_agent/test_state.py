@@ -10,9 +10,10 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from member_agent.errors import AgentError, ExitStatus
-from member_agent.state import Listening, Membership, StateDirectory, write_atomically
+from member_agent.state import Listening, Membership, StateDirectory
 from nts_core.aead import AeadId, SessionKeys
 from nts_core.cookies import Keyring
+from nts_core.shell import replace_file
 
 MEMBERSHIP = Membership(
     "https://registry.example", "pool.example", "s-1", "alice.servers.pool.example", "TOKEN", "/etc/ca.pem"
@@ -96,7 +97,7 @@ def test_a_rewritten_file_loses_wide_rights(directory):
     aside = directory.path / ".file.new"
     aside.write_bytes(b"left by a crash, and longer than what follows")
     aside.chmod(0o666)
-    write_atomically(path, b"new")
+    replace_file(path, b"new")
     assert path.read_bytes() == b"new"
     assert mode(path) == 0o600
     assert not aside.exists()
