@@ -120,7 +120,7 @@ class Clock:
         self._silence = "no time daemon was asked yet" if source.daemons else ""
         self._logged: tuple[object, ...] = ()
         self._read_at = 0
-        self._state = self._make_state(0)
+        self._state = self.said_at(0)
 
     def now_ns(self) -> int:
         """Unix nanoseconds to be served."""
@@ -130,7 +130,7 @@ class Clock:
         """What to say at the time `now_ns`."""
         if not 0 <= now_ns - self._read_at < self._REFRESH_NS:
             self._read_at = now_ns
-            self._state = self._make_state(now_ns)
+            self._state = self.said_at(now_ns)
         return self._state
 
     @property
@@ -192,7 +192,7 @@ class Clock:
             return None, f"{tracking.daemon} says that the clock may be {error_ns / 1e9:.0f} s off"
         return tracking, ""
 
-    def _make_state(self, now_ns: int) -> ClockState:
+    def said_at(self, now_ns: int) -> ClockState:
         tracking, _ = self._usable()
         if tracking is not None:
             return self._tracked(tracking, now_ns)

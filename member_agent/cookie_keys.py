@@ -25,19 +25,12 @@ def describe(keyring: Keyring | None) -> str:
     if keyring is None:
         return "no cookie keys yet: the first run makes them"
     schedule = keyring.schedule
+    following = datetime.fromtimestamp(keyring.next_at, UTC).isoformat(timespec="seconds")
     kind = "a ratchet that hosts can share" if schedule.ratchet else "random keys of this host alone"
     return (
-        f"{kind}; the next key seals from {_moment(keyring.next_at)}, then every {schedule.rotation} s;"
+        f"{kind}; the next key seals from {following}, then every {schedule.rotation} s;"
         f" retired keys open cookies for {schedule.history} s"
     )
-
-
-def _moment(seconds: int) -> str:
-    """A file may name a second of any size, and years have four digits."""
-    try:
-        return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
-    except (ValueError, OverflowError, OSError):
-        return "a time that is in no calendar"
 
 
 def renew(state: StateDirectory) -> Keyring:
@@ -56,16 +49,32 @@ def share(state: StateDirectory, file: Path) -> Keyring:
         ratchet = replace(keyring.schedule, ratchet=True)
         keyring = keyring.adopt(Keyring.new(_now(), secrets.token_bytes, ratchet))
     keyring = keyring.at(_now(), secrets.token_bytes)
+    # Its place is taken first, the keys are saved next: a share that is there is one that this host follows.
+    descriptor = _create(file)
     try:
-        # Opened before anything is saved, and never over another file.
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as out:
+            state.save_keyring(keyring)
+            out.write(keyring.share().dump())
+            out.flush()
+            os.fsync(descriptor)
+    except OSError as error:
+        file.unlink()
+        raise AgentError(
+            f"{file}: {error.strerror}", "make room, or name another place", ExitStatus.STATE
+        ) from None
+    except AgentError:
+        file.unlink()
+        raise
+    return keyring
+
+
+def _create(file: Path) -> int:
+    try:
+        return os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except OSError as error:
         raise AgentError(
             f"{file}: {error.strerror}", "name a file that is not there yet", ExitStatus.STATE
         ) from None
-    with os.fdopen(descriptor, "wb") as out:
-        out.write(keyring.share().dump())
-    return _saved(state, keyring)
 
 
 def adopt(state: StateDirectory, file: Path) -> Keyring:

@@ -105,6 +105,8 @@ class KeListeners:
             sock.close()
         self._pauses.clear()
         self._listening.clear()
+        # A task that is cancelled before it begins would never give back what it was made with.
+        await asyncio.sleep(0)
         for connection in self._connections:
             connection.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
@@ -157,7 +159,11 @@ class KeListeners:
     async def _attend(self, connection: socket.socket, address: bytes, ntp: ServiceAt) -> None:
         try:
             connection.setblocking(False)
-            reader, writer = await asyncio.open_connection(sock=connection, limit=_READ)
+            try:
+                reader, writer = await asyncio.open_connection(sock=connection, limit=_READ)
+            except BaseException:
+                connection.close()
+                raise
             try:
                 writer.transport.set_write_buffer_limits(high=_READ)
                 outcome = await self._serve(ntp, reader, writer)
@@ -171,23 +177,35 @@ class KeListeners:
             self.slots.give_back(address)
 
     async def _serve(self, ntp: ServiceAt, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:
-        channel = self.credentials.channel()
-        local = writer.get_extra_info("sockname")[0]
-        terms = KeTerms(self.keyring, ntp(local), self._preference)
-        ke = KeServer(terms, channel.export, secrets.token_bytes)
+        channel: TlsChannel | None = None
+        ke: KeServer | None = None
         try:
-            async with asyncio.timeout(DEADLINE):
-                return await _converse(channel, ke, reader, writer)
-        except TimeoutError:
-            return _finish(channel, ke.timeout(), writer) if channel.established else "tls-timeout"
-        except TlsError:
-            return "tls-failed"
-        except OSError:
-            return "connection-lost"
+            channel = self.credentials.channel()
+            local = writer.get_extra_info("sockname")[0]
+            ke = KeServer(
+                KeTerms(self.keyring, ntp(local), self._preference), channel.export, secrets.token_bytes
+            )
+            return await _within_deadline(channel, ke, reader, writer)
         except Exception:  # noqa: BLE001 - the root of a connection's task
             # Whatever it is, it is our own fault, and the client has to be told so.
             _log.exception("key_establishment_failed")
-            return _finish(channel, ke.internal_error(), writer) if channel.established else "internal-error"
+            if channel is not None and ke is not None and channel.established:
+                return _finish(channel, ke.internal_error(), writer)
+            return "internal-error"
+
+
+async def _within_deadline(
+    channel: TlsChannel, ke: KeServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> str:
+    try:
+        async with asyncio.timeout(DEADLINE):
+            return await _converse(channel, ke, reader, writer)
+    except TimeoutError:
+        return _finish(channel, ke.timeout(), writer) if channel.established else "tls-timeout"
+    except TlsError:
+        return "tls-failed"
+    except OSError:
+        return "connection-lost"
 
 
 async def _converse(

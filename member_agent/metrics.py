@@ -25,14 +25,14 @@ class _EngineCollector(Collector):
 
 
 def engine_families(engine: BuiltinEngine) -> Families:
-    """What there is to tell of an engine."""
+    """What there is to tell of an engine. It is read in another thread than the engine's, and changes nothing."""
 
     def families() -> Iterable[Metric]:
         ke = CounterMetricFamily("pool_agent_ke", "Key establishments by outcome.", labels=["outcome"])
-        for outcome, count in engine.ke.counters.items():
+        for outcome, count in tuple(engine.ke.counters.items()):
             ke.add_metric([outcome], count)
         ntp = CounterMetricFamily("pool_agent_ntp", "NTP datagrams by outcome.", labels=["outcome"])
-        for outcome, count in engine.ntp.counters.items():
+        for outcome, count in tuple(engine.ntp.counters.items()):
             ntp.add_metric([outcome], count)
         forgotten = CounterMetricFamily(
             "pool_agent_rate_forgotten",
@@ -52,7 +52,7 @@ def engine_families(engine: BuiltinEngine) -> Families:
 
 def _clock_families(clock: Clock) -> Iterable[Metric]:
     """What is said of the clock in every answer."""
-    said = clock.state(clock.now_ns())
+    said = clock.said_at(clock.now_ns())
     values = {
         "synchronised": (
             "1 unless the answers say that the clock is not synchronised.",

@@ -32,6 +32,8 @@ _VERSION = 1
 _FILE_VERSION = 2
 _KEY_LENGTH = KEY_LENGTH[AeadId.AES_SIV_CMAC_256]
 _IDS = 1 << 16
+# The end of the year 9999: what lies behind it is in no calendar.
+_LATEST = 253_402_300_800
 _MAX_KEYS = 1024
 # Years of daily keys: what a ratchet may have to be turned at once.
 _MAX_TURNS = 20_000
@@ -131,12 +133,13 @@ class Keyring:
         return type(self)(tuple(keys[: self.schedule.kept]), self.schedule)
 
     def under(self, rotation: int, history: int) -> Self:
-        """The same keys with another schedule. A ratchet keeps its rotation, which all its hosts share.
+        """The same keys with another schedule. Raises ValueError for one that cannot be.
 
-        Raises ValueError for a schedule that cannot be.
+        A ratchet keeps its rotation, which all its hosts share, and of the history what is possible with it.
         """
         if self.schedule.ratchet:
-            return type(self)(self._keys, replace(self.schedule, history=history))
+            possible = self.schedule.rotation * (_MAX_KEYS - 2)
+            return type(self)(self._keys, replace(self.schedule, history=min(history, possible)))
         following, sealing, *retired = self._keys
         following = replace(following, starts_at=sealing.starts_at + rotation)
         return type(self)((following, sealing, *retired), Schedule(rotation, history))
@@ -144,7 +147,8 @@ class Keyring:
     def _redrawn(self, now: int, random: Random) -> list[CookieKey]:
         # However long nobody looked, one new key is enough: nothing was sealed in between.
         sealing = replace(self._keys[0], starts_at=now)
-        return [_next(sealing, self.schedule, random), sealing, *self._keys[1:]]
+        following = _next(sealing, self.schedule, random)
+        return [following, sealing, *(key for key in self._keys[1:] if key.id != following.id)]
 
     def _turned(self, now: int) -> list[CookieKey]:
         keys = list(self._keys)
@@ -226,8 +230,11 @@ class Keyring:
                 )
                 for key in document["keys"]
             )
-            if any(len(key.secret) != _KEY_LENGTH or not 0 <= key.id < _IDS for key in keys):
-                raise WireError("a cookie key with a wrong length or id")
+            if any(
+                len(key.secret) != _KEY_LENGTH or not 0 <= key.id < _IDS or not 0 <= key.starts_at < _LATEST
+                for key in keys
+            ):
+                raise WireError("a cookie key with a wrong length, id or time")
             return cls(keys, schedule)
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError, binascii.Error) as error:
             raise WireError(f"not a file of cookie keys: {error}") from None

@@ -250,19 +250,20 @@ class Packet(NamedTuple):
             raise NotAuthentic("no authenticator")
         try:
             body = Authenticator.decode(self.authenticator.value)
+            return open_hidden(body, datagram[: self.authenticator.start], aead)
         except WireError as error:
             raise NotAuthentic(f"a malformed authenticator: {error}") from None
-        return open_hidden(body, datagram[: self.authenticator.start], aead)
 
 
 def open_hidden(body: Authenticator, clear: bytes, aead: Aead) -> list[Field]:
-    """The fields in an authenticator; NotAuthentic unless it and `clear`, all before it, are authentic."""
+    """The fields in an authenticator.
+
+    Raises NotAuthentic unless it and `clear`, all before it, are authentic; WireError when they are, and what is
+    hidden has no form.
+    """
     plaintext = aead.open(body.nonce, body.ciphertext, clear)
-    try:
-        # Encrypted fields may be arbitrarily short (section 5.6).
-        return parse_fields(plaintext, shortest=4) if plaintext else []
-    except WireError as error:
-        raise NotAuthentic(f"malformed encrypted fields: {error}") from None
+    # Encrypted fields may be arbitrarily short (section 5.6).
+    return parse_fields(plaintext, shortest=4) if plaintext else []
 
 
 @dataclass(frozen=True, slots=True)

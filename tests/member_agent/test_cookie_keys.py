@@ -44,18 +44,6 @@ def test_show(tmp_path):
     assert not any(word in told for word in content.split('"') if len(word) > 40)
 
 
-@pytest.mark.parametrize(
-    "starts_at", [10**12, -(10**12), 10**18, 10**400], ids=["late", "early", "later", "latest"]
-)
-def test_a_key_that_begins_in_no_year_can_be_shown(tmp_path, starts_at):
-    succeeds(keys("renew", state=tmp_path))
-    file = tmp_path / "cookie-keys.json"
-    document = json.loads(file.read_text())
-    document["keys"][0]["starts_at"] = starts_at
-    file.write_text(json.dumps(document))
-    assert "no calendar" in succeeds(keys("show", state=tmp_path))
-
-
 @pytest.mark.rfc8915("8.2-1")
 def test_renewing_throws_every_key_away(tmp_path):
     succeeds(keys("renew", state=tmp_path))

@@ -2,6 +2,7 @@
 
 import hmac
 import json
+import os
 import secrets
 
 import pytest
@@ -38,7 +39,7 @@ session_keys = st.sampled_from(AeadId).flatmap(keys_of)
 cookie_keys = st.builds(
     CookieKey,
     id=st.integers(0, 65535),
-    starts_at=st.integers(0, 1 << 40),
+    starts_at=st.integers(0, 253_402_300_799),
     secret=st.binary(min_size=32, max_size=32),
 )
 schedules = st.builds(
@@ -143,6 +144,20 @@ def test_another_key_with_the_same_id_does_not_open():
         second.open(seal(first))
 
 
+def test_processes_of_one_origin_do_not_repeat_each_others_nonces(keyring):
+    """chrony's did once: a generator's state had been copied by fork. Here all randomness is the kernel's."""
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(theirs, seal(keyring))
+        os._exit(0)
+    mine = seal(keyring)
+    its = os.read(ours, 200)
+    os.waitpid(child, 0)
+    assert keyring.open(its) == KEYS
+    assert its[4:20] != mine[4:20]
+
+
 # Rotation
 
 
@@ -186,6 +201,12 @@ def test_whatever_the_clock_does_a_keyring_is_whole(steps, schedule):
         assert Keyring.load(keyring.dump()).open(seal(keyring)) == KEYS
         if step < schedule.rotation:
             assert before.open(seal(keyring)) == KEYS, "the key made ahead was not used"
+
+
+def test_ids_that_do_not_follow_each_other_do_no_harm():
+    """As in a file that somebody wrote by hand: the next key takes the place of a retired one with its id."""
+    keyring = Keyring((CookieKey(1, DAY, b"n" * 32), CookieKey(2, 0, b"s" * 32)), Schedule())
+    assert key_id(seal(keyring.at(DAY, secrets.token_bytes).at(2 * DAY, secrets.token_bytes))) == 2
 
 
 def test_a_clock_that_was_set_back_begins_anew_with_random_keys(keyring):
@@ -286,6 +307,12 @@ def test_a_ratchet_keeps_its_rotation():
     assert ring.under(3600, DAY).schedule == Schedule(DAY, DAY, ratchet=True)
 
 
+def test_a_quick_ratchet_takes_a_long_history_as_far_as_it_goes():
+    """The rotation is another host's choice, so that this host's history may not fit it."""
+    ring = Keyring.new(NOW, secrets.token_bytes, Schedule(600, 3600, ratchet=True))
+    assert ring.under(DAY, 10 * DAY).schedule == Schedule(600, 600 * 1022, ratchet=True)
+
+
 # The rest
 
 
@@ -357,6 +384,9 @@ def test_the_file_that_is_altered_below_is_a_key_file():
         altered(id=None),
         altered(id=float("inf")),
         altered(starts_at="yesterday"),
+        altered(starts_at=-1),
+        altered(starts_at=253_402_300_800),
+        altered(starts_at=10**400),
         altered(starts_at=float("inf")),
         altered(secret="A" * 20 + "===="),
         altered(secret="AAAA"),

@@ -262,6 +262,14 @@ def test_a_changed_header_gets_ntsn():
     assert_ntsn(respond(bytes(request)), request)
 
 
+def test_authentic_fields_without_form_are_dropped():
+    """The keys are good: NTSN would send the client to key establishment, for nothing (section 5.7)."""
+    clear = REQUEST_HEADER.encode() + encode_fields((IDENTIFIER, COOKIE_FIELD))
+    nonce = bytes(range(16))
+    sealed = Aead(15, KEYS.c2s).seal(nonce, bytes.fromhex("00010003"), clear)
+    assert respond(clear + Authenticator(nonce, sealed).encode()) == Drop(Outcome.MALFORMED)
+
+
 def test_a_malformed_authenticator_gets_ntsn_or_nothing():
     clear = REQUEST_HEADER.encode() + encode_fields((IDENTIFIER, COOKIE_FIELD))
     for value in (b"\xff" * 16, bytes(16), b"\0\x10\0\x10" + bytes(16)):

@@ -407,6 +407,11 @@ def test_a_client_that_speaks_tls_1_2_only(server):
 
 
 @pytest.mark.rfc8915("3-1")
+def test_tickets_cannot_be_switched_off_yet():
+    """When this fails, set their number to zero and remove docs/adr/0018."""
+    assert not hasattr(SSL.Context, "set_num_tickets")
+
+
 def test_no_session_is_resumed(pair):
     """A client that offers its ticket gets a full handshake, certificates included (docs/adr/0018)."""
     credentials = ServerCredentials(*load(pair))
