@@ -1,6 +1,9 @@
 """Targets of texts: JSON documents, key files, endpoints, trust anchors."""
 
+import asyncio
 import json
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -17,7 +20,7 @@ from member_agent.tracking import (
     parse_chronyc,
     parse_variables,
 )
-from nts_core.aead import AeadId, SessionKeys
+from nts_core.aead import KEY_LENGTH, AeadId, SessionKeys
 from nts_core.cli import parse_endpoint as parse_peer
 from nts_core.client import ClientError
 from nts_core.control import (
@@ -28,11 +31,15 @@ from nts_core.control import (
     ProofAnswer,
     ProofRequest,
 )
-from nts_core.cookies import NONCE_LENGTH, Keyring
+from nts_core.cookies import MAX_COOKIE_LENGTH, MAX_COOKIES, NONCE_LENGTH, Keyring
 from nts_core.errors import WireError
 from nts_core.ntptime import NANOSECONDS
 from nts_core.resolve import MAX_ANCHORS, ResolveError, TrustAnchors
+from nts_core.store import Binding, CookieFile, TimeRecord
 
+_BINDING = Binding("ntp.example", 4460, "00" * 32)
+# Nanoseconds that fit 63 bits: the year 2262.
+_LATEST = (1 << 63) - 1
 _KINDS = (JoinRequest, JoinAnswer, ProofRequest, ProofAnswer, AgentReport, Assignment)
 _ADAPTERS: tuple[TypeAdapter[Any], ...] = tuple(TypeAdapter(kind) for kind in _KINDS)
 _JSON = (b'{"', b'":', b"null", b"true", b"[]", b"{}", b"1e999", b"NaN", b"\\ud800")
@@ -136,6 +143,57 @@ def _tracking(data: bytes) -> str:
     return told.daemon
 
 
+def _store(data: bytes) -> str:
+    """First octet: whether the rest is a file of cookies or the recorded time."""
+    plan = Plan(data)
+    is_time, content = plan.octet() & 1, plan.rest()
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        record = TimeRecord(directory)
+        file = directory / ("recorded-time.json" if is_time else f"{_BINDING.stem}.json")
+        file.touch(0o600)
+        file.write_bytes(content)
+        if not is_time:
+            return asyncio.run(_kept(directory))
+        found, fault = record.load()
+        _check_fault(fault, is_kept=found is not None)
+        if found is None:
+            return "refused"
+        later = min(found + 1, _LATEST)
+        record.save(later)
+        hold(record.load() == (later, None), "a later time is recorded")
+        record.save(found)
+        hold(record.load() == (later, None), "the recorded time never goes back")
+        return "time"
+
+
+async def _kept(directory: Path) -> str:
+    file = await CookieFile.open(directory, _BINDING)
+    try:
+        kept, fault = file.load(NOW * NANOSECONDS)
+        _check_fault(fault, is_kept=kept is not None)
+        if kept is None:
+            return "not-ours" if fault is None else "refused"
+        held = kept.credentials
+        hold(len(held.cookies) <= MAX_COOKIES, "eight cookies are kept at most")
+        hold(all(0 < len(cookie) <= MAX_COOKIE_LENGTH for cookie in held.cookies), "cookies are usable")
+        for keys in (held.keys, held.alternative or held.keys):
+            hold(
+                {len(keys.c2s), len(keys.s2c)} == {KEY_LENGTH[keys.aead]},
+                "keys are as long as their algorithm's",
+            )
+        file.save(kept)
+        hold(file.load(NOW * NANOSECONDS) == (kept, None), "what is kept survives being written")
+        return "kept"
+    finally:
+        file.close()
+
+
+def _check_fault(fault: str | None, *, is_kept: bool) -> None:
+    hold(fault is None or not is_kept, "what is damaged is not believed")
+    hold(fault is None or fault.isprintable(), "the fault can be shown")
+
+
 TARGETS = (
     Target(
         "control",
@@ -162,6 +220,14 @@ TARGETS = (
             b'"history"',
             b'"ratchet"',
         ),
+    ),
+    Target(
+        "store",
+        "No exception; what is damaged is not believed; usable cookies and whole keys; what is kept survives being"
+        " written; the recorded time never goes back.",
+        _store,
+        frozenset({"refused", "not-ours", "kept", "time"}),
+        tokens=(*_JSON, b'"cookies"', b'"keys"', b'"alternative"', b'"aead"', b'"recorded_ns"'),
     ),
     Target(
         "tracking",

@@ -332,6 +332,9 @@ def _explain(error: ValueError | KeyError) -> str:
     if not isinstance(error, ValidationError):
         return str(error)
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    if first["type"] == "extra_forbidden":
+        # The place would be the field's name, which is content, and may be a secret or no text for a terminal.
+        return "it has a field that is not known here"
     place = ".".join(map(str, first["loc"]))
     return f"{place}: {first['msg']}" if place else first["msg"]
 

@@ -127,6 +127,17 @@ async def test_a_damaged_file_is_set_aside_with_a_message(file, tmp_path, conten
     assert aside.read_bytes() == spoiled
 
 
+@pytest.mark.parametrize("name", ["\x1b[2J", "AAAAsecretAAAA"])
+async def test_the_message_about_a_damaged_file_shows_nothing_of_it(file, tmp_path, name):
+    file.save(KEPT)
+    path = path_of(tmp_path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: 1}))
+    kept, message = file.load(NOW)
+    assert kept is None
+    assert "not known" in message
+    assert name not in message
+
+
 FIELDS = {
     "a later version": {"version": 2},
     "a key of another length": {"keys": {"aead": 15, "c2s": "AAAA", "s2c": "AAAA"}},
