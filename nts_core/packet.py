@@ -63,6 +63,7 @@ class FieldType(IntEnum):
 
 # Looking a member of an enumeration up takes longer than comparing with it.
 _AUTHENTICATOR = FieldType.AUTHENTICATOR.value
+_SERVER = Mode.SERVER.value
 
 
 class Header(NamedTuple):
@@ -229,14 +230,11 @@ class Packet(NamedTuple):
     authenticator: Field | None
 
     @classmethod
-    def decode(cls, datagram: bytes, header: Header | None = None) -> "Packet":
-        """Raises WireError for a datagram that is too long or not well-formed.
-
-        `header` is the datagram's own, from a caller that has decoded it already.
-        """
+    def decode(cls, datagram: bytes) -> "Packet":
+        """Raises WireError for a datagram that is too long or not well-formed."""
         if len(datagram) > MAX_DATAGRAM:
             raise WireError(f"a datagram of {len(datagram)} octets")
-        header = header or Header.decode(datagram)
+        header = Header.decode(datagram)
         fields = parse_fields(datagram, HEADER_LENGTH)
         authenticator = fields.pop() if fields and fields[-1].type == _AUTHENTICATOR else None
         return cls(header, fields, authenticator)
@@ -278,18 +276,18 @@ class ClockState:
     reference_id: bytes
     reference: int
 
-    def answer(self, request: Header, receive: int, transmit: int) -> bytes:
-        """The header that answers `request`, encoded: these facts with the four times in place."""
+    def answer(self, version: int, poll: int, origin: int, receive: int, transmit: int) -> bytes:
+        """The header that answers a request, encoded: these facts with its version, poll and the times."""
         return _HEADER.pack(
-            self.leap << 6 | request.version << 3 | Mode.SERVER,
+            self.leap << 6 | version << 3 | _SERVER,
             self.stratum,
-            request.poll,
+            poll,
             self.precision,
             self.root_delay,
             self.root_dispersion,
             self.reference_id,
             self.reference,
-            request.transmit,
+            origin,
             receive,
             transmit,
         )

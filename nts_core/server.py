@@ -10,6 +10,7 @@ Rules:
 6. What is not answered is a `Drop` with its reason, for a counter.
 """
 
+import struct
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import NamedTuple
@@ -21,17 +22,17 @@ from nts_core.cookies import NONCE_LENGTH as COOKIE_NONCE_LENGTH
 from nts_core.errors import NotAuthentic, WireError
 from nts_core.packet import (
     HEADER_LENGTH,
+    MAX_DATAGRAM,
     Authenticator,
     ClockState,
     Field,
     FieldType,
-    Header,
     Leap,
     Mode,
-    Packet,
     encode_field,
     has_legacy_mac,
     open_hidden,
+    parse_fields,
     protect,
 )
 
@@ -43,6 +44,7 @@ _CLIENT = Mode.CLIENT.value
 _UNIQUE_IDENTIFIER = FieldType.UNIQUE_IDENTIFIER.value
 _COOKIE = FieldType.COOKIE.value
 _PLACEHOLDER = FieldType.COOKIE_PLACEHOLDER.value
+_AUTHENTICATOR = FieldType.AUTHENTICATOR.value
 
 
 class Kiss(StrEnum):
@@ -112,37 +114,35 @@ class NtpServer:
         late as the authenticator allows. With `kiss` the answer has this code instead of the time, and to an
         NTS request it is authentic and brings new cookies all the same (section 5.7).
         """
-        packet = _read(datagram)
-        if isinstance(packet, Drop):
-            return packet
-        request = packet.header
+        request = _read(datagram)
+        if isinstance(request, Drop):
+            return request
 
         def head() -> bytes:
             if kiss is not None:
                 return _kiss(kiss, request)
-            transmit = ntptime.timestamp(transmit_time())
-            return clock.answer(request, ntptime.timestamp(received), transmit)
+            times = (ntptime.timestamp(received), ntptime.timestamp(transmit_time()))
+            return clock.answer(request.version, request.poll, request.transmit, *times)
 
-        asked = _Asked.sort(packet.fields)
-        if packet.authenticator is None and not asked.cookies:
+        if request.authenticator is None and not request.cookies:
             outcome = Outcome.TIME if kiss is None else _KISS_OUTCOME[kiss]
-            return Reply(head() + _echo(datagram, asked.identifiers), outcome)
+            return Reply(head() + _echo(datagram, request.identifiers), outcome)
         outcome = Outcome.NTS_TIME if kiss is None else _KISS_OUTCOME[kiss]
-        return self._authenticated(packet, asked, datagram, head, outcome)
+        return self._authenticated(request, datagram, head, outcome)
 
     def _authenticated(
-        self, packet: Packet, asked: "_Asked", datagram: bytes, head: _Head, outcome: Outcome
+        self, request: "_Request", datagram: bytes, head: _Head, outcome: Outcome
     ) -> Reply | Drop:
-        authenticator, identifiers = packet.authenticator, asked.identifiers
+        authenticator, identifiers = request.authenticator, request.identifiers
         if (
-            packet.header.version != 4
+            request.version != 4
             or authenticator is None
-            or len(asked.cookies) != 1
+            or len(request.cookies) != 1
             or len(identifiers) != 1
             or len(identifiers[0].value) < _MIN_UNIQUE_IDENTIFIER
         ):
             return Drop(Outcome.INCOMPLETE_NTS)
-        echo, cookie = _echo(datagram, identifiers), asked.cookies[0].value
+        echo, cookie = _echo(datagram, identifiers), request.cookies[0].value
         try:
             sealed = Authenticator.decode(authenticator.value)
             keys = self.keyring.open(cookie)
@@ -153,12 +153,12 @@ class NtpServer:
             return Drop(Outcome.MALFORMED)
         except NotAuthentic:
             # NTS NAK: protected by nothing, and only the identifier tells whom it answers (section 5.7).
-            return Reply(_kiss(Kiss.NTSN, packet.header) + echo, Outcome.NTSN)
+            return Reply(_kiss(Kiss.NTSN, request) + echo, Outcome.NTSN)
         # Placeholders of another length than the cookie do not count: section 5.5 demands the same length, and
         # only that keeps the answer from being longer.
-        wanted = 1 + asked.placeholders.count(len(cookie))
+        wanted = 1 + request.placeholders.count(len(cookie))
         if hidden:
-            wanted += _Asked.sort(hidden).placeholders.count(len(cookie))
+            wanted += _sort(hidden)[2].count(len(cookie))
         octets = self._seal(keys, echo, wanted, len(datagram), head)
         return Drop(Outcome.TOO_SHORT_FOR_ANSWER) if octets is None else Reply(octets, outcome)
 
@@ -183,39 +183,56 @@ _LENGTHS = {
 }
 
 
-class _Asked(NamedTuple):
-    """What a request's fields ask for; of placeholders their lengths."""
+class _Request(NamedTuple):
+    """What a datagram asks for: of its header what the answer repeats, of placeholders their lengths."""
 
+    version: int
+    poll: int
+    transmit: int
     identifiers: list[Field]
     cookies: list[Field]
     placeholders: list[int]
-
-    @classmethod
-    def sort(cls, fields: Sequence[Field]) -> "_Asked":
-        asked = cls([], [], [])
-        for field in fields:
-            kind = field.type
-            if kind == _UNIQUE_IDENTIFIER:
-                asked.identifiers.append(field)
-            elif kind == _COOKIE:
-                asked.cookies.append(field)
-            elif kind == _PLACEHOLDER:
-                asked.placeholders.append(len(field.value))
-        return asked
+    authenticator: Field | None
 
 
-def _read(datagram: bytes) -> Packet | Drop:
+# Leap, version and mode; the poll interval; the transmit timestamp: see `packet`.
+_REQUEST = struct.Struct("!Bxb37xQ")
+
+
+def _read(datagram: bytes) -> _Request | Drop:
+    """One pass over a datagram."""
+    if len(datagram) < HEADER_LENGTH or len(datagram) > MAX_DATAGRAM:
+        return Drop(Outcome.MALFORMED)
+    first, poll, transmit = _REQUEST.unpack_from(datagram)
+    if first & 7 != _CLIENT:
+        return Drop(Outcome.MODE)
+    version = first >> 3 & 7
+    if version not in _SERVED_VERSIONS:
+        return Drop(Outcome.VERSION)
+    if has_legacy_mac(datagram):
+        return Drop(Outcome.LEGACY_MAC)
     try:
-        header = Header.decode(datagram)
-        if header.mode != _CLIENT:
-            return Drop(Outcome.MODE)
-        if header.version not in _SERVED_VERSIONS:
-            return Drop(Outcome.VERSION)
-        if has_legacy_mac(datagram):
-            return Drop(Outcome.LEGACY_MAC)
-        return Packet.decode(datagram, header)
+        fields = parse_fields(datagram, HEADER_LENGTH)
     except WireError:
         return Drop(Outcome.MALFORMED)
+    authenticator = fields.pop() if fields and fields[-1].type == _AUTHENTICATOR else None
+    return _Request(version, poll, transmit, *_sort(fields), authenticator)
+
+
+def _sort(fields: Sequence[Field]) -> tuple[list[Field], list[Field], list[int]]:
+    """Identifiers, cookies, and the lengths of placeholders; other fields are for others."""
+    identifiers: list[Field] = []
+    cookies: list[Field] = []
+    placeholders: list[int] = []
+    for field in fields:
+        kind = field.type
+        if kind == _UNIQUE_IDENTIFIER:
+            identifiers.append(field)
+        elif kind == _COOKIE:
+            cookies.append(field)
+        elif kind == _PLACEHOLDER:
+            placeholders.append(len(field.value))
+    return identifiers, cookies, placeholders
 
 
 def _echo(datagram: bytes, identifiers: Sequence[Field]) -> bytes:
@@ -226,6 +243,6 @@ def _echo(datagram: bytes, identifiers: Sequence[Field]) -> bytes:
     return datagram[start : start + 4 + len(identifiers[0].value)]
 
 
-def _kiss(code: Kiss, request: Header) -> bytes:
+def _kiss(code: Kiss, request: _Request) -> bytes:
     """The header of a kiss-o'-death packet; its times are all the request's own."""
-    return code.state.answer(request, request.transmit, request.transmit)
+    return code.state.answer(request.version, request.poll, *[request.transmit] * 3)

@@ -317,7 +317,7 @@ def test_malformed_encrypted_fields_are_not_accepted(plaintext):
 
 
 @given(headers, headers, uint64s, uint64s)
-def test_the_header_of_an_answer(request_header, template, receive, transmit):
+def test_the_header_of_an_answer(asked, template, receive, transmit):
     facts = ClockState(
         template.leap,
         template.stratum,
@@ -327,10 +327,10 @@ def test_the_header_of_an_answer(request_header, template, receive, transmit):
         template.reference_id,
         template.reference,
     )
-    answer = Header.decode(facts.answer(request_header, receive, transmit))
+    answer = Header.decode(facts.answer(asked.version, asked.poll, asked.transmit, receive, transmit))
     assert answer.mode == Mode.SERVER
-    assert (answer.version, answer.poll) == (request_header.version, request_header.poll)
-    assert (answer.origin, answer.receive, answer.transmit) == (request_header.transmit, receive, transmit)
+    assert (answer.version, answer.poll) == (asked.version, asked.poll)
+    assert (answer.origin, answer.receive, answer.transmit) == (asked.transmit, receive, transmit)
     assert (answer.leap, answer.stratum) == (template.leap, template.stratum)
 
 
