@@ -6,7 +6,7 @@
     RESUMED    keys of an earlier run, no answer yet        yes     at refresh time
     KEYED      an authentic answer came                     yes     at refresh time
     DOUBTED    the last poll was in vain: the next decides  yes     at refresh time
-    RENEWING   the next was in vain as well                 yes     as soon as the back-off allows
+    RENEWING   the next was in vain as well (rule 6)        yes     as soon as the back-off allows
     STOPPED    the server refused us (DENY, RSTR)           no      no
 
 `next` says what to do and when; the other methods are told what happened. `_LIFE` has the transitions. Rules:
@@ -17,6 +17,7 @@
 3. The back-off counts attempts. Only an answer that is protected by the keys of the last attempt ends it.
 4. RATE makes the interval longer for good. Only authentic kisses count; NTSN alone cannot be one.
 5. The first answers after key establishment must lie within the certificate's validity (section 8.5).
+6. While the server has addresses that were not tried, a first poll that finds silence is enough to go to the next.
 
 Times called `now` or `at` are nanoseconds of the caller's monotonic clock. There is no plain NTP to fall back to.
 """
@@ -287,8 +288,8 @@ class Session:
             self.credentials = replace(credentials, keys=credentials.alternative, alternative=None)
             self._poll_at = self._soonest_poll(now)
         elif self.phase is Phase.UNPROVEN and self.spare and not is_nak:
-            # NTP may be blocked on the way to this address only.
-            self.phase = Phase.DOUBTED
+            # NTP may be blocked on the way to this address only. Another poll of it would come an interval later.
+            self.phase = Phase.RENEWING
         else:
             self._become(_Event.NAK if is_nak else _Event.SILENCE)
         if self.phase is Phase.RENEWING and self.spare:

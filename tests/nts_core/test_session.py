@@ -344,14 +344,28 @@ def test_what_never_reached_the_server_does_not_count():
 
 def test_other_addresses_belong_to_the_same_attempt():
     """Where NTP does not work at one address, the next is tried at once; then the back-off rules."""
-    story = Story(interval=0).establish(spare=1).silence().silence()
-    assert story.action.at <= story.now
-    assert isinstance(story.action, EstablishAt)
+    story = Story(interval=0).establish(spare=1).silence()
+    assert story.action == EstablishAt(story.now)
     story.establish(spare=0)
     started = story.now
     for _ in range(8):
         story.silence()
     assert story.action == EstablishAt(started + retry_interval(1))
+
+
+def test_one_silent_poll_is_enough_where_another_address_is_left():
+    """The next poll may be minutes away, and it would go to the same address."""
+    story = Story().establish(spare=2).silence()
+    assert story.action == EstablishAt(story.now)
+    story.establish(spare=1).silence()
+    assert story.action == EstablishAt(story.now)
+    assert story.establish(spare=0).silence().action == PollAt(INTERVAL)
+
+
+def test_an_address_that_answered_is_not_left_for_another():
+    story = Story().establish(spare=1).answer().silence()
+    assert isinstance(story.action, PollAt)
+    assert story.session.phase is Phase.KEYED
 
 
 # Refreshing
@@ -503,7 +517,8 @@ class AnyLife(RuleBasedStateMachine):
                 self.in_vain = self.spare = 0
             case "silence" | "nak":
                 session.unanswered(self.now, is_nak=outcome == "nak")
-                self.in_vain += 1
+                # Where another address is left, one silence before any answer says as much as two.
+                self.in_vain += 2 if outcome == "silence" and self.spare else 1
             case "unsent":
                 session.unsent(self.now)
             case kiss:

@@ -27,7 +27,7 @@ from nts_core.ke import NtpEndpoint, NtpService
 from nts_core.packet import Field, FieldType, Header, Leap, Mode, Packet, encode_fields, protect
 from nts_core.server import ClockState, NtpServer, Reply
 from nts_core.session import EstablishAt, Phase, PollAt, Stop
-from nts_core.source import CertificateCheck, Source, SystemClock, kernel_is_synchronised, query
+from nts_core.source import INTERVAL, CertificateCheck, Source, SystemClock, kernel_is_synchronised, query
 from nts_core.store import TimeRecord
 from nts_core.tls import ServerCredentials
 
@@ -243,13 +243,28 @@ async def test_a_silent_server_is_asked_for_keys_again_after_a_restart(server, m
     assert server.establishments == 2
 
 
-async def test_ntp_that_works_at_another_address(server, make):
-    """Where key establishment works and NTP does not, the server's next address is tried at once."""
+@pytest.fixture
+async def blocked(server):
+    """An address of the server where key establishment works and NTP does not."""
     bound = server.listeners.bind(Endpoint("127.0.0.2", server.ke_port))
     nowhere = NtpService(NtpEndpoint(None, free_port("127.0.0.2")))
     server.listeners.listen(bound, lambda _local: nowhere)
-    found = await query(make(addresses=["127.0.0.2", HOST]))
+    return "127.0.0.2"
+
+
+async def test_ntp_that_works_at_another_address(server, make, blocked):
+    found = await query(make(addresses=[blocked, HOST]))
     assert (found.ntp_host, len(found.samples)) == (HOST, 4)
+    assert server.establishments == 2
+
+
+async def test_another_address_is_tried_at_once_whatever_the_interval(server, make, blocked):
+    async with make(addresses=[blocked, HOST], interval=INTERVAL) as source:
+        await fails(source.next(), Failure.NTP)
+        assert isinstance(source.action, EstablishAt)
+        assert source.action.at <= time.monotonic_ns()
+        await source.next()
+        assert source.credentials.host == HOST
     assert server.establishments == 2
 
 
