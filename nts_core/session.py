@@ -165,6 +165,7 @@ class Session:
         self.credentials: Credentials | None = None
         self._stop_reason = ""
         self._attempts = 0
+        self._is_counted = False
         self._last_attempt = now
         self._establish_at = now
         self._refresh_at = now
@@ -200,14 +201,15 @@ class Session:
 
     def establishing(self, now: int) -> None:
         """An attempt begins."""
-        if self.spare:
-            # Another address of the same attempt.
-            self.spare -= 1
-        else:
+        # Another address that is left belongs to the attempt that found it.
+        self._is_counted = not self.spare
+        if self._is_counted:
             self._attempts += 1
+        else:
+            self.spare -= 1
         self._last_attempt = now
         self._is_last_attempt_good = False
-        self._establish_at = now + retry_interval(max(self._attempts, 1))
+        self._establish_at = now + retry_interval(self._attempts)
 
     def established(self, credentials: Credentials, now: int, *, spare: int = 0) -> None:
         """It succeeded: whatever was kept before is forgotten.
@@ -230,9 +232,12 @@ class Session:
                 pass
             case Refusal.UNACCEPTABLE:
                 self._establish_at = now + MAX_RETRY
-            case Refusal.UNREACHED:
+            case Refusal.UNREACHED if self._is_counted:
                 self._attempts -= 1
                 self._establish_at = now + max(retry_interval(max(self._attempts, 1)), UNREACHED_RETRY)
+            case Refusal.UNREACHED:
+                # The attempt did reach the server, at another address: it counts, and its back-off holds.
+                pass
 
     # Polls
 

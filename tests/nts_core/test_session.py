@@ -368,6 +368,15 @@ def test_an_address_that_answered_is_not_left_for_another():
     assert story.session.phase is Phase.KEYED
 
 
+@pytest.mark.rfc8915("4.2-1")
+def test_a_spare_address_that_cannot_be_reached_does_not_hold_the_back_off_down():
+    """A name with two addresses, on a host that has IPv4 only, where NTP is blocked."""
+    story = Story(interval=DAY)
+    for attempt in range(1, 12):
+        story.establish(spare=1).silence().fail(Refusal.UNREACHED)
+        assert story.action == EstablishAt(story.now + retry_interval(attempt))
+
+
 # Refreshing
 
 
@@ -482,7 +491,7 @@ class AnyLife(RuleBasedStateMachine):
         self.spare = 0
         self.was_good = False
         assert session.credentials == before, "old cookies stay until key establishment succeeds"
-        if outcome is Refusal.UNREACHED:
+        if outcome is Refusal.UNREACHED and not is_same_attempt:
             self.attempts -= 1
         self.minimum = MAX_RETRY if outcome is Refusal.UNACCEPTABLE else retry_interval(max(self.attempts, 1))
 
