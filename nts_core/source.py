@@ -34,8 +34,8 @@ from nts_core.client import (
     ntp_address,
     system_addresses,
 )
-from nts_core.errors import KissOfDeath
-from nts_core.ke import KeResult
+from nts_core.errors import KissOfDeath, WireError
+from nts_core.ke import KeResult, host_of
 from nts_core.session import (
     SECOND,
     Action,
@@ -89,10 +89,12 @@ class SystemClock:
 
 
 class Source:
-    """One server, for as long as the context lasts. Without `state` nothing is kept.
+    """One server, for as long as the context lasts.
 
-    `interval` is in seconds; a server's RATE makes it longer. `addresses` are where to connect instead of what the
-    system's resolver says; several are tried in their order. Without `state` there is no recorded time, so certificates are then checked strictly.
+    `name` is the server's in TLS: a host name, with or without its last dot, or an IP address. `interval` is in
+    seconds; a server's RATE makes it longer. `addresses` are where to connect instead of what the system's
+    resolver says; several are tried in their order. Without `state` nothing is kept, and as there is no recorded
+    time then, certificates are checked strictly. Raises ClientError for a name that is none.
     """
 
     def __init__(
@@ -108,7 +110,7 @@ class Source:
         offered: Sequence[AeadId] = SUPPORTED,
         clock: SystemClock | None = None,
     ) -> None:
-        self.name = name
+        self.name = _host(name)
         self.port = port
         self._roots = tuple(roots)
         self._addresses = tuple(addresses)
@@ -370,6 +372,18 @@ class Source:
         if self._recorded_at is None or monotonic - self._recorded_at >= _RECORD_EVERY:
             self._record.save(now)
             self._recorded_at = monotonic
+
+
+def _host(name: str) -> str:
+    """The one form of a name that TLS, the certificate and the files use. Raises ClientError."""
+    try:
+        return host_of(name.encode())
+    except (UnicodeEncodeError, WireError):
+        raise ClientError(
+            Failure.CONFIGURATION,
+            f"{name!r} is not a host name or an address",
+            "write it in its ASCII form, such as time.example.net or 2001:db8::1, without the port",
+        ) from None
 
 
 def _left(association: Association) -> tuple[bytes, ...]:

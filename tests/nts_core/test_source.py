@@ -147,9 +147,9 @@ async def server(pair):
 def make(server, roots, tmp_path):
     """Sources of that server that keep their state in one directory."""
 
-    def make_source(of=server, **changes):
+    def make_source(of=server, name=NAME, **changes):
         values = {"addresses": [HOST], "state": tmp_path / "state", "interval": 0, "clock": GOOD}
-        return Source(NAME, of.ke_port, roots, **(values | changes))
+        return Source(name, of.ke_port, roots, **(values | changes))
 
     return make_source
 
@@ -266,6 +266,33 @@ async def test_another_address_is_tried_at_once_whatever_the_interval(server, ma
         await source.next()
         assert source.credentials.host == HOST
     assert server.establishments == 2
+
+
+# Names
+
+
+@pytest.mark.parametrize("name", ["ntp.example.", "NTP.Example", "NTP.EXAMPLE."])
+async def test_a_name_is_the_same_however_it_is_written(server, make, tmp_path, name):
+    """To TLS, to the certificate, and to what an earlier run kept."""
+    assert (await query(make(name=name))).key_establishment
+    assert not (await query(make())).key_establishment
+    assert len(list((tmp_path / "state").glob("*.json"))) == 2, "one server's file, and the recorded time"
+
+
+def test_an_address_as_a_name_has_one_form():
+    assert Source("2001:DB8:0::1", 4460, []).name == "2001:db8::1"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "ntp.example..", "a b", "-.\n", "zeit.müller.example", "fe80::1%eth0", "a" * 254, "\udc80"],
+)
+def test_a_name_that_is_none(name):
+    with pytest.raises(ClientError) as caught:
+        Source(name, 4460, [])
+    assert caught.value.code == Failure.CONFIGURATION
+    assert repr(name)[1:-1] in caught.value.message
+    assert "ASCII" in caught.value.remedy
 
 
 # Kisses
