@@ -7,11 +7,9 @@ and stratum 16 (not synchronised) unless `--local-stratum` vouches for the clock
 """
 
 import asyncio
-import ctypes
 import ipaddress
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import structlog
 
@@ -25,12 +23,11 @@ from member_agent.tracking import (
     boottime_ns,
 )
 from nts_core import ntptime
+from nts_core.kernel import KernelClock, read_kernel
 from nts_core.packet import ClockState, Leap
 
 _log = structlog.get_logger()
 
-_STA_UNSYNC = 0x0040
-_TIME_INSERT, _TIME_DELETE, _TIME_ERROR = 1, 2, 5
 # Claimed when the clock is vouched for but the kernel keeps no account of its error.
 _VOUCHED_ERROR_NS = 1_000_000
 # time.time_ns() has steps of well under a microsecond: 2**-20 s.
@@ -46,49 +43,6 @@ _MAX_AGE_NS = 300_000_000_000
 _MAX_DISPERSION_NS = 16_000_000_000
 _DAY_NS = 86_400_000_000_000
 _LEAP_WORDS = {Leap.INSERT: "a second will be inserted", Leap.DELETE: "a second will be deleted"}
-
-
-class _Timex(ctypes.Structure):
-    """struct timex of adjtimex(2)."""
-
-    _fields_ = (
-        ("modes", ctypes.c_uint),
-        ("offset", ctypes.c_long),
-        ("freq", ctypes.c_long),
-        ("maxerror", ctypes.c_long),
-        ("esterror", ctypes.c_long),
-        ("status", ctypes.c_int),
-        ("constant", ctypes.c_long),
-        ("precision", ctypes.c_long),
-        ("tolerance", ctypes.c_long),
-        ("seconds", ctypes.c_long),
-        ("fraction", ctypes.c_long),
-        ("tick", ctypes.c_long),
-        # Statistics of a pulse-per-second signal and room for what the kernel may add.
-        ("rest", ctypes.c_long * 24),
-    )
-
-
-_adjtimex = ctypes.CDLL(None, use_errno=True).adjtimex
-
-
-@dataclass(frozen=True, slots=True)
-class KernelClock:
-    """The kernel's view of its clock."""
-
-    synchronised: bool
-    leap: Leap
-    max_error_ns: int
-
-
-def read_kernel() -> KernelClock:
-    """Ask adjtimex(2) without changing anything; a kernel that refuses counts as not synchronised."""
-    timex = _Timex(modes=0)
-    state = _adjtimex(ctypes.byref(timex))
-    if state < 0 or state == _TIME_ERROR or timex.status & _STA_UNSYNC:
-        return KernelClock(synchronised=False, leap=Leap.UNSYNCHRONISED, max_error_ns=0)
-    leap = {_TIME_INSERT: Leap.INSERT, _TIME_DELETE: Leap.DELETE}.get(state, Leap.NONE)
-    return KernelClock(synchronised=True, leap=leap, max_error_ns=timex.maxerror * 1000)
 
 
 class Clock:

@@ -7,7 +7,6 @@ seven times faster (measured). It stops after a batch, so that NTS-KE and the ag
 import asyncio
 import secrets
 import socket
-import struct
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -16,15 +15,14 @@ from member_agent.clock import Clock
 from member_agent.config import Limits
 from member_agent.sockets import Endpoint, bind, bound_endpoint, packed
 from nts_core.cookies import Keyring
+from nts_core.kernel import SO_TIMESTAMPNS, TIMESPEC
 from nts_core.packet import MAX_DATAGRAM
 from nts_core.ratelimit import Admission, RatePolicy, Verdict
 from nts_core.server import Kiss, NtpServer, Reply
 
 _BATCH = 64
 _ANCILLARY = 256
-_TIMESPEC = struct.Struct("@qq")
-# asm-generic/socket.h and linux/in.h, linux/in6.h; Python 3.11 does not name all of them.
-_SO_TIMESTAMPNS = 35
+# linux/in.h and linux/in6.h; Python 3.11 does not name all of them.
 _IP_PKTINFO = 8
 _IPV6_RECVPKTINFO, _IPV6_PKTINFO = 49, 50
 # Looking a member of an enumeration up takes longer than comparing with it.
@@ -57,7 +55,7 @@ class NtpListener:
         self._counters = counters
         self._socket = bind(endpoint, socket.SOCK_DGRAM)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
-        self._socket.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+        self._socket.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
         if endpoint.is_wildcard:
             # The answer must leave from the address that was asked, or the client discards it.
             if endpoint.family is socket.AF_INET:
@@ -111,12 +109,15 @@ class NtpListener:
                     counters["send-error"] += 1
 
     def _read_ancillary(self, ancillary: Sequence[_Ancillary]) -> tuple[int, _Ancillary | None]:
-        """The receive time to be served, and what makes the answer leave from the address asked."""
+        """The receive time to be served, and what makes the answer leave from the address asked.
+
+        `kernel.receive_time` once more, as a second walk over the messages of each datagram would take longer.
+        """
         received: int | None = None
         origin: _Ancillary | None = None
         for level, kind, data in ancillary:
-            if level == _SOL_SOCKET and kind == _SO_TIMESTAMPNS:
-                seconds, nanoseconds = _TIMESPEC.unpack_from(data)
+            if level == _SOL_SOCKET and kind == SO_TIMESTAMPNS:
+                seconds, nanoseconds = TIMESPEC.unpack_from(data)
                 received = seconds * 1_000_000_000 + nanoseconds + self._clock.offset_ns
             elif level == _IPPROTO_IP and kind == _IP_PKTINFO:
                 # struct in_pktinfo: interface, local address (used as the source), header destination.

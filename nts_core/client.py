@@ -10,7 +10,6 @@ import errno
 import secrets
 import socket
 import ssl
-import struct
 import time
 import warnings
 from collections.abc import Sequence
@@ -38,6 +37,7 @@ from nts_core.errors import (
     WireError,
 )
 from nts_core.ke import KeClient, KeResult
+from nts_core.kernel import SO_TIMESTAMPNS, receive_time
 from nts_core.packet import MAX_DATAGRAM
 from nts_core.records import ErrorCode
 from nts_core.resolve import ResolveError, Resolver, SrvTarget, addresses, srv_targets
@@ -53,9 +53,6 @@ _OWN_FAULTS = frozenset(
 )
 # Kiss codes that tell of the server's own clock and refuse nobody (RFC 5905 section 7.4).
 STARTING = frozenset({"INIT", "STEP"})
-_TIMESPEC = struct.Struct("@qq")
-# asm-generic/socket.h; Python names it from 3.13 on only.
-_SO_TIMESTAMPNS = 35
 # A pool's answer has eight targets at most; more than twice that is not asked whatever an answer says.
 _MAX_TARGETS = 16
 
@@ -246,7 +243,7 @@ async def exchange(association: Association, host: str, port: int, *, timeout: f
         raise ClientError(Failure.LOCAL, f"no socket: {_strerror(error)}") from None
     with udp:
         udp.setblocking(False)
-        udp.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+        udp.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
         try:
             request = association.poll()
             sent = time.time_ns()
@@ -291,11 +288,8 @@ async def _receive(udp: socket.socket, peer: tuple[str, int]) -> tuple[bytes, in
             continue
         if ip_address(source[0]) != ip_address(peer[0]) or source[1] != peer[1]:
             continue
-        for level, kind, data in ancillary:
-            if level == socket.SOL_SOCKET and kind == _SO_TIMESTAMPNS:
-                seconds, nanoseconds = _TIMESPEC.unpack(data[: _TIMESPEC.size])
-                return datagram, seconds * 1_000_000_000 + nanoseconds
-        return datagram, time.time_ns()
+        received = receive_time(ancillary)
+        return datagram, time.time_ns() if received is None else received
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ waits for nothing. Files are written in the event loop: some milliseconds before
 """
 
 import asyncio
-import ctypes
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -36,6 +35,7 @@ from nts_core.client import (
 )
 from nts_core.errors import KissOfDeath, WireError
 from nts_core.ke import KeResult, host_of
+from nts_core.kernel import read_kernel
 from nts_core.session import (
     SECOND,
     Action,
@@ -60,9 +60,6 @@ _RECORD_EVERY = 3600 * SECOND
 # Of a server's addresses, so many are tried.
 _MAX_ADDRESSES = 8
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_TIME_ERROR = 5
-# More than struct timex has; all zero asks for the state and changes nothing.
-_TIMEX_ROOM = 512
 # What happens before anything reaches the server.
 _UNREACHED = frozenset({Failure.LOCAL, Failure.DNS})
 
@@ -74,10 +71,8 @@ class CertificateCheck(StrEnum):
     STRICT = "strict"  # always at the system's time
 
 
-def kernel_is_synchronised() -> bool:
-    """Whether adjtimex(2) says that something keeps the clock right; a kernel that refuses counts as no."""
-    state: int = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(_TIMEX_ROOM))
-    return 0 <= state != _TIME_ERROR
+def _is_synchronised() -> bool:
+    return read_kernel().synchronised
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +80,7 @@ class SystemClock:
     """What this host knows of the time: Unix nanoseconds, and whether they are known to be right."""
 
     now: Callable[[], int] = time.time_ns
-    is_good: Callable[[], bool] = kernel_is_synchronised
+    is_good: Callable[[], bool] = _is_synchronised
 
 
 class Source:

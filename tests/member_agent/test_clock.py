@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from lab.processes import free_port
-from member_agent.clock import Clock, KernelClock, read_kernel
+from member_agent.clock import Clock
 from member_agent.sockets import Endpoint
 from member_agent.tracking import AUTO, ClockSource, Daemon, Tracking
 from nts_core import ntptime
+from nts_core.kernel import KernelClock
 from nts_core.packet import Leap
 
 SECOND = 1_000_000_000
@@ -259,9 +260,3 @@ async def test_a_change_is_logged_once(tmp_path, monkeypatch):
         assert len(logs) == 2
     assert "stratum 3 by chronyd" in logs[1]["said"]
     assert "as it was before: chronyd: no chronyc on the PATH" in clock.describe()
-
-
-def test_this_hosts_kernel_answers():
-    found = read_kernel()
-    assert found.synchronised == (found.leap is not Leap.UNSYNCHRONISED)
-    assert found.max_error_ns >= 0

@@ -24,10 +24,11 @@ from nts_core.client import ClientError, Failure
 from nts_core.cookies import Keyring
 from nts_core.errors import NotAuthentic
 from nts_core.ke import NtpEndpoint, NtpService
+from nts_core.kernel import read_kernel
 from nts_core.packet import Field, FieldType, Header, Leap, Mode, Packet, encode_fields, protect
 from nts_core.server import ClockState, NtpServer, Reply
 from nts_core.session import EstablishAt, Phase, PollAt, Stop
-from nts_core.source import INTERVAL, CertificateCheck, Source, SystemClock, kernel_is_synchronised, query
+from nts_core.source import INTERVAL, CertificateCheck, Source, SystemClock, query
 from nts_core.store import TimeRecord
 from nts_core.tls import ServerCredentials
 
@@ -485,10 +486,6 @@ async def test_the_time_is_recorded_after_a_strict_exchange(server, make, tmp_pa
     assert abs(recorded(tmp_path) + 3600 * 10**9 - time.time_ns()) < 60 * 10**9
 
 
-def test_the_kernel_is_asked():
-    assert kernel_is_synchronised() in {True, False}
-
-
 # Damage
 
 
@@ -699,7 +696,7 @@ def test_strictness_on_the_command_line(tmp_path, authority, agent):
             status=ExitStatus.NOT_ESTABLISHED,
         )
         assert strict["error"]["code"] == "certificate"
-        if not kernel_is_synchronised():
+        if not read_kernel().synchronised:
             assert ask(authority, server.ke_port, state)["certificate_time"] == "floor"
 
 
