@@ -186,7 +186,7 @@ class Admission:
         return self._kisses.take(address, now)
 
 
-class Refusal(StrEnum):
+class NoSlot(StrEnum):
     """Why a connection gets no slot; the label of a counter."""
 
     ALL = "too-many-connections"
@@ -209,16 +209,16 @@ class Slots:
         self._per_prefix = per_prefix
         self._held: Counter[bytes] = Counter()
 
-    def take(self, address: bytes) -> Refusal | None:
+    def take(self, address: bytes) -> NoSlot | None:
         """Take a slot, to be given back; or say why there is none."""
         free = self.total - self.taken
         if free <= 0:
-            return Refusal.ALL
+            return NoSlot.ALL
         own, *wide = keys = _groups(address)
         if self._held[own] >= min(self._per_address, max(1, free // 4)):
-            return Refusal.OF_ADDRESS
+            return NoSlot.OF_ADDRESS
         if wide and self._held[wide[0]] >= min(self._per_prefix, max(1, free // 2)):
-            return Refusal.OF_PREFIX
+            return NoSlot.OF_PREFIX
         self._held.update(keys)
         self.taken += 1
         return None

@@ -113,7 +113,7 @@ class Phase(StrEnum):
     STOPPED = auto()
 
 
-class Refusal(StrEnum):
+class Setback(StrEnum):
     """Why key establishment failed, as far as the next attempt depends on it."""
 
     FAILED = auto()  # the server, or the way there: back off
@@ -224,18 +224,18 @@ class Session:
         self._refresh_at = now + REFRESH_AFTER
         self._poll_at = self._soonest_poll(now)
 
-    def establishment_failed(self, refusal: Refusal, now: int) -> None:
+    def establishment_failed(self, setback: Setback, now: int) -> None:
         """It failed at every address. Credentials that are there stay in use."""
         self.spare = 0
-        match refusal:
-            case Refusal.FAILED:
+        match setback:
+            case Setback.FAILED:
                 pass
-            case Refusal.UNACCEPTABLE:
+            case Setback.UNACCEPTABLE:
                 self._establish_at = now + MAX_RETRY
-            case Refusal.UNREACHED if self._is_counted:
+            case Setback.UNREACHED if self._is_counted:
                 self._attempts -= 1
                 self._establish_at = now + max(retry_interval(max(self._attempts, 1)), UNREACHED_RETRY)
-            case Refusal.UNREACHED:
+            case Setback.UNREACHED:
                 # The attempt did reach the server, at another address: it counts, and its back-off holds.
                 pass
 

@@ -44,8 +44,8 @@ from nts_core.session import (
     EstablishAt,
     Phase,
     PollAt,
-    Refusal,
     Session,
+    Setback,
     Stop,
 )
 from nts_core.store import Binding, CookieFile, Kept, TimeRecord
@@ -238,15 +238,15 @@ class Source:
         if not self._session.spare:
             self._spare = []
         self._session.establishing(time.monotonic_ns())
-        refusal = None
+        setback = None
         try:
             established, trust = await self._try_addresses()
             # From here on the server has been asked, whatever the resolver says.
-            refusal = Refusal.FAILED
+            setback = Setback.FAILED
             host = await ntp_address(established)
         except ClientError as error:
             self._spare = []
-            self._session.establishment_failed(refusal or _refusal(error), time.monotonic_ns())
+            self._session.establishment_failed(setback or _setback(error), time.monotonic_ns())
             raise
         self.establishments += 1
         leaf, result = established.chain[0], established.result
@@ -386,10 +386,10 @@ def _left(association: Association) -> tuple[bytes, ...]:
     return tuple(association.jar.take() for _ in range(len(association.jar)))
 
 
-def _refusal(error: ClientError) -> Refusal:
+def _setback(error: ClientError) -> Setback:
     if error.is_unacceptable:
-        return Refusal.UNACCEPTABLE
-    return Refusal.UNREACHED if error.code in _UNREACHED else Refusal.FAILED
+        return Setback.UNACCEPTABLE
+    return Setback.UNREACHED if error.code in _UNREACHED else Setback.FAILED
 
 
 def _unix_ns(moment: datetime) -> int:

@@ -12,9 +12,9 @@ from nts_core.ratelimit import (
     WIDE_FACTOR,
     AccessList,
     Admission,
+    NoSlot,
     RateLimiter,
     RatePolicy,
-    Refusal,
     Slots,
     Verdict,
 )
@@ -260,16 +260,16 @@ def slots(total=1024, per_address=128, per_prefix=256):
 def test_a_household_and_a_bench_fit():
     shared = slots()
     assert [shared.take(V4) for _ in range(128)] == [None] * 128
-    assert shared.take(V4) == Refusal.OF_ADDRESS
+    assert shared.take(V4) == NoSlot.OF_ADDRESS
     assert shared.take(address("192.0.2.2")) is None
 
 
 def test_a_64_counts_as_one_address_and_a_48_as_two():
     shared = slots()
     of_64 = [shared.take(V6[:8] + random_address(8)) for _ in range(200)]
-    assert Counter(of_64) == {None: 128, Refusal.OF_ADDRESS: 72}
+    assert Counter(of_64) == {None: 128, NoSlot.OF_ADDRESS: 72}
     of_48 = [shared.take(V6[:6] + random_address(10)) for _ in range(300)]
-    assert Counter(of_48) == {None: 128, Refusal.OF_PREFIX: 172}
+    assert Counter(of_48) == {None: 128, NoSlot.OF_PREFIX: 172}
     assert shared.take(address("2001:db8:1::1")) is None
 
 
@@ -287,7 +287,7 @@ def test_few_cannot_take_all():
 def test_the_whole_has_an_end():
     shared = slots(total=64)
     found = Counter(shared.take(number.to_bytes(4, "big")) for number in range(100))
-    assert found == {None: 64, Refusal.ALL: 36}
+    assert found == {None: 64, NoSlot.ALL: 36}
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=200), st.sampled_from((4, 16)))

@@ -23,8 +23,8 @@ from nts_core.session import (
     EstablishAt,
     Phase,
     PollAt,
-    Refusal,
     Session,
+    Setback,
     Stop,
     retry_interval,
 )
@@ -77,11 +77,11 @@ class Story:
         self.session.established(credentials(**changes), self.now, spare=spare)
         return self
 
-    def fail(self, refusal=Refusal.FAILED):
+    def fail(self, setback=Setback.FAILED):
         assert isinstance(self.action, EstablishAt), self.action
         self.wait()
         self.session.establishing(self.now)
-        self.session.establishment_failed(refusal, self.now)
+        self.session.establishment_failed(setback, self.now)
         return self
 
     def poll(self):
@@ -330,14 +330,14 @@ def test_both_together_reset_it():
 
 @pytest.mark.rfc8915("4.1.3-6", "4.1.3-8")
 def test_errors_0_and_1_are_not_answered_with_the_same_request():
-    story = Story().fail(Refusal.UNACCEPTABLE)
+    story = Story().fail(Setback.UNACCEPTABLE)
     assert story.action == EstablishAt(MAX_RETRY)
 
 
 def test_what_never_reached_the_server_does_not_count():
     story = Story()
     for _ in range(30):
-        before = story.fail(Refusal.UNREACHED).now
+        before = story.fail(Setback.UNREACHED).now
         assert story.action == EstablishAt(before + UNREACHED_RETRY)
     assert story.fail().action == EstablishAt(story.now + retry_interval(1))
 
@@ -373,7 +373,7 @@ def test_a_spare_address_that_cannot_be_reached_does_not_hold_the_back_off_down(
     """A name with two addresses, on a host that has IPv4 only, where NTP is blocked."""
     story = Story(interval=DAY)
     for attempt in range(1, 12):
-        story.establish(spare=1).silence().fail(Refusal.UNREACHED)
+        story.establish(spare=1).silence().fail(Setback.UNREACHED)
         assert story.action == EstablishAt(story.now + retry_interval(attempt))
 
 
@@ -457,7 +457,7 @@ class AnyLife(RuleBasedStateMachine):
 
     @precondition(lambda self: self.is_(EstablishAt))
     @rule(
-        outcome=st.sampled_from([None, *Refusal]),
+        outcome=st.sampled_from([None, *Setback]),
         cookies=st.integers(1, 8),
         spare=st.integers(0, 2),
         alternative=st.booleans(),
@@ -491,9 +491,9 @@ class AnyLife(RuleBasedStateMachine):
         self.spare = 0
         self.was_good = False
         assert session.credentials == before, "old cookies stay until key establishment succeeds"
-        if outcome is Refusal.UNREACHED and not is_same_attempt:
+        if outcome is Setback.UNREACHED and not is_same_attempt:
             self.attempts -= 1
-        self.minimum = MAX_RETRY if outcome is Refusal.UNACCEPTABLE else retry_interval(max(self.attempts, 1))
+        self.minimum = MAX_RETRY if outcome is Setback.UNACCEPTABLE else retry_interval(max(self.attempts, 1))
 
     @precondition(lambda self: self.is_(PollAt))
     @rule(
