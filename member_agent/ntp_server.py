@@ -111,7 +111,7 @@ class NtpListener:
     def _read_ancillary(self, ancillary: Sequence[_Ancillary]) -> tuple[int, _Ancillary | None]:
         """The receive time to be served, and what makes the answer leave from the address asked.
 
-        `kernel.receive_time` once more, as a second walk over the messages of each datagram would take longer.
+        As `kernel.receive_time` does; a second walk over the messages of each datagram would take longer.
         """
         received: int | None = None
         origin: _Ancillary | None = None

@@ -68,6 +68,11 @@ _STATUS = {
 }
 
 
+def exit_status(failure: Failure) -> ExitStatus:
+    """The status that stands for a failure."""
+    return _STATUS.get(failure, ExitStatus.NOT_ESTABLISHED)
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     host: str
@@ -142,7 +147,7 @@ def _finish(document: dict[str, Any], error: ClientError | None, *, as_json: boo
         if error.remedy:
             typer.echo(f"  {error.remedy}", err=True)
     if error is not None:
-        raise typer.Exit(_STATUS.get(Failure(error.code), ExitStatus.NOT_ESTABLISHED))
+        raise typer.Exit(exit_status(Failure(error.code)))
 
 
 def _query_document(

@@ -1,8 +1,8 @@
 """Asking servers for authenticated time over real sockets (asyncio).
 
-`establish` runs key establishment, `measure` authenticated exchanges, `sources` both with the members of a pool; for
-one server over a longer time see `nts_core.source`. Every wait has a deadline. ICMP errors are not listened to: anybody can forge them, so only silence
-counts. Nothing here touches the system clock.
+`establish` runs key establishment, `measure` authenticated exchanges, `sources` both with the members of a
+pool; for one server over a longer time see `nts_core.source`. Every wait has a deadline. ICMP errors are not
+listened to: anybody can forge them, so only silence counts. Nothing here touches the system clock.
 """
 
 import asyncio

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from nts_core.packet import Leap
 
-# asm-generic/socket.h; Python names it from 3.13 on only. The option, and the control message that it asks for,
-# which holds a struct timespec.
+# asm-generic/socket.h; Python names it from 3.13 on only. It is the option, and the kind of the control message
+# that it asks for, which holds a struct timespec.
 SO_TIMESTAMPNS = 35
 TIMESPEC = struct.Struct("@qq")
 _STA_UNSYNC = 0x0040

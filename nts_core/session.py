@@ -293,7 +293,7 @@ class Session:
             self.credentials = replace(credentials, keys=credentials.alternative, alternative=None)
             self._poll_at = self._soonest_poll(now)
         elif self.phase is Phase.UNPROVEN and self.spare and not is_nak:
-            # NTP may be blocked on the way to this address only. Another poll of it would come an interval later.
+            # NTP may be blocked on the way to this address only, and its next poll is an interval away.
             self.phase = Phase.RENEWING
         else:
             self._become(_Event.NAK if is_nak else _Event.SILENCE)

@@ -86,10 +86,10 @@ class SystemClock:
 class Source:
     """One server, for as long as the context lasts.
 
-    `name` is the server's in TLS: a host name, with or without its last dot, or an IP address. `interval` is in
-    seconds; a server's RATE makes it longer. `addresses` are where to connect instead of what the system's
-    resolver says; several are tried in their order. Without `state` nothing is kept, and as there is no recorded
-    time then, certificates are checked strictly. Raises ClientError for a name that is none.
+    `name` is the server's in TLS: a host name, with or without its last dot, or an IP address. `interval` is
+    in seconds; a server's RATE makes it longer. `addresses` are where to connect instead of what the system's
+    resolver says; several are tried in their order. Without `state` nothing is kept, and as there is no
+    recorded time then, certificates are checked strictly. Raises ClientError for a name that is none.
     """
 
     def __init__(

@@ -73,9 +73,11 @@ class Binding:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """One server's file. `ke_address` is where key establishment was done; `established_at` and `received_at` (the newest cookie) are Unix nanoseconds.
+    """One server's file.
 
-    `rate_floor` is the interval between polls, in nanoseconds, that the server's RATE demands.
+    `ke_address` is where key establishment was done; `established_at` and `received_at` (the newest cookie)
+    are Unix nanoseconds. `rate_floor` is the interval between polls, in nanoseconds, that the server's RATE
+    demands.
     """
 
     credentials: Credentials

@@ -1,6 +1,7 @@
 """`pool-client`: what it makes of its command line, and one JSON object whatever happens."""
 
 import socket
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -9,9 +10,10 @@ from hypothesis import strategies as st
 from lab.certificates import Authority
 from lab.processes import free_port
 from lab.programs import run
-from nts_core.cli import Endpoint, ExitStatus, load_roots, parse_endpoint
+from nts_core.cli import Endpoint, ExitStatus, exit_status, load_roots, parse_endpoint
 from nts_core.client import ClientError, Failure
 
+MANUAL = Path(__file__).parents[2] / "docs/clients.md"
 QUERY_FIELDS = {
     "authenticated",
     "server",
@@ -230,3 +232,10 @@ def test_sources_without_a_usable_anchor_or_resolver(tmp_path, authority):
         assert document["sources"] == []
         assert document["error"]["code"] == "configuration"
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("code", Failure)
+def test_the_manual_has_the_status_of_every_failure(code):
+    status = exit_status(code)
+    (row,) = [line for line in MANUAL.read_text().splitlines() if line.startswith(f"| {status:d} |")]
+    assert f"`{code}`" in row.split("|")[3]
