@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nts_core import records
-from nts_core.aead import KEY_LENGTH, AeadId, SessionKeys
+from nts_core.aead import KEY_LENGTH, SUPPORTED, AeadId, SessionKeys
 from nts_core.cookies import MAX_COOKIE_LENGTH, Keyring
 from nts_core.errors import KeError, NoOverlap, WireError
 from nts_core.ke import KeClient, KeServer, KeTerms, NtpEndpoint, NtpService, export_keys
@@ -125,16 +125,18 @@ def test_our_own_request_is_as_chronyds():
 @pytest.mark.rfc8915("4-5", "4-6", "4.1.1-1", "4.1.1-2", "4.1.2-1", "4.1.2-2", "4.1.2-5")
 @pytest.mark.rfc8915("4.1.3-2", "4.1.4-2", "4.1.5-1", "4.1.5-2", "4.1.5-3", "4.1.6-3")
 @pytest.mark.rfc8915("4.1.7-10", "4.1.7-14", "4.1.8-4")
-def test_our_request_holds_what_a_request_must_and_nothing_that_it_must_not():
-    request = parse(KeClient(export).request())
-    assert [record for record in request if record.type == RecordType.NEXT_PROTOCOL] == [NTPV4]
-    (aead,) = [record for record in request if record.type == RecordType.AEAD_ALGORITHM]
-    assert aead.critical
+@pytest.mark.parametrize(
+    ("offered", "more"),
+    [([AeadId.AES_SIV_CMAC_256], []), (SUPPORTED, [RecordType.COMPLIANT_128GCM_EXPORT])],
+)
+def test_our_request_holds_what_a_request_must_and_nothing_that_it_must_not(offered, more):
+    request = parse(KeClient(export, offered).request())
+    protocol, aead = request[:2]
+    assert protocol == NTPV4
+    assert (aead.type, aead.critical) == (RecordType.AEAD_ALGORITHM, True)
     assert 15 in uint16_list(aead.body)
-    forbidden = {RecordType.ERROR, RecordType.WARNING, RecordType.NEW_COOKIE}
-    assert not {record.type for record in request} & (
-        forbidden | {RecordType.NTP_SERVER, RecordType.NTP_PORT}
-    )
+    # No Error, Warning or New Cookie, and no wish for an NTP server.
+    assert [record.type for record in request[2:]] == more
 
 
 @pytest.mark.rfc8915("4.1.7-1", "4.1.7-13", "4.1.8-3")
