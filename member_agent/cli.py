@@ -1,4 +1,4 @@
-"""`pool-agent`: serve authenticated time, alone or as a member of a pool. Rendering only."""
+"""`pool-agent`: serve authenticated time, alone or as a member of a pool."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -11,11 +11,11 @@ import typer
 from member_agent import cookie_keys, daemon
 from member_agent.config import load_settings
 from member_agent.errors import AgentError
-from member_agent.sockets import parse_endpoint
+from member_agent.sockets import Endpoint, parse_endpoint
 from member_agent.state import StateDirectory
 from member_agent.tracking import OPTION
+from nts_core.client import KE_PORT
 from nts_core.cookies import Keyring
-from nts_core.ke import DEFAULT_NTP_PORT
 from nts_core.shell import configure_logging, raise_descriptor_limit
 
 app = typer.Typer(
@@ -49,7 +49,8 @@ MetricsOption = Annotated[
     str | None, typer.Option("--metrics", metavar="ADDR:PORT", help="serve /metrics there")
 ]
 AeadOption = Annotated[
-    str | None, typer.Option("--aead", metavar="LIST", help="AEAD algorithms, the preferred first: 30,15")
+    str | None,
+    typer.Option("--aead", metavar="LIST", help="AEAD algorithms, the preferred first, such as 30,15"),
 ]
 NtpServerOption = Annotated[
     str | None,
@@ -58,7 +59,12 @@ NtpServerOption = Annotated[
     ),
 ]
 RotationOption = Annotated[
-    int | None, typer.Option("--cookie-rotation", metavar="SECONDS", help="life of a cookie key (a day)")
+    int | None,
+    typer.Option("--cookie-rotation", metavar="SECONDS", help="until the next cookie key seals (a day)"),
+]
+HistoryOption = Annotated[
+    int | None,
+    typer.Option("--cookie-history", metavar="SECONDS", help="for which old keys open cookies (ten days)"),
 ]
 IntervalOption = Annotated[
     float | None,
@@ -76,9 +82,10 @@ DenyOption = Annotated[
 ]
 
 
-def _limits(interval: float | None, allow: list[str] | None, deny: list[str] | None) -> dict[str, Any]:
+def _limits(interval: float | None, allow: list[str] | None, deny: list[str] | None) -> dict[str, Any] | None:
+    """None without any, as an empty table would hide what is wrong with another one."""
     flags = {"ntp_interval": interval, "allow": allow, "deny": deny}
-    return {name: value for name, value in flags.items() if value not in (None, [])}
+    return {name: value for name, value in flags.items() if value not in (None, [])} or None
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:
@@ -112,6 +119,7 @@ def serve(
     aead: AeadOption = None,
     ntp_server: NtpServerOption = None,
     cookie_rotation: RotationOption = None,
+    cookie_history: HistoryOption = None,
     ntp_interval: IntervalOption = None,
     allow: AllowOption = None,
     deny: DenyOption = None,
@@ -127,17 +135,19 @@ def serve(
             "aead": aead,
             "ntp_server": ntp_server,
             "cookie_rotation": cookie_rotation,
+            "cookie_history": cookie_history,
             "limits": _limits(ntp_interval, allow, deny),
         }
+        settings = load_settings(state, flags)
+        hosts = [str(address) for address in settings.listen] or ["0.0.0.0", "::"]
         await daemon.serve(
-            load_settings(state, flags),
+            settings,
             cert=cert,
             key=key,
-            ke=[parse_endpoint(text, "--ke") for text in ke or ("0.0.0.0:4460", "[::]:4460")],
-            ntp=[
-                parse_endpoint(text, "--ntp")
-                for text in ntp or (f"0.0.0.0:{DEFAULT_NTP_PORT}", f"[::]:{DEFAULT_NTP_PORT}")
-            ],
+            ke=[parse_endpoint(text, "--ke") for text in ke or ()]
+            or [Endpoint(host, KE_PORT) for host in hosts],
+            ntp=[parse_endpoint(text, "--ntp") for text in ntp or ()]
+            or [Endpoint(host, settings.ntp_port) for host in hosts],
             state=StateDirectory(state) if state else None,
             ready=lambda line: print(line, flush=True),  # noqa: T201 - the line that callers wait for
         )
@@ -175,6 +185,7 @@ def run(
     metrics: MetricsOption = None,
     aead: AeadOption = None,
     cookie_rotation: RotationOption = None,
+    cookie_history: HistoryOption = None,
     ntp_interval: IntervalOption = None,
     allow: AllowOption = None,
     deny: DenyOption = None,
@@ -190,6 +201,7 @@ def run(
             "metrics": metrics,
             "aead": aead,
             "cookie_rotation": cookie_rotation,
+            "cookie_history": cookie_history,
             "limits": _limits(ntp_interval, allow, deny),
         }
         settings = load_settings(state, flags)
@@ -220,9 +232,11 @@ app.add_typer(keys_app, name="cookie-keys")
 ShareArgument = Annotated[Path, typer.Argument(metavar="FILE", help="the shared keys; secret")]
 
 
-def _with_keys(work: Callable[[StateDirectory], Keyring | None], state: Path, *notes: str) -> None:
+def _with_keys(
+    work: Callable[[StateDirectory], Keyring | None], state: Path, *notes: str, create: bool = False
+) -> None:
     try:
-        keyring = work(StateDirectory(state))
+        keyring = work(StateDirectory(state, create=create))
     except AgentError as error:
         _fail(error)
     typer.echo("\n".join((cookie_keys.describe(keyring), *notes)))
@@ -231,7 +245,7 @@ def _with_keys(work: Callable[[StateDirectory], Keyring | None], state: Path, *n
 @keys_app.command("show")
 def show_keys(state: StateOption = _DEFAULT_STATE) -> None:
     """How the keys follow each other; no secrets."""
-    _with_keys(StateDirectory.keyring, state)
+    _with_keys(cookie_keys.look, state)
 
 
 @keys_app.command("renew")
@@ -246,13 +260,14 @@ def renew_keys(state: StateOption = _DEFAULT_STATE) -> None:
 def share_keys(file: ShareArgument, state: StateOption = _DEFAULT_STATE) -> None:
     """Write what other hosts behind the same name adopt, so that all open each other's cookies for good."""
     note = f"carry {file} to each other host by a safe way, adopt it there, and delete every copy"
-    _with_keys(lambda directory: cookie_keys.share(directory, file), state, note)
+    _with_keys(lambda directory: cookie_keys.share(directory, file), state, note, create=True)
 
 
 @keys_app.command("adopt")
 def adopt_keys(file: ShareArgument, state: StateOption = _DEFAULT_STATE) -> None:
     """Follow the keys of another host from now on."""
-    _with_keys(lambda directory: cookie_keys.adopt(directory, file), state, f"delete {file} now")
+    note = f"delete {file} now"
+    _with_keys(lambda directory: cookie_keys.adopt(directory, file), state, note, create=True)
 
 
 def main() -> None:

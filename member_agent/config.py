@@ -1,6 +1,8 @@
 """The agent's settings: flags before environment (POOL_AGENT_*) before STATE/agent.toml before defaults."""
 
+import json
 import os
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -10,7 +12,6 @@ from pydantic import (
     ConfigDict,
     Field,
     IPvAnyAddress,
-    IPvAnyNetwork,
     model_validator,
 )
 from pydantic_settings import NoDecode, SettingsConfigDict
@@ -32,15 +33,25 @@ MAX_CLOCK_OFFSET = 1e9
 Interval = Annotated[float, Field(ge=0.001, le=4096, allow_inf_nan=False)]
 
 
+def _prefix(value: Any) -> Any:
+    if "%" in str(value):
+        raise ValueError(f"{str(value)!r}: a prefix has no zone")
+    try:
+        return ip_network(value)
+    except ValueError as error:
+        raise ValueError(f"{error}; write one ADDRESS/LENGTH at a time") from None
+
+
+Prefix = Annotated[IPv4Network | IPv6Network, BeforeValidator(_prefix)]
+
+
 class Limits(BaseModel):
     """What one address may take of the engine. Times are seconds."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    allow: tuple[IPvAnyNetwork, ...] = Field((), description="prefixes to serve; with any, only these")
-    deny: tuple[IPvAnyNetwork, ...] = Field(
-        (), description="prefixes not to serve; the longest prefix decides"
-    )
+    allow: tuple[Prefix, ...] = Field((), description="prefixes to serve; with any, only these")
+    deny: tuple[Prefix, ...] = Field((), description="prefixes not to serve; the longest prefix decides")
     deny_action: Literal["ignore", "kod"] = Field("ignore", description="whether NTP tells those denied so")
     ntp_interval: Interval | None = Field(
         None, description="rate limit: between requests of an address, on average; none without"
@@ -69,7 +80,9 @@ class Limits(BaseModel):
 
 
 def _algorithms(value: Any) -> Any:
-    """A text, or a list in TOML."""
+    """A text, or a list in TOML or JSON."""
+    if isinstance(value, str) and value.startswith("["):
+        value = json.loads(value)
     words = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     algorithms = parse_algorithms(words)
     KeTerms.check_preference(algorithms)
@@ -77,8 +90,10 @@ def _algorithms(value: Any) -> Any:
 
 
 def _ntp_endpoint(value: Any) -> Any:
-    if not isinstance(value, str):
+    if value is None or isinstance(value, NtpEndpoint):
         return value
+    if not isinstance(value, str):
+        raise ValueError("write HOST or HOST:PORT")  # noqa: TRY004 - pydantic reports ValueErrors
     host, port = parse_host_port(value, DEFAULT_NTP_PORT)
     try:
         return NtpEndpoint(host_of(host.encode()), port)
@@ -122,7 +137,11 @@ class AgentSettings(ProgramSettings):
 
     @model_validator(mode="after")
     def _possible_schedule(self) -> Self:
-        Schedule(self.cookie_rotation, self.cookie_history)
+        try:
+            Schedule(self.cookie_rotation, self.cookie_history)
+        except ValueError as error:
+            both = f"cookie_rotation {self.cookie_rotation} with cookie_history {self.cookie_history}"
+            raise ValueError(f"{both}: {error}; shorten the history") from None
         return self
 
 
@@ -137,7 +156,7 @@ def load_settings(state: Path | None, flags: dict[str, Any]) -> AgentSettings:
     except SettingsError as error:
         in_file = f", or {file}" if state else ""
         raise AgentError(
-            str(error).removeprefix(f"{os.devnull}: "),
+            str(error),
             f"correct the option or the POOL_AGENT_ variable{in_file}",
             ExitStatus.CONFIGURATION,
         ) from None

@@ -13,11 +13,22 @@ from pathlib import Path
 
 from member_agent.errors import AgentError, ExitStatus
 from member_agent.state import StateDirectory
-from nts_core.cookies import Keyring, Schedule
+from nts_core.cookies import Keyring
 from nts_core.errors import WireError
 
 # A share holds two keys: some hundred octets.
 _LONGEST_SHARE = 4096
+
+
+def look(state: StateDirectory) -> Keyring | None:
+    """The keys of a directory that is there."""
+    if not state.path.is_dir():
+        raise _nothing(state)
+    return state.keyring()
+
+
+def _nothing(state: StateDirectory) -> AgentError:
+    return AgentError(f"{state.path} holds no cookie keys", "give the agent's --state", ExitStatus.STATE)
 
 
 def describe(keyring: Keyring | None) -> str:
@@ -28,17 +39,19 @@ def describe(keyring: Keyring | None) -> str:
     following = datetime.fromtimestamp(keyring.next_at, UTC).isoformat(timespec="seconds")
     kind = "a ratchet that hosts can share" if schedule.ratchet else "random keys of this host alone"
     return (
-        f"{kind}; the next key seals from {following}, then every {schedule.rotation} s;"
+        f"{kind}; the next key, {keyring.fingerprint}, seals from {following}, then every {schedule.rotation} s;"
         f" retired keys open cookies for {schedule.history} s"
     )
 
 
 def renew(state: StateDirectory) -> Keyring:
     """Throw all keys away, as after somebody else may have read them (RFC 8915 section 8.2)."""
+    look(state)
     state.lock()
     keyring = state.keyring()
-    schedule = keyring.schedule if keyring else Schedule()
-    return _saved(state, Keyring.new(_now(), secrets.token_bytes, schedule))
+    if keyring is None:
+        raise _nothing(state)
+    return _saved(state, Keyring.new(_now(), secrets.token_bytes, keyring.schedule))
 
 
 def share(state: StateDirectory, file: Path) -> Keyring:
@@ -72,9 +85,11 @@ def _create(file: Path) -> int:
     try:
         return os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except OSError as error:
-        raise AgentError(
-            f"{file}: {error.strerror}", "name a file that is not there yet", ExitStatus.STATE
-        ) from None
+        is_there = isinstance(error, FileExistsError)
+        remedy = (
+            "name a file that is not there yet" if is_there else "check the directory that it is to lie in"
+        )
+        raise AgentError(f"{file}: {error.strerror}", remedy, ExitStatus.STATE) from None
 
 
 def adopt(state: StateDirectory, file: Path) -> Keyring:
@@ -87,10 +102,16 @@ def adopt(state: StateDirectory, file: Path) -> Keyring:
         raise AgentError(
             f"{file}: {error}", "give the file that `pool-agent cookie-keys share` wrote", ExitStatus.STATE
         ) from None
-    if not shared.schedule.ratchet:
+    if state.is_key_file(file) or not shared.schedule.ratchet:
         raise AgentError(
-            f"{file} holds keys that are no ratchet",
-            "give the file that `pool-agent cookie-keys share` wrote",
+            f"{file} is no share of a ratchet",
+            "give the file that `pool-agent cookie-keys share` wrote on another host",
+            ExitStatus.STATE,
+        )
+    if shared.next_at > _now() + 2 * shared.schedule.rotation:
+        raise AgentError(
+            f"{file}: its keys lie in the future",
+            "check the clocks of both hosts, and share again",
             ExitStatus.STATE,
         )
     own = state.keyring()

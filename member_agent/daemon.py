@@ -68,6 +68,11 @@ def load_credentials(cert: Path, key: Path) -> ServerCredentials:
         raise AgentError(
             f"{key}: a kind of key that TLS does not use", "use a P-256 key", ExitStatus.CERTIFICATE
         )
+    now = datetime.now(UTC)
+    begins, ends = chain[0].not_valid_before_utc, chain[0].not_valid_after_utc
+    if not begins <= now <= ends:
+        # It may be the clock that is wrong, so it is served all the same.
+        _log.warning("certificate_not_valid_now", begins=begins.isoformat(), ends=ends.isoformat())
     try:
         return ServerCredentials(chain, private)
     except TlsError as error:

@@ -71,6 +71,12 @@ class StateDirectory:
                 f"another pool-agent uses {self.path}", "stop it, or give another --state", ExitStatus.STATE
             ) from None
         self._lock = descriptor
+        if self.path.stat().st_mode & 0o022:
+            raise AgentError(
+                f"{self.path} may be written to by others, who could change its keys",
+                f"chmod go-w {self.path}, or give another --state",
+                ExitStatus.STATE,
+            )
 
     def membership(self) -> Membership | None:
         """Who we are, or None before we joined."""
@@ -146,6 +152,11 @@ class StateDirectory:
                 "move the file away; clients then get new cookies by key establishment",
                 ExitStatus.STATE,
             ) from None
+
+    def is_key_file(self, file: Path) -> bool:
+        """Whether a file is the one that `save_keyring` writes."""
+        own = self.path / _COOKIE_KEYS
+        return own.exists() and own.samefile(file)
 
     def save_keyring(self, keyring: Keyring) -> None:
         self._write(_COOKIE_KEYS, keyring.dump())

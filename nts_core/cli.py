@@ -1,4 +1,4 @@
-"""`pool-client`: ask one server or a whole pool for authenticated time. Rendering only."""
+"""`pool-client`: ask one server or a whole pool for authenticated time."""
 
 import asyncio
 import ipaddress
@@ -151,7 +151,7 @@ def _finish(document: dict[str, Any], error: ClientError | None, *, as_json: boo
 
 
 def _query_document(
-    endpoint: Endpoint | None, host: str, found: QueryResult | None, warnings: list[str]
+    endpoint: Endpoint | None, host: str | None, found: QueryResult | None, warnings: list[str]
 ) -> dict[str, Any]:
     best = None if found is None else found.best
     return {
@@ -179,7 +179,8 @@ def query_command(
     address: Annotated[str | None, typer.Option(help="connect to this IP address")] = None,
     samples: Annotated[int, typer.Option(help="authenticated exchanges, 1 to 64")] = 4,
     aead: Annotated[
-        str | None, typer.Option(metavar="LIST", help="AEAD algorithms to offer, the preferred first: 30,15")
+        str | None,
+        typer.Option(metavar="LIST", help="AEAD algorithms to offer, the preferred first, such as 30,15"),
     ] = None,
     state: Annotated[Path | None, typer.Option(help="keep cookies and the last known time here")] = None,
     certificate_time: Annotated[
@@ -193,8 +194,8 @@ def query_command(
     found: QueryResult | None = None
     failure: ClientError | None = None
     try:
-        _check_range("--samples", samples, MAX_SAMPLES)
         endpoint = parse_endpoint(host, KE_PORT)
+        _check_range("--samples", samples, MAX_SAMPLES)
         if address is not None:
             address = _parse_address(address)
         source = Source(
@@ -255,7 +256,7 @@ def _milliseconds(nanoseconds: int | None) -> str:
     return "" if nanoseconds is None else f"{nanoseconds / 1e6:+.3f} ms"
 
 
-def _sources_document(pool: str, view: PoolView | None) -> dict[str, Any]:
+def _sources_document(pool: str | None, view: PoolView | None) -> dict[str, Any]:
     found = view.sources if view else ()
     return {
         "pool": pool,
@@ -335,6 +336,13 @@ def _show_sources(view: PoolView) -> None:
 _UsageError: Any = typer.BadParameter.__base__
 
 
+def _empty_document() -> dict[str, Any]:
+    """What a command whose line could not be read prints: every field that it has, without a value."""
+    if "sources" in sys.argv:
+        return _sources_document(None, None)
+    return _query_document(None, None, None, []) if "query" in sys.argv else {}
+
+
 def main() -> None:
     """Run a command. Also a command line that cannot be read is one JSON object where that was asked for."""
     try:
@@ -343,7 +351,11 @@ def main() -> None:
         sys.exit(ExitStatus.USAGE)
     except _UsageError as error:
         if "--json" in sys.argv:
-            typer.echo(json.dumps({"error": _error(_unusable(error.format_message(), "see --help"))}))
+            typer.echo(
+                json.dumps(
+                    {**_empty_document(), "error": _error(_unusable(error.format_message(), "see --help"))}
+                )
+            )
         else:
             error.show()
         sys.exit(ExitStatus.USAGE)

@@ -7,6 +7,7 @@ listened to: anybody can forge them, so only silence counts. Nothing here touche
 
 import asyncio
 import errno
+import os
 import secrets
 import socket
 import ssl
@@ -496,7 +497,9 @@ def _source(candidate: _Candidate, *, is_chosen: bool) -> PoolSource:
 
 
 def _strerror(error: BaseException) -> str:
-    """What an operating system error says, without its numbers."""
+    """What an operating system error says, without its numbers and without what asyncio adds to it."""
+    if isinstance(error, OSError) and not isinstance(error, socket.gaierror) and error.errno:
+        return os.strerror(error.errno)
     text = error.strerror if isinstance(error, OSError) else None
     return text or str(error) or type(error).__name__
 

@@ -11,6 +11,7 @@ that still open old cookies. It is a value; `at` gives the keyring for another t
 
 import base64
 import binascii
+import hashlib
 import json
 import struct
 from collections import deque
@@ -118,6 +119,11 @@ class Keyring:
     def next_at(self) -> int:
         """When the key made ahead begins to seal (seconds since 1970)."""
         return self._keys[0].starts_at
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells the key made ahead from others, and nothing of its secret: hosts that share have the same."""
+        return hashlib.sha256(b"truechimer fingerprint" + self._keys[0].secret).hexdigest()[:8]
 
     def at(self, now: int, random: Random) -> Self:
         """The keyring for the time `now`: this one while its sealing key is current, else one moved on.

@@ -46,7 +46,8 @@ _REQUEST_TYPES = frozenset(
 _KNOWN_TYPES = frozenset(RecordType)
 # Letters, digits and hyphens, and the underscore that hosts have in practice; a last label of digits would be
 # taken for an address.
-_HOST_NAME = re.compile(r"([a-z0-9_-]{1,63}[.])*(?!\d+$)[a-z0-9_-]{1,63}")
+_LABEL = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
+_HOST_NAME = re.compile(rf"({_LABEL}[.])*(?!\d+$){_LABEL}")
 _MAX_HOST_NAME = 253
 
 
@@ -367,4 +368,6 @@ def host_of(body: bytes) -> str:
         return host
     if "%" in host:
         raise WireError("the NTP server's address has a zone identifier")
+    if address.is_unspecified or address.is_multicast:
+        raise WireError("the NTP server's address is not that of a host")
     return str(address)

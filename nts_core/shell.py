@@ -6,6 +6,7 @@ import re
 import resource
 import sys
 from contextlib import suppress
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,6 +18,7 @@ from pydantic_settings import (
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
+from pydantic_settings import SettingsError as SourceError
 
 # Enough for every listener's cap several times over.
 _DESCRIPTORS = 65_536
@@ -92,18 +94,24 @@ class ProgramSettings(BaseSettings):
                 raise SettingsError(
                     f"the environment variable {variable} sets nothing: there is no setting {setting}"
                 )
+        # A directory or a link to nothing would count as no file, and its settings as not wanted.
+        if os.path.lexists(file) and not (file.is_file() or file.is_char_device()):
+            raise SettingsError(f"{file}: not a file")
+        place = f"{file}: " if file.is_file() else ""
         # The file is part of pydantic's class configuration, so every file has a class of its own.
         loader: type[Self] = type(cls.__name__, (cls,), {"model_config": SettingsConfigDict(toml_file=file)})
         try:
             return loader(**{name: value for name, value in flags.items() if value is not None})
         except ValidationError as error:
             faults = (
-                f"{'.'.join(map(str, each['loc'])) or 'settings'}: {each['msg'].removeprefix('Value error, ')}"
+                f"{'.'.join(map(str, each['loc'])) or 'settings'}: {_fault(each['type'], each['msg'])}"
                 for each in error.errors()
             )
-            raise SettingsError(f"{file}: {'; '.join(faults)}") from None
+            raise SettingsError(f"{place}{'; '.join(faults)}") from None
+        except SourceError as error:
+            raise SettingsError(f"{error}: lists and tables in the environment are written as JSON") from None
         except (ValueError, OSError) as error:
-            raise SettingsError(f"{file}: {error}") from None
+            raise SettingsError(f"{place}{error}") from None
 
     @classmethod
     def settings_customise_sources(
@@ -117,6 +125,26 @@ class ProgramSettings(BaseSettings):
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
 
+def _is_ipv6(text: str) -> bool:
+    try:
+        return ip_address(text).version == 6
+    except ValueError:
+        return False
+
+
+def _fault(kind: str, message: str) -> str:
+    """Pydantic's words for a fault, where people would not know what they mean."""
+    match kind:
+        case "extra_forbidden":
+            return "there is no such setting"
+        case "tuple_type":
+            return "write a list, in brackets"
+        case "model_type" | "model_attributes_type":
+            return "write a table of settings"
+        case _:
+            return message.removeprefix("Value error, ")
+
+
 def parse_host_port(text: str, default_port: int) -> tuple[str, int]:
     """HOST, HOST:PORT, an IPv6 address, [IPV6] or [IPV6]:PORT. Raises ValueError that says how to write it."""
     host, port = text, str(default_port)
@@ -126,6 +154,8 @@ def parse_host_port(text: str, default_port: int) -> tuple[str, int]:
     elif text.count(":") == 1:
         host, _, port = text.partition(":")
     host = host.rstrip(".").lower()
+    if "://" in text or (":" in host and not _is_ipv6(host)):
+        port = ""
     # Five digits at most: Python refuses to read thousands with a ValueError that says nothing of ports.
     if not host or re.fullmatch(r"[0-9]{1,5}", port) is None or not 0 < int(port) < 65536:
         raise ValueError(f"{text!r} is not a host and a port: write HOST:PORT, and IPv6 as [ADDRESS]:PORT")

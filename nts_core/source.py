@@ -463,6 +463,9 @@ class _Query:
                 raise self._failures[PollAt]
             case PollAt() if self._tries > self._wanted:
                 return False
+            case PollAt() if EstablishAt in self._failures and not self._taken:
+                # Neither kept cookies nor new ones: those that are left are for a time when somebody answers.
+                return False
             case EstablishAt(at) | PollAt(at):
                 return at <= time.monotonic_ns()
 

@@ -281,6 +281,12 @@ class TimeRecord:
 
 def _make_directory(directory: Path) -> None:
     _guarded(directory, lambda: directory.mkdir(mode=0o700, parents=True, exist_ok=True))
+    if directory.stat().st_mode & 0o022:
+        raise ClientError(
+            Failure.CONFIGURATION,
+            f"{directory} may be written to by others, who could change what is kept there",
+            f"chmod go-w {directory}, or give another --state",
+        )
 
 
 def _open_lock(path: Path) -> int:

@@ -107,11 +107,17 @@ class Trust:
     def verify(self, name: str, chain: Sequence[x509.Certificate]) -> None:
         """Raise CertificateError unless `chain` is good for `name` (a DNS name or an IP address)."""
         try:
-            builder = PolicyBuilder().store(self.roots).time(self._time(name, chain[0]))
+            at = self._time(name, chain[0])
+            _check_validity(name, chain[0], at)
+            builder = PolicyBuilder().store(self.roots).time(at)
             # A name that no certificate can carry is a ValueError.
             builder.build_server_verifier(_subject(name)).verify(chain[0], list(chain[1:]))
         except (*_X509_FAULTS, VerificationError) as error:
-            raise CertificateError(f"the certificate is not acceptable for {name}: {error}") from None
+            # What the library was looking at is shown as Python writes it, and says nothing to people.
+            reason = str(error).partition(" (encountered processing")[0]
+            if reason.startswith("candidates exhausted"):
+                reason = f"no trusted root leads to it ({reason})"
+            raise CertificateError(f"the certificate is not acceptable for {name}: {reason}") from None
 
     def _time(self, name: str, leaf: x509.Certificate) -> datetime:
         if self.floor is None:
@@ -123,6 +129,18 @@ class Trust:
                 f"before the last recorded time, {self.floor:%Y-%m-%d %H:%M:%S} UTC"
             )
         return self.at if first <= self.at <= last else first
+
+
+def _check_validity(name: str, leaf: x509.Certificate, at: datetime) -> None:
+    """For the sake of the dates: the library's verdict names none."""
+    if at > leaf.not_valid_after_utc:
+        raise CertificateError(
+            f"the certificate for {name} ended on {leaf.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
+        )
+    if at < leaf.not_valid_before_utc:
+        raise CertificateError(
+            f"the certificate for {name} begins on {leaf.not_valid_before_utc:%Y-%m-%d %H:%M} UTC only"
+        )
 
 
 def _subject(name: str) -> x509.DNSName | x509.IPAddress:

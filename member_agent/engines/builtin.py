@@ -4,6 +4,8 @@ import secrets
 import time
 from collections.abc import Sequence
 
+import structlog
+
 from member_agent.clock import Clock
 from member_agent.config import AgentSettings
 from member_agent.ke_server import KeListeners
@@ -13,6 +15,8 @@ from member_agent.state import StateDirectory
 from nts_core.cookies import Keyring, Schedule
 from nts_core.ke import NtpEndpoint, NtpService
 from nts_core.tls import ServerCredentials
+
+_log = structlog.get_logger()
 
 
 class BuiltinEngine:
@@ -42,7 +46,12 @@ class BuiltinEngine:
         if keyring is None:
             keyring = Keyring.new(int(time.time()), secrets.token_bytes, schedule)
             self._save(keyring)
-        return keyring.under(schedule.rotation, schedule.history)
+        elif keyring.schedule != schedule:
+            keyring = keyring.under(schedule.rotation, schedule.history)
+            self._save(keyring)
+            if keyring.schedule.ratchet:
+                _log.info("cookie_rotation_is_that_of_the_ratchet", seconds=keyring.schedule.rotation)
+        return keyring
 
     def _save(self, keyring: Keyring) -> None:
         """Before the keyring is used, so that no cookie outlives its key in a crash."""

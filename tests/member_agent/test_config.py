@@ -46,6 +46,30 @@ def test_another_ntp_server(monkeypatch, text, endpoint):
 
 
 @pytest.mark.rfc8915("4.1.7-1", "4.1.7-2", "4.1.7-4", "4.1.7-5")
+@pytest.mark.parametrize("content", ["limits = 3", "limits = [1]", 'limits = "none"'])
+def test_limits_that_are_none_are_not_passed_over(tmp_path, content):
+    (tmp_path / "agent.toml").write_text(content)
+    with pytest.raises(AgentError, match="limits"):
+        load_settings(tmp_path, {"limits": None})
+
+
+def test_a_file_that_is_none(tmp_path):
+    (tmp_path / "agent.toml").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(AgentError, match="not a file"):
+        load_settings(tmp_path, {})
+
+
+def test_lists_in_the_environment_are_json(monkeypatch):
+    monkeypatch.setenv("POOL_AGENT_AEAD", "[15, 30]")
+    monkeypatch.setenv("POOL_AGENT_LIMITS__DENY", '["10.0.0.0/8"]')
+    settings = load_settings(None, {})
+    assert settings.aead == (AeadId(15), AeadId(30))
+    assert [str(prefix) for prefix in settings.limits.deny] == ["10.0.0.0/8"]
+    monkeypatch.setenv("POOL_AGENT_LIMITS__DENY", "10.0.0.0/8")
+    with pytest.raises(AgentError, match="JSON"):
+        load_settings(None, {})
+
+
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
@@ -59,6 +83,15 @@ def test_another_ntp_server(monkeypatch, text, endpoint):
         ({"ntp_server": "127.1"}, "ntp_server: '127.1'"),
         ({"ntp_server": "z\u00fcrich.example"}, "not ASCII"),
         ({"ntp_server": "[fe80::1%eth0]"}, "zone identifier"),
+        ({"ntp_server": "-x"}, "ntp_server: '-x'"),
+        ({"ntp_server": "0.0.0.0"}, "not that of a host"),
+        ({"ntp_server": 5}, "ntp_server: write HOST"),
+        ({"limits": {"allow": ["10.0.0.1/8"]}}, "limits.allow.0: 10.0.0.1/8 has host bits set; write one"),
+        ({"limits": {"allow": ["fe80::1%lo"]}}, "a prefix has no zone"),
+        ({"limits": 3}, "limits: write a table of settings"),
+        ({"limits": {"deny": "10.0.0.0/8"}}, "limits.deny: write a list, in brackets"),
+        ({"limits": {"ntp_intervall": 8}}, "limits.ntp_intervall: there is no such setting"),
+        ({"cookie_rotation": 60}, "cookie_rotation 60 with cookie_history 864000"),
         ({"cookie_rotation": 5}, "cookie_rotation: Input should be greater"),
         ({"cookie_rotation": 600, "cookie_history": 86400 * 30}, "a history of 2592000 s is more than 1022"),
     ],

@@ -1,7 +1,9 @@
 """`pool-agent cookie-keys`, and servers that share their keys."""
 
 import json
+import secrets
 import stat
+import time
 
 import pytest
 
@@ -10,7 +12,7 @@ from lab.processes import free_port
 from lab.programs import AgentServer, run
 from member_agent.errors import ExitStatus
 from member_agent.state import StateDirectory
-from nts_core.cookies import DAY, Schedule
+from nts_core.cookies import DAY, Keyring, Schedule
 
 NAME = "ntp.example"
 
@@ -35,9 +37,30 @@ def fails(done, text):
     assert len(done.stderr.splitlines()) == 2, "what happened, and what to do"
 
 
+def fresh(state):
+    StateDirectory(state).save_keyring(Keyring.new(int(time.time()), secrets.token_bytes))
+
+
+@pytest.mark.parametrize("command", ["show", "renew"])
+def test_a_directory_that_is_not_there_is_not_made(tmp_path, command):
+    """A slip of the pen would leave the keys in use that were to be renewed."""
+    fails(keys(command, state=tmp_path / "typo"), "holds no cookie keys")
+    assert not (tmp_path / "typo").exists()
+
+
+def test_there_is_nothing_to_renew_where_there_are_no_keys(tmp_path):
+    fails(keys("renew", state=tmp_path), "holds no cookie keys")
+
+
+def test_a_directory_that_others_may_change_is_refused(tmp_path):
+    fresh(tmp_path)
+    tmp_path.chmod(0o777)
+    fails(keys("renew", state=tmp_path), "may be written to by others")
+
+
 def test_show(tmp_path):
     assert "no cookie keys yet" in succeeds(keys("show", state=tmp_path))
-    succeeds(keys("renew", state=tmp_path))
+    fresh(tmp_path)
     told = succeeds(keys("show", state=tmp_path))
     assert "random keys of this host alone" in told
     content = (tmp_path / "cookie-keys.json").read_text()
@@ -46,7 +69,7 @@ def test_show(tmp_path):
 
 @pytest.mark.rfc8915("8.2-1")
 def test_renewing_throws_every_key_away(tmp_path):
-    succeeds(keys("renew", state=tmp_path))
+    fresh(tmp_path)
     before = secrets_in(tmp_path)
     succeeds(keys("renew", state=tmp_path))
     assert not before & secrets_in(tmp_path)
@@ -72,9 +95,21 @@ def test_adopting_garbage(tmp_path):
         share.write_bytes(content)
         fails(keys("adopt", share, state=tmp_path / "a"), "cookie-keys share")
     fails(keys("adopt", tmp_path / "nowhere", state=tmp_path / "a"), "No such file")
-    succeeds(keys("renew", state=tmp_path / "b"))
-    fails(keys("adopt", tmp_path / "b" / "cookie-keys.json", state=tmp_path / "a"), "no ratchet")
+    fresh(tmp_path / "b")
+    fails(keys("adopt", tmp_path / "b" / "cookie-keys.json", state=tmp_path / "a"), "no share of a ratchet")
     assert StateDirectory(tmp_path / "a").keyring() is None
+
+
+def test_ones_own_keys_are_no_share(tmp_path):
+    """Whoever did as told would delete them then."""
+    succeeds(keys("share", tmp_path / "share", state=tmp_path / "a"))
+    fails(keys("adopt", tmp_path / "a" / "cookie-keys.json", state=tmp_path / "a"), "no share of a ratchet")
+
+
+def test_a_share_from_the_future_is_refused(tmp_path):
+    ring = Keyring.new(int(time.time()) + 30 * DAY, secrets.token_bytes, Schedule(ratchet=True))
+    (tmp_path / "share").write_bytes(ring.share().dump())
+    fails(keys("adopt", tmp_path / "share", state=tmp_path / "a"), "lie in the future")
 
 
 def test_a_running_server_keeps_its_keys(tmp_path, authority):
@@ -117,4 +152,5 @@ def test_two_hosts_open_each_others_cookies(tmp_path, authority):
     assert done.document["stratum"] == 3
     rings = [StateDirectory(tmp_path / name).keyring() for name in ("a", "b")]
     assert rings[0].share().dump() == rings[1].share().dump()
+    assert rings[0].fingerprint in succeeds(keys("show", state=tmp_path / "b"))
     assert rings[0].schedule == Schedule(DAY, 10 * DAY, ratchet=True)
