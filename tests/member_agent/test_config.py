@@ -45,7 +45,6 @@ def test_another_ntp_server(monkeypatch, text, endpoint):
     assert load_settings(None, {}).ntp_server == endpoint
 
 
-@pytest.mark.rfc8915("4.1.7-1", "4.1.7-2", "4.1.7-4", "4.1.7-5")
 @pytest.mark.parametrize("content", ["limits = 3", "limits = [1]", 'limits = "none"'])
 def test_limits_that_are_none_are_not_passed_over(tmp_path, content):
     (tmp_path / "agent.toml").write_text(content)
@@ -70,6 +69,7 @@ def test_lists_in_the_environment_are_json(monkeypatch):
         load_settings(None, {})
 
 
+@pytest.mark.rfc8915("4.1.7-1", "4.1.7-2", "4.1.7-4", "4.1.7-5")
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
