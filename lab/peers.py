@@ -120,20 +120,6 @@ class Server(Protocol):
         """Make it use what its certificate's files hold now, in the way that its manual names."""
 
 
-class Client(Protocol):
-    """What all NTS clients of the laboratory tell."""
-
-    def start(self) -> Self: ...
-
-    def stop(self) -> None: ...
-
-    def cookies(self) -> int:
-        """How many cookies it has now."""
-
-    def is_served(self) -> bool:
-        """Whether it uses its source, and the last polls were all answered."""
-
-
 def _hosts(directory: Path, argv: Sequence[str], name: str, address: str) -> list[str]:
     """A command line under which `name` leads to `address`, as a line in /etc/hosts would make it.
 
