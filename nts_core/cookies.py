@@ -15,7 +15,7 @@ import hashlib
 import json
 import struct
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -268,6 +268,10 @@ class CookieJar:
 
     def __len__(self) -> int:
         return len(self._cookies)
+
+    def __iter__(self) -> Iterator[bytes]:
+        """The cookies, the oldest first; none is taken."""
+        return iter(self._cookies)
 
     def add(self, cookie: bytes) -> None:
         """Keep a cookie; one of no or of unusable length is not kept, and a full jar drops its oldest."""

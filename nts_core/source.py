@@ -311,7 +311,7 @@ class Source:
             sample = await exchange(association, used.host, used.port)
         except KissOfDeath as kiss:
             if kiss.authentic:
-                session.kissed(kiss.code, _left(association), time.monotonic_ns())
+                session.kissed(kiss.code, tuple(association.jar), time.monotonic_ns())
                 self._received_at = self._clock.now()
                 self._keep()
             else:
@@ -330,7 +330,7 @@ class Source:
         # The sample's times are the kernel's, whatever clock the certificates are checked with.
         now = time.time_ns()
         self._received_at = self._clock.now()
-        if not session.answered(_left(association), now + sample.offset):
+        if not session.answered(tuple(association.jar), now + sample.offset):
             self._keep()
             raise ClientError(
                 Failure.CERTIFICATE,
@@ -379,11 +379,6 @@ def _host(name: str) -> str:
             f"{name!r} is not a host name or an address",
             "write it in its ASCII form, such as time.example.net or 2001:db8::1, without the port",
         ) from None
-
-
-def _left(association: Association) -> tuple[bytes, ...]:
-    """The cookies that an association has not used."""
-    return tuple(association.jar.take() for _ in range(len(association.jar)))
 
 
 def _setback(error: ClientError) -> Setback:
