@@ -16,8 +16,7 @@ _LIBRARIES = {"dns": ("dns",), "trust-anchors": ("dns",), "http": ("h11",)}
 def main(arguments: list[str]) -> None:
     name, *options = arguments
     with atheris.instrument_imports(include=[*_OURS, *_LIBRARIES.get(name, ())]):
-        # Only what is imported here is instrumented.
-        from fuzz.targets import CANARY, TARGETS  # noqa: PLC0415
+        from fuzz.targets import CANARY, TARGETS  # noqa: PLC0415 - only what is imported here is instrumented
     target = CANARY if name == CANARY.name else TARGETS[name]
 
     def run(data: bytes) -> None:

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from fuzz.target import OracleError, Plan, Target, hold, pieces
 from lab.certificates import Authority
 from nts_core.errors import CertificateError, TlsError
-from nts_core.tls import ServerCredentials, TlsChannel, Trust, client_channel
+from nts_core.tls import ServerCredentials, ServerKey, TlsChannel, Trust, client_channel
 
 _NAME = "ntp.example"
 _AT_CLIENT = 1  # whether the client is the one to suffer, else the server
@@ -33,8 +33,9 @@ def _credentials() -> tuple[ServerCredentials, Trust]:
         pair = authority.issue(_NAME)
         chain = x509.load_pem_x509_certificates(pair.cert.read_bytes())
         key = load_pem_private_key(pair.key.read_bytes(), None)
+        assert isinstance(key, ServerKey)
         roots = x509.load_pem_x509_certificates(authority.root.read_bytes())
-    return ServerCredentials(chain, key), Trust.of(roots, dt.datetime.now(dt.UTC))  # type: ignore[arg-type]
+    return ServerCredentials(chain, key), Trust.of(roots, dt.datetime.now(dt.UTC))
 
 
 def _tls(data: bytes) -> str:

@@ -159,8 +159,7 @@ class CookieFile:
         lock = _open_lock(path)
         try:
             async with asyncio.timeout(LOCK_TIMEOUT):
-                # The kernel tells nobody when a lock becomes free, but by blocking.
-                while not _try_lock(lock):  # noqa: ASYNC110
+                while not _try_lock(lock):  # noqa: ASYNC110 - the kernel tells of a free lock only by blocking
                     await asyncio.sleep(_LOCK_POLL)
         except TimeoutError:
             os.close(lock)

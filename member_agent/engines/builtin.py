@@ -46,11 +46,12 @@ class BuiltinEngine:
         if keyring is None:
             keyring = Keyring.new(int(time.time()), secrets.token_bytes, schedule)
             self._save(keyring)
-        elif keyring.schedule != schedule:
-            keyring = keyring.under(schedule.rotation, schedule.history)
+            return keyring
+        kept, keyring = keyring, keyring.under(schedule.rotation, schedule.history)
+        if keyring.schedule != kept.schedule:
             self._save(keyring)
-            if keyring.schedule.ratchet:
-                _log.info("cookie_rotation_is_that_of_the_ratchet", seconds=keyring.schedule.rotation)
+        if keyring.schedule.rotation != schedule.rotation:
+            _log.info("cookie_rotation_is_that_of_the_ratchet", seconds=keyring.schedule.rotation)
         return keyring
 
     def _save(self, keyring: Keyring) -> None:

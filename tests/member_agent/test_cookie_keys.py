@@ -7,7 +7,6 @@ import time
 
 import pytest
 
-from lab.certificates import Authority
 from lab.processes import free_port
 from lab.programs import AgentServer, run
 from member_agent.errors import ExitStatus
@@ -15,11 +14,6 @@ from member_agent.state import StateDirectory
 from nts_core.cookies import DAY, Keyring, Schedule
 
 NAME = "ntp.example"
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory):
-    return Authority(tmp_path_factory.mktemp("authority"))
 
 
 def keys(command, *arguments, state):

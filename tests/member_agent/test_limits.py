@@ -9,14 +9,12 @@ import secrets
 import select
 import socket
 import struct
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from lab.certificates import Authority
 from lab.processes import free_port, wait_until
 from lab.programs import AgentServer, run, scrape
 from member_agent.config import Limits
@@ -31,7 +29,7 @@ from nts_core.errors import KissOfDeath
 from nts_core.ke import KeClient, NtpEndpoint, NtpService
 from nts_core.packet import Header, Leap, Mode
 from nts_core.records import MessageReader, Record, RecordType
-from nts_core.tls import ServerCredentials, Trust, client_channel
+from nts_core.tls import ServerCredentials, client_channel
 
 NAME = "ntp.example"
 HOST = "127.0.0.1"
@@ -39,21 +37,6 @@ LIMITS = Limits()
 ERROR_1 = (Record(RecordType.ERROR, b"\0\1", critical=True),)
 # Longer than any deadline of the server.
 PATIENCE = 10.0
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory):
-    return Authority(tmp_path_factory.mktemp("authority"))
-
-
-@pytest.fixture(scope="module")
-def pair(authority):
-    return authority.issue(NAME, HOST, "::1")
-
-
-@pytest.fixture(scope="module")
-def trust(authority):
-    return Trust.of(x509.load_pem_x509_certificates(authority.root.read_bytes()), datetime.now(UTC))
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import time
-from datetime import UTC, datetime
 
 import pytest
 from cryptography import x509
@@ -31,26 +30,11 @@ from nts_core.cookies import Keyring
 from nts_core.errors import KissOfDeath
 from nts_core.ke import KeClient, NtpEndpoint, NtpService
 from nts_core.records import ErrorCode, MessageReader, Record, RecordType
-from nts_core.tls import ServerCredentials, Trust, client_channel
+from nts_core.tls import ServerCredentials, client_channel
 from nts_core.wire import uint16
 
 NAME = "ntp.example"
 HOST = "127.0.0.1"
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory):
-    return Authority(tmp_path_factory.mktemp("authority"))
-
-
-@pytest.fixture(scope="module")
-def pair(authority):
-    return authority.issue(NAME, HOST, "::1")
-
-
-@pytest.fixture(scope="module")
-def trust(authority):
-    return Trust.of(x509.load_pem_x509_certificates(authority.root.read_bytes()), datetime.now(UTC))
 
 
 @pytest.fixture(scope="module")
