@@ -15,9 +15,10 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, g
 from sqlalchemy.exc import IntegrityError, OperationalError
 from starlette.exceptions import HTTPException
 
-from poolsvc.api import Services, router
+from poolsvc.api import ROUTERS, Services
 from poolsvc.config import Settings
 from poolsvc.db import Database
+from poolsvc.derived import RegistryKey
 from poolsvc.errors import PoolError
 from poolsvc.worker import Health, Worker
 
@@ -29,7 +30,9 @@ _LENGTH = re.compile(r"[0-9]{1,20}")
 _PROBLEM = "application/problem+json"
 
 
-def create_app(settings: Settings, database: Database, roots: Sequence[x509.Certificate]) -> FastAPI:
+def create_app(
+    settings: Settings, database: Database, roots: Sequence[x509.Certificate], key: RegistryKey
+) -> FastAPI:
     """The application with its worker. `roots` are what the prober trusts."""
     health = Health()
 
@@ -52,8 +55,9 @@ def create_app(settings: Settings, database: Database, roots: Sequence[x509.Cert
         docs_url=None,
         redoc_url=None,
     )
-    app.state.services = Services(settings, database, health)
-    app.include_router(router)
+    app.state.services = Services(settings, database, health, key)
+    for router in ROUTERS:
+        app.include_router(router)
     _add_metrics(app)
     _add_problems(app)
     return app

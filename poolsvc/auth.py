@@ -1,67 +1,181 @@
 """Who is asking, and what they may do: bearer tokens, stored as hashes, and one permission table."""
 
 import hashlib
+import hmac
 import secrets
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from enum import StrEnum
 
 from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import selectinload
 
-from poolsvc.errors import Forbidden, TokenExpired, TokenUsed, Unauthenticated
-from poolsvc.models import Server, Token, TokenKind
+from poolsvc.errors import Forbidden, MemberBlocked, TokenExpired, TokenUsed, Unauthenticated
+from poolsvc.models import Member, MemberRole, MemberStatus, Scope, Server, StaffRole, Token, TokenKind, User
+
+
+class Role(StrEnum):
+    """What the bearer of a token is to what an operation is about."""
+
+    OPERATOR = "operator"
+    SUPPORT = "support"
+    OWNER = "owner"
+    TECHNICIAN = "technician"
+    USER = "user"  # any person who signed in
+    AGENT = "agent"
+    JOIN = "join"
 
 
 class Operation(StrEnum):
-    """What the API lets people and programs do."""
+    """What the API lets people and programs do; each endpoint asks for exactly one."""
 
-    CREATE_MEMBER = "create-member"
+    # one's own account
+    READ_SELF = "read-self"
+    CHANGE_SELF = "change-self"
+    # a member: its people, its servers as a list, its log
+    FOUND_MEMBER = "found-member"
+    READ_MEMBER = "read-member"
+    CHANGE_MEMBER = "change-member"
+    MANAGE_USERS = "manage-users"
+    MANAGE_WEBHOOKS = "manage-webhooks"
+    CLOSE_MEMBER = "close-member"
+    # a server
     REGISTER_SERVER = "register-server"
     READ_SERVER = "read-server"
+    CHANGE_SERVER = "change-server"
     REMOVE_SERVER = "remove-server"
+    OFFER_SERVER = "offer-server"
+    TAKE_SERVER = "take-server"
+    PROVE_ADDRESS = "prove-address"
+    # the pool
+    READ_POOL = "read-pool"
+    CREATE_MEMBER = "create-member"
+    JUDGE_MEMBER = "judge-member"
+    JUDGE_USER = "judge-user"
+    JUDGE_SERVER = "judge-server"
+    INVITE = "invite"
+    APPOINT_STAFF = "appoint-staff"
+    # programs
     JOIN = "join"
     AGENT = "agent"
 
 
-# A member's operations reach its own servers only, a join or agent token exactly one.
-PERMISSIONS: dict[Operation, frozenset[TokenKind]] = {
-    Operation.CREATE_MEMBER: frozenset({TokenKind.OPERATOR}),
-    Operation.REGISTER_SERVER: frozenset({TokenKind.MEMBER}),
-    Operation.READ_SERVER: frozenset({TokenKind.OPERATOR, TokenKind.MEMBER}),
-    Operation.REMOVE_SERVER: frozenset({TokenKind.OPERATOR, TokenKind.MEMBER}),
-    Operation.JOIN: frozenset({TokenKind.JOIN}),
-    Operation.AGENT: frozenset({TokenKind.AGENT}),
+@dataclass(frozen=True, slots=True)
+class Permission:
+    """Who may, and which scope an API token needs for it. `when_blocked`: also people of a blocked member."""
+
+    roles: frozenset[Role]
+    scope: Scope | None = None
+    when_blocked: bool = False
+
+
+def _permission(roles: str, scope: Scope | None, *, when_blocked: bool = False) -> Permission:
+    return Permission(frozenset(map(Role, roles.split())), scope, when_blocked)
+
+
+_O = Operation
+_STAFF, _TEAM = "operator support", "owner technician"
+PERMISSIONS: Mapping[Operation, Permission] = {
+    _O.READ_SELF: _permission("user", Scope.READ, when_blocked=True),
+    _O.CHANGE_SELF: _permission("user", Scope.ACCOUNT, when_blocked=True),
+    _O.FOUND_MEMBER: _permission("user", Scope.ACCOUNT),
+    _O.READ_MEMBER: _permission(f"{_STAFF} {_TEAM}", Scope.READ, when_blocked=True),
+    _O.CHANGE_MEMBER: _permission("operator owner", Scope.ACCOUNT),
+    _O.MANAGE_USERS: _permission("operator owner", Scope.ACCOUNT),
+    _O.MANAGE_WEBHOOKS: _permission(f"operator {_TEAM}", Scope.ACCOUNT),
+    _O.CLOSE_MEMBER: _permission("operator owner", Scope.ACCOUNT, when_blocked=True),
+    _O.REGISTER_SERVER: _permission(_TEAM, Scope.SERVERS),
+    _O.READ_SERVER: _permission(f"{_STAFF} {_TEAM}", Scope.READ, when_blocked=True),
+    _O.CHANGE_SERVER: _permission(f"operator {_TEAM}", Scope.SERVERS),
+    _O.REMOVE_SERVER: _permission(f"operator {_TEAM}", Scope.SERVERS, when_blocked=True),
+    _O.OFFER_SERVER: _permission("operator owner", Scope.SERVERS),
+    _O.TAKE_SERVER: _permission("owner", Scope.SERVERS),
+    _O.PROVE_ADDRESS: _permission(_TEAM, Scope.SERVERS),
+    _O.READ_POOL: _permission(_STAFF, Scope.READ),
+    _O.CREATE_MEMBER: _permission("operator", Scope.POOL),
+    _O.JUDGE_MEMBER: _permission("operator", Scope.POOL),
+    _O.JUDGE_USER: _permission("operator", Scope.POOL),
+    _O.JUDGE_SERVER: _permission("operator", Scope.POOL),
+    _O.INVITE: _permission("operator", Scope.POOL),
+    _O.APPOINT_STAFF: _permission("operator", Scope.POOL),
+    _O.JOIN: _permission("join", None),
+    _O.AGENT: _permission("agent", None),
 }
+
+_KIND_ROLES = {TokenKind.JOIN: Role.JOIN, TokenKind.AGENT: Role.AGENT}
+# How often `last_used_at` moves: people want to know whether a token is in use, not when.
+_SEEN = timedelta(hours=1)
 
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """The bearer of a valid token."""
+    """The bearer of a valid token. `member_id` limits an API token to one member."""
 
     token_id: int
     kind: TokenKind
-    member_id: int | None
-    server_id: int | None
+    user_id: int | None = None
+    staff: StaffRole | None = None
+    members: Mapping[int, MemberRole] = field(default_factory=dict)
+    blocked: frozenset[int] = frozenset()  # those of `members` that may only read and leave
+    member_id: int | None = None
+    server_id: int | None = None
+    scopes: frozenset[Scope] = frozenset(Scope)
 
     @property
     def actor(self) -> str:
         """How events name this principal: by ids, never by names or tokens."""
-        subject = self.server_id if self.kind in (TokenKind.AGENT, TokenKind.JOIN) else self.member_id
-        return f"{self.kind} {self.token_id if subject is None else subject}"
+        return f"{self.kind} {self.server_id}" if self.kind in _KIND_ROLES else f"user {self.user_id}"
 
-    def may(self, operation: Operation, server: Server | None = None) -> None:
-        """Raise Forbidden unless the table and the ownership allow it."""
-        if self.kind not in PERMISSIONS[operation]:
+    def roles(self, member_id: int | None = None) -> frozenset[Role]:
+        """What the principal is to a member, or to the pool when none is named."""
+        if (own := _KIND_ROLES.get(self.kind)) is not None:
+            return frozenset({own})
+        found = {Role.USER}
+        if self.staff is not None and self.member_id is None:
+            found.add(Role(self.staff.value))
+        if member_id is not None and member_id in self.members and self.member_id in (None, member_id):
+            found.add(Role(self.members[member_id].value))
+        return frozenset(found)
+
+    def may(self, operation: Operation, *, member: int | None = None, server: Server | None = None) -> None:
+        """Raise Forbidden or MemberBlocked unless the table allows it for that member or server."""
+        permission = PERMISSIONS[operation]
+        member = server.member_id if server is not None else member
+        matching = self.roles(member) & permission.roles
+        if not matching:
+            whose = "" if member is None else " of another member"
             raise Forbidden(
-                f"a token of kind {self.kind} cannot {operation}",
-                remedy=f"use one of kind {' or '.join(sorted(PERMISSIONS[operation]))}",
+                f"you cannot {operation}{whose}", remedy=f"it takes {' or '.join(sorted(permission.roles))}"
             )
-        if server is not None and self.kind is TokenKind.MEMBER and server.member_id != self.member_id:
-            raise Forbidden(f"{server.name} belongs to another member")
+        if self.kind is TokenKind.API and permission.scope not in self.scopes:
+            raise Forbidden(
+                f"the token's scopes do not allow to {operation}",
+                remedy=f"make a token with the scope {permission.scope}",
+            )
+        # An operator acts on blocked members; their own people do not.
+        by_membership = not matching & {Role.OPERATOR, Role.SUPPORT}
+        if member in self.blocked and by_membership and not permission.when_blocked:
+            raise MemberBlocked(
+                f"the member is blocked or waits for approval: you cannot {operation}",
+                remedy="ask the pool's operator",
+            )
+
+    def member_for(self, operation: Operation, wanted: int | None) -> int:
+        """The member that an operation is for, when the request need not name one. Raises Forbidden."""
+        if wanted is None:
+            own = [self.member_id] if self.member_id is not None else list(self.members)
+            if len(own) != 1 or own[0] is None:
+                raise Forbidden(
+                    f"you act for {len(own)} members", remedy="name one of them in `member`", field="member"
+                )
+            wanted = own[0]
+        self.may(operation, member=wanted)
+        return wanted
 
 
-def _hash(secret: str) -> str:
+def hash_secret(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
@@ -70,53 +184,93 @@ async def issue(
     kind: TokenKind,
     *,
     now: datetime,
+    user_id: int | None = None,
     member_id: int | None = None,
     server_id: int | None = None,
+    scopes: Collection[Scope] = frozenset(Scope),
+    label: str = "",
     expires_at: datetime | None = None,
-) -> str:
-    """A new token; the only time that its text exists here."""
-    secret = f"tc_{kind}_{secrets.token_urlsafe(32)}"
-    session.add(
-        Token(
-            kind=kind,
-            sha256=_hash(secret),
-            member_id=member_id,
-            server_id=server_id,
-            created_at=now,
-            expires_at=expires_at,
-        )
+) -> tuple[Token, str]:
+    """A new token with its text, which exists nowhere afterwards."""
+    secret = secrets.token_urlsafe(32)
+    text = f"tc_{kind}_{secret}"
+    token = Token(
+        kind=kind,
+        sha256=hash_secret(text),
+        hint=secret[:4],
+        label=label,
+        user_id=user_id,
+        member_id=member_id,
+        server_id=server_id,
+        scopes=sorted(scopes) if kind is TokenKind.API else [],
+        created_at=now,
+        expires_at=expires_at,
     )
+    session.add(token)
     await session.flush()
-    return secret
+    return token, text
 
 
-async def revoke_server_tokens(session: AsyncSession, server_id: int, kind: TokenKind, now: datetime) -> None:
-    await session.execute(
-        update(Token)
-        .where(Token.server_id == server_id, Token.kind == kind, Token.revoked_at.is_(None))
-        .values(revoked_at=now)
-    )
+async def revoke(session: AsyncSession, now: datetime, *conditions: bool | object) -> int:
+    """Make tokens useless; how many were not so before."""
+    found = list(await session.scalars(select(Token).where(Token.revoked_at.is_(None), *conditions)))  # type: ignore[arg-type]
+    for token in found:
+        token.revoked_at = now
+    return len(found)
 
 
 async def authenticate(session: AsyncSession, secret: str | None, now: datetime) -> Principal:
-    """The principal of a token. Looking a hash up leaks nothing of the token by its timing."""
+    """The principal of a token. Neither the lookup by hash nor the comparison tells of it by its timing."""
     if not secret:
         raise Unauthenticated("no token", remedy="send it as `Authorization: Bearer TOKEN`")
-    token = await session.scalar(select(Token).where(Token.sha256 == _hash(secret)))
-    if token is None:
+    digest = hash_secret(secret)
+    token = await session.scalar(
+        select(Token)
+        .where(Token.sha256 == digest)
+        .options(selectinload(Token.user).selectinload(User.memberships))
+    )
+    if token is None or not hmac.compare_digest(token.sha256, digest):
         raise Unauthenticated("the token is not valid", remedy="check that it was copied whole")
     if token.kind is TokenKind.JOIN and token.used_at is not None:
-        raise TokenUsed("the join token was used already", remedy=_NEW_JOIN_TOKEN)
-    is_servers = token.kind in (TokenKind.JOIN, TokenKind.AGENT)
-    remedy = _NEW_JOIN_TOKEN if is_servers else "ask the pool's operator for a new one"
+        raise TokenUsed("the join token was used already", remedy=_REMEDIES[TokenKind.JOIN])
     if token.revoked_at is not None:
-        raise Unauthenticated("the token was revoked", remedy=remedy)
+        raise Unauthenticated("the token was revoked", remedy=_REMEDIES[token.kind])
     if token.expires_at is not None and token.expires_at <= now:
-        raise TokenExpired("the token has expired", remedy=remedy)
-    return Principal(token.id, token.kind, token.member_id, token.server_id)
+        raise TokenExpired("the token has expired", remedy=_REMEDIES[token.kind])
+    if token.last_used_at is None or now - token.last_used_at >= _SEEN:
+        token.last_used_at = now
+    if token.user is None:
+        return Principal(token.id, token.kind, server_id=token.server_id, scopes=frozenset())
+    return await _person(session, token, token.user)
+
+
+async def _person(session: AsyncSession, token: Token, user: User) -> Principal:
+    if user.blocked_at is not None or user.erased_at is not None:
+        raise Unauthenticated("the account is blocked or erased", remedy="ask the pool's operator")
+    roles = {membership.member_id: membership.role for membership in user.memberships}
+    limited = await session.scalars(
+        select(Member.id).where(Member.id.in_(roles), Member.status != MemberStatus.ACTIVE)
+    )
+    is_session = token.kind is TokenKind.SESSION
+    return Principal(
+        token.id,
+        token.kind,
+        user_id=user.id,
+        staff=user.staff,
+        members=roles,
+        blocked=frozenset(limited),
+        member_id=token.member_id,
+        scopes=frozenset(Scope) if is_session else frozenset(map(Scope, token.scopes)),
+    )
 
 
 _NEW_JOIN_TOKEN = "ask for a new one: POST /v1/servers/NAME/join-token"  # noqa: S105 - advice, not a secret
+_REMEDIES = {
+    TokenKind.SESSION: "sign in again",
+    TokenKind.API: "make a new one: POST /v1/me/tokens",
+    TokenKind.JOIN: _NEW_JOIN_TOKEN,
+    TokenKind.AGENT: _NEW_JOIN_TOKEN,
+}
 
 
 async def use_up(session: AsyncSession, principal: Principal, now: datetime) -> None:
@@ -128,4 +282,4 @@ async def use_up(session: AsyncSession, principal: Principal, now: datetime) -> 
         .returning(Token.id)
     )
     if used is None:
-        raise TokenUsed("the join token was used already", remedy=_NEW_JOIN_TOKEN)
+        raise TokenUsed("the join token was used already", remedy=_REMEDIES[TokenKind.JOIN])

@@ -30,6 +30,8 @@ from poolsvc import members
 from poolsvc.app import create_app
 from poolsvc.config import ConfigError, Settings, load_settings, split_endpoint
 from poolsvc.db import Database
+from poolsvc.derived import RegistryKey
+from poolsvc.errors import PoolError
 
 app = typer.Typer(
     name="poolsvc", no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False
@@ -91,7 +93,7 @@ def serve(config: ConfigOption) -> None:
     if settings.allow_private_addresses:
         structlog.get_logger().warning("private_addresses_allowed")
     sockets = [_bind(endpoint) for endpoint in settings.listen]
-    application = create_app(settings, Database(settings.database), _roots(settings))
+    application = create_app(settings, Database(settings.database), _roots(settings), _key(settings))
     try:
         server_config = uvicorn.Config(
             application,
@@ -171,22 +173,36 @@ def _roots(settings: Settings) -> list[x509.Certificate]:
         _fail(ExitStatus.CONFIGURATION, f"roots_file: {error.message}", error.remedy)
 
 
+def _key(settings: Settings) -> RegistryKey:
+    try:
+        return RegistryKey.load(settings.key_file)
+    except (OSError, ValueError) as error:
+        _fail(ExitStatus.CONFIGURATION, f"key_file: {error}", "give a file that `poolsvc` can read and make")
+
+
 @operator_app.command("create")
-def operator_create(config: ConfigOption) -> None:
-    """Make an operator, and print its token once."""
+def operator_create(
+    config: ConfigOption,
+    email: Annotated[str | None, typer.Option(help="to sign in with")] = None,
+    name: Annotated[str, typer.Option(help="a display name")] = "",
+) -> None:
+    """Make an operator, and print an API token of theirs once."""
     settings = _settings(config)
     _check_migrated(settings)
 
     async def create() -> str:
         database = Database(settings.database)
         try:
-            async with database.transaction() as session:
-                return await members.create_operator(session, datetime.now(UTC))
+            async with database.transaction("console") as session:
+                _, token = await members.create_operator(session, datetime.now(UTC), email=email, name=name)
+                return token
         finally:
             await database.close()
 
     try:
         token = asyncio.run(create())
+    except PoolError as error:
+        _fail(ExitStatus.USAGE, error.detail, error.remedy)
     except (SQLAlchemyError, OSError) as error:
         _fail(ExitStatus.DATABASE, f"the database: {error}", "check `database` in the settings")
     typer.echo(token)

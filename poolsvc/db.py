@@ -7,12 +7,13 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import DateTime, Dialect, MetaData, event
+from sqlalchemy import DateTime, Dialect, Enum, MetaData, event
 from sqlalchemy.engine import Connection
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
-from sqlalchemy.orm import DeclarativeBase
+from sqlalchemy.orm import DeclarativeBase, Session
 from sqlalchemy.types import TypeDecorator
 
 _NAMING = {
@@ -44,8 +45,21 @@ class UtcDateTime(TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if dialect.name == "sqlite" else value.astimezone(UTC)
 
 
+def text_enum(kind: type[StrEnum], name: str) -> Enum:
+    """A column type: text with a CHECK, the same on both engines."""
+
+    def values(members: Any) -> list[str]:
+        return [member.value for member in members]
+
+    return Enum(kind, native_enum=False, values_callable=values, name=name, length=32, create_constraint=True)
+
+
 class Base(DeclarativeBase):
     metadata = MetaData(naming_convention=_NAMING)
+
+
+class RecordedSession(Session):
+    """A session whose changes `poolsvc.models.audit` notes under the name in `info["actor"]`."""
 
 
 class Database:
@@ -54,20 +68,30 @@ class Database:
     def __init__(self, url: str) -> None:
         # Parameters stay out of errors: some are hashes of tokens.
         self.engine: AsyncEngine = create_async_engine(url, pool_pre_ping=True, hide_parameters=True)
-        self._sessions = async_sessionmaker(self.engine, expire_on_commit=False)
+        self._sessions = async_sessionmaker(
+            self.engine, expire_on_commit=False, sync_session_class=RecordedSession
+        )
         if self.engine.dialect.name == "sqlite":
             _make_private(self.engine.url.database)
             event.listen(self.engine.sync_engine, "connect", _prepare_sqlite)
             event.listen(self.engine.sync_engine, "begin", _begin_immediate)
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[AsyncSession]:
-        """A session that commits at the end, or rolls back when an exception leaves it."""
-        async with self._sessions() as session, session.begin():
+    async def transaction(self, actor: str = "worker") -> AsyncIterator[AsyncSession]:
+        """A session that commits at the end, or rolls back when an exception leaves it.
+
+        `actor` is who the audit log says made the changes; `act_as` names another one later.
+        """
+        async with self._sessions(info={"actor": actor}) as session, session.begin():
             yield session
 
     async def close(self) -> None:
         await self.engine.dispose()
+
+
+def act_as(session: AsyncSession, actor: str) -> None:
+    """What the session changes from now on is this one's doing."""
+    session.info["actor"] = actor
 
 
 def _make_private(file: str | None) -> None:

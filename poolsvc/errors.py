@@ -34,6 +34,10 @@ class Forbidden(PoolError):
     code = "forbidden"
 
 
+class MemberBlocked(Forbidden):
+    code = "member-blocked"
+
+
 class NotFound(PoolError):
     status = HTTPStatus.NOT_FOUND
     code = "not-found"
@@ -53,6 +57,11 @@ class InvalidName(PoolError):
 
 class ReservedName(InvalidName):
     code = "reserved-name"
+
+
+class InvalidEmail(PoolError):
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    code = "invalid-email"
 
 
 class NameTaken(PoolError):

@@ -25,7 +25,7 @@ from nts_core.control import ServerState
 from poolsvc import scoring
 from poolsvc.config import Settings
 from poolsvc.errors import AddressTaken, NameTaken, NotFound, WrongState
-from poolsvc.models import Address, Event, Hold, HoldKind, Member, Pool, Server
+from poolsvc.models import Address, Event, Hold, HoldKind, Pool, Server
 from poolsvc.names import check_addresses, check_name, is_label
 
 
@@ -78,8 +78,9 @@ async def apply(
             at=now,
             actor=actor,
             kind=kind,
-            before=server.state,
-            after=after,
+            subject=f"server {server.id}",
+            before={"state": server.state},
+            after={"state": after},
             reason=reason[:300],
         )
     )
@@ -90,10 +91,12 @@ async def apply(
 async def register(
     session: AsyncSession,
     settings: Settings,
-    member: Member,
+    member_id: int,
     name: str,
     addresses: Sequence[str],
     now: datetime,
+    *,
+    actor: str,
 ) -> Server:
     """A new server of a member. Raises InvalidName, NameTaken, InvalidAddress, AddressTaken."""
     label = check_name(name)
@@ -115,7 +118,7 @@ async def register(
             field="addresses",
         )
     server = Server(
-        member_id=member.id, name=label, state=ServerState.REGISTERED, state_since=now, created_at=now
+        member_id=member_id, name=label, state=ServerState.REGISTERED, state_since=now, created_at=now
     )
     session.add(server)
     await session.flush()
@@ -124,10 +127,11 @@ async def register(
         Event(
             server_id=server.id,
             at=now,
-            actor=f"member {member.id}",
+            actor=actor,
             kind=EventKind.REGISTERED,
+            subject=f"server {server.id}",
             before=None,
-            after=ServerState.REGISTERED,
+            after={"state": ServerState.REGISTERED},
         )
     )
     await session.flush()

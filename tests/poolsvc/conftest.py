@@ -28,13 +28,14 @@ from lab.processes import free_port
 from member_agent.challenges import Responder
 from member_agent.install import new_key_and_csr
 from nts_core.control import ACME_PATH, ServerState
-from poolsvc import issuance, members, servers
+from poolsvc import auth, issuance, members, servers
 from poolsvc.acme import AcmeAccount, AcmeConfig
 from poolsvc.app import create_app
 from poolsvc.cli import configure_logging
 from poolsvc.config import CaSettings, DnsSettings, PolicySettings, PortSettings, Settings
 from poolsvc.db import Database
-from poolsvc.models import HoldKind, Member, OrderStatus
+from poolsvc.derived import RegistryKey
+from poolsvc.models import HoldKind, MemberRole, Membership, OrderStatus, TokenKind
 from poolsvc.servers import EventKind
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -162,16 +163,24 @@ class Registry:
         self.database, self.settings = database, settings
 
     async def member(self, name: str = "Member") -> int:
-        async with self.database.transaction() as session:
-            return (await members.create(session, name, NOW))[0].id
+        async with self.database.transaction("test") as session:
+            owner = await members.create_user(session, NOW)
+            return (await members.create(session, name, NOW, owner=owner)).id
+
+    async def owner_token(self, member: int, role: MemberRole = MemberRole.OWNER, **options) -> str:
+        """An API token of a person with that role in the member; options are those of `auth.issue`."""
+        async with self.database.transaction("test") as session:
+            user = await members.create_user(session, NOW)
+            session.add(Membership(member_id=member, user_id=user.id, role=role, created_at=NOW))
+            _, token = await auth.issue(session, TokenKind.API, now=NOW, user_id=user.id, **options)
+            return token
 
     async def server(self, name="alice", *addresses, state=ServerState.REGISTERED, member=None) -> int:
         """The id of a new server; `addresses` are proved in all states but REGISTERED."""
         member = member or await self.member(f"member of {name}")
-        async with self.database.transaction() as session:
-            owner = await session.get_one(Member, member)
+        async with self.database.transaction("test") as session:
             made = await servers.register(
-                session, self.settings, owner, name, addresses or ("198.18.0.1",), NOW
+                session, self.settings, member, name, addresses or ("198.18.0.1",), NOW, actor="test"
             )
         async with self.change(made.id) as (session, server):
             await _bring(session, server, state)
@@ -180,7 +189,7 @@ class Registry:
     @asynccontextmanager
     async def change(self, server_id: int):
         """One transaction: the session and the server in it."""
-        async with self.database.transaction() as session:
+        async with self.database.transaction("test") as session:
             yield session, await servers.get(session, server_id)
 
     async def get(self, server_id: int):
@@ -311,7 +320,7 @@ class Lab(contextlib.ExitStack):
 @pytest.fixture
 def app(database, settings):
     """The ASGI application without its lifespan, so that no worker runs."""
-    return create_app(settings, database, [])
+    return create_app(settings, database, [], RegistryKey(bytes(32)))
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from nts_core.control import ServerState, Stage, StageStatus
 from poolsvc import auth, issuance, members, servers
 from poolsvc.app import MAX_BODY, create_app
 from poolsvc.db import Database
+from poolsvc.derived import RegistryKey
 from poolsvc.models import Address, ConnectBack, Member, Order, OrderStatus, Server, TokenKind
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -29,8 +30,8 @@ async def world(registry, client):
     """A member, an operator, and clients for both; the agent of alice calls from alice's address."""
     owner = await registry.member("Owner")
     async with registry.database.transaction() as session:
-        operator = await members.create_operator(session, NOW)
-        member = await auth.issue(session, TokenKind.MEMBER, now=NOW, member_id=owner)
+        _, operator = await members.create_operator(session, NOW)
+    member = await registry.owner_token(owner)
     async with client(operator) as for_operator, client(member) as for_member, client() as public:
         yield SimpleNamespace(
             registry=registry, owner=owner, operator=for_operator, member=for_member, public=public
@@ -42,7 +43,7 @@ async def alice(world, client):
     """A server in REGISTERED with its agent."""
     world.server = await world.registry.server("alice", HERE, member=world.owner)
     async with world.registry.database.transaction() as session:
-        token = await auth.issue(session, TokenKind.AGENT, now=NOW, server_id=world.server)
+        _, token = await auth.issue(session, TokenKind.AGENT, now=NOW, server_id=world.server)
     async with client(token, source=HERE) as agent:
         world.agent = agent
         yield world
@@ -219,7 +220,9 @@ async def away(database_url, tmp_path):
 
 async def test_a_database_that_is_away_is_a_problem_document_too(away, settings):
     """The worker survives it and tries again, and so do the API's callers, who must be able to read it."""
-    transport = httpx.ASGITransport(create_app(settings, away, []), raise_app_exceptions=False)
+    transport = httpx.ASGITransport(
+        create_app(settings, away, [], RegistryKey(bytes(32))), raise_app_exceptions=False
+    )
     async with httpx.AsyncClient(transport=transport, base_url="http://registry") as http:
         answer = await http.get("/v1/pool")
     assert problem(answer, 503, "database-unavailable")["remedy"]
@@ -245,6 +248,7 @@ async def test_the_openapi_document_names_every_route_and_the_bearer_scheme(worl
     assert document["openapi"].startswith("3.")
     assert set(document["paths"]) == {
         "/v1/pool",
+        "/v1/me",
         "/v1/members",
         "/v1/servers",
         "/v1/servers/{name}",
@@ -278,7 +282,7 @@ async def test_deleting_twice_changes_nothing_more(alice):
     assert first.json() == second.json()
     view = first.json()
     assert view["state"] == "leaving"
-    assert view["why"] == "leaving: removed by member"
+    assert view["why"] == "leaving: removed by its member"
     assert view["receipt"]["removed_at"] is None
     assert view["receipt"]["exposure"]
 
@@ -287,7 +291,7 @@ async def test_deleting_twice_changes_nothing_more(alice):
 async def test_a_server_that_leaves_takes_no_new_agent(world, client, state):
     server = await world.registry.server("alice", member=world.owner)
     async with world.registry.database.transaction() as session:
-        token = await auth.issue(session, TokenKind.JOIN, now=NOW, server_id=server)
+        _, token = await auth.issue(session, TokenKind.JOIN, now=NOW, server_id=server)
         await session.execute(update(Server).values(state=state))
     async with client(token) as http:
         problem(await http.post("/v1/agent/join", json={"public_key": KEY}), 410, "removed")
@@ -333,7 +337,7 @@ async def test_an_agents_report_raises_no_status(world, client, state):
     """Its word that all is installed and served counts for nothing."""
     server = await world.registry.server("alice", HERE, state=state, member=world.owner)
     async with world.registry.database.transaction() as session:
-        token = await auth.issue(session, TokenKind.AGENT, now=NOW, server_id=server)
+        _, token = await auth.issue(session, TokenKind.AGENT, now=NOW, server_id=server)
     async with client(token, source=HERE) as agent:
         answer = await agent.post(
             "/v1/agent/sync", json={"engine": "e", "installed": "0" * 64, "serving": ["t"] * 50}
@@ -520,7 +524,7 @@ async def test_a_call_for_an_address_that_is_not_listed_is_refused(alice):
 
 
 async def test_the_operator_may_waive_the_source_address_for_members_behind_nat(alice, tuned, database):
-    app = create_app(tuned(require_source_address=False), database, [])
+    app = create_app(tuned(require_source_address=False), database, [], RegistryKey(bytes(32)))
     transport = httpx.ASGITransport(app, client=("127.0.0.1", 1))
     headers = alice.agent.headers
     async with httpx.AsyncClient(transport=transport, base_url="http://r", headers=headers) as http:

@@ -18,7 +18,7 @@ from lab.programs import Finished, run, script
 from poolsvc import auth
 from poolsvc.cli import ExitStatus, app
 from poolsvc.db import Database
-from poolsvc.models import TokenKind
+from poolsvc.models import StaffRole
 
 CONFIG = """\
 pool = "pool.example"
@@ -111,7 +111,7 @@ def test_migrate_then_operator_create_gives_a_token_that_works(config, empty_dat
         finally:
             await database.close()
 
-    assert asyncio.run(authenticated()).kind is TokenKind.OPERATOR
+    assert asyncio.run(authenticated()).staff is StaffRole.OPERATOR
 
 
 def test_serve_answers_over_http_and_ends_at_sigterm(config, tmp_path):

@@ -10,7 +10,7 @@ from nts_core.control import ServerState
 from poolsvc import issuance, removal, servers
 from poolsvc.acme import OrderState
 from poolsvc.certificates import chain_facts
-from poolsvc.models import Member, Order, OrderStatus
+from poolsvc.models import Order, OrderStatus
 
 S = ServerState
 BOTH = pytest.mark.parametrize("engine", ["sqlite", "postgresql"], indirect=True)
@@ -240,8 +240,7 @@ async def test_a_name_that_never_was_in_dns_is_free_again_after_the_removal(regi
     await removal.advance(registry.database, registry.settings, None, first, registry.now)
     assert (await registry.get(first)).state is S.REMOVED
     async with registry.database.transaction() as session:
-        member = await session.get_one(Member, owner)
         second = await servers.register(
-            session, registry.settings, member, "alice", ["198.18.0.1"], registry.now
+            session, registry.settings, owner, "alice", ["198.18.0.1"], registry.now, actor="test"
         )
     assert second.id != first

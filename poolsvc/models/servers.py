@@ -1,23 +1,25 @@
-"""The registry's tables. States change in `poolsvc.servers` only; events are never changed or deleted."""
+"""The pool, its servers, and everything that belongs to one server."""
 
-from datetime import datetime
+from datetime import date, datetime
 from enum import StrEnum
-from typing import Any
 
-from sqlalchemy import CheckConstraint, Enum, ForeignKey, Index, String, Text, UniqueConstraint, text
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    Date,
+    ForeignKey,
+    Index,
+    String,
+    Text,
+    UniqueConstraint,
+    text,
+)
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from nts_core.control import ServerState, Stage, StageStatus
-from poolsvc.db import Base, UtcDateTime
-
-
-class TokenKind(StrEnum):
-    """What a token is for; who may do what with it is in `poolsvc.auth`."""
-
-    OPERATOR = "operator"
-    MEMBER = "member"
-    JOIN = "join"
-    AGENT = "agent"
+from poolsvc.db import Base, UtcDateTime, text_enum
+from poolsvc.models.accounts import Member
 
 
 class HoldKind(StrEnum):
@@ -41,15 +43,6 @@ class OrderStatus(StrEnum):
     FAILED = "failed"
 
 
-def _enum(kind: type[StrEnum], name: str) -> Enum:
-    """Stored as text with a CHECK, the same on both engines."""
-
-    def values(members: Any) -> list[str]:
-        return [member.value for member in members]
-
-    return Enum(kind, native_enum=False, values_callable=values, name=name, length=32, create_constraint=True)
-
-
 class Pool(Base):
     """The one pool of this registry, and what must survive a restart."""
 
@@ -61,32 +54,9 @@ class Pool(Base):
     opened_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     epoch: Mapped[int] = mapped_column(default=0)
     account_uri: Mapped[str | None] = mapped_column(Text)
-
-
-class Member(Base):
-    """An account holder."""
-
-    __tablename__ = "members"
-
-    id: Mapped[int] = mapped_column(primary_key=True)
-    name: Mapped[str] = mapped_column(String(100), unique=True)
-    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
-
-
-class Token(Base):
-    """A bearer token; only its SHA-256 is kept."""
-
-    __tablename__ = "tokens"
-
-    id: Mapped[int] = mapped_column(primary_key=True)
-    kind: Mapped[TokenKind] = mapped_column(_enum(TokenKind, "kind"))
-    sha256: Mapped[str] = mapped_column(String(64), unique=True)
-    member_id: Mapped[int | None] = mapped_column(ForeignKey("members.id"))
-    server_id: Mapped[int | None] = mapped_column(ForeignKey("servers.id"), index=True)
-    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
-    expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
-    used_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
-    revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    frozen_at: Mapped[datetime | None] = mapped_column(
+        UtcDateTime
+    )  # restored: nothing is published until confirmed
 
 
 class Server(Base):
@@ -107,10 +77,20 @@ class Server(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     member_id: Mapped[int] = mapped_column(ForeignKey("members.id"), index=True)
     name: Mapped[str] = mapped_column(String(36))
-    state: Mapped[ServerState] = mapped_column(_enum(ServerState, "state"), index=True)
+    state: Mapped[ServerState] = mapped_column(text_enum(ServerState, "state"), index=True)
     state_since: Mapped[datetime] = mapped_column(UtcDateTime)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
     weight: Mapped[int] = mapped_column(default=1)
+    ipv4: Mapped[bool] = mapped_column(default=True)  # addresses of this family are published
+    ipv6: Mapped[bool] = mapped_column(default=True)
+    public: Mapped[bool] = mapped_column(default=False)  # may be shown to everybody
+    agentless: Mapped[bool] = mapped_column(default=False)  # the member runs an ACME client of its own
+    own_account_uri: Mapped[str | None] = mapped_column(Text)  # that client's account, for CAA
+    waive_source: Mapped[bool] = mapped_column(default=False)  # proof calls may come from elsewhere (NAT)
+    skeleton: Mapped[str] = mapped_column(
+        String(72), index=True, default=""
+    )  # equal for names that look alike
 
     joined_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     agent_key: Mapped[str | None] = mapped_column(String(64))  # Ed25519 public key, base64
@@ -118,6 +98,8 @@ class Server(Base):
     agent_engine: Mapped[str] = mapped_column(String(100), default="")
     agent_clock: Mapped[str] = mapped_column(String(300), default="")
     agent_problem: Mapped[str | None] = mapped_column(String(1000))
+    traffic_cap: Mapped[float | None] = mapped_column()  # NTP requests a second that it will answer
+    traffic: Mapped[float | None] = mapped_column()  # and how many come, as the agent says
 
     burnt_at: Mapped[datetime | None] = mapped_column(
         UtcDateTime
@@ -130,6 +112,7 @@ class Server(Base):
     order_due_at: Mapped[datetime | None] = mapped_column(UtcDateTime, index=True)
     order_failures: Mapped[int] = mapped_column(default=0)
 
+    leave_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # scheduled: the name lives until then
     leave_reason: Mapped[str | None] = mapped_column(String(300))
     srv_withdrawn_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     name_broken_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
@@ -137,6 +120,7 @@ class Server(Base):
     certificate_revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     removal_due_at: Mapped[datetime | None] = mapped_column(UtcDateTime, index=True)
     removal_error: Mapped[str | None] = mapped_column(String(1000))
+    dead_warnings: Mapped[int] = mapped_column(default=0)  # since it was last good
 
     member: Mapped[Member] = relationship(lazy="raise")
     addresses: Mapped[list["Address"]] = relationship(lazy="raise", order_by="Address.id")
@@ -158,6 +142,9 @@ class Address(Base):
     proof_due_at: Mapped[datetime | None] = mapped_column(UtcDateTime, index=True)
     proof_error: Mapped[str | None] = mapped_column(String(300))
     proved_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    confirmed_at: Mapped[datetime | None] = mapped_column(
+        UtcDateTime
+    )  # last proof, or probe with our certificate
     full_probes: Mapped[int] = mapped_column(default=0)  # in a row, before admission
     score: Mapped[float | None] = mapped_column()  # None until admitted
     step_reason: Mapped[str] = mapped_column(String(200), default="")  # why the last probe was not a full one
@@ -183,10 +170,65 @@ class Hold(Base):
 
     id: Mapped[int] = mapped_column(primary_key=True)
     server_id: Mapped[int] = mapped_column(ForeignKey("servers.id"), index=True)
-    kind: Mapped[HoldKind] = mapped_column(_enum(HoldKind, "kind"))
+    kind: Mapped[HoldKind] = mapped_column(text_enum(HoldKind, "kind"))
     reason: Mapped[str] = mapped_column(String(300))
     set_at: Mapped[datetime] = mapped_column(UtcDateTime)
     lifted_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class MaintenanceWindow(Base):
+    """A time in which the member works on its server: a hold, and nothing counts against it."""
+
+    __tablename__ = "maintenance_windows"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    server_id: Mapped[int] = mapped_column(ForeignKey("servers.id"), index=True)
+    starts_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    ends_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    reason: Mapped[str] = mapped_column(String(300), default="")
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    cancelled_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    due_at: Mapped[datetime | None] = mapped_column(UtcDateTime, index=True)  # the next of its two ends
+
+
+class Transfer(Base):
+    """A server offered to another member; it moves when that member's owner accepts."""
+
+    __tablename__ = "transfers"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    server_id: Mapped[int] = mapped_column(ForeignKey("servers.id"), index=True)
+    from_member_id: Mapped[int] = mapped_column(ForeignKey("members.id"), index=True)
+    to_member_id: Mapped[int] = mapped_column(ForeignKey("members.id"), index=True)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    expires_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    accepted_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    declined_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # or taken back
+
+
+class SampleRecord(Base):
+    """What one probe of one address measured. PostgreSQL keeps each day in a partition of its own."""
+
+    __tablename__ = "samples"
+    __table_args__ = {"postgresql_partition_by": "RANGE (at)"}  # noqa: RUF012 - SQLAlchemy's form
+
+    address_id: Mapped[int] = mapped_column(primary_key=True)
+    at: Mapped[datetime] = mapped_column(UtcDateTime, primary_key=True, index=True)
+    monitor: Mapped[str] = mapped_column(String(40), primary_key=True)
+    failed: Mapped[str | None] = mapped_column(String(32))  # the stage, None for a full probe
+    step: Mapped[float] = mapped_column()
+    score: Mapped[float | None] = mapped_column()  # after the step
+    offset_ns: Mapped[int | None] = mapped_column(BigInteger)
+    delay_ns: Mapped[int | None] = mapped_column(BigInteger)
+
+
+class DailyCount(Base):
+    """The pool on one day: servers by state and what the public page shows of it."""
+
+    __tablename__ = "daily_counts"
+
+    day: Mapped[date] = mapped_column(Date, primary_key=True)
+    counts: Mapped[dict[str, int]] = mapped_column(JSON)
 
 
 class StageRecord(Base):
@@ -195,25 +237,10 @@ class StageRecord(Base):
     __tablename__ = "stages"
 
     server_id: Mapped[int] = mapped_column(ForeignKey("servers.id"), primary_key=True)
-    stage: Mapped[Stage] = mapped_column(_enum(Stage, "stage"), primary_key=True)
-    status: Mapped[StageStatus] = mapped_column(_enum(StageStatus, "status"))
+    stage: Mapped[Stage] = mapped_column(text_enum(Stage, "stage"), primary_key=True)
+    status: Mapped[StageStatus] = mapped_column(text_enum(StageStatus, "status"))
     since: Mapped[datetime] = mapped_column(UtcDateTime)
     detail: Mapped[str] = mapped_column(String(300), default="")
-
-
-class Event(Base):
-    """A change of a server's life: append-only."""
-
-    __tablename__ = "events"
-
-    id: Mapped[int] = mapped_column(primary_key=True)
-    server_id: Mapped[int] = mapped_column(ForeignKey("servers.id"), index=True)
-    at: Mapped[datetime] = mapped_column(UtcDateTime)
-    actor: Mapped[str] = mapped_column(String(100))
-    kind: Mapped[str] = mapped_column(String(50))
-    before: Mapped[ServerState | None] = mapped_column(_enum(ServerState, "before"))
-    after: Mapped[ServerState] = mapped_column(_enum(ServerState, "after"))
-    reason: Mapped[str] = mapped_column(String(300), default="")
 
 
 class Order(Base):
@@ -223,7 +250,7 @@ class Order(Base):
 
     id: Mapped[int] = mapped_column(primary_key=True)
     server_id: Mapped[int] = mapped_column(ForeignKey("servers.id"), index=True)
-    status: Mapped[OrderStatus] = mapped_column(_enum(OrderStatus, "status"), index=True)
+    status: Mapped[OrderStatus] = mapped_column(text_enum(OrderStatus, "status"), index=True)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     due_at: Mapped[datetime | None] = mapped_column(UtcDateTime, index=True)
     attempts: Mapped[int] = mapped_column(default=0)  # failed tries of the present step

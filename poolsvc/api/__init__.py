@@ -1,0 +1,8 @@
+"""The JSON API, version 1. Requests and answers are documents; decisions live in the modules behind it."""
+
+from poolsvc.api import accounts, agent, members, pool, servers
+from poolsvc.api.request import Services
+
+__all__ = ["ROUTERS", "Services"]
+
+ROUTERS = tuple(part.router for part in (pool, accounts, members, servers, agent))

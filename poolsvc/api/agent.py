@@ -1,0 +1,145 @@
+"""What agents say, and what they are told."""
+
+import base64
+import binascii
+from datetime import datetime
+
+from fastapi import APIRouter, Request
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from nts_core.control import (
+    AddressAssignment,
+    AgentReport,
+    Assignment,
+    JoinAnswer,
+    JoinRequest,
+    ProofAnswer,
+    ProofRequest,
+    ServerState,
+)
+from poolsvc import auth, issuance, proofs, servers
+from poolsvc.api.request import NowDep, PrincipalDep, ServicesDep, SessionDep
+from poolsvc.api.servers import refuse_gone
+from poolsvc.auth import Operation
+from poolsvc.config import Settings
+from poolsvc.errors import Gone, InvalidDocument
+from poolsvc.explain import explain, why_not
+from poolsvc.models import Server, Token, TokenKind
+
+router = APIRouter(prefix="/v1")
+# Ed25519 points of small order: one constant signature of theirs fits every statement.
+_SMALL_ORDER = frozenset(
+    map(
+        bytes.fromhex,
+        (
+            "00" * 32,
+            "01" + "00" * 31,
+            "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+            "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
+            "ec" + "ff" * 30 + "7f",
+            "ed" + "ff" * 30 + "7f",
+            "ee" + "ff" * 30 + "7f",
+        ),
+    )
+)
+
+
+@router.post("/agent/join")
+async def join(
+    body: JoinRequest, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
+) -> JoinAnswer:
+    """An agent joins with its join token and its own public key; the token is useless afterwards."""
+    principal.may(Operation.JOIN)
+    server = await servers.get(session, principal.server_id or 0)
+    refuse_gone(server)
+    _check_public_key(body.public_key)
+    await auth.use_up(session, principal, now)
+    await auth.revoke(session, now, Token.server_id == server.id, Token.kind == TokenKind.AGENT)
+    server.agent_key, server.joined_at = body.public_key, now
+    issuance.start_anew(server, now)
+    _, token = await auth.issue(session, TokenKind.AGENT, now=now, server_id=server.id)
+    settings = services.settings
+    return JoinAnswer(
+        token=token, pool=settings.pool, server=server.name, domain=settings.domain_of(server.name)
+    )
+
+
+def _check_public_key(text: str) -> None:
+    try:
+        key = base64.b64decode(text, validate=True)
+        if len(key) == 32 and key[:31] + bytes((key[31] & 0x7F,)) not in _SMALL_ORDER:
+            return
+    except (binascii.Error, ValueError):
+        pass
+    raise InvalidDocument(
+        "the public key is not 32 octets of base64", remedy="let pool-agent join", field="public_key"
+    )
+
+
+@router.post("/agent/proof")
+async def request_proof(
+    body: ProofRequest,
+    request: Request,
+    principal: PrincipalDep,
+    services: ServicesDep,
+    session: SessionDep,
+    now: NowDep,
+) -> ProofAnswer:
+    """Sent from one of the server's addresses: the registry connects back to it and expects the nonce signed."""
+    principal.may(Operation.AGENT)
+    server = await servers.get(session, principal.server_id or 0)
+    refuse_gone(server)
+    source = request.client.host if request.client else ""
+    nonce = await proofs.call(session, services.settings, server, body.address, source, now)
+    return ProofAnswer(address=body.address, nonce=nonce)
+
+
+@router.post("/agent/sync")
+async def sync(
+    report: AgentReport, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
+) -> Assignment:
+    """The agent reports, and learns what the registry wants of it. Its word raises no status."""
+    principal.may(Operation.AGENT)
+    server = await servers.get(session, principal.server_id or 0)
+    if server.state is ServerState.REMOVED:
+        raise Gone(f"{server.name} has left the pool", remedy="the agent can be stopped and removed")
+    settings = services.settings
+    server.agent_seen_at = now
+    server.agent_engine = _clean(report.engine, 100)
+    server.agent_clock = _clean(report.clock, 300)
+    server.agent_problem = _clean(report.problem, 1000) if report.problem else None
+    if report.csr is not None:
+        issuance.take_csr(settings, server, report.csr.order, report.csr.pem, now)
+    issuance.note_serving(server, report.serving, now)
+    proofs.note_serving(server, report.serving, now)
+    return await _assignment(session, settings, server, now)
+
+
+def _clean(text: str, limit: int) -> str:
+    """What an agent says, as printable text of bounded length."""
+    return "".join(character if character.isprintable() else " " for character in text)[:limit]
+
+
+async def _assignment(session: AsyncSession, settings: Settings, server: Server, now: datetime) -> Assignment:
+    order = issuance.open_order(server)
+    pool = await servers.the_pool(session, settings)
+    views = explain(server, pool, settings, active=await servers.count_active(session))
+    busy = order is not None or server.state in (ServerState.REGISTERED, ServerState.LEAVING)
+    interval = settings.policy.agent_interval
+    return Assignment(
+        pool=settings.pool,
+        server=server.name,
+        domain=settings.domain_of(server.name),
+        state=server.state,
+        addresses=tuple(
+            AddressAssignment(row.address, row.proved_at is not None, proofs.wants_call(row, now))
+            for row in server.addresses
+        ),
+        http_port=settings.ports.http,
+        ke_port=settings.ports.ke,
+        poll_after=min(interval, 2 * settings.policy.tick) if busy else interval,
+        csr_for=order.id if order is not None and issuance.wants_csr(server, order) else None,
+        challenges=issuance.challenges(server),
+        certificate=issuance.newest(server),
+        why=why_not(views, server),
+    )

@@ -1,0 +1,75 @@
+"""What every endpoint stands on: the application's services, one transaction, one moment, and who is asking."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Annotated
+
+from fastapi import Depends, Path, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from poolsvc import auth
+from poolsvc.auth import Principal
+from poolsvc.config import Settings
+from poolsvc.db import Database, act_as
+from poolsvc.derived import RegistryKey
+from poolsvc.worker import Health
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What the application lends to every request."""
+
+    settings: Settings
+    database: Database
+    health: Health
+    key: RegistryKey
+
+
+def _services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+ServicesDep = Annotated[Services, Depends(_services)]
+
+
+async def _session(services: ServicesDep) -> AsyncIterator[AsyncSession]:
+    """One request is one transaction: it commits when the endpoint returns and rolls back when it raises."""
+    async with services.database.transaction("anybody") as session:
+        yield session
+
+
+# Scope "function": the transaction has ended before the answer leaves, so an answer never promises too much.
+SessionDep = Annotated[AsyncSession, Depends(_session, scope="function")]
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+NowDep = Annotated[datetime, Depends(_now)]
+_bearer = HTTPBearer(auto_error=False, description="a session's, API, agent's or join token")
+
+
+async def _principal(
+    session: SessionDep,
+    now: NowDep,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+) -> Principal:
+    principal = await auth.authenticate(session, credentials.credentials if credentials else None, now)
+    act_as(session, principal.actor)
+    return principal
+
+
+PrincipalDep = Annotated[Principal, Depends(_principal)]
+NamePath = Annotated[str, Path(max_length=64)]
+IdPath = Annotated[int, Path(ge=1, le=2**31 - 1)]
+
+
+class Document(BaseModel):
+    """A JSON document: unknown fields are refused, and rows can be read as one."""
+
+    model_config = ConfigDict(extra="forbid", from_attributes=True)

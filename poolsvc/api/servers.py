@@ -1,0 +1,163 @@
+"""Servers of the pool as their members and the operators see them, and what these may do with them."""
+
+from datetime import datetime
+
+from fastapi import APIRouter
+from pydantic import Field
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from nts_core.control import ServerState
+from poolsvc import auth, removal, servers
+from poolsvc.api.request import Document, NamePath, NowDep, PrincipalDep, ServicesDep, SessionDep
+from poolsvc.auth import Operation
+from poolsvc.config import Settings
+from poolsvc.errors import Gone
+from poolsvc.explain import StageView, explain, why_not
+from poolsvc.models import Server, Token, TokenKind
+from poolsvc.removal import Receipt
+
+router = APIRouter(prefix="/v1")
+
+
+class ServerRequest(Document):
+    name: str = Field(max_length=200, description="one host label, such as alice")
+    member: int | None = Field(None, description="whose it is to be; needed by those who act for several")
+    addresses: list[str] = Field(max_length=64, description="the server's IPv4 and IPv6 addresses")
+
+
+class JoinToken(Document):
+    join_token: str = Field(description="shown only now; good for one agent")
+    expires_at: datetime
+    command: str = Field(description="what to run on the server")
+
+
+class CertificateView(Document):
+    status: str
+    serial: str | None
+    fingerprint: str | None
+    not_before: datetime | None
+    not_after: datetime | None
+    revoked_at: datetime | None
+    error: str | None
+
+
+class AddressView(Document):
+    address: str
+    proved_at: datetime | None
+    proof_error: str | None
+    score: float | None
+
+
+class AgentView(Document):
+    seen_at: datetime | None
+    engine: str
+    clock: str
+    problem: str | None
+
+
+class ServerView(Document):
+    """A server as its member and the operator see it."""
+
+    name: str
+    domain: str
+    state: ServerState
+    state_since: datetime
+    in_dns: bool = Field(description="whether the SRV answer may hold it now")
+    why: str = Field(description="why it is not in DNS: the first stage that is not met; empty when it is")
+    stages: list[StageView]
+    addresses: list[AddressView]
+    agent: AgentView
+    certificates: list[CertificateView]
+    receipt: Receipt | None
+
+
+class ServerCreated(Document):
+    server: ServerView
+    join: JoinToken
+
+
+@router.post("/servers", status_code=201)
+async def register_server(
+    body: ServerRequest, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
+) -> ServerCreated:
+    """Register a server under a name of the pool; for members."""
+    member_id = principal.member_for(Operation.REGISTER_SERVER, body.member)
+    server = await servers.register(
+        session, services.settings, member_id, body.name, body.addresses, now, actor=principal.actor
+    )
+    join = await new_join_token(session, services.settings, server, now)
+    return ServerCreated(server=await view_of(session, services.settings, server.id), join=join)
+
+
+@router.get("/servers/{name}")
+async def read_server(
+    name: NamePath, principal: PrincipalDep, services: ServicesDep, session: SessionDep
+) -> ServerView:
+    """A server with its stages and why it is, or is not, in DNS; a removed one with its receipt."""
+    server = await servers.find(session, name)
+    principal.may(Operation.READ_SERVER, server=server)
+    return await view_of(session, services.settings, server.id)
+
+
+@router.delete("/servers/{name}", status_code=202)
+async def remove_server(
+    name: NamePath, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
+) -> ServerView:
+    """Take a server out for good. The receipt fills as the steps are done; repeating changes nothing."""
+    found = await servers.find(session, name)
+    principal.may(Operation.REMOVE_SERVER, server=found)
+    server = await servers.get(session, found.id)
+    by = "member" if server.member_id in principal.members else "operator"
+    await servers.leave(session, server, actor=principal.actor, reason=f"removed by its {by}", now=now)
+    return await view_of(session, services.settings, server.id)
+
+
+@router.post("/servers/{name}/join-token", status_code=201)
+async def renew_join_token(
+    name: NamePath, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
+) -> JoinToken:
+    """A new join token, after the old one expired or the server was installed again."""
+    server = await servers.find(session, name)
+    principal.may(Operation.CHANGE_SERVER, server=server)
+    refuse_gone(server)
+    await auth.revoke(session, now, Token.server_id == server.id, Token.kind == TokenKind.JOIN)
+    return await new_join_token(session, services.settings, server, now)
+
+
+def refuse_gone(server: Server) -> None:
+    if server.state in (ServerState.LEAVING, ServerState.REMOVED):
+        raise Gone(f"{server.name} is {server.state}", remedy="register another name")
+
+
+async def new_join_token(
+    session: AsyncSession, settings: Settings, server: Server, now: datetime
+) -> JoinToken:
+    expires = now + settings.join_token_life
+    _, token = await auth.issue(session, TokenKind.JOIN, now=now, server_id=server.id, expires_at=expires)
+    command = f"pool-agent join {settings.public_url} --token {token}"
+    return JoinToken(join_token=token, expires_at=expires, command=command)
+
+
+async def view_of(session: AsyncSession, settings: Settings, server_id: int) -> ServerView:
+    server = await servers.get(session, server_id)
+    await session.refresh(server, ["addresses", "orders", "holds", "stages"])
+    pool = await servers.the_pool(session, settings)
+    views = explain(server, pool, settings, active=await servers.count_active(session))
+    return ServerView(
+        name=server.name,
+        domain=settings.domain_of(server.name),
+        state=server.state,
+        state_since=server.state_since,
+        in_dns=server.state is ServerState.ACTIVE and server.listed_at is not None,
+        why=why_not(views, server),
+        stages=views,
+        addresses=[AddressView.model_validate(row) for row in server.addresses],
+        agent=AgentView(
+            seen_at=server.agent_seen_at,
+            engine=server.agent_engine,
+            clock=server.agent_clock,
+            problem=server.agent_problem,
+        ),
+        certificates=[CertificateView.model_validate(order) for order in server.orders],
+        receipt=removal.receipt(server, settings),
+    )

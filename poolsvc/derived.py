@@ -1,0 +1,86 @@
+"""Secrets that are derived from the registry's key, and so never stored.
+
+Links in mails, webhook secrets and the state of a detour by an OpenID provider are HMACs of what they are for. Who
+reads the database learns none of them; who replaces the key makes all of them useless at once.
+"""
+
+import base64
+import hashlib
+import hmac
+import os
+import secrets
+import tempfile
+from contextlib import suppress
+from enum import StrEnum
+from pathlib import Path
+
+from nts_core.shell import replace_file
+
+_KEY_LENGTH = 32
+_TAG_LENGTH = 24
+
+
+class Purpose(StrEnum):
+    """What a secret is good for; one of one purpose is never one of another."""
+
+    SIGN_IN = "sign-in"
+    INVITATION = "invitation"
+    WEBHOOK = "webhook"
+    WEBHOOK_CHALLENGE = "webhook-challenge"
+    OIDC_STATE = "oidc-state"
+    OIDC_NONCE = "oidc-nonce"
+    OIDC_VERIFIER = "oidc-verifier"
+
+
+class RegistryKey:
+    """The key of one registry; all its processes share the file."""
+
+    def __init__(self, key: bytes) -> None:
+        if len(key) != _KEY_LENGTH:
+            raise ValueError(f"the registry's key has {len(key)} octets instead of {_KEY_LENGTH}")
+        self._key = key
+
+    @classmethod
+    def load(cls, file: Path) -> "RegistryKey":
+        """The key in a file, made if there is none. Raises OSError, ValueError."""
+        if not file.exists():
+            cls._make(file)
+        return cls(base64.b64decode(file.read_text(), validate=True))
+
+    @staticmethod
+    def _make(file: Path) -> None:
+        with suppress(FileExistsError):
+            # Of several processes that start together, one makes it and the others read it.
+            descriptor, aside = tempfile.mkstemp(dir=file.parent)
+            try:
+                with os.fdopen(descriptor, "wb") as new:
+                    new.write(base64.b64encode(secrets.token_bytes(_KEY_LENGTH)))
+                    new.flush()
+                    os.fsync(new.fileno())
+                os.link(aside, file)
+            finally:
+                Path(aside).unlink()
+
+    @staticmethod
+    def renew(file: Path) -> None:
+        """A new key in the file: every link, and every webhook's secret, made with the old one is void."""
+        replace_file(file, base64.b64encode(secrets.token_bytes(_KEY_LENGTH)))
+
+    def secret(self, purpose: Purpose, *parts: int | str) -> bytes:
+        """32 octets that nobody without the key can know."""
+        message = "\n".join((purpose, *map(str, parts))).encode()
+        return hmac.digest(self._key, message, hashlib.sha256)
+
+    def token(self, purpose: Purpose, identifier: int) -> str:
+        """A text that proves having been told of a row: its id, and a tag."""
+        tag = self.secret(purpose, identifier)[:_TAG_LENGTH]
+        return f"{identifier}.{base64.urlsafe_b64encode(tag).decode()}"
+
+    def read(self, purpose: Purpose, token: str) -> int | None:
+        """The id in a text made by `token`; None when it is not one."""
+        head, _, _ = token.partition(".")
+        if not (head.isascii() and head.isdigit() and len(head) <= 18):
+            return None
+        identifier = int(head)
+        right = hmac.compare_digest(self.token(purpose, identifier).encode(), token.encode())
+        return identifier if right else None

@@ -1,0 +1,82 @@
+"""The registry's tables.
+
+States change in `poolsvc.servers` only. Every change of a person's, member's or server's row is noted by
+`poolsvc.models.audit`, in the same transaction; an event is never changed or deleted.
+"""
+
+from poolsvc.db import Base
+from poolsvc.models import audit as _audit  # noqa: F401 - whoever knows the tables has their changes noted
+from poolsvc.models.accounts import (
+    Acceptance,
+    Identity,
+    Invitation,
+    Member,
+    MemberKind,
+    MemberRole,
+    Membership,
+    MemberStatus,
+    Scope,
+    SignIn,
+    SignInKind,
+    StaffRole,
+    Token,
+    TokenKind,
+    User,
+)
+from poolsvc.models.events import Event, IdempotencyKey, Lease
+from poolsvc.models.notices import Channel, Delivery, DeliveryStatus, Notice, Webhook
+from poolsvc.models.servers import (
+    Address,
+    ConnectBack,
+    DailyCount,
+    Hold,
+    HoldKind,
+    MaintenanceWindow,
+    Order,
+    OrderStatus,
+    Pool,
+    SampleRecord,
+    Server,
+    StageRecord,
+    Transfer,
+)
+
+__all__ = [
+    "Acceptance",
+    "Address",
+    "Base",
+    "Channel",
+    "ConnectBack",
+    "DailyCount",
+    "Delivery",
+    "DeliveryStatus",
+    "Event",
+    "Hold",
+    "HoldKind",
+    "IdempotencyKey",
+    "Identity",
+    "Invitation",
+    "Lease",
+    "MaintenanceWindow",
+    "Member",
+    "MemberKind",
+    "MemberRole",
+    "MemberStatus",
+    "Membership",
+    "Notice",
+    "Order",
+    "OrderStatus",
+    "Pool",
+    "SampleRecord",
+    "Scope",
+    "Server",
+    "SignIn",
+    "SignInKind",
+    "StaffRole",
+    "StageRecord",
+    "Token",
+    "TokenKind",
+    "Transfer",
+    "User",
+    "Webhook",
+]

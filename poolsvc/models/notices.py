@@ -1,0 +1,82 @@
+"""What members are told, to whom it goes, and what came of that."""
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import JSON, ForeignKey, String, Text
+from sqlalchemy.orm import Mapped, mapped_column, relationship
+
+from poolsvc.db import Base, UtcDateTime, text_enum
+
+
+class Channel(StrEnum):
+    MAIL = "mail"
+    WEBHOOK = "webhook"
+
+
+class DeliveryStatus(StrEnum):
+    PENDING = "pending"
+    SENT = "sent"
+    FAILED = "failed"  # given up; `error` says why
+    SUPPRESSED = "suppressed"  # not sent on purpose; `error` says why
+
+
+class Webhook(Base):
+    """An address that gets signed notices, once it has echoed a challenge.
+
+    Its secret is derived from the registry's key, its id and `generation`.
+    """
+
+    __tablename__ = "webhooks"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    member_id: Mapped[int | None] = mapped_column(
+        ForeignKey("members.id"), index=True
+    )  # None: the pool's own
+    url: Mapped[str] = mapped_column(String(500))
+    generation: Mapped[int] = mapped_column(default=1)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    challenge_due_at: Mapped[datetime | None] = mapped_column(UtcDateTime, index=True)
+    enabled_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    disabled_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    deleted_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    failures: Mapped[int] = mapped_column(default=0)  # in a row
+    error: Mapped[str | None] = mapped_column(String(300))
+
+
+class Notice(Base):
+    """One thing worth telling; its text is made from `data` when it is shown or sent."""
+
+    __tablename__ = "notices"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    at: Mapped[datetime] = mapped_column(UtcDateTime)
+    kind: Mapped[str] = mapped_column(String(50))
+    member_id: Mapped[int | None] = mapped_column(ForeignKey("members.id"), index=True)
+    server_id: Mapped[int | None] = mapped_column(ForeignKey("servers.id"))
+    data: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
+
+    deliveries: Mapped[list["Delivery"]] = relationship(lazy="raise", back_populates="notice")
+
+
+class Delivery(Base):
+    """One notice on its way to one recipient."""
+
+    __tablename__ = "deliveries"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    notice_id: Mapped[int] = mapped_column(ForeignKey("notices.id"), index=True)
+    channel: Mapped[Channel] = mapped_column(text_enum(Channel, "channel"))
+    user_id: Mapped[int | None] = mapped_column(ForeignKey("users.id"))
+    webhook_id: Mapped[int | None] = mapped_column(ForeignKey("webhooks.id"))
+    email: Mapped[str | None] = mapped_column(
+        String(254)
+    )  # of somebody who has no account; emptied when sent
+    status: Mapped[DeliveryStatus] = mapped_column(text_enum(DeliveryStatus, "status"))
+    due_at: Mapped[datetime | None] = mapped_column(UtcDateTime, index=True)
+    attempts: Mapped[int] = mapped_column(default=0)
+    error: Mapped[str | None] = mapped_column(Text)
+    done_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+    notice: Mapped[Notice] = relationship(lazy="raise", back_populates="deliveries")

@@ -1,0 +1,130 @@
+"""What people are told. A notice is a row, made in the transaction of what it tells, and so is each of its deliveries.
+
+Nothing is dropped in silence: who cannot or does not want to be told has a delivery that says so.
+"""
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import selectinload
+
+from poolsvc.models import Channel, Delivery, DeliveryStatus, Membership, Notice, User, Webhook
+
+
+class NoticeKind(StrEnum):
+    """What a notice is about. Its words are made when it is shown or sent."""
+
+    # to one person, by mail only; the secret in it is derived when it is sent
+    SIGN_IN = "sign-in"
+    INVITATION = "invitation"
+    # about an account
+    MEMBER_APPROVED = "member-approved"
+    MEMBER_BLOCKED = "member-blocked"
+    MEMBER_UNBLOCKED = "member-unblocked"
+    USER_JOINED = "user-joined"
+    USER_LEFT = "user-left"
+    IDENTITY_CHANGED = "identity-changed"
+    SERVER_OFFERED = "server-offered"
+    SERVER_MOVED = "server-moved"
+    # about a server
+    JOINED = "joined"
+    ADMITTED = "admitted"
+    SUSPENDED = "suspended"
+    RECOVERED = "recovered"
+    ADDRESS_WITHDRAWN = "address-withdrawn"
+    CERTIFICATE_TROUBLE = "certificate-trouble"
+    AGENT_SILENT = "agent-silent"
+    AGENT_TROUBLE = "agent-trouble"
+    DEAD_WARNING = "dead-warning"
+    LEAVING_SCHEDULED = "leaving-scheduled"
+    LEAVING_CANCELLED = "leaving-cancelled"
+    LEAVING = "leaving"
+    REMOVED = "removed"
+
+
+# Nobody can turn these off: who could would not learn of a theft.
+ALWAYS = frozenset(
+    {NoticeKind.IDENTITY_CHANGED, NoticeKind.MEMBER_BLOCKED, NoticeKind.USER_JOINED, NoticeKind.REMOVED}
+)
+
+
+async def announce(
+    session: AsyncSession,
+    kind: NoticeKind,
+    *,
+    member_id: int,
+    now: datetime,
+    server_id: int | None = None,
+    **data: Any,
+) -> Notice:
+    """Tell all people of a member, and its webhooks. `data` is what the text needs, as JSON."""
+    notice = Notice(at=now, kind=kind, member_id=member_id, server_id=server_id, data=data)
+    session.add(notice)
+    await session.flush()
+    people = await session.scalars(
+        select(Membership)
+        .where(Membership.member_id == member_id)
+        .options(selectinload(Membership.user))
+        .order_by(Membership.id)
+    )
+    for membership in people:
+        session.add(_by_mail(notice, membership, now))
+    hooks = select(Webhook).where(
+        Webhook.member_id == member_id,
+        Webhook.enabled_at.is_not(None),
+        Webhook.disabled_at.is_(None),
+        Webhook.deleted_at.is_(None),
+    )
+    for hook in await session.scalars(hooks):
+        session.add(
+            Delivery(
+                notice_id=notice.id,
+                channel=Channel.WEBHOOK,
+                webhook_id=hook.id,
+                status=DeliveryStatus.PENDING,
+                due_at=now,
+            )
+        )
+    await session.flush()
+    return notice
+
+
+def _by_mail(notice: Notice, membership: Membership, now: datetime) -> Delivery:
+    reason = None
+    if membership.user.email is None:
+        reason = "the account has no mail address"
+    elif not membership.mail and NoticeKind(notice.kind) not in ALWAYS:
+        reason = "mails are turned off for this member"
+    return Delivery(
+        notice_id=notice.id,
+        channel=Channel.MAIL,
+        user_id=membership.user_id,
+        status=DeliveryStatus.PENDING if reason is None else DeliveryStatus.SUPPRESSED,
+        due_at=now if reason is None else None,
+        error=reason,
+        done_at=None if reason is None else now,
+    )
+
+
+async def write_to(
+    session: AsyncSession, kind: NoticeKind, recipient: User | str, now: datetime, **data: Any
+) -> Notice:
+    """A mail to one person, or to an address that has no account."""
+    notice = Notice(at=now, kind=kind, data=data)
+    session.add(notice)
+    await session.flush()
+    session.add(
+        Delivery(
+            notice_id=notice.id,
+            channel=Channel.MAIL,
+            user_id=recipient.id if isinstance(recipient, User) else None,
+            email=recipient if isinstance(recipient, str) else None,
+            status=DeliveryStatus.PENDING,
+            due_at=now,
+        )
+    )
+    await session.flush()
+    return notice
