@@ -15,7 +15,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, g
 from sqlalchemy.exc import IntegrityError, OperationalError
 from starlette.exceptions import HTTPException
 
-from poolsvc.api import ROUTERS, Services
+from poolsvc.api import ROUTERS, Limits, Services
 from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.derived import RegistryKey
@@ -55,12 +55,21 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
-    app.state.services = Services(settings, database, health, key)
+    app.state.services = Services(settings, database, health, key, _limits(settings))
     for router in ROUTERS:
         app.include_router(router)
     _add_metrics(app)
     _add_problems(app)
     return app
+
+
+def _limits(settings: Settings) -> Limits:
+    policy = settings.policy
+    return Limits(
+        per_address=policy.requests_per_second_and_address,
+        per_token=policy.requests_per_second_and_token,
+        burst=policy.request_burst,
+    )
 
 
 def _add_metrics(app: FastAPI) -> None:
@@ -107,9 +116,13 @@ def _problem(
 def _add_problems(app: FastAPI) -> None:
     @app.exception_handler(PoolError)
     async def pool_error(_request: Request, error: PoolError) -> JSONResponse:
-        headers = {"WWW-Authenticate": "Bearer"} if error.status == HTTPStatus.UNAUTHORIZED else None
         return _problem(
-            error.status, error.code, error.detail, remedy=error.remedy, field=error.field, headers=headers
+            error.status,
+            error.code,
+            error.detail,
+            remedy=error.remedy,
+            field=error.field,
+            headers=error.headers,
         )
 
     @app.exception_handler(RequestValidationError)

@@ -125,6 +125,9 @@ class PolicySettings(_Section):
     step_retry: float = Field(10, gt=0, description="wait after a step whose peer (CA, DNS) was down")
     join_token_hours: float = Field(72, gt=0)
     registration_hours: float = Field(72, gt=0, description="after which an unproved name is free again")
+    requests_per_second_and_address: float = Field(20, gt=0, description="of the API, on average")
+    requests_per_second_and_token: float = Field(10, gt=0)
+    request_burst: int = Field(200, ge=1, description="requests at once of one address or token")
     require_source_address: bool = Field(
         True, description="proof calls must come from the address itself; false for members behind NAT"
     )

@@ -1,6 +1,8 @@
 """What the API refuses, as exceptions: a status, a stable code, a sentence, and a remedy (RFC 9457)."""
 
+from collections.abc import Mapping
 from http import HTTPStatus
+from types import MappingProxyType
 
 
 class PoolError(Exception):
@@ -8,6 +10,7 @@ class PoolError(Exception):
 
     status = HTTPStatus.BAD_REQUEST
     code = "bad-request"
+    headers: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, detail: str, *, remedy: str = "", field: str | None = None) -> None:
         super().__init__(detail)
@@ -19,6 +22,7 @@ class PoolError(Exception):
 class Unauthenticated(PoolError):
     status = HTTPStatus.UNAUTHORIZED
     code = "unauthenticated"
+    headers = MappingProxyType({"WWW-Authenticate": "Bearer"})
 
 
 class TokenExpired(Unauthenticated):
@@ -89,6 +93,21 @@ class AddressMismatch(PoolError):
 class TooManyRequests(PoolError):
     status = HTTPStatus.TOO_MANY_REQUESTS
     code = "too-many-requests"
+
+
+class RateLimited(TooManyRequests):
+    code = "rate-limited"
+    headers = MappingProxyType({"Retry-After": "1"})
+
+
+class InvalidIdempotencyKey(PoolError):
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    code = "invalid-idempotency-key"
+
+
+class IdempotencyMismatch(PoolError):
+    status = HTTPStatus.CONFLICT
+    code = "idempotency-mismatch"
 
 
 class InvalidCsr(PoolError):

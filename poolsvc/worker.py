@@ -15,7 +15,7 @@ from cryptography import x509
 from sqlalchemy import select
 from sqlalchemy.orm import InstrumentedAttribute
 
-from poolsvc import issuance, monitoring, proofs, publication, removal, servers
+from poolsvc import idempotency, issuance, monitoring, proofs, publication, removal, servers
 from poolsvc.acme import AcmeAccount, AcmeConfig, AcmeError
 from poolsvc.config import Settings
 from poolsvc.db import Database
@@ -148,6 +148,7 @@ class Worker:
     async def _expire(self, now: datetime) -> None:
         async with self._database.transaction() as session:
             await servers.expire_unfinished(session, self._settings, now)
+            await idempotency.forget_old(session, now)
 
     async def _open_account(self, now: datetime) -> AcmeAccount | None:
         """The registry's account at the CA; None while the CA is out of reach."""

@@ -4,6 +4,7 @@ from fastapi import APIRouter
 from pydantic import Field
 
 from poolsvc import auth, members
+from poolsvc.api.idempotent import idempotent
 from poolsvc.api.request import Document, NowDep, PrincipalDep, SessionDep
 from poolsvc.auth import Operation
 from poolsvc.models import MemberKind, TokenKind
@@ -24,6 +25,7 @@ class MemberCreated(Document):
 
 
 @router.post("/members", status_code=201)
+@idempotent
 async def create_member(
     body: MemberRequest, principal: PrincipalDep, session: SessionDep, now: NowDep
 ) -> MemberCreated:

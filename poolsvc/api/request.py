@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from poolsvc import auth
+from poolsvc.api.limits import Limits
 from poolsvc.auth import Principal
 from poolsvc.config import Settings
 from poolsvc.db import Database, act_as
@@ -26,10 +27,13 @@ class Services:
     database: Database
     health: Health
     key: RegistryKey
+    limits: Limits
 
 
 def _services(request: Request) -> Services:
     services: Services = request.app.state.services
+    if request.client is not None:
+        services.limits.take_for_address(request.client.host)
     return services
 
 
@@ -57,9 +61,11 @@ _bearer = HTTPBearer(auto_error=False, description="a session's, API, agent's or
 async def _principal(
     session: SessionDep,
     now: NowDep,
+    services: ServicesDep,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
 ) -> Principal:
     principal = await auth.authenticate(session, credentials.credentials if credentials else None, now)
+    services.limits.take_for_token(principal.token_id)
     act_as(session, principal.actor)
     return principal
 

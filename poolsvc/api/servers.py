@@ -8,6 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from nts_core.control import ServerState
 from poolsvc import auth, removal, servers
+from poolsvc.api.idempotent import idempotent
 from poolsvc.api.request import Document, NamePath, NowDep, PrincipalDep, ServicesDep, SessionDep
 from poolsvc.auth import Operation
 from poolsvc.config import Settings
@@ -77,6 +78,7 @@ class ServerCreated(Document):
 
 
 @router.post("/servers", status_code=201)
+@idempotent
 async def register_server(
     body: ServerRequest, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
 ) -> ServerCreated:
@@ -113,6 +115,7 @@ async def remove_server(
 
 
 @router.post("/servers/{name}/join-token", status_code=201)
+@idempotent
 async def renew_join_token(
     name: NamePath, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
 ) -> JoinToken:
