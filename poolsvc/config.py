@@ -141,6 +141,7 @@ class Settings(ProgramSettings):
     pool: DomainName
     database: DatabaseUrl = Field("sqlite+aiosqlite:///registry.db", repr=False)
     key_file: Path = Field(Path("registry.key"), description="what links and webhook secrets derive from")
+    journal_file: Path = Field(Path("removals.journal"), description="removals, outside the database")
     listen: tuple[EndpointText, ...] = Field(("127.0.0.1:8080",), min_length=1)
     public_url: HttpUrl = "http://127.0.0.1:8080"
     tls_certificate: Path | None = Field(None, description="PEM chain; without it TLS is a reverse proxy's")
@@ -196,7 +197,7 @@ def _resolve_paths(settings: Settings, base: Path) -> Settings:
     return settings.model_copy(
         update={
             "database": database,
-            **absolute(settings, "key_file", "roots_file", "tls_certificate", "tls_key"),
+            **absolute(settings, "key_file", "journal_file", "roots_file", "tls_certificate", "tls_key"),
             "dns": settings.dns.model_copy(update=absolute(settings.dns, "tsig_secret_file")),
             "ca": settings.ca.model_copy(update=absolute(settings.ca, "account_key_file", "ca_file")),
         }

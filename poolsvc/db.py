@@ -10,9 +10,15 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import DateTime, Dialect, Enum, MetaData, event
+from sqlalchemy import DateTime, Dialect, Enum, MetaData, event, text
 from sqlalchemy.engine import Connection
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import (
+    AsyncConnection,
+    AsyncEngine,
+    AsyncSession,
+    async_sessionmaker,
+    create_async_engine,
+)
 from sqlalchemy.orm import DeclarativeBase, Session
 from sqlalchemy.types import TypeDecorator
 
@@ -85,6 +91,20 @@ class Database:
         async with self._sessions(info={"actor": actor}) as session, session.begin():
             yield session
 
+    @asynccontextmanager
+    async def snapshot(self, *, exclusive: bool = False) -> AsyncIterator[AsyncConnection]:
+        """The database at one moment, to read only; `exclusive` keeps others from changing it meanwhile."""
+        async with self.engine.connect() as connection:
+            if self.engine.dialect.name == "sqlite":
+                await connection.execution_options(begin="IMMEDIATE" if exclusive else "DEFERRED")
+            else:
+                await connection.execution_options(isolation_level="REPEATABLE READ")
+            async with connection.begin():
+                if exclusive and self.engine.dialect.name == "postgresql":
+                    tables = ", ".join(table.name for table in Base.metadata.sorted_tables)
+                    await connection.execute(text(f"LOCK TABLE {tables} IN SHARE MODE"))
+                yield connection
+
     async def close(self) -> None:
         await self.engine.dispose()
 
@@ -110,4 +130,6 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
 
 
 def _begin_immediate(connection: Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    # A transaction that turned into a writer late would lose to another writer.
+    mode = connection.get_execution_options().get("begin", "IMMEDIATE")
+    connection.exec_driver_sql(f"BEGIN {mode}")

@@ -64,6 +64,9 @@ NAMED_STATES = frozenset({_S.VERIFIED, _S.CERTIFIED, _S.ACTIVE, _S.SUSPENDED})
 # States in which a server's addresses are probed; a suspended one is, or it could never come back.
 PROBED_STATES = NAMED_STATES
 
+# What `poolsvc.journal` writes outside the database, so that a restored one cannot forget it.
+_JOURNALLED = frozenset({_E.LEAVE, _E.CLOSED})
+
 
 async def apply(
     session: AsyncSession, server: Server, kind: EventKind, *, actor: str, reason: str, now: datetime
@@ -84,6 +87,8 @@ async def apply(
             reason=reason[:300],
         )
     )
+    if kind in _JOURNALLED:
+        server.journal_due_at = now
     server.state, server.state_since = after, now
     await session.flush()
 

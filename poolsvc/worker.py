@@ -15,7 +15,7 @@ from cryptography import x509
 from sqlalchemy import select
 from sqlalchemy.orm import InstrumentedAttribute
 
-from poolsvc import idempotency, issuance, monitoring, proofs, publication, removal, servers
+from poolsvc import idempotency, issuance, journal, monitoring, proofs, publication, removal, servers
 from poolsvc.acme import AcmeAccount, AcmeConfig, AcmeError
 from poolsvc.config import Settings
 from poolsvc.db import Database
@@ -82,6 +82,7 @@ class Worker:
                     self._probe,
                     self._remove,
                     self._expire,
+                    self._journal,
                 ):
                     group.create_task(self._repeat(work))
         finally:
@@ -150,6 +151,9 @@ class Worker:
             await servers.expire_unfinished(session, self._settings, now)
             await idempotency.forget_old(session, now)
 
+    async def _journal(self, now: datetime) -> None:
+        await journal.write_due(self._database, self._settings, now)
+
     async def _open_account(self, now: datetime) -> AcmeAccount | None:
         """The registry's account at the CA; None while the CA is out of reach."""
         async with self._opening:
@@ -193,6 +197,9 @@ class Worker:
         """Publish when the plan has changed, when the last pass failed, and now and then for drift."""
         if self._fenced:
             return
+        if await self._is_frozen():
+            self._health.dns = "restored and frozen: nothing is published until `poolsvc thaw`"
+            return
         made = await publication.plan(self._database, self._settings, now)
         if made is None or not self._is_due(made, now):
             return
@@ -215,6 +222,10 @@ class Worker:
             if not everywhere:
                 self._health.dns = "not every authoritative server shows the zone"
                 await asyncio.sleep(self._settings.policy.step_retry)
+
+    async def _is_frozen(self) -> bool:
+        async with self._database.transaction() as session:
+            return (await servers.the_pool(session, self._settings)).frozen_at is not None
 
     def _is_due(self, made: publication.Plan, now: datetime) -> bool:
         if self._planned != made or self._reconciled_at is None:

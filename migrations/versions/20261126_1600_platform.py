@@ -483,6 +483,8 @@ def upgrade() -> None:
         batch_op.add_column(sa.Column("traffic_cap", sa.Double(), nullable=True))
         batch_op.add_column(sa.Column("traffic", sa.Double(), nullable=True))
         batch_op.add_column(sa.Column("leave_at", UtcDateTime(), nullable=True))
+        batch_op.add_column(sa.Column("journal_due_at", UtcDateTime(), nullable=True))
+        batch_op.create_index(batch_op.f("ix_servers_journal_due_at"), ["journal_due_at"], unique=False)
         batch_op.add_column(sa.Column("dead_warnings", sa.Integer(), nullable=False, server_default="0"))
         batch_op.create_index(batch_op.f("ix_servers_skeleton"), ["skeleton"], unique=False)
 
@@ -521,6 +523,8 @@ def downgrade() -> None:
     with op.batch_alter_table("servers", schema=None) as batch_op:
         batch_op.drop_index(batch_op.f("ix_servers_skeleton"))
         batch_op.drop_column("dead_warnings")
+        batch_op.drop_index(batch_op.f("ix_servers_journal_due_at"))
+        batch_op.drop_column("journal_due_at")
         batch_op.drop_column("leave_at")
         batch_op.drop_column("traffic")
         batch_op.drop_column("traffic_cap")

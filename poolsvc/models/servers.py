@@ -120,6 +120,9 @@ class Server(Base):
     certificate_revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     removal_due_at: Mapped[datetime | None] = mapped_column(UtcDateTime, index=True)
     removal_error: Mapped[str | None] = mapped_column(String(1000))
+    journal_due_at: Mapped[datetime | None] = mapped_column(
+        UtcDateTime, index=True
+    )  # the journal lags behind
     dead_warnings: Mapped[int] = mapped_column(default=0)  # since it was last good
 
     member: Mapped[Member] = relationship(lazy="raise")

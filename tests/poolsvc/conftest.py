@@ -125,6 +125,8 @@ def settings(tmp_path):
     return Settings(
         pool="pool.example",
         allow_private_addresses=True,
+        key_file=tmp_path / "registry.key",
+        journal_file=tmp_path / "removals.journal",
         ports=PortSettings(http=8080, ke=4460),
         dns=DnsSettings(
             primary="127.0.0.1:53",

@@ -1,0 +1,165 @@
+"""What must happen before a restored registry may act: nobody comes back who has left since the copy was made.
+
+1. In the transaction that fills the database: every server that a journal knows to be gone leaves again; names that
+   only a journal knows are burnt; every token of people and programs is revoked; the pool is frozen.
+2. While it is frozen nothing is published. An operator looks at the difference between the zone and what would be
+   published, and confirms it (`thaw`).
+3. From then on the publisher takes an epoch above the zone's, so that a registry from before can write no more.
+"""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from nts_core.control import ServerState
+from poolsvc import auth, backup, journal, publication, servers
+from poolsvc.backup import BackupError
+from poolsvc.config import Settings
+from poolsvc.db import Database
+from poolsvc.journal import GONE, Entry
+from poolsvc.models import Event, Member, MemberStatus, Server, SignIn, Token, TokenKind
+from poolsvc.publisher import Publisher
+from poolsvc.zone import Change, diff
+
+_ACTOR = "restore"
+_KEPT = frozenset({TokenKind.AGENT})
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What a restore did besides filling the tables."""
+
+    created_at: datetime
+    rows: int
+    left_again: tuple[str, ...]
+    burnt: tuple[str, ...]
+    tokens_revoked: int
+
+
+async def restore(
+    database: Database, settings: Settings, file: Path, journals: Sequence[Path], now: datetime
+) -> Restored:
+    """Fill an empty database from a backup and the journals of removals, and leave it frozen.
+
+    All or nothing. Raises BackupError, JournalError, OSError.
+    """
+    gone = journal.latest(journals, settings.pool)
+    async with database.transaction(_ACTOR) as session:
+        connection = await session.connection()
+        manifest = await backup.load(database, file, connection)
+        if manifest.pool != settings.pool:
+            raise BackupError(
+                f"the backup is of the pool {manifest.pool}, not of {settings.pool}", "check the settings"
+            )
+        left = await _leave_again(session, gone, now)
+        burnt = await _burn(session, gone, now)
+        revoked = await auth.revoke(session, now, Token.kind.not_in(_KEPT))
+        for attempt in await session.scalars(select(SignIn).where(SignIn.used_at.is_(None))):
+            attempt.used_at = now
+        pool = await servers.the_pool(session, settings, lock=True)
+        pool.frozen_at = now
+    rows = sum(content.rows for content in manifest.tables.values())
+    return Restored(manifest.created_at, rows, tuple(left), tuple(burnt), revoked)
+
+
+async def _leave_again(session: AsyncSession, gone: Mapping[int, Entry], now: datetime) -> list[str]:
+    """Take out what has left since the copy was made."""
+    left = []
+    for entry in gone.values():
+        if not entry.is_gone:
+            continue
+        server = await session.scalar(select(Server).where(Server.id == entry.server).options(*servers.WHOLE))
+        if server is None or server.name != entry.name or server.state in GONE:
+            continue
+        reason = f"left on {entry.at.date().isoformat()}, after the copy that was restored was made"
+        await servers.leave(session, server, actor=_ACTOR, reason=reason, now=now)
+        left.append(server.name)
+    return left
+
+
+async def _burn(session: AsyncSession, gone: Mapping[int, Entry], now: datetime) -> list[str]:
+    """Keep names that were in DNS, and that the copy does not know, from ever being given again."""
+    burnt: list[str] = []
+    keeper: Member | None = None
+    for entry in sorted(gone.values(), key=lambda entry: entry.server):
+        if not entry.burnt or await _is_held(session, entry.name):
+            continue
+        if keeper is None:
+            keeper = await _keeper(session, now)
+        server = Server(
+            member_id=keeper.id,
+            name=entry.name,
+            state=ServerState.REMOVED,
+            state_since=now,
+            created_at=now,
+            burnt_at=entry.at,
+            leave_reason="known from the journal of removals only",
+        )
+        session.add(server)
+        await session.flush()
+        session.add(
+            Event(
+                server_id=server.id,
+                at=now,
+                actor=_ACTOR,
+                kind="burnt",
+                subject=f"server {server.id}",
+                after={"state": ServerState.REMOVED},
+                reason="known from the journal of removals only",
+            )
+        )
+        burnt.append(entry.name)
+    return burnt
+
+
+async def _is_held(session: AsyncSession, name: str) -> bool:
+    held = select(Server.id).where(Server.name == name, Server.released_at.is_(None))
+    return await session.scalar(held.limit(1)) is not None
+
+
+async def _keeper(session: AsyncSession, now: datetime) -> Member:
+    """The member that keeps names of servers whose members the copy does not know."""
+    name = "Servers known from the journal only"
+    member = await session.scalar(select(Member).where(Member.name == name))
+    if member is None:
+        member = Member(name=name, status=MemberStatus.CLOSED, created_at=now, opaque_id=secrets.token_hex(8))
+        session.add(member)
+        await session.flush()
+    return member
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What a frozen registry would do to the zone."""
+
+    frozen_at: datetime | None
+    epoch: int | None  # the zone's
+    changes: tuple[Change, ...]
+    servers: Mapping[ServerState, int]
+
+
+async def look(database: Database, settings: Settings, now: datetime) -> Outlook:
+    """Compare the zone on the primary with what would be published. Raises PublishError, OSError."""
+    made = await publication.plan(database, settings, now)
+    async with database.transaction() as session:
+        pool = await servers.the_pool(session, settings)
+        counted = await session.execute(select(Server.state, func.count()).group_by(Server.state))
+        states = {row.state: row[1] for row in counted}
+    if made is None:
+        return Outlook(pool.frozen_at, None, (), states)
+    seen = await Publisher(made.policy, publication.primary_config(settings)).observe()
+    epoch = int(seen.epoch) if seen.epoch is not None and seen.epoch.isdecimal() else None
+    return Outlook(pool.frozen_at, epoch, diff(made.zone, seen.zone), states)
+
+
+async def thaw(database: Database, settings: Settings, epoch: int | None) -> None:
+    """Let the registry publish again, with an epoch above the zone's."""
+    async with database.transaction("console") as session:
+        pool = await servers.the_pool(session, settings, lock=True)
+        pool.epoch = max(pool.epoch, epoch or 0)
+        pool.frozen_at = None
