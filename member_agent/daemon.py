@@ -15,7 +15,7 @@ import math
 import re
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -268,12 +268,26 @@ class Member:
                 if self._engine is not None:
                     await self._engine.stop()
 
+    async def _sync(self) -> Assignment:
+        """Report; with a new token when the registry, restored perhaps, knows the old one no more."""
+        try:
+            return await self._registry.sync(self._report())
+        except RegistryError as error:
+            if error.code != "unauthenticated":
+                raise
+            _log.warning("token_refused", detail=error.message)
+        token = await self._registry.rejoin(self._key, pool=self._me.pool, server=self._me.server)
+        self._me = replace(self._me, token=token)
+        self._state.save_membership(self._me)
+        _log.info("joined_again", server=self._me.server)
+        return await self._registry.sync(self._report())
+
     async def _keep_in_step(self, wake: asyncio.Event) -> None:
         wait = _FIRST_RETRY
         failing = False
         while True:
             try:
-                assignment = await self._registry.sync(self._report())
+                assignment = await self._sync()
                 self._check(assignment)
                 self._facts = _Facts()
                 wait = _bounded(assignment.poll_after)

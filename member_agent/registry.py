@@ -21,12 +21,17 @@ from nts_core.control import (
     JoinRequest,
     ProofAnswer,
     ProofRequest,
+    RejoinChallenge,
+    RejoinQuestion,
+    RejoinRequest,
+    rejoin_statement,
 )
 
 _TIMEOUT = 10.0
 # An assignment holds a certificate chain and a few names; more is not ours.
 _MAX_ANSWER = 256 * 1024
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,200}")
+_NONCE = re.compile(r"[A-Za-z0-9._=-]{1,200}")
 _T = TypeVar("_T")
 
 
@@ -78,7 +83,7 @@ class Registry:
         if not _TOKEN.fullmatch(token):
             # Not shown: what was meant as a token is a secret, whatever is wrong with it.
             raise AgentError("the token has characters that no token has", "copy it whole", ExitStatus.USAGE)
-        self._headers = {"Authorization": f"Bearer {token}"}
+        self._token = token
         try:
             # Once: a later call must not depend on files, or on descriptors to read them.
             self._tls = httpx.create_ssl_context(verify=str(ca) if ca else True)
@@ -88,6 +93,20 @@ class Registry:
     async def join(self, key: Ed25519PrivateKey, agent: str) -> JoinAnswer:
         public = base64.b64encode(key.public_key().public_bytes_raw()).decode()
         return await self._post("/v1/agent/join", JoinRequest(public, agent), JoinAnswer)
+
+    async def rejoin(self, key: Ed25519PrivateKey, *, pool: str, server: str) -> str:
+        """A new token by the key that joined, when the old one is good no more; used from now on."""
+        challenge = await self._post("/v1/agent/rejoin-challenge", RejoinQuestion(server), RejoinChallenge)
+        if not _NONCE.fullmatch(challenge.nonce):
+            raise RegistryError("the registry's challenge is not one", "ask the pool's operator")
+        statement = rejoin_statement(pool=pool, server=server, nonce=challenge.nonce)
+        signature = base64.b64encode(key.sign(statement)).decode()
+        request = RejoinRequest(server, challenge.nonce, signature)
+        answer = await self._post("/v1/agent/rejoin", request, JoinAnswer)
+        if not _TOKEN.fullmatch(answer.token) or (answer.pool, answer.server) != (pool, server):
+            raise RegistryError("the registry's answer is for another server", "ask the pool's operator")
+        self._token = answer.token
+        return answer.token
 
     async def sync(self, report: AgentReport) -> Assignment:
         """Report, and learn what the registry wants."""
@@ -110,7 +129,10 @@ class Registry:
                     "POST",
                     self._url + path,
                     content=TypeAdapter(type(document)).dump_json(document),
-                    headers={**self._headers, "Content-Type": "application/json"},
+                    headers={
+                        "Authorization": f"Bearer {self._token}",
+                        "Content-Type": "application/json",
+                    },
                 ) as response,
             ):
                 body = await _read(response)

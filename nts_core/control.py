@@ -74,6 +74,32 @@ class JoinAnswer:
 
 
 @dataclass(frozen=True, slots=True)
+class RejoinQuestion:
+    """An agent whose token is good no more, and that still has its key, asks for something to sign."""
+
+    server: str
+    version: int = VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class RejoinChallenge:
+    """What to sign (see `rejoin_statement`), soon."""
+
+    nonce: str
+    version: int = VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class RejoinRequest:
+    """The challenge signed by the key that joined, base64; it is answered by a `JoinAnswer`."""
+
+    server: str
+    nonce: str
+    signature: str
+    version: int = VERSION
+
+
+@dataclass(frozen=True, slots=True)
 class ProofRequest:
     """Sent from the address itself: the registry connects back only after such a call."""
 
@@ -187,3 +213,8 @@ def proof_statement(*, pool: str, server: str, address: str, nonce: str) -> byte
     A fixed first line keeps the signature from meaning anything elsewhere.
     """
     return f"truechimer address proof v1\n{pool}\n{server}\n{address}\n{nonce}".encode("ascii")
+
+
+def rejoin_statement(*, pool: str, server: str, nonce: str) -> bytes:
+    """The octets that an agent's key signs to get a new token."""
+    return f"truechimer agent rejoin v1\n{pool}\n{server}\n{nonce}".encode("ascii")

@@ -11,6 +11,7 @@ import os
 import secrets
 import tempfile
 from contextlib import suppress
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from nts_core.shell import replace_file
 
 _KEY_LENGTH = 32
 _TAG_LENGTH = 24
+_MAX_DIGITS = 12
 
 
 class Purpose(StrEnum):
@@ -27,6 +29,7 @@ class Purpose(StrEnum):
     INVITATION = "invitation"
     WEBHOOK = "webhook"
     WEBHOOK_CHALLENGE = "webhook-challenge"
+    REJOIN = "rejoin"
     OIDC_STATE = "oidc-state"
     OIDC_NONCE = "oidc-nonce"
     OIDC_VERIFIER = "oidc-verifier"
@@ -79,8 +82,25 @@ class RegistryKey:
     def read(self, purpose: Purpose, token: str) -> int | None:
         """The id in a text made by `token`; None when it is not one."""
         head, _, _ = token.partition(".")
-        if not (head.isascii() and head.isdigit() and len(head) <= 18):
+        if not (head.isascii() and head.isdigit() and len(head) <= _MAX_DIGITS):
             return None
         identifier = int(head)
         right = hmac.compare_digest(self.token(purpose, identifier).encode(), token.encode())
         return identifier if right else None
+
+    def challenge(self, purpose: Purpose, subject: str, until: datetime) -> str:
+        """A text that is good for one subject until a time; nothing of it need be kept."""
+        end = int(until.timestamp())
+        tag = self.secret(purpose, subject, end)[:_TAG_LENGTH]
+        return f"{end}.{base64.urlsafe_b64encode(tag).decode()}"
+
+    def is_challenge(self, purpose: Purpose, subject: str, text: str, now: datetime) -> bool:
+        """Whether `challenge` made the text for this subject, and its time has not passed."""
+        head, _, _ = text.partition(".")
+        if (
+            not (head.isascii() and head.isdigit() and len(head) <= _MAX_DIGITS)
+            or int(head) <= now.timestamp()
+        ):
+            return False
+        tag = self.secret(purpose, subject, int(head))[:_TAG_LENGTH]
+        return hmac.compare_digest(f"{head}.{base64.urlsafe_b64encode(tag).decode()}".encode(), text.encode())

@@ -1,7 +1,7 @@
 """What must happen before a restored registry may act: nobody comes back who has left since the copy was made.
 
 1. In the transaction that fills the database: every server that a journal knows to be gone leaves again; names that
-   only a journal knows are burnt; every token of people and programs is revoked; the pool is frozen.
+   only a journal knows are burnt; every token is revoked; the pool is frozen.
 2. While it is frozen nothing is published. An operator looks at the difference between the zone and what would be
    published, and confirms it (`thaw`).
 3. From then on the publisher takes an epoch above the zone's, so that a registry from before can write no more.
@@ -22,12 +22,11 @@ from poolsvc.backup import BackupError
 from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.journal import GONE, Entry
-from poolsvc.models import Event, Member, MemberStatus, Server, SignIn, Token, TokenKind
+from poolsvc.models import Event, Member, MemberStatus, Server, SignIn
 from poolsvc.publisher import Publisher
 from poolsvc.zone import Change, diff
 
 _ACTOR = "restore"
-_KEPT = frozenset({TokenKind.AGENT})
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +57,8 @@ async def restore(
             )
         left = await _leave_again(session, gone, now)
         burnt = await _burn(session, gone, now)
-        revoked = await auth.revoke(session, now, Token.kind.not_in(_KEPT))
+        # Agents get new ones by their keys, people sign in again, programs need new ones.
+        revoked = await auth.revoke(session, now)
         for attempt in await session.scalars(select(SignIn).where(SignIn.used_at.is_(None))):
             attempt.used_at = now
         pool = await servers.the_pool(session, settings, lock=True)

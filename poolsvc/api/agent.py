@@ -2,8 +2,10 @@
 
 import base64
 import binascii
-from datetime import datetime
+from datetime import datetime, timedelta
 
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from fastapi import APIRouter, Request
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -15,18 +17,25 @@ from nts_core.control import (
     JoinRequest,
     ProofAnswer,
     ProofRequest,
+    RejoinChallenge,
+    RejoinQuestion,
+    RejoinRequest,
     ServerState,
+    rejoin_statement,
 )
 from poolsvc import auth, issuance, proofs, servers
 from poolsvc.api.request import NowDep, PrincipalDep, ServicesDep, SessionDep
 from poolsvc.api.servers import refuse_gone
 from poolsvc.auth import Operation
 from poolsvc.config import Settings
-from poolsvc.errors import Gone, InvalidDocument
+from poolsvc.db import act_as
+from poolsvc.derived import Purpose
+from poolsvc.errors import Gone, InvalidDocument, NotFound, Unauthenticated
 from poolsvc.explain import explain, why_not
 from poolsvc.models import Server, Token, TokenKind
 
 router = APIRouter(prefix="/v1")
+_REJOIN_LIFE = timedelta(minutes=2)
 # Ed25519 points of small order: one constant signature of theirs fits every statement.
 _SMALL_ORDER = frozenset(
     map(
@@ -74,6 +83,50 @@ def _check_public_key(text: str) -> None:
     raise InvalidDocument(
         "the public key is not 32 octets of base64", remedy="let pool-agent join", field="public_key"
     )
+
+
+@router.post("/agent/rejoin-challenge")
+async def ask_to_rejoin(body: RejoinQuestion, services: ServicesDep, now: NowDep) -> RejoinChallenge:
+    """Something to sign for an agent whose token is good no more. Says nothing of whether there is such a server."""
+    name = body.server[:64].lower()
+    return RejoinChallenge(services.key.challenge(Purpose.REJOIN, name, now + _REJOIN_LIFE))
+
+
+@router.post("/agent/rejoin")
+async def rejoin(body: RejoinRequest, services: ServicesDep, session: SessionDep, now: NowDep) -> JoinAnswer:
+    """A new token for the agent that holds the key which joined; its certificate and orders stay.
+
+    So a registry that was restored, and has revoked every token, is joined again without hands.
+    """
+    settings, name = services.settings, body.server[:64].lower()
+    server = await _server_of_key(session, settings, name, body)
+    if server is None or not services.key.is_challenge(Purpose.REJOIN, name, body.nonce, now):
+        raise Unauthenticated(
+            "the signature is not that of the agent which joined, or too old",
+            remedy="ask for a new join token: POST /v1/servers/NAME/join-token",
+        )
+    if server.state is ServerState.REMOVED:
+        raise Gone(f"{server.name} has left the pool", remedy="the agent can be stopped and removed")
+    act_as(session, f"agent {server.id}")
+    await auth.revoke(session, now, Token.server_id == server.id, Token.kind == TokenKind.AGENT)
+    _, token = await auth.issue(session, TokenKind.AGENT, now=now, server_id=server.id)
+    return JoinAnswer(
+        token=token, pool=settings.pool, server=server.name, domain=settings.domain_of(server.name)
+    )
+
+
+async def _server_of_key(
+    session: AsyncSession, settings: Settings, name: str, body: RejoinRequest
+) -> Server | None:
+    """The server whose agent made the signature, if any."""
+    try:
+        server = await servers.get(session, (await servers.find(session, name)).id)
+        key = Ed25519PublicKey.from_public_bytes(base64.b64decode(server.agent_key or ""))
+        statement = rejoin_statement(pool=settings.pool, server=server.name, nonce=body.nonce)
+        key.verify(base64.b64decode(body.signature, validate=True), statement)
+    except (NotFound, InvalidSignature, ValueError):
+        return None
+    return server
 
 
 @router.post("/agent/proof")
