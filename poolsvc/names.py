@@ -74,8 +74,7 @@ def check_address(text: str, *, allow_private: bool) -> IpAddress:
             remedy="give IPv4 or IPv6 addresses, not names",
             field="addresses",
         ) from None
-    inner = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None)
-    if inner is not None or getattr(address, "scope_id", None):
+    if getattr(address, "scope_id", None) or any(address in network for network in _HIDING):
         raise InvalidAddress(
             f"{text} hides another address or a zone", remedy="give the plain address", field="addresses"
         )
@@ -100,8 +99,17 @@ def _is_global_unicast(address: IpAddress) -> bool:
 
 
 _IPV6_UNICAST = ipaddress.ip_network("2000::/3")
-# Set aside by IANA without being private: 6to4 relays, future use, documentation.
-_NOT_ROUTED = tuple(map(ipaddress.ip_network, ("192.88.99.0/24", "240.0.0.0/4", "3fff::/20")))
+# Ways to write an IPv4 address as an IPv6 one: mapped, NAT64 (two prefixes), Teredo, 6to4.
+_HIDING = tuple(
+    map(ipaddress.ip_network, ("::ffff:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48", "2001::/32", "2002::/16"))
+)
+# Set aside by IANA without being private: protocols' own, 6to4 relays, future use, documentation.
+_NOT_ROUTED = tuple(
+    map(
+        ipaddress.ip_network,
+        ("192.0.0.0/24", "192.88.99.0/24", "240.0.0.0/4", "2001::/23", "3fff::/20"),
+    )
+)
 
 
 def prefix_of(address: str) -> str:
