@@ -24,7 +24,7 @@ from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.errors import InvalidCsr
 from poolsvc.models import Order, OrderStatus, Server
-from poolsvc.proofs import FetchError, fetch, http_origin
+from poolsvc.outbound import FetchError, Outbound, http_origin
 
 _log = structlog.get_logger()
 _OPEN = frozenset(OrderStatus) - {OrderStatus.ISSUED, OrderStatus.FAILED}
@@ -180,15 +180,16 @@ async def _answer(
 ) -> Change:
     """The precheck from here on every published address, then the CA is told to look."""
     assert order.challenge_url is not None
+    outbound = Outbound(settings)
     for address in servers.published_addresses(server):
         url = f"{http_origin(address, settings.ports.http)}{ACME_PATH}{order.token}"
-        body = await fetch(
+        answer = await outbound.get(
             url,
             host=settings.domain_of(server.name),
             deadline=settings.policy.proof_deadline,
             limit=_KEY_AUTHORIZATION_LIMIT,
         )
-        if body.decode("ascii", "replace").strip() != order.key_authorization:
+        if answer.require_ok().decode("ascii", "replace").strip() != order.key_authorization:
             raise FetchError(f"{address} answers the challenge with something else")
     await account.answer(order.challenge_url)
     return _move(OrderStatus.ANSWERED)

@@ -15,6 +15,7 @@ from poolsvc.certificates import printable
 from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.models import HoldKind, Order, OrderStatus, Server, StageRecord
+from poolsvc.outbound import Guard
 from poolsvc.prober import ProbeImpossible, probe
 from poolsvc.servers import EventKind
 
@@ -34,11 +35,11 @@ async def probe_server(
     if not worth_probing:
         return
     trust = Trust.of(roots, now)
-    own = frozenset(addresses)
+    own, guard = frozenset(addresses), Guard(settings)
     try:
         results = await asyncio.gather(
             *(
-                _probe(settings.domain_of(server.name), address, settings.ports.ke, trust, own)
+                _probe(settings.domain_of(server.name), address, settings.ports.ke, trust, own, guard)
                 for address in addresses
             )
         )
@@ -51,10 +52,12 @@ async def probe_server(
         await record(session, settings, server, results, now)
 
 
-async def _probe(domain: str, address: str, ke_port: int, trust: Trust, own: frozenset[str]) -> ProbeResult:
+async def _probe(
+    domain: str, address: str, ke_port: int, trust: Trust, own: frozenset[str], guard: Guard
+) -> ProbeResult:
     """A probe that always has a result: whatever a server does to the prober counts against that server."""
     try:
-        return await probe(domain, address, ke_port, trust, own_addresses=own)
+        return await probe(domain, address, ke_port, trust, own_addresses=own, guard=guard)
     except ProbeImpossible:
         raise
     except Exception as error:  # noqa: BLE001 - or a server that crashes its probes would keep its score

@@ -15,6 +15,8 @@ from nts_core.control import ProbeResult, Stage
 from nts_core.cookies import MAX_COOKIES
 from nts_core.errors import KissOfDeath, OutOfCookies
 from nts_core.tls import Trust
+from poolsvc.errors import InvalidAddress
+from poolsvc.outbound import Guard
 
 _STAGE_OF = {
     Failure.TCP: Stage.TCP,
@@ -36,12 +38,24 @@ def _refuse_own_fault(error: Exception) -> None:
 
 
 async def probe(
-    domain: str, address: str, ke_port: int, trust: Trust, *, own_addresses: AbstractSet[str]
+    domain: str,
+    address: str,
+    ke_port: int,
+    trust: Trust,
+    *,
+    own_addresses: AbstractSet[str],
+    guard: Guard,
 ) -> ProbeResult:
     """Key establishment, an exchange with a cookie from it, another with a cookie got by NTP.
 
-    Raises ProbeImpossible when the fault is this host's: nothing was found out about the server.
+    Proved or not, each address is checked again before it is dialled: settings may have changed since, or the
+    database have come from elsewhere. Raises ProbeImpossible when the fault is this host's: nothing was found
+    out about the server.
     """
+    try:
+        guard.check(address, ke_port)
+    except InvalidAddress as error:
+        return ProbeResult(address, Stage.TCP, f"not dialled: {error.detail}")
     try:
         established = await establish(domain, address, ke_port, trust)
     except ClientError as error:
@@ -49,21 +63,23 @@ async def probe(
         return ProbeResult(address, _STAGE_OF[Failure(error.code)], error.message)
     leaf = established.chain[0].public_bytes(Encoding.DER)
     found = ProbeResult(address, None, "", fingerprint=hashlib.sha256(leaf).hexdigest())
-    if not _leads_home(established, own_addresses):
-        detail = f"sends clients to {established.ntp_host}, which is not a proved address of the server"
-        return replace(found, failed=Stage.KE, detail=detail)
+    if (astray := _astray(established, own_addresses, guard)) is not None:
+        return replace(found, failed=Stage.KE, detail=f"sends clients astray: {astray}")
     if len(established.result.cookies) < MAX_COOKIES:
         detail = f"gave {len(established.result.cookies)} cookies instead of {MAX_COOKIES}"
         return replace(found, failed=Stage.COOKIES, detail=detail)
     return await _exchanges(established, found)
 
 
-def _leads_home(established: Established, own_addresses: AbstractSet[str]) -> bool:
-    """Whether record 6, if any, names one of the server's own addresses: we send nothing anywhere else."""
+def _astray(established: Established, own_addresses: AbstractSet[str], guard: Guard) -> str | None:
+    """Why nothing is sent to where records 6 and 7 lead: only the server's own addresses are probed."""
     try:
-        return str(ip_address(established.ntp_host)) in own_addresses
-    except ValueError:
-        return False
+        guard.check(established.ntp_host, established.ntp_port)
+    except InvalidAddress as error:
+        return error.detail
+    if str(ip_address(established.ntp_host)) not in own_addresses:
+        return f"{established.ntp_host} is not a proved address of the server"
+    return None
 
 
 async def _exchanges(established: Established, found: ProbeResult) -> ProbeResult:

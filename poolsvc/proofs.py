@@ -5,13 +5,11 @@
 3. The answer is the agent key's signature over nonce, pool, server and address.
 """
 
-import asyncio
 import base64
 import binascii
 import secrets
 from datetime import datetime, timedelta
 
-import httpx
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from sqlalchemy import delete, func, select
@@ -24,6 +22,7 @@ from poolsvc.db import Database
 from poolsvc.errors import AddressMismatch, NotFound, TooManyRequests
 from poolsvc.models import Address, ConnectBack, Server
 from poolsvc.names import check_address, prefix_of
+from poolsvc.outbound import FetchError, Outbound, http_origin
 
 _HOUR = timedelta(hours=1)
 # A signature is 88 characters of base64; whoever sends more is not an agent.
@@ -129,7 +128,7 @@ async def _record(
     now: datetime,
 ) -> None:
     row.nonce = None
-    row.proof_error = failure and "".join(char if char.isprintable() else " " for char in failure)[:300]
+    row.proof_error = failure and failure[:300]
     if failure is not None:
         row.proof_due_at = now + _HOUR / settings.policy.proofs_per_hour
         return
@@ -149,10 +148,10 @@ async def _connect_back(settings: Settings, name: str, address: str, nonce: str,
     """None when the address is proved, else what was wrong."""
     url = f"{http_origin(address, settings.ports.http)}{PROOF_PATH}{nonce}"
     try:
-        answer = await fetch(
+        answer = await Outbound(settings).get(
             url, host=settings.domain_of(name), deadline=settings.policy.proof_deadline, limit=_MAX_ANSWER
         )
-        signature = base64.b64decode(answer.strip(), validate=True)
+        signature = base64.b64decode(answer.require_ok().strip(), validate=True)
         statement = proof_statement(pool=settings.pool, server=name, address=address, nonce=nonce)
         Ed25519PublicKey.from_public_bytes(base64.b64decode(key)).verify(signature, statement)
     except FetchError as error:
@@ -162,33 +161,3 @@ async def _connect_back(settings: Settings, name: str, address: str, nonce: str,
     except InvalidSignature:
         return "the answer is not signed by this server's agent"
     return None
-
-
-class FetchError(Exception):
-    """An address did not give what was asked for over HTTP."""
-
-
-def http_origin(address: str, port: int) -> str:
-    return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
-
-
-async def fetch(url: str, *, host: str, deadline: float, limit: int) -> bytes:
-    """The body of a plain HTTP answer, of `limit` octets at most; redirects are never followed."""
-    try:
-        async with (
-            asyncio.timeout(deadline),
-            httpx.AsyncClient(timeout=deadline, follow_redirects=False, trust_env=False) as client,
-            client.stream("GET", url, headers={"Host": host}) as response,
-        ):
-            if response.status_code != httpx.codes.OK:
-                raise FetchError(f"HTTP status {response.status_code} instead of 200")
-            body = bytearray()
-            async for piece in response.aiter_raw():
-                body += piece
-                if len(body) > limit:
-                    raise FetchError(f"an answer of more than {limit} octets")
-            return bytes(body)
-    except (TimeoutError, httpx.TimeoutException):
-        raise FetchError(f"no answer on the HTTP port within {deadline:g} s") from None
-    except httpx.HTTPError as error:
-        raise FetchError(f"no HTTP answer: {error or type(error).__name__}") from None

@@ -27,6 +27,7 @@ from poolsvc.config import Settings
 from poolsvc.errors import AddressTaken, NameTaken, NotFound, WrongState
 from poolsvc.models import Address, Event, Hold, HoldKind, Pool, Server
 from poolsvc.names import check_addresses, check_name, is_label
+from poolsvc.outbound import Guard
 
 
 class EventKind(StrEnum):
@@ -106,6 +107,9 @@ async def register(
     """A new server of a member. Raises InvalidName, NameTaken, InvalidAddress, AddressTaken."""
     label = check_name(name)
     checked = check_addresses(addresses, allow_private=settings.allow_private_addresses)
+    guard = Guard(settings)
+    for address in checked:
+        guard.check(address, settings.ports.http, settings.ports.ke)
     held = await session.scalar(
         select(Server).where(Server.name == label, Server.released_at.is_(None)).with_for_update()
     )

@@ -127,6 +127,7 @@ def settings(tmp_path):
         allow_private_addresses=True,
         key_file=tmp_path / "registry.key",
         journal_file=tmp_path / "removals.journal",
+        listen=("127.0.0.1:8443",),
         ports=PortSettings(http=8080, ke=4460),
         dns=DnsSettings(
             primary="127.0.0.1:53",

@@ -15,6 +15,7 @@ from nts_core.control import ProbeResult, ServerState, Stage, StageStatus
 from nts_core.tls import Trust
 from poolsvc import monitoring, scoring, servers
 from poolsvc.models import Address, Event, HoldKind, Order, OrderStatus, StageRecord
+from poolsvc.outbound import Guard
 from poolsvc.prober import ProbeImpossible, probe
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -307,13 +308,15 @@ async def test_a_kiss_code_of_control_characters_is_scored_on_both_databases(reg
     assert (await registry.get(server)).addresses[0].score < before
 
 
-async def test_a_probe_that_fails_for_want_of_descriptors_is_no_members_fault():
+async def test_a_probe_that_fails_for_want_of_descriptors_is_no_members_fault(settings):
     """Idle connections of strangers can use up the registry's descriptors; members must not pay for it."""
-    trust = Trust.of(load_roots(None), NOW)
+    trust, guard = Trust.of(load_roots(None), NOW), Guard(settings)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
     try:
         with pytest.raises(ProbeImpossible):
-            await probe("alice.servers.pool.example", "127.0.0.1", 9, trust, own_addresses=frozenset())
+            await probe(
+                "alice.servers.pool.example", "127.0.0.1", 9, trust, own_addresses=frozenset(), guard=guard
+            )
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -4,7 +4,6 @@ import asyncio
 import base64
 import contextlib
 import re
-import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -12,13 +11,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import func, select, update
 
 from lab.processes import free_port
+from lab.web import WebServer, http, says
 from member_agent.challenges import Responder
 from nts_core.control import PROOF_PATH, ServerState, proof_statement
 from poolsvc import proofs, servers, worker
 from poolsvc.db import Database
 from poolsvc.errors import TooManyRequests
 from poolsvc.models import Address, ConnectBack, Event
-from poolsvc.proofs import FetchError, fetch, wants_call
+from poolsvc.proofs import wants_call
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 HERE = "127.0.0.1"
@@ -141,146 +141,10 @@ async def test_an_agent_that_serves_another_nonce_is_no_proof(alice, responder, 
     assert (row.proved_at, row.proof_error) == (None, "HTTP status 404 instead of 200")
 
 
-@contextlib.asynccontextmanager
-async def raw_server(serve):
-    """A server whose connections `serve(reader, writer)` handles after the request; yields its port."""
-
-    tasks = set()
-
-    async def handle(reader, writer):
-        tasks.add(asyncio.current_task())
-        try:
-            await reader.readuntil(b"\r\n\r\n")
-            await serve(reader, writer)
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass  # the client has seen enough
-        finally:
-            writer.close()
-
-    server = await asyncio.start_server(handle, HERE, 0)
-    try:
-        yield server.sockets[0].getsockname()[1]
-    finally:
-        server.close()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def fetched(serve, *, deadline=1.0, limit=256):
-    async with raw_server(serve) as port:
-        return await fetch(f"http://{HERE}:{port}/x", host=NAME, deadline=deadline, limit=limit)
-
-
-def says(octets):
-    async def serve(_reader, writer):
-        writer.write(octets)
-        await writer.drain()
-
-    return serve
-
-
-def http(status, body=b"", more=""):
-    head = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n{more}\r\n"
-    return head.encode() + body
-
-
-async def test_the_body_of_a_plain_answer_is_fetched_under_the_servers_name():
-    assert await fetched(says(http("200 OK", b"x" * 256))) == b"x" * 256
-    heads = []
-
-    async def remember(reader, writer):
-        heads.append(await reader.readuntil(b"\r\n\r\n"))
-        writer.write(http("200 OK"))
-        await writer.drain()
-        writer.close()
-
-    async with await asyncio.start_server(remember, HERE, 0) as server:
-        port = server.sockets[0].getsockname()[1]
-        await fetch(f"http://{HERE}:{port}/x", host=NAME, deadline=1, limit=10)
-    lines = heads[0].decode().lower().split("\r\n")
-    assert lines[0] == "get /x http/1.1"
-    assert f"host: {NAME}" in lines
-    assert not any("authorization" in line or "cookie" in line for line in lines)
-
-
-@pytest.mark.parametrize("status", ["301 Moved", "302 Found", "307 Temporary", "308 Permanent"])
-async def test_a_redirect_is_never_followed(status):
-    reached = []
-
-    async def other(_reader, writer):
-        reached.append(True)
-        writer.write(http("200 OK", b"x"))
-
-    async with raw_server(other) as port:
-        with pytest.raises(FetchError, match=f"HTTP status {status[:3]} instead of 200"):
-            await fetched(says(http(status, more=f"Location: http://{HERE}:{port}/\r\n")))
-    assert reached == []
-
-
-async def test_a_server_that_says_nothing_ends_by_the_deadline():
-    async def silent(reader, _writer):
-        await reader.read()
-
-    begun = time.monotonic()
-    with pytest.raises(FetchError, match=r"no answer .* within 0\.3 s"):
-        await fetched(silent, deadline=0.3)
-    assert time.monotonic() - begun < 2
-
-
-@pytest.mark.parametrize("head", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 200\r\n\r\n"])
-async def test_a_server_that_drips_is_held_to_the_same_deadline(head):
-    """The deadline is for the whole answer, not for each octet of it."""
-
-    async def drip(_reader, writer):
-        writer.write(head)
-        for _ in range(40):
-            writer.write(b"H")
-            await writer.drain()
-            await asyncio.sleep(0.1)  # the peer's own pace, which is what is tested
-
-    begun = time.monotonic()
-    with pytest.raises(FetchError):
-        await fetched(drip, deadline=0.5)
-    assert time.monotonic() - begun < 1.5
-
-
-@pytest.mark.parametrize(
-    "octets",
-    [
-        http("200 OK", b"x" * 257),
-        b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + b"x" * 100_000,
-        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nffff\r\n" + b"x" * 65_535 + b"\r\n0\r\n\r\n",
-    ],
-)
-async def test_an_oversized_answer_is_not_read_to_its_end(octets):
-    with pytest.raises(FetchError, match="more than 256 octets"):
-        await fetched(says(octets))
-
-
-async def test_a_packed_answer_is_not_unpacked():
-    """A few octets of gzip could become any number."""
-    body = b"\x1f\x8b" + b"\x00" * 100
-    assert await fetched(says(http("200 OK", body, "Content-Encoding: gzip\r\n"))) == body
-
-
-@pytest.mark.parametrize(
-    "octets", [b"", b"garbage\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nx", b"\x16\x03\x01"]
-)
-async def test_what_is_no_http_answer_is_a_fetch_error(octets):
-    with pytest.raises(FetchError, match="no HTTP answer"):
-        await fetched(says(octets))
-
-
-async def test_a_closed_port_is_a_fetch_error():
-    with pytest.raises(FetchError, match="no HTTP answer"):
-        await fetch(f"http://{HERE}:{free_port()}/", host=NAME, deadline=1, limit=10)
-
-
 async def test_a_long_answer_of_garbage_is_recorded_bounded_and_printable(alice):
     """PostgreSQL refuses what does not fit its column, and NULs."""
-    async with raw_server(says(b"\x00\x1b[31m" + b"garbage " * 200 + b"\r\n\r\n")) as port:
-        row = await proved(alice, port)
+    async with WebServer(says(b"\x00\x1b[31m" + b"garbage " * 200 + b"\r\n\r\n")) as web:
+        row = await proved(alice, web.port)
     assert row.proved_at is None
     assert row.proof_error.isprintable()
     assert len(row.proof_error) <= 300
@@ -413,8 +277,8 @@ async def test_a_proof_under_way_when_the_server_leaves_counts_for_nothing(alice
         writer.write(http("200 OK", signature(key, nonce=nonce)))
         await writer.drain()
 
-    async with raw_server(serve) as port:
-        ports = alice.settings.ports.model_copy(update={"http": port})
+    async with WebServer(serve) as web:
+        ports = alice.settings.ports.model_copy(update={"http": web.port})
         await proofs.prove(
             alice.database, alice.settings.model_copy(update={"ports": ports}), identifier, NOW
         )

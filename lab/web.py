@@ -1,0 +1,70 @@
+"""A web server of raw octets, for tests of what dials it."""
+
+import asyncio
+import ssl
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Self
+
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+def says(octets: bytes) -> Serve:
+    """Answers every request with these octets."""
+
+    async def serve(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(octets)
+        await writer.drain()
+
+    return serve
+
+
+def http(status: str, body: bytes = b"", more: str = "") -> bytes:
+    """An answer; `more` is header lines."""
+    head = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n{more}\r\n"
+    return head.encode() + body
+
+
+class WebServer:
+    """Lets `serve(reader, writer)` answer once the head of a request has come, then closes.
+
+    `connections` counts all that were made, `heads` holds what they asked.
+    """
+
+    def __init__(
+        self,
+        serve: Serve,
+        *,
+        address: str = "127.0.0.1",
+        port: int = 0,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self._serve, self._address, self._tls = serve, address, tls
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.port = port
+        self.connections = 0
+        self.heads: list[str] = []
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._handle, self._address, self.port, ssl=self._tls)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        self.connections += 1
+        try:
+            # The client may have seen enough.
+            with suppress(ConnectionError, asyncio.IncompleteReadError):
+                self.heads.append((await reader.readuntil(b"\r\n\r\n")).decode())
+                await self._serve(reader, writer)
+        finally:
+            writer.close()
