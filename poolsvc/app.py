@@ -4,6 +4,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from http import HTTPStatus
 
 import structlog
@@ -16,6 +17,7 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 from starlette.exceptions import HTTPException
 
 from poolsvc.api import ROUTERS, Limits, Services
+from poolsvc.api.openapi import PROBLEM_TYPE, describe
 from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.derived import RegistryKey
@@ -27,7 +29,6 @@ _log = structlog.get_logger()
 MAX_BODY = 64 * 1024
 # Digits alone, and few: Python reads other digits too, and refuses thousands of them with a ValueError.
 _LENGTH = re.compile(r"[0-9]{1,20}")
-_PROBLEM = "application/problem+json"
 
 
 def create_app(
@@ -55,6 +56,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
+    app.openapi = partial(describe, app)  # type: ignore[method-assign]
     app.state.services = Services(settings, database, health, key, _limits(settings))
     for router in ROUTERS:
         app.include_router(router)
@@ -110,7 +112,7 @@ def _problem(
 ) -> JSONResponse:
     document = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status}
     document |= {"code": code, "detail": detail, "remedy": remedy, "field": field}
-    return JSONResponse(document, status_code=status, headers=headers, media_type=_PROBLEM)
+    return JSONResponse(document, status_code=status, headers=headers, media_type=PROBLEM_TYPE)
 
 
 def _add_problems(app: FastAPI) -> None:
