@@ -282,7 +282,7 @@ class _Walk:
         if len(rrset) > MAX_KEYS:
             raise _error("bogus", f"{zone} has more than {MAX_KEYS} keys")
         records = await self._vouchers(zone)
-        vouched = [key for key in rrset if isinstance(key, DNSKEY) and _vouched(zone, key, records)]
+        vouched = [key for key in rrset if isinstance(key, DNSKEY) and is_vouched(zone, key, records)]
         if not vouched:
             raise _error("bogus", f"none of the keys of {zone} is the one that its DS or anchor names")
         valid = await self._check(rrset, signatures, dns.rdataset.from_rdata_list(rrset.ttl, vouched))
@@ -311,7 +311,7 @@ def _usable(key: DNSKEY) -> bool:
     return bool(key.flags & Flag.ZONE) and not key.flags & Flag.REVOKE and key.protocol == 3
 
 
-def _vouched(zone: dns.name.Name, key: DNSKEY, records: Iterable[dns.rdata.Rdata]) -> bool:
+def is_vouched(zone: dns.name.Name, key: DNSKEY, records: Iterable[dns.rdata.Rdata]) -> bool:
     """Whether one of the records is the key itself or its DS, with a digest that RFC 9904 still allows."""
     for record in records:
         if record == key:

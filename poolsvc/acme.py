@@ -32,7 +32,9 @@ from josepy.errors import Error as JoseError
 from josepy.jwa import ES256
 from josepy.jwk import JWKEC
 
+from nts_core.shell import sync
 from poolsvc.certificates import ChainError, check_csr, load_chain, printable
+from poolsvc.config import CaSettings
 
 NONCE_RETRIES = 8  # of one request whose nonce is refused; the stock client makes one
 LONGEST_WAIT = dt.timedelta(days=7).total_seconds()
@@ -92,6 +94,42 @@ class AcmeConfig:
     user_agent: str = "truechimer"
     profile: str | None = None
     timeout: int = 30
+
+    @classmethod
+    def of(cls, ca: CaSettings) -> Self:
+        """The CA as the settings describe it."""
+        return cls(
+            directory_url=ca.directory_url,
+            account_key_file=ca.account_key_file,
+            contact=ca.contact,
+            ca_file=ca.ca_file,
+            profile=ca.profile,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a CA says of itself in its directory (RFC 8555 section 7.1.1); nothing where it does not say."""
+
+    terms_of_service: str | None
+    caa_identities: tuple[str, ...]
+    profiles: tuple[str, ...]
+    account_binding: bool
+
+
+async def read_terms(config: AcmeConfig) -> Terms:
+    """Ask the CA for its directory and a nonce, without an account. Raises AcmeError."""
+    return await asyncio.to_thread(_read_terms, config)
+
+
+async def roll_account_key(config: AcmeConfig) -> str:
+    """Give the account a new key (RFC 8555 section 7.3.5) and put it into the file; the account's URI.
+
+    The new key is on disk, beside the file and named `.new`, before the CA hears of it. A call that died goes
+    on where it was: the CA says which of the two keys it knows. Raises AcmeError; one of the files then holds
+    the account's key.
+    """
+    return await asyncio.to_thread(_roll_account_key, config)
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,34 +372,127 @@ def _translated() -> Iterator[None]:
         raise AcmeError("server-error", printable(str(error))) from error
 
 
-def _open(config: AcmeConfig) -> tuple[_Network, dict[str, Any], str]:
-    key = JWKEC(key=_account_key(config.account_key_file))
+def _connect(
+    config: AcmeConfig, private: ec.EllipticCurvePrivateKey | None
+) -> tuple[_Network, dict[str, Any]]:
+    """The CA's directory, and a network that signs with the key."""
+    key = None if private is None else JWKEC(key=private)
     # requests takes a CA bundle's path where the acme package promises a bool.
     verify = cast("bool", str(config.ca_file)) if config.ca_file else True
     network = _Network(
         key=key, alg=ES256, verify_ssl=verify, user_agent=config.user_agent, timeout=config.timeout
     )
-    network.thumbprint = _base64url(key.thumbprint())
+    if key is not None:
+        network.thumbprint = _base64url(key.thumbprint())
     with _translated():
         directory = _object(network.get(config.directory_url))
     network.new_nonce_url = _text(directory, "newNonce")
-    for name in ("newOrder", "revokeCert"):
+    for name in ("newAccount", "newOrder", "revokeCert"):
         _text(directory, name)
+    return network, directory
+
+
+def _open(config: AcmeConfig) -> tuple[_Network, dict[str, Any], str]:
+    _finish_roll(config)  # or the old key, which the CA knows no more, would make another account
+    if not config.account_key_file.exists():
+        _make_account_key(config.account_key_file)
+    network, directory = _connect(config, load_account_key(config.account_key_file))
     request = {"termsOfServiceAgreed": True, "contact": list(config.contact)}
-    response = network.call(_text(directory, "newAccount"), request)  # 200 for a key it knows (7.3.1)
+    return network, directory, _enter(network, directory, request)  # 200 for a key it knows (7.3.1)
+
+
+def _enter(network: _Network, directory: Mapping[str, Any], request: Mapping[str, Any]) -> str:
+    """Sign as the account of the network's key from here on; its URI."""
+    response = network.call(_text(directory, "newAccount"), request)
     status = _object(response).get("status")
     uri = _location(response)
     if status != "valid":
         raise AcmeError("unauthorized", f"the account {uri} is {status}", permanent=True)
     network.kid = uri
-    return network, directory, uri
+    return uri
 
 
-def _account_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """The key in `path`, made there first when nothing is; a second process that makes one loses."""
+def _read_terms(config: AcmeConfig) -> Terms:
+    network, directory = _connect(config, None)
     try:
-        if not path.exists():
-            _write_key(path)
+        with _translated():
+            network.head(network.new_nonce_url)
+    finally:
+        network.session.close()
+    meta = directory.get("meta")
+    known: Mapping[str, Any] = meta if isinstance(meta, dict) else {}
+    terms, identities, profiles = (
+        known.get(name) for name in ("termsOfService", "caaIdentities", "profiles")
+    )
+    return Terms(
+        printable(terms) if isinstance(terms, str) else None,
+        tuple(printable(str(name)) for name in identities) if isinstance(identities, list) else (),
+        tuple(printable(str(name)) for name in profiles) if isinstance(profiles, dict) else (),
+        account_binding=known.get("externalAccountRequired") is True,
+    )
+
+
+def _roll_account_key(config: AcmeConfig) -> str:
+    path, aside = config.account_key_file, _aside(config)
+    if (uri := _finish_roll(config)) is not None:
+        return uri
+    old = load_account_key(path)
+    network, directory = _connect(config, old)
+    try:
+        uri = _enter(network, directory, {"onlyReturnExisting": True})
+        url = _text(directory, "keyChange")
+        if not aside.exists():
+            _make_account_key(aside)
+        new = JWKEC(key=load_account_key(aside))
+        inner = {"account": uri, "oldKey": JWKEC(key=old).public_key().to_json()}
+        signed = JWS.sign(json.dumps(inner).encode(), key=new, alg=ES256, nonce=None, url=url)
+        network.call(url, json.loads(signed.json_dumps()))
+    finally:
+        network.session.close()
+    _replace(aside, path)
+    return uri
+
+
+def _aside(config: AcmeConfig) -> Path:
+    """Where the new key of a roll is until the CA has it."""
+    return config.account_key_file.with_name(f"{config.account_key_file.name}.new")
+
+
+def _finish_roll(config: AcmeConfig) -> str | None:
+    """Take the new key when a roll ended after the CA's yes and before ours; the account's URI."""
+    aside = _aside(config)
+    if not aside.exists():
+        return None
+    uri = _account_of(config, load_account_key(aside))
+    if uri is not None:
+        _replace(aside, config.account_key_file)
+    return uri
+
+
+def _replace(new: Path, path: Path) -> None:
+    try:
+        new.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        raise AcmeError("account-key", f"{path} cannot be replaced: {error}", permanent=True) from error
+
+
+def _account_of(config: AcmeConfig, key: ec.EllipticCurvePrivateKey) -> str | None:
+    """The account that the CA knows by this key."""
+    network, directory = _connect(config, key)
+    try:
+        return _enter(network, directory, {"onlyReturnExisting": True})
+    except AcmeError as error:
+        if error.code != "accountDoesNotExist":
+            raise
+        return None
+    finally:
+        network.session.close()
+
+
+def load_account_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """The account's key, P-256. Raises AcmeError "account-key"."""
+    try:
         key = serialization.load_pem_private_key(path.read_bytes(), password=None)
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise AcmeError("account-key", f"{path} cannot be used: {error}", permanent=True) from error
@@ -370,26 +501,30 @@ def _account_key(path: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
-def _write_key(path: Path) -> None:
-    pem = ec.generate_private_key(ec.SECP256R1()).private_bytes(
+def new_account_key() -> bytes:
+    """A P-256 key in PEM."""
+    return ec.generate_private_key(ec.SECP256R1()).private_bytes(
         Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mkstemp gives 0600
+
+
+def _make_account_key(path: Path) -> None:
+    """Put a new key there; a second process that makes one loses."""
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(pem)
-            file.flush()
-            os.fsync(file.fileno())
-        with suppress(FileExistsError):
-            os.link(name, path)  # unlike a rename, never over the key of another process
-    finally:
-        Path(name).unlink()
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mkstemp gives 0600
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(new_account_key())
+                file.flush()
+                os.fsync(file.fileno())
+            with suppress(FileExistsError):
+                os.link(name, path)  # unlike a rename, never over the key of another process
+        finally:
+            Path(name).unlink()
+        sync(path.parent)
+    except OSError as error:
+        raise AcmeError("account-key", f"{path} cannot be made: {error}", permanent=True) from error
 
 
 def _refusal(response: requests.Response) -> AcmeError:

@@ -20,6 +20,8 @@ from pydantic_settings import SettingsConfigDict
 from nts_core.shell import ProgramSettings, SettingsError
 from poolsvc.names import DOMAIN
 
+_SQLITE = "sqlite+aiosqlite:///"
+
 
 class ConfigError(Exception):
     """A settings file or variable that cannot be used; the text names the setting."""
@@ -43,7 +45,7 @@ def _domain(text: str) -> str:
 
 
 def _database(text: str) -> str:
-    if not text.startswith(("sqlite+aiosqlite:///", "postgresql+psycopg://")):
+    if not text.startswith((_SQLITE, "postgresql+psycopg://")):
         raise ValueError("write sqlite+aiosqlite:///FILE or postgresql+psycopg://USER@HOST/DATABASE")
     return text
 
@@ -65,6 +67,13 @@ HttpUrl = Annotated[str, AfterValidator(_http)]
 DatabaseUrl = Annotated[str, AfterValidator(_database)]
 EndpointText = Annotated[str, AfterValidator(_endpoint)]
 DomainName = Annotated[str, AfterValidator(_domain)]
+
+
+def check_origin(url: str, pool: str) -> None:
+    """Members' hosts live under the pool's domain, and would share the cookies of a registry that does too."""
+    host = (urlsplit(url).hostname or "").rstrip(".")
+    if host == pool or host.endswith(f".{pool}"):
+        raise ValueError(f"the registry's address must not be under the pool's domain, {pool}")
 
 
 def split_endpoint(text: EndpointText) -> tuple[str, int]:
@@ -162,6 +171,14 @@ class Settings(ProgramSettings):
             raise ValueError("tls_certificate and tls_key go together")
         return self
 
+    @model_validator(mode="after")
+    def _elsewhere(self) -> Self:
+        try:
+            check_origin(self.public_url, self.pool)
+        except ValueError as error:
+            raise ValueError(f"public_url: {error}") from None
+        return self
+
     @property
     def servers_domain(self) -> str:
         return f"servers.{self.pool}"
@@ -169,6 +186,11 @@ class Settings(ProgramSettings):
     def domain_of(self, name: str) -> str:
         """The pool associated domain name of a server."""
         return f"{name}.{self.servers_domain}"
+
+    @property
+    def database_file(self) -> Path | None:
+        """The file of an SQLite database."""
+        return Path(self.database.removeprefix(_SQLITE)) if self.database.startswith(_SQLITE) else None
 
     @property
     def join_token_life(self) -> timedelta:
@@ -190,10 +212,9 @@ def _resolve_paths(settings: Settings, base: Path) -> Settings:
         values = {name: getattr(section, name) for name in names}
         return {name: base / value for name, value in values.items() if value is not None}
 
-    prefix = "sqlite+aiosqlite:///"
     database = settings.database
-    if database.startswith(prefix) and not database.startswith(prefix + "/"):
-        database = prefix + str(base / database.removeprefix(prefix))
+    if settings.database_file is not None:
+        database = _SQLITE + str(base / settings.database_file)
     return settings.model_copy(
         update={
             "database": database,

@@ -69,7 +69,7 @@ async def plan(database: Database, settings: Settings, now: datetime) -> Plan | 
         pool = await servers.the_pool(session, settings)
         if pool.account_uri is None:
             return None
-        policy = _policy(settings, pool.account_uri)
+        policy = zone_policy(settings, CaaIssuer(settings.ca.caa_identity, pool.account_uri, _METHODS))
         rows = await _rows(session)
         active = [row for row in rows if row.state is ServerState.ACTIVE]
         if pool.opened_at is None and len(active) >= settings.policy.opening_size:
@@ -113,20 +113,21 @@ def _wrong(made: Plan, mismatches: Sequence[Mismatch]) -> frozenset[Key]:
     """The keys that some authoritative server does not show as planned; all, when one does not answer."""
     for mismatch in mismatches[:_LOGGED_MISMATCHES]:
         owner, kind = mismatch.key or ("", "")
-        server = f"{mismatch.nameserver.address}:{mismatch.nameserver.port}"
+        server = str(mismatch.nameserver)
         _log.warning("zone_mismatch", nameserver=server, owner=owner, type=kind, reason=mismatch.reason)
     if any(mismatch.key is None for mismatch in mismatches):
         return made.keys
     return frozenset(mismatch.key for mismatch in mismatches if mismatch.key is not None)
 
 
-def _policy(settings: Settings, account_uri: str) -> ZonePolicy:
+def zone_policy(settings: Settings, *issuers: CaaIssuer) -> ZonePolicy:
+    """The settings' part of the policy, and who may issue."""
     return ZonePolicy(
         pool=settings.pool,
         srv_ttl=settings.dns.srv_ttl,
         address_ttl=settings.dns.address_ttl,
         ke_port=settings.ports.ke,
-        caa=(CaaIssuer(settings.ca.caa_identity, account_uri, _METHODS),),
+        caa=issuers,
     )
 
 

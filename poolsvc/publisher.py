@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 import dns.asyncquery
@@ -38,6 +39,9 @@ ATTEMPTS = 5  # rounds of observe and apply before a moving zone is reported
 VERIFY_CONCURRENCY = 16  # questions in flight to one authoritative server
 VERIFY_PAYLOAD = 1232
 VERIFY_TRIES = 2
+_UNMET = frozenset(
+    {dns.rcode.NXRRSET, dns.rcode.YXRRSET, dns.rcode.NXDOMAIN, dns.rcode.YXDOMAIN}
+)  # prerequisites
 
 
 class PublishError(Exception):
@@ -76,6 +80,9 @@ class Nameserver:
 
     address: str
     port: int = 53
+
+    def __str__(self) -> str:
+        return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,6 +214,32 @@ class Publisher:
             *(self._verify_at(nameserver, asked, wanted) for nameserver in self._config.nameservers)
         )
         return tuple(mismatch for mismatches in found for mismatch in mismatches)
+
+    async def rehearse(self) -> datetime:
+        """Ask for each kind of change that the publisher makes, so that nothing is changed.
+
+        Each message deletes RRsets of which its prerequisites say that they do not exist. A primary checks the
+        key first; Knot checks the rights before the prerequisites, BIND after them. Returns the primary's time.
+        """
+        trials = (
+            (f"_trial.{self._policy.servers}", ("A", "AAAA", "CAA")),  # no server can have this name
+            (self._policy.service, ("SRV",)),
+            (self._policy.fence, ("TXT",)),
+        )
+        return [await self._trial(*trial) for trial in trials][-1]
+
+    async def _trial(self, owner: str, rdtypes: tuple[str, ...]) -> datetime:
+        update = self._update()
+        for rdtype in rdtypes:
+            update.absent(owner, rdtype)
+        for rdtype in rdtypes:
+            update.delete(owner, rdtype)
+        try:
+            answer = await self._exchange(update, *_UNMET)
+        except Rejected as error:
+            raise Rejected(f"{owner} {', '.join(rdtypes)}: {error}") from None
+        assert answer.tsig is not None
+        return datetime.fromtimestamp(answer.tsig[0].time_signed, UTC)
 
     async def _transfer(self) -> dns.zone.Zone:
         """The whole zone by a signed transfer (RFC 5936); parsed in threads, as that takes seconds."""
@@ -384,7 +417,7 @@ def _fault(answer: dns.message.Message, expected: RRset | None) -> str | None:
 def _refusal(rcode: dns.rcode.Rcode) -> PublishError:
     """The error for an answer of the primary: a prerequisite that failed, a passing fault, or a refusal."""
     text = f"the primary answers {dns.rcode.to_text(rcode)}"
-    if rcode in {dns.rcode.NXRRSET, dns.rcode.YXRRSET, dns.rcode.NXDOMAIN, dns.rcode.YXDOMAIN}:
+    if rcode in _UNMET:
         return Conflict(text)
     if rcode == dns.rcode.SERVFAIL:
         return Unreachable(text)

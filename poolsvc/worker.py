@@ -164,16 +164,8 @@ class Worker:
             return self._account
         if self._account_due is not None and now < self._account_due:
             return None
-        ca = self._settings.ca
-        config = AcmeConfig(
-            directory_url=ca.directory_url,
-            account_key_file=ca.account_key_file,
-            contact=ca.contact,
-            ca_file=ca.ca_file,
-            profile=ca.profile,
-        )
         try:
-            account = await AcmeAccount.open(config)
+            account = await AcmeAccount.open(AcmeConfig.of(self._settings.ca))
         except AcmeError as error:
             if self._health.ca is None:
                 _log.error("ca_unreachable", code=error.code, detail=error.detail)

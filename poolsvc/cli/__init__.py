@@ -1,0 +1,175 @@
+"""`poolsvc`: run the registry, prepare its database, make the first operator. Rendering only."""
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Annotated
+
+import structlog
+import typer
+import uvicorn
+from sqlalchemy import make_url
+from sqlalchemy.exc import SQLAlchemyError
+
+from nts_core.client import load_roots
+from nts_core.shell import configure_logging, raise_descriptor_limit
+from poolsvc import members, schema
+from poolsvc.app import create_app
+from poolsvc.cli import dayone, keys
+from poolsvc.cli.common import ConfigOption, ExitStatus, fail, read_settings, refuse
+from poolsvc.config import Settings, split_endpoint
+from poolsvc.db import Database
+from poolsvc.derived import RegistryKey
+from poolsvc.errors import PoolError
+from poolsvc.files import UnusableFile, check_files
+from poolsvc.schema import DatabaseUnusable
+
+app = typer.Typer(
+    name="poolsvc", no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False
+)
+operator_app = typer.Typer(no_args_is_help=True, help="operators of the pool")
+config_app = typer.Typer(no_args_is_help=True, help="the settings")
+app.add_typer(operator_app, name="operator")
+app.add_typer(config_app, name="config")
+app.add_typer(keys.app, name="key")
+app.command("init")(dayone.init)
+app.command("parent-records")(dayone.show_parent_records)
+app.command("doctor")(dayone.examine)
+
+
+@app.command()
+def migrate(config: ConfigOption) -> None:
+    """Bring the database to this version's tables."""
+    try:
+        schema.upgrade(read_settings(config))
+    except DatabaseUnusable as error:
+        refuse(ExitStatus.DATABASE, error)
+    typer.echo("the database is up to date")
+
+
+@app.command()
+def serve(config: ConfigOption) -> None:
+    """Run the API and the worker in one process."""
+    settings = read_settings(config)
+    configure_logging()
+    raise_descriptor_limit()
+    _check_migrated(settings)
+    _check_files(settings)
+    if settings.allow_private_addresses:
+        structlog.get_logger().warning("private_addresses_allowed")
+    sockets = [_bind(endpoint) for endpoint in settings.listen]
+    application = create_app(
+        settings, Database(settings.database), load_roots(settings.roots_file), _registry_key(settings)
+    )
+    server_config = uvicorn.Config(
+        application,
+        log_level="warning",
+        server_header=False,
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=[str(address) for address in settings.trusted_proxies],
+        ssl_certfile=settings.tls_certificate,
+        ssl_keyfile=settings.tls_key,
+        limit_concurrency=1000,
+        timeout_keep_alive=15,
+        timeout_graceful_shutdown=5,
+    )
+    _Server(server_config).run(sockets=sockets)
+
+
+class _Server(uvicorn.Server):
+    """Ends with status 0 on SIGTERM: uvicorn would raise the signal again once it has stopped in order."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        with super().capture_signals():
+            yield
+            self._captured_signals.clear()
+
+
+def _bind(endpoint: str) -> socket.socket:
+    address, port = split_endpoint(endpoint)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        return socket.create_server((address, port), family=family, backlog=512)
+    except OSError as error:
+        fail(
+            ExitStatus.CONFIGURATION,
+            f"listen {endpoint}: {os.strerror(error.errno or 0)}",
+            "choose another address or port",
+        )
+
+
+def _check_migrated(settings: Settings) -> None:
+    try:
+        schema.check_current(settings)
+    except DatabaseUnusable as error:
+        refuse(ExitStatus.DATABASE, error)
+
+
+def _check_files(settings: Settings) -> None:
+    try:
+        check_files(settings)
+    except UnusableFile as error:
+        refuse(ExitStatus.CONFIGURATION, error)
+
+
+def _registry_key(settings: Settings) -> RegistryKey:
+    try:
+        return RegistryKey.load(settings.key_file)
+    except (OSError, ValueError) as error:
+        fail(
+            ExitStatus.CONFIGURATION,
+            f"key_file: {error}",
+            "give a file that `poolsvc` can read, or a place where it can make one",
+        )
+
+
+@operator_app.command("create")
+def operator_create(
+    config: ConfigOption,
+    email: Annotated[str | None, typer.Option(help="to sign in with")] = None,
+    name: Annotated[str, typer.Option(help="a display name")] = "",
+) -> None:
+    """Make an operator, and print an API token of theirs once."""
+    settings = read_settings(config)
+    _check_migrated(settings)
+
+    async def create() -> str:
+        database = Database(settings.database)
+        try:
+            async with database.transaction("console") as session:
+                _, token = await members.create_operator(session, datetime.now(UTC), email=email, name=name)
+                return token
+        finally:
+            await database.close()
+
+    try:
+        token = asyncio.run(create())
+    except PoolError as error:
+        refuse(ExitStatus.USAGE, error)
+    except (SQLAlchemyError, OSError) as error:
+        fail(ExitStatus.DATABASE, f"the database: {error}", "check `database` in the settings")
+    typer.echo(token)
+
+
+@config_app.command("check")
+def config_check(config: ConfigOption) -> None:
+    """Say whether the settings and the files that they name can be used."""
+    _check_files(read_settings(config))
+    typer.echo("ok")
+
+
+@config_app.command("show")
+def config_show(config: ConfigOption) -> None:
+    """Print the effective settings. Secrets are only ever named by file."""
+    shown = read_settings(config).model_dump(mode="json")
+    shown["database"] = make_url(shown["database"]).render_as_string(hide_password=True)
+    typer.echo(json.dumps(shown, indent=2))
+
+
+def main() -> None:
+    app()

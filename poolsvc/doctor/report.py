@@ -1,0 +1,87 @@
+"""The form of an examination: what every check is given and what it gives back."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+from nts_core.resolve import TrustAnchors
+from poolsvc.config import Settings
+from poolsvc.publisher import Nameserver
+
+QUESTION_TIMEOUT = 3.0  # seconds, for one question and its answer
+DEADLINE = 25.0  # seconds, for one check
+
+
+class Verdict(StrEnum):
+    """How a check ended, the worst last."""
+
+    SKIPPED = "skipped"
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check found, in words, and what to do about it."""
+
+    verdict: Verdict
+    found: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Examination:
+    """What the checks may know. Without a resolver nothing is asked about the parent zone."""
+
+    settings: Settings
+    now: datetime
+    resolver: Nameserver | None = None
+    anchors: TrustAnchors | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """`about` says in a few words what is looked at; `run` raises nothing that is expected."""
+
+    name: str
+    about: str
+    run: Callable[[Examination], Awaitable[Finding]]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A line of the report."""
+
+    name: str
+    verdict: Verdict
+    found: str
+    remedy: str
+
+
+def ok(found: str) -> Finding:
+    return Finding(Verdict.OK, found)
+
+
+def warn(found: str, remedy: str) -> Finding:
+    return Finding(Verdict.WARN, found, remedy)
+
+
+def fail(found: str, remedy: str) -> Finding:
+    return Finding(Verdict.FAIL, found, remedy)
+
+
+def skipped(found: str, remedy: str = "") -> Finding:
+    return Finding(Verdict.SKIPPED, found, remedy)
+
+
+_RANK = tuple(Verdict)
+
+
+def worst(findings: list[Finding]) -> Finding:
+    """One finding for several: the worst verdict, with the words of all that have it."""
+    verdict = max((finding.verdict for finding in findings), key=_RANK.index)
+    these = [finding for finding in findings if finding.verdict is verdict]
+    remedies = dict.fromkeys(finding.remedy for finding in these if finding.remedy)
+    return Finding(verdict, "; ".join(finding.found for finding in these), "; ".join(remedies))

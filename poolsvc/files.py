@@ -1,0 +1,103 @@
+"""The files that the settings name: whether `serve` can use them, and whether others can read the secrets."""
+
+import base64
+import os
+import ssl
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from nts_core.client import ClientError, load_roots
+from poolsvc.acme import AcmeError, load_account_key
+from poolsvc.config import Settings
+from poolsvc.errors import PoolError
+
+
+class UnusableFile(PoolError):
+    """`field` is the setting that names the file."""
+
+    code = "unusable-file"
+
+
+def check_files(settings: Settings) -> None:
+    """Raise the first fault. A mistake is better said at the start than in an alarm."""
+    for fault in faults(settings):
+        raise fault
+
+
+def faults(settings: Settings) -> Iterator[UnusableFile]:
+    """What keeps `serve` from using its files, each with the setting's name."""
+    for setting, check in (
+        ("dns.tsig_secret_file", _tsig_secret),
+        ("ca.account_key_file", _account_key),
+        ("ca.ca_file", _ca_roots),
+        ("roots_file", _roots),
+        ("tls_certificate, tls_key", _tls),
+    ):
+        try:
+            check(settings)
+        except ClientError as error:
+            yield _fault(setting, error.message, error.remedy)
+        except (AcmeError, OSError, ValueError) as error:
+            yield _fault(setting, str(error), _REMEDIES[setting])
+
+
+def exposed(settings: Settings) -> Iterator[UnusableFile]:
+    """Secrets that others than the owner may read or change, or that belong to somebody else."""
+    for setting, path in secrets(settings):
+        try:
+            status = path.stat()
+        except OSError:  # `faults` tells of files that must exist
+            continue
+        if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            mode = stat.S_IMODE(status.st_mode)
+            yield _fault(setting, f"{path} has the mode {mode:04o}", f"chmod 600 {path}")
+        if status.st_uid != os.geteuid():
+            yield _fault(setting, f"{path} belongs to user {status.st_uid}", f"chown {os.geteuid()} {path}")
+
+
+def secrets(settings: Settings) -> Iterator[tuple[str, Path]]:
+    """The settings that name secrets, and the files."""
+    yield "dns.tsig_secret_file", settings.dns.tsig_secret_file
+    yield "ca.account_key_file", settings.ca.account_key_file
+    if settings.tls_key is not None:
+        yield "tls_key", settings.tls_key
+    if settings.database_file is not None:
+        yield "database", settings.database_file
+
+
+_REMEDIES = {
+    "dns.tsig_secret_file": "give a readable file with the key's base64 secret",
+    "ca.account_key_file": "give the account's P-256 key in PEM, readable for this user; "
+    "without the file `serve` makes a new account",
+    "tls_certificate, tls_key": "give a PEM chain and its key",
+}
+
+
+def _fault(setting: str, message: str, remedy: str) -> UnusableFile:
+    return UnusableFile(f"{setting}: {message}", remedy=remedy, field=setting)
+
+
+def _tsig_secret(settings: Settings) -> None:
+    if not base64.b64decode(settings.dns.tsig_secret_file.read_text().strip(), validate=True):
+        raise ValueError("there is no secret in the file")
+
+
+def _account_key(settings: Settings) -> None:
+    path = settings.ca.account_key_file
+    if path.exists():
+        load_account_key(path)
+
+
+def _ca_roots(settings: Settings) -> None:
+    if settings.ca.ca_file is not None:
+        load_roots(settings.ca.ca_file)
+
+
+def _roots(settings: Settings) -> None:
+    load_roots(settings.roots_file)
+
+
+def _tls(settings: Settings) -> None:
+    if settings.tls_certificate is not None:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_certificate, settings.tls_key)

@@ -1,0 +1,56 @@
+"""New keys in place of those that were lost or seen by others; docs/runbook.md has the rest of each case."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from nts_core.shell import replace_file, sync
+from poolsvc.config import Settings
+from poolsvc.errors import PoolError
+from poolsvc.setup import new_tsig_secret, tsig_files
+
+
+class KeyNotRenewed(PoolError):
+    """The key in use is still the one before."""
+
+    code = "key-not-renewed"
+
+
+@dataclass(frozen=True, slots=True)
+class TsigRenewal:
+    """`secret` has the new key, `old` the one before; `knot` and `bind` are for the primary."""
+
+    secret: Path
+    old: Path
+    knot: Path
+    bind: Path
+
+
+def renew_tsig(settings: Settings) -> TsigRenewal:
+    """Put a new TSIG secret into its file and keep the one before beside it. Raises KeyNotRenewed.
+
+    A call that died is repeated; one that was not followed by the primary is not, or both keys would be lost.
+    """
+    secret = settings.dns.tsig_secret_file
+    old = secret.with_name(f"{secret.name}.old")
+    key = new_tsig_secret()
+    files = tsig_files(settings.dns.tsig_name, settings.dns.tsig_algorithm, key)
+    knot, bind = (secret.with_name(name) for name in files)
+    try:
+        if not old.exists():
+            os.link(secret, old)
+        elif old.read_bytes() != secret.read_bytes():
+            raise KeyNotRenewed(
+                f"{old} is there: the renewal before this one was not finished",
+                remedy=f"finish it: see that `poolsvc doctor` is content with the primary, then remove {old}",
+            )
+        for name, content in files.items():
+            replace_file(secret.with_name(name), content)
+        replace_file(secret, f"{key}\n".encode())
+        sync(secret.parent)
+    except OSError as error:
+        raise KeyNotRenewed(
+            f"dns.tsig_secret_file: {error}",
+            remedy="run this as the user that owns the secret and its directory",
+        ) from None
+    return TsigRenewal(secret, old, knot, bind)

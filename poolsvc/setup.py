@@ -1,0 +1,515 @@
+"""Day one: settings, keys, and the primary's configuration for a new pool.
+
+Everything is rendered from checked answers, and written only where nothing of it is yet.
+"""
+
+import base64
+import json
+import os
+import re
+import secrets
+import shlex
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from string import Template
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+
+from nts_core.shell import parse_host_port, sync
+from poolsvc.acme import new_account_key
+from poolsvc.config import DomainName, HttpsUrl, HttpUrl, check_origin
+from poolsvc.errors import PoolError
+from poolsvc.names import DOMAIN
+from poolsvc.zone import CLOSED
+
+SETTINGS = "poolsvc.toml"
+TSIG_SECRET = "tsig.secret"  # noqa: S105 - a file's name
+ACCOUNT_KEY = "acme-account.pem"
+KNOT_TSIG, BIND_TSIG = "knot-tsig.conf", "bind-tsig.conf"
+TSIG_OCTETS = 32
+MAX_NAMESERVERS = 16
+DNS_PORT = 53
+
+# What these CAs are called in CAA records.
+_IDENTITIES = {
+    "acme-v02.api.letsencrypt.org": "letsencrypt.org",
+    "acme-staging-v02.api.letsencrypt.org": "letsencrypt.org",
+}
+_MAILTO = re.compile(r"mailto:[A-Za-z0-9.!#$&'*+/=?^_`{|}~-]+@[A-Za-z0-9.-]+\.[A-Za-z0-9-]+")
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9._/+-]+")
+_PRIVATE = 0o600
+
+
+class InvalidAnswer(PoolError):
+    """`field` is the option that was wrong."""
+
+    code = "invalid-answer"
+
+
+class WouldOverwrite(PoolError):
+    """A file is in the way of one that would be written."""
+
+    code = "would-overwrite"
+
+
+class NotWritten(PoolError):
+    """The directory or a file cannot be made."""
+
+    code = "not-written"
+
+
+def _plain(text: str) -> str:
+    if not text.isascii() or not text.isprintable() or re.search(r"[\s\"<>\\^`{|}]", text):
+        raise ValueError("write it without spaces, quotes and characters that a URL does not have")
+    urlsplit(text).port  # noqa: B018 - raises ValueError for a port that is none
+    return text
+
+
+def _mailto(text: str) -> str:
+    if len(text) > 300 or _MAILTO.fullmatch(text) is None:
+        raise ValueError("write it as mailto:NAME@DOMAIN")
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class NamedServer:
+    """An authoritative server: the name for the NS record, and one address."""
+
+    name: str
+    address: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> "NamedServer":
+        """NAME=ADDRESS or NAME=ADDRESS:PORT. Raises ValueError."""
+        name, _, endpoint = text.partition("=")
+        name = name.rstrip(".").lower()
+        try:
+            address, port = parse_host_port(endpoint, DNS_PORT)
+            address = str(ip_address(address))
+        except ValueError:
+            raise ValueError("write it as NAME=ADDRESS, such as ns1.pool.example=192.0.2.53") from None
+        if not DOMAIN.fullmatch(name):
+            raise ValueError(f"{name!r} is not the whole name of a host, such as ns1.pool.example")
+        return cls(name, address, port)
+
+    @property
+    def endpoint(self) -> str:
+        return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
+
+
+class Answers(BaseModel):
+    """What the operator said; each value is fit for the settings and for the primary's configuration."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pool: DomainName
+    nameservers: tuple[NamedServer, ...] = Field(min_length=1, max_length=MAX_NAMESERVERS)
+    public_url: Annotated[HttpUrl, AfterValidator(_plain)]
+    ca: Annotated[HttpsUrl, AfterValidator(_plain)]
+    caa_identity: DomainName
+    contact: tuple[Annotated[str, AfterValidator(_mailto)], ...] = ()
+
+    @field_validator("pool")
+    @classmethod
+    def _fits(cls, pool: str) -> str:
+        if len(pool) > 180:
+            raise ValueError("too long for the names of servers under it")
+        return pool
+
+    @field_validator("public_url")
+    @classmethod
+    def _elsewhere(cls, url: str, info: ValidationInfo) -> str:
+        if "pool" in info.data:
+            check_origin(url, info.data["pool"])
+        if url.startswith("http://") and not _is_loopback(urlsplit(url).hostname or ""):
+            raise ValueError("agents accept plain http on loopback only")
+        return url
+
+    @property
+    def tsig_name(self) -> str:
+        return f"publisher.{self.pool}"
+
+    @property
+    def primary(self) -> NamedServer:
+        return self.nameservers[0]
+
+    def nameserver_addresses(self) -> dict[str, list[str]]:
+        """By name, in the order in which they were given."""
+        found: dict[str, list[str]] = {}
+        for server in self.nameservers:
+            found.setdefault(server.name, []).append(server.address)
+        return found
+
+
+_OPTIONS = {
+    "pool": ("POOL", "give the pool's domain, such as pool.example"),
+    "nameservers": ("--nameserver", f"give 1 to {MAX_NAMESERVERS} of them"),
+    "public_url": (
+        "--public-url",
+        "give an address under another domain, such as https://registry.example.net",
+    ),
+    "ca": ("--ca", "give the URL of the CA's ACME directory"),
+    "caa_identity": (
+        "--caa-identity",
+        "give the CA's name in CAA records; its directory lists it in caaIdentities",
+    ),
+    "contact": ("--contact", "give a mail address that somebody reads"),
+}
+
+
+def check_answers(
+    *,
+    pool: str,
+    nameservers: Iterable[str],
+    public_url: str,
+    ca: str,
+    caa_identity: str | None,
+    contact: Iterable[str],
+) -> Answers:
+    """The answers, once all of them are usable. Raises InvalidAnswer for the first that is not.
+
+    Without nameservers there is one on this host, which is enough for a trial.
+    """
+    try:
+        servers = tuple(NamedServer.parse(text) for text in nameservers)
+    except ValueError as error:
+        raise _invalid("nameservers", str(error)) from None
+    own = NamedServer(f"ns1.{pool.rstrip('.').lower()}", "127.0.0.1", DNS_PORT)
+    try:
+        return Answers(
+            pool=pool,
+            nameservers=servers or (own,),
+            public_url=public_url,
+            ca=ca,
+            caa_identity=caa_identity or _identity(ca),
+            contact=tuple(contact),
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise _invalid(str(first["loc"][0]), first["msg"].removeprefix("Value error, ")) from None
+
+
+def _invalid(answer: str, message: str) -> InvalidAnswer:
+    option, remedy = _OPTIONS[answer]
+    return InvalidAnswer(f"{option}: {message}", remedy=remedy, field=option)
+
+
+def _identity(ca: str) -> str:
+    """The name in CAA records of a CA that we know, else nothing, which is no domain."""
+    return next((name for host, name in _IDENTITIES.items() if ca.startswith(f"https://{host}/")), "")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def render(answers: Answers, *, directory: Path, program: Path) -> dict[str, bytes]:
+    """The files by name, with new keys. `program` is the `poolsvc` that the service starts.
+
+    Raises InvalidAnswer for a directory whose path would not be read back from the service's unit.
+    """
+    if not _PLAIN_PATH.fullmatch(str(directory)):
+        raise InvalidAnswer(
+            f"--directory: {str(directory)!r} has characters that a systemd unit reads in another way",
+            remedy="give a path of letters, digits and . _ - +",
+            field="--directory",
+        )
+    secret = new_tsig_secret()
+    values = {
+        "pool": answers.pool,
+        "public_url": _toml(answers.public_url),
+        "primary": _toml(answers.primary.endpoint),
+        "tsig_name": answers.tsig_name,
+        "nameservers": _toml([server.endpoint for server in answers.nameservers]),
+        "ca": _toml(answers.ca),
+        "caa_identity": answers.caa_identity,
+        "contact": _toml(answers.contact),
+        "tsig_secret": TSIG_SECRET,
+        "account_key": ACCOUNT_KEY,
+        "knot_tsig": KNOT_TSIG,
+        "bind_tsig": BIND_TSIG,
+        "settings": SETTINGS,
+        "directory": directory,
+        "program": program,
+        "zone_records": "".join(f"{owner:24} {rest}\n" for owner, rest in zone_records(answers)),
+    }
+    texts = {name: Template(text).substitute(values).encode() for name, text in _TEMPLATES.items()}
+    return {
+        **texts,
+        **tsig_files(answers.tsig_name, "hmac-sha256", secret),
+        TSIG_SECRET: f"{secret}\n".encode(),
+        ACCOUNT_KEY: new_account_key(),
+        SETTINGS: Template(_SETTINGS).substitute(values).encode(),  # the last one: with it the pool is set up
+    }
+
+
+def new_tsig_secret() -> str:
+    """256 random bits in base64."""
+    return base64.b64encode(secrets.token_bytes(TSIG_OCTETS)).decode("ascii")
+
+
+def tsig_files(name: str, algorithm: str, secret: str) -> dict[str, bytes]:
+    """The key as Knot and as BIND read it."""
+    values = {"name": name, "algorithm": algorithm, "secret": secret}
+    return {
+        KNOT_TSIG: Template(_KNOT_KEY).substitute(values).encode(),
+        BIND_TSIG: Template(_BIND_KEY).substitute(values).encode(),
+    }
+
+
+def zone_records(answers: Answers) -> list[tuple[str, str]]:
+    """The zone to begin with: owner relative to the pool or absolute, and the rest of the line."""
+    inside = f".{answers.pool}"
+    first = answers.primary.name
+    records = [("@", f"3600 SOA {first}. hostmaster.{answers.pool}. 1 3600 600 604800 60")]
+    records += [("@", f"3600 NS {name}.") for name in answers.nameserver_addresses()]
+    records.append(("@", f"3600 CAA {CLOSED}"))
+    records += [
+        (
+            server.name.removesuffix(inside),
+            f"3600 {'AAAA' if ':' in server.address else 'A'} {server.address}",
+        )
+        for server in answers.nameservers
+        if server.name.endswith(inside)
+    ]
+    return records
+
+
+def knot_commands(answers: Answers) -> list[str]:
+    """Begins the zone on a running Knot that has the configuration."""
+    pool = answers.pool
+    sets = [
+        shlex.join(["knotc", "zone-set", pool, owner, *rest.split()]) for owner, rest in zone_records(answers)
+    ]
+    return [f"knotc zone-begin {pool}", *sets, f"knotc zone-commit {pool}"]
+
+
+def write(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Make all the files, each with mode 0600, or none; the directory is made with 0700.
+
+    Raises WouldOverwrite when one is there, NotWritten when one cannot be made.
+    """
+    placed: list[Path] = []
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _refuse_existing(directory, files)
+        stage = Path(tempfile.mkdtemp(dir=directory, prefix=".init-"))
+        try:
+            for name, content in files.items():
+                with os.fdopen(
+                    os.open(stage / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _PRIVATE), "wb"
+                ) as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+            for name in files:
+                os.link(stage / name, directory / name)  # unlike a rename, never over a file
+                placed.append(directory / name)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+        sync(directory)
+    except OSError as error:
+        for path in placed:
+            with suppress(OSError):
+                path.unlink()
+        if isinstance(error, FileExistsError):
+            _refuse_existing(directory, files)
+        raise NotWritten(
+            f"{directory}: {error.strerror or error}",
+            remedy="give a directory that this user may write to",
+            field="--directory",
+        ) from None
+
+
+def _refuse_existing(directory: Path, files: Iterable[str]) -> None:
+    for name in files:
+        if os.path.lexists(directory / name):
+            raise WouldOverwrite(
+                f"{directory / name} exists",
+                remedy="give another --directory; or move the files of a pool that you do not want any more away",
+                field="--directory",
+            )
+
+
+def _toml(value: object) -> str:
+    """Strings and lists of strings in TOML, which writes them as JSON does."""
+    return json.dumps(value)
+
+
+_SETTINGS = """\
+# The registry of $pool. docs/operators.md explains each setting; `poolsvc config show` prints all that hold.
+# Relative paths are relative to this file.
+
+pool = "$pool"
+
+# Where agents and members reach the registry. It must be https, and not under $pool.
+public_url = $public_url
+
+# Where it listens. Either a reverse proxy before it has the certificate, or the two files below do.
+listen = ["127.0.0.1:8080"]
+# trusted_proxies = ["127.0.0.1"]
+# tls_certificate = "registry.pem"
+# tls_key = "registry.key"
+
+# SQLite is right for one process; several share a PostgreSQL: "postgresql+psycopg://USER@HOST/NAME".
+database = "sqlite+aiosqlite:///registry.db"
+
+[dns]
+# The server that takes updates, and all that clients may ask; each must show a change before it counts.
+primary = $primary
+nameservers = $nameservers
+tsig_name = "$tsig_name"
+tsig_secret_file = "$tsig_secret"
+tsig_algorithm = "hmac-sha256"
+
+[ca]
+# The registry accepts the terms of service of this CA in your name: read them.
+directory_url = $ca
+caa_identity = "$caa_identity"
+account_key_file = "$account_key"
+contact = $contact
+# profile = "shortlived"
+
+[policy]
+# Servers that must work before clients are told of any.
+opening_size = 4
+"""
+
+_KNOT_KEY = """\
+key:
+  - id: $name
+    algorithm: $algorithm
+    secret: $secret
+"""
+
+_BIND_KEY = """\
+key "$name" {
+    algorithm $algorithm;
+    secret "$secret";
+};
+"""
+
+# Knot matches a whole message against one acl rule, so everything that the publisher writes stands in one.
+_KNOT = """\
+# For knot.conf: include: knot-pool.conf
+include: $knot_tsig
+acl:
+  - id: $pool-transfer
+    key: $tsig_name
+    action: transfer
+  - id: $pool-update
+    key: $tsig_name
+    action: update
+    update-type: [A, AAAA, CAA, TXT, SRV]
+    update-owner: name
+    update-owner-match: sub-or-equal
+    update-owner-name: [servers.$pool., _tcp.$pool., _fence.$pool.]
+policy:
+  - id: $pool-policy
+    algorithm: ecdsap256sha256
+    single-type-signing: on
+    rrsig-refresh: 7d
+zone:
+  - domain: $pool
+    acl: [$pool-transfer, $pool-update]
+    dnssec-signing: on
+    dnssec-policy: $pool-policy
+    # The journal is the zone: with a zone file a restart would throw the updates away.
+    zonefile-sync: -1
+    journal-content: all
+    zonefile-load: none
+"""
+
+_BIND = """\
+// For named.conf.local: include "/etc/bind/bind-pool.conf";
+include "/etc/bind/$bind_tsig";
+zone "$pool" {
+    type primary;
+    file "/var/lib/bind/$pool.zone";
+    dnssec-policy default;
+    // With yes, updates are acknowledged long before they are signed.
+    inline-signing no;
+    allow-transfer { key "$tsig_name"; };
+    update-policy {
+        grant "$tsig_name" subdomain servers.$pool. A AAAA CAA;
+        grant "$tsig_name" name _ntske._tcp.$pool. SRV;
+        grant "$tsig_name" name _fence.$pool. TXT;
+    };
+};
+"""
+
+_ZONE = """\
+; BIND only: /var/lib/bind/$pool.zone
+$$ORIGIN $pool.
+$zone_records"""
+
+_SERVICE = """\
+# For /etc/systemd/system. The user owns $directory; the TSIG secret may belong to root.
+[Unit]
+Description=Truechimer registry of $pool
+After=network-online.target time-sync.target
+Wants=network-online.target
+
+[Service]
+User=poolsvc
+ExecStart=$program serve --config $directory/$settings
+LoadCredential=$tsig_secret:$directory/$tsig_secret
+Environment=POOLSVC_DNS__TSIG_SECRET_FILE=%d/$tsig_secret
+WorkingDirectory=$directory
+ReadWritePaths=$directory
+Restart=on-failure
+RestartSec=5
+# A wrong command line or setting does not get better by itself.
+RestartPreventExitStatus=2 3
+LimitNOFILE=65536
+UMask=0077
+NoNewPrivileges=yes
+CapabilityBoundingSet=
+PrivateTmp=yes
+PrivateDevices=yes
+ProtectSystem=strict
+ProtectHome=read-only
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectControlGroups=yes
+ProtectProc=invisible
+LockPersonality=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+RemoveIPC=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+_TEMPLATES = {
+    "knot-pool.conf": _KNOT,
+    "bind-pool.conf": _BIND,
+    "bind-pool.zone": _ZONE,
+    "poolsvc.service": _SERVICE,
+}
