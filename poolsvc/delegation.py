@@ -1,5 +1,6 @@
 """What the parent zone should hold, by what the primary serves; and plain questions to DNS servers."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ import dns.rrset
 from dns.rdatatype import RdataType
 from dns.rdtypes.ANY.DNSKEY import DNSKEY
 from dns.rdtypes.ANY.DS import DS
+from dns.rdtypes.ANY.NS import NS
 from dns.rdtypes.dnskeybase import Flag
 
 from poolsvc.errors import PoolError
@@ -64,7 +66,7 @@ def planned_records(pool: str, nameservers: Mapping[str, Iterable[str]]) -> Pare
 async def parent_records(pool: str, primary: Nameserver, timeout: float = 5.0) -> ParentRecords:
     """The records by what the primary serves; `timeout` (seconds) is for each question. Raises NoReply."""
     answer = await ask(primary, pool, RdataType.NS, timeout=timeout)
-    names = [record.to_text(omit_final_dot=True) for record in _targets(answer)]
+    names = [target.to_text(omit_final_dot=True).lower() for target in _targets(answer)]
     if not names:
         raise NoReply(
             f"the primary {primary} does not serve {pool}", remedy="begin the zone, as `poolsvc init` says"
@@ -119,12 +121,15 @@ async def ask(
                 ignore_errors=True,
             )
             return answer
-        except (OSError, EOFError, dns.exception.DNSException) as error:
+        except dns.exception.Timeout:
+            failure = f"nothing within {timeout:g} s"
+        except OSError as error:
+            failure = os.strerror(error.errno) if error.errno else str(error)
+        except (EOFError, dns.exception.DNSException) as error:
             failure = str(error) or type(error).__name__
-    way = "TCP" if tcp else "UDP"
     raise NoReply(
-        f"{server} does not answer over {way}: {failure}",
-        remedy=f"see that it runs and that {way} port {server.port} is open on the way to it",
+        f"{server} does not answer over {'TCP' if tcp else 'UDP'}: {failure}",
+        remedy=f"see that it runs, and that port {server.port} is open for UDP and TCP on the way to it",
     )
 
 
@@ -136,7 +141,7 @@ def answered(answer: dns.message.Message) -> list[dns.rdata.Rdata]:
 
 
 def _targets(answer: dns.message.Message) -> list[dns.name.Name]:
-    return [record.target for record in answered(answer) if hasattr(record, "target")][:MAX_RECORDS]
+    return [record.target for record in answered(answer) if isinstance(record, NS)][:MAX_RECORDS]
 
 
 def _is_inside(name: str, pool: str) -> bool:

@@ -7,9 +7,12 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from sqlalchemy import make_url
+
 from nts_core.client import ClientError, load_roots
 from poolsvc.acme import AcmeError, load_account_key
 from poolsvc.config import Settings
+from poolsvc.derived import RegistryKey
 from poolsvc.errors import PoolError
 
 
@@ -29,6 +32,7 @@ def faults(settings: Settings) -> Iterator[UnusableFile]:
     """What keeps `serve` from using its files, each with the setting's name."""
     for setting, check in (
         ("dns.tsig_secret_file", _tsig_secret),
+        ("key_file", _registry_key),
         ("ca.account_key_file", _account_key),
         ("ca.ca_file", _ca_roots),
         ("roots_file", _roots),
@@ -42,9 +46,12 @@ def faults(settings: Settings) -> Iterator[UnusableFile]:
             yield _fault(setting, str(error), _REMEDIES[setting])
 
 
-def exposed(settings: Settings) -> Iterator[UnusableFile]:
-    """Secrets that others than the owner may read or change, or that belong to somebody else."""
-    for setting, path in secrets(settings):
+def exposed(settings: Settings, file: Path) -> Iterator[UnusableFile]:
+    """Secrets that others than the owner may read or change, or that belong to somebody else.
+
+    `file` is the settings' own, which holds a secret when the database has a password.
+    """
+    for setting, path in _secrets(settings, file):
         try:
             status = path.stat()
         except OSError:  # `faults` tells of files that must exist
@@ -56,18 +63,23 @@ def exposed(settings: Settings) -> Iterator[UnusableFile]:
             yield _fault(setting, f"{path} belongs to user {status.st_uid}", f"chown {os.geteuid()} {path}")
 
 
-def secrets(settings: Settings) -> Iterator[tuple[str, Path]]:
+def _secrets(settings: Settings, file: Path) -> Iterator[tuple[str, Path]]:
     """The settings that name secrets, and the files."""
     yield "dns.tsig_secret_file", settings.dns.tsig_secret_file
+    yield "key_file", settings.key_file
     yield "ca.account_key_file", settings.ca.account_key_file
     if settings.tls_key is not None:
         yield "tls_key", settings.tls_key
     if settings.database_file is not None:
         yield "database", settings.database_file
+    elif make_url(settings.database).password is not None:
+        yield "database", file
 
 
 _REMEDIES = {
     "dns.tsig_secret_file": "give a readable file with the key's base64 secret",
+    "key_file": "give the registry's key, 32 octets in base64, readable for this user; "
+    "without the file `serve` makes one",
     "ca.account_key_file": "give the account's P-256 key in PEM, readable for this user; "
     "without the file `serve` makes a new account",
     "tls_certificate, tls_key": "give a PEM chain and its key",
@@ -81,6 +93,11 @@ def _fault(setting: str, message: str, remedy: str) -> UnusableFile:
 def _tsig_secret(settings: Settings) -> None:
     if not base64.b64decode(settings.dns.tsig_secret_file.read_text().strip(), validate=True):
         raise ValueError("there is no secret in the file")
+
+
+def _registry_key(settings: Settings) -> None:
+    if settings.key_file.exists():
+        RegistryKey.load(settings.key_file)
 
 
 def _account_key(settings: Settings) -> None:

@@ -1,6 +1,7 @@
 """New keys in place of those that were lost or seen by others; docs/runbook.md has the rest of each case."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ class KeyNotRenewed(PoolError):
 
 @dataclass(frozen=True, slots=True)
 class TsigRenewal:
-    """`secret` has the new key, `old` the one before; `knot` and `bind` are for the primary."""
+    """`secret` has the new key, `old` the one before if there was one; `knot` and `bind` are for the primary."""
 
     secret: Path
     old: Path
@@ -38,7 +39,8 @@ def renew_tsig(settings: Settings) -> TsigRenewal:
     knot, bind = (secret.with_name(name) for name in files)
     try:
         if not old.exists():
-            os.link(secret, old)
+            with suppress(FileNotFoundError):  # a secret that was lost has nothing to keep
+                os.link(secret, old)
         elif old.read_bytes() != secret.read_bytes():
             raise KeyNotRenewed(
                 f"{old} is there: the renewal before this one was not finished",

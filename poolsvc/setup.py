@@ -367,8 +367,8 @@ public_url = $public_url
 # Where it listens. Either a reverse proxy before it has the certificate, or the two files below do.
 listen = ["127.0.0.1:8080"]
 # trusted_proxies = ["127.0.0.1"]
-# tls_certificate = "registry.pem"
-# tls_key = "registry.key"
+# tls_certificate = "tls.pem"
+# tls_key = "tls.key"
 
 # SQLite is right for one process; several share a PostgreSQL: "postgresql+psycopg://USER@HOST/NAME".
 database = "sqlite+aiosqlite:///registry.db"
@@ -463,7 +463,7 @@ $$ORIGIN $pool.
 $zone_records"""
 
 _SERVICE = """\
-# For /etc/systemd/system. The user owns $directory; the TSIG secret may belong to root.
+# For /etc/systemd/system. The user owns $directory and what is in it.
 [Unit]
 Description=Truechimer registry of $pool
 After=network-online.target time-sync.target

@@ -102,7 +102,7 @@ def examine(
     anchors = None if trust_anchor is None else _anchors(trust_anchor)
     now = datetime.now(UTC)
     try:
-        examination = Examination(load_settings(config), now, asked, anchors)
+        examination = Examination(load_settings(config), config, now, asked, anchors)
         results = asyncio.run(doctor.examine(examination))
     except ConfigError as error:
         results = doctor.unusable(error)
@@ -174,9 +174,14 @@ def _next_steps(answers: Answers, directory: Path, files: dict[str, bytes], reco
 2. The parent zone, which takes these; `poolsvc parent-records --config {settings}` prints them
    again, with DS once the zone is signed:
 {lines}
+   When it has the DS, with Knot: knotc zone-ksk-submitted {answers.pool}
 3. Put everything else in order:
      poolsvc migrate --config {settings}
      poolsvc doctor --config {settings}
 4. Keep a copy of {directory / setup.ACCOUNT_KEY}, and start:
      poolsvc operator create --config {settings}
-     poolsvc serve --config {settings}     # or {directory}/poolsvc.service"""
+     poolsvc serve --config {settings}
+   or as a service of a user of its own, who also runs the commands above:
+     useradd --system poolsvc && chown -R poolsvc {directory}
+     install -m 0644 -t /etc/systemd/system {directory}/poolsvc.service
+     systemctl enable --now poolsvc"""

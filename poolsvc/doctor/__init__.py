@@ -10,7 +10,7 @@ import dns.resolver
 
 from poolsvc.config import ConfigError
 from poolsvc.doctor import ca, host, zone
-from poolsvc.doctor.report import DEADLINE, Check, Examination, Result, Verdict, fail
+from poolsvc.doctor.report import DEADLINE, Check, Examination, Result, Unknowable, Verdict, fail, skipped
 from poolsvc.errors import PoolError
 from poolsvc.publisher import Nameserver
 
@@ -66,6 +66,8 @@ async def _run(check: Check, examination: Examination) -> Result:
         finding = fail(
             f"no end within {DEADLINE:g} s", "see what keeps this host's network or disk busy, then repeat"
         )
+    except Unknowable as error:
+        finding = skipped(str(error))
     except PoolError as error:
         finding = fail(error.detail, error.remedy)
     except Exception as error:  # noqa: BLE001 - a check's root: what breaks one must not hide the others

@@ -48,7 +48,7 @@ async def files(at: Examination) -> Finding:
 
 
 async def secrets(at: Examination) -> Finding:
-    found = [fail(fault.detail, fault.remedy) for fault in exposed(at.settings)]
+    found = [fail(fault.detail, fault.remedy) for fault in exposed(at.settings, at.file)]
     return worst(found) if found else ok("for this user's eyes only")
 
 

@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+from pathlib import Path
 
 from nts_core.resolve import TrustAnchors
 from poolsvc.config import Settings
@@ -22,6 +23,10 @@ class Verdict(StrEnum):
     FAIL = "fail"
 
 
+class Unknowable(Exception):
+    """A check cannot be made for a reason that another check tells."""
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """What one check found, in words, and what to do about it."""
@@ -33,9 +38,10 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Examination:
-    """What the checks may know. Without a resolver nothing is asked about the parent zone."""
+    """What the checks may know; `file` has the settings. Without a resolver the parent zone is not asked about."""
 
     settings: Settings
+    file: Path
     now: datetime
     resolver: Nameserver | None = None
     anchors: TrustAnchors | None = None

@@ -27,6 +27,7 @@ from poolsvc.doctor.report import (
     QUESTION_TIMEOUT,
     Examination,
     Finding,
+    Unknowable,
     Verdict,
     fail,
     ok,
@@ -35,7 +36,7 @@ from poolsvc.doctor.report import (
     worst,
 )
 from poolsvc.publication import primary_config, zone_policy
-from poolsvc.publisher import Nameserver, Publisher, PublishError
+from poolsvc.publisher import Nameserver, Publisher, PublishError, Unreachable
 from poolsvc.zone import CLOSED
 
 TRANSFER_TIMEOUT = 20.0
@@ -45,19 +46,18 @@ SHORTEST_SIGNATURE = timedelta(days=3)
 
 
 async def primary(at: Examination) -> Finding:
-    server = Nameserver(*split_endpoint(at.settings.dns.primary))
-    return worst(await asyncio.gather(*(_authority(at, server, tcp=tcp) for tcp in (False, True))))
+    return await _authority(at, Nameserver(*split_endpoint(at.settings.dns.primary)))
 
 
 async def transfer(at: Examination) -> Finding:
     try:
         seen = await _publisher(at).observe()
+    except Unreachable as error:
+        return fail(str(error), "see the check primary")
     except PublishError as error:
         return fail(
             str(error), "allow AXFR with the key of dns.tsig_name and the secret of dns.tsig_secret_file"
         )
-    except (OSError, ValueError) as error:
-        return skipped(f"needs the TSIG secret: {error}")
     epoch = "not written by a registry yet" if seen.epoch is None else f"epoch {seen.epoch}"
     return ok(f"serial {seen.serial}, {len(seen.zone)} RRsets of ours, {epoch}")
 
@@ -65,13 +65,13 @@ async def transfer(at: Examination) -> Finding:
 async def update(at: Examination) -> Finding:
     try:
         signed = await _publisher(at).rehearse()
+    except Unreachable as error:
+        return fail(str(error), "see the check primary")
     except PublishError as error:
         return fail(
             str(error),
             "compare the key and the update rights at the primary with those that `poolsvc init` writes",
         )
-    except (OSError, ValueError) as error:
-        return skipped(f"needs the TSIG secret: {error}")
     skew = abs(datetime.now(UTC) - signed)
     text = f"allowed; the clocks differ by {skew.total_seconds():.0f} s"
     return warn(text, "set both clocks: from 300 s on the primary refuses") if skew > SKEW else ok(text)
@@ -80,11 +80,7 @@ async def update(at: Examination) -> Finding:
 async def nameservers(at: Examination) -> Finding:
     """Serials that differ for a moment are normal, and for good where a server signs by itself."""
     servers = _nameservers(at)
-    found = worst(
-        await asyncio.gather(
-            *(_authority(at, server, tcp=tcp) for server in servers for tcp in (False, True))
-        )
-    )
+    found = worst(await asyncio.gather(*(_authority(at, server) for server in servers)))
     private = [
         server.address
         for server in servers
@@ -206,17 +202,20 @@ async def chain(at: Examination) -> Finding:
     return ok("the resolver has validated it")
 
 
-async def _authority(at: Examination, server: Nameserver, *, tcp: bool) -> Finding:
-    """Whether it answers for the zone as one who has it."""
-    answer = await _asked(server, at.settings.pool, RdataType.SOA, tcp=tcp)
-    if isinstance(answer, NoReply):
-        return fail(answer.detail, answer.remedy)
-    if answer.rcode() != dns.rcode.NOERROR or not answer.flags & dns.flags.AA or not answered(answer):
-        return fail(
-            f"{server} is not authoritative for {at.settings.pool} ({_rcode(answer)})",
-            "make it serve the zone, or take it out of dns.nameservers and the NS records",
-        )
-    return ok(f"{server} answers over {'TCP' if tcp else 'UDP'}")
+async def _authority(at: Examination, server: Nameserver) -> Finding:
+    """Whether it answers for the zone as one who has it, over UDP and TCP."""
+    answers = await asyncio.gather(
+        *(_asked(server, at.settings.pool, RdataType.SOA, tcp=tcp) for tcp in (False, True))
+    )
+    for answer in answers:
+        if isinstance(answer, NoReply):
+            return fail(answer.detail, answer.remedy)
+        if answer.rcode() != dns.rcode.NOERROR or not answer.flags & dns.flags.AA or not answered(answer):
+            return fail(
+                f"{server} is not authoritative for {at.settings.pool} ({_rcode(answer)})",
+                "make it serve the zone, or take it out of dns.nameservers and the NS records",
+            )
+    return ok(f"{server} answers over UDP and TCP")
 
 
 async def _signed(at: Examination, server: Nameserver) -> Finding:
@@ -274,16 +273,16 @@ async def _first_soa(at: Examination) -> tuple[SOA, int]:
     for rrset in answer.answer:
         if rrset.rdtype == RdataType.SOA and isinstance(rrset[0], SOA):
             return rrset[0], rrset.ttl
-    raise NoReply("the zone has no SOA", remedy="see the check nameservers")
+    raise Unknowable("no nameserver has an SOA for the zone")
 
 
 async def _ask_any(at: Examination, name: str, rdtype: RdataType) -> dns.message.Message:
-    """The answer of the first nameserver that answers for the zone. Raises NoReply."""
+    """The answer of the first nameserver that answers for the zone. Raises Unknowable."""
     answers = await asyncio.gather(*(_asked(server, name, rdtype) for server in _nameservers(at)))
     for answer in answers:
         if not isinstance(answer, NoReply) and answer.flags & dns.flags.AA:
             return answer
-    raise NoReply("no nameserver answers for the zone", remedy="see the check nameservers")
+    raise Unknowable("no nameserver answers for the zone")
 
 
 async def _asked(
@@ -298,13 +297,22 @@ async def _asked(
 async def _resolve(at: Examination, resolver: Nameserver, rdtype: RdataType) -> dns.message.Message:
     """What a resolver is told, valid or not."""
     flags = dns.flags.RD | dns.flags.CD
-    return await ask(resolver, at.settings.pool, rdtype, flags=flags, timeout=QUESTION_TIMEOUT)
+    answer = await ask(resolver, at.settings.pool, rdtype, flags=flags, timeout=QUESTION_TIMEOUT)
+    if answer.rcode() not in {dns.rcode.NOERROR, dns.rcode.NXDOMAIN}:
+        raise NoReply(
+            f"the resolver {resolver} answers {_rcode(answer)}", remedy="give another one with --resolver"
+        )
+    return answer
 
 
 def _publisher(at: Examination) -> Publisher:
     """As `serve` makes it, but for the CAs, and with less patience."""
-    config = replace(primary_config(at.settings), timeout=QUESTION_TIMEOUT, transfer_timeout=TRANSFER_TIMEOUT)
-    return Publisher(zone_policy(at.settings), config)
+    try:
+        config = primary_config(at.settings)
+        patience = replace(config, timeout=QUESTION_TIMEOUT, transfer_timeout=TRANSFER_TIMEOUT)
+        return Publisher(zone_policy(at.settings), patience)
+    except (OSError, ValueError, dns.exception.DNSException):
+        raise Unknowable("needs dns.tsig_name and dns.tsig_secret_file") from None
 
 
 def _nameservers(at: Examination) -> list[Nameserver]:

@@ -2,8 +2,11 @@
 
 import asyncio
 import contextlib
+import shlex
 import shutil
 import socketserver
+import subprocess
+import tempfile
 import threading
 import time
 from contextlib import asynccontextmanager
@@ -20,22 +23,26 @@ import pytest
 import structlog
 from alembic import command
 from alembic.config import Config
+from typer.testing import CliRunner
 
 import migrations
 from lab.pebble import Pebble
 from lab.postgres import Postgres
-from lab.processes import free_port
+from lab.processes import Process, free_port, require, wait_until
 from member_agent.challenges import Responder
 from member_agent.install import new_key_and_csr
 from nts_core.control import ACME_PATH, ServerState
 from poolsvc import auth, issuance, members, servers
 from poolsvc.acme import AcmeAccount, AcmeConfig
 from poolsvc.app import create_app
+from poolsvc.cli import app as poolsvc_app
 from poolsvc.cli import configure_logging
 from poolsvc.config import CaSettings, DnsSettings, PolicySettings, PortSettings, Settings
 from poolsvc.db import Database
+from poolsvc.delegation import NoReply, parent_records
 from poolsvc.derived import RegistryKey
 from poolsvc.models import HoldKind, MemberRole, Membership, OrderStatus, TokenKind
+from poolsvc.publisher import Nameserver
 from poolsvc.servers import EventKind
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -428,3 +435,62 @@ async def flow(engine_url, lab, tuned):
 
     yield make
     await database.close()
+
+
+@pytest.fixture
+def init(tmp_path):
+    """Runs `poolsvc init` for a primary that does not answer: `init("--contact=...", directory=...)`."""
+    primary = f"--nameserver=ns1.pool.example=127.0.0.1:{free_port()}"
+
+    def run(*options, pool="pool.example", directory=tmp_path / "new", nameserver=primary):
+        url = "--public-url=https://registry.example.net"
+        arguments = ["init", pool, f"--directory={directory}", url, nameserver, *options]
+        done = CliRunner().invoke(poolsvc_app, arguments)
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        return done
+
+    return run
+
+
+class FirstDay:
+    """A knotd with the files that `poolsvc init` wrote and the zone that its commands begin."""
+
+    def __init__(self, directory: Path, rundir: str, port: int) -> None:
+        self.settings = directory / "poolsvc.toml"
+        self.server = Nameserver("127.0.0.1", port)
+        self._socket = f"{rundir}/knot.sock"
+        (directory / "db").mkdir()
+        (directory / "knot.conf").write_text(
+            f"server:\n  listen: 127.0.0.1@{port}\n  rundir: {rundir}\n"
+            f"database:\n  storage: {directory / 'db'}\n"
+            "include: knot-pool.conf\n"
+        )
+        self.process = Process("knotd", ["knotd", "-c", "knot.conf"], directory)
+
+    def control(self, line: str) -> int:
+        """Run a knotc command as it was printed."""
+        _, *words = shlex.split(line)
+        command = [require("knotc"), "-s", self._socket, *words]
+        return subprocess.run(command, capture_output=True, check=False, timeout=20).returncode
+
+    def is_signed(self) -> bool:
+        try:
+            return bool(asyncio.run(parent_records("pool.example", self.server)).ds)
+        except NoReply:
+            return False
+
+
+@pytest.fixture
+def first_day(init, tmp_path):
+    port, directory = free_port(), tmp_path / "pool"
+    done = init(directory=directory, nameserver=f"--nameserver=ns1.pool.example=127.0.0.1:{port}")
+    # The path of knotd's control socket may have 107 octets at most.
+    with tempfile.TemporaryDirectory(prefix="knot-") as rundir:
+        day = FirstDay(directory, rundir, port)
+        with day.process.start(lambda: day.control("knotc status") == 0):
+            for line in map(str.strip, done.stdout.splitlines()):
+                if line.startswith("knotc zone-"):
+                    assert day.control(line) == 0, line
+            wait_until(day.is_signed, "a signed zone")
+            yield day

@@ -167,6 +167,19 @@ def test_a_variable_that_sets_nothing_is_told(file, monkeypatch):
         load_settings(file())
 
 
+@pytest.mark.parametrize("host", ["pool.example", "registry.pool.example", "A.servers.Pool.Example.:8443"])
+def test_the_registry_does_not_live_where_members_do(file, host):
+    assert "public_url: the registry's address must not be under" in refused(
+        file(f'public_url = "https://{host}"\n')
+    )
+
+
+def test_another_domain_that_ends_like_the_pool_is_no_part_of_it(file):
+    assert (
+        load_settings(file('public_url = "https://mypool.example"\n')).public_url == "https://mypool.example"
+    )
+
+
 def test_a_certificate_for_the_api_needs_its_key(file, tmp_path):
     assert "go together" in refused(file('tls_certificate = "api.pem"\n'))
     settings = load_settings(file('tls_certificate = "api.pem"\ntls_key = "api.key"\n'))

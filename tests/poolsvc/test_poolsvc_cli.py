@@ -156,7 +156,18 @@ def test_serve_with_unreadable_roots_names_the_setting(config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", [["serve"], ["migrate"], ["operator", "create"], ["config", "show"]], ids=" ".join
+    "command",
+    [
+        ["serve"],
+        ["migrate"],
+        ["operator", "create"],
+        ["config", "show"],
+        ["config", "check"],
+        ["parent-records"],
+        ["key", "tsig"],
+        ["key", "acme-account"],
+    ],
+    ids=" ".join,
 )
 def test_every_command_names_a_wrong_setting(config, command):
     failed(
@@ -199,10 +210,34 @@ def test_config_show_prints_the_effective_settings_and_no_secret(config, monkeyp
     assert "c2VjcmV0" not in done.stdout
 
 
+def test_config_check_is_content_with_what_serve_can_use(config):
+    done = poolsvc("config", "check", "--config", config())
+    assert (done.status, done.stdout) == (ExitStatus.OK, "ok\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "setting"),
+    [
+        ('roots_file = "none.pem"', "roots_file"),
+        ('tls_certificate = "none.pem"\ntls_key = "none.key"', "tls_certificate, tls_key"),
+        ('tls_certificate = "tsig.secret"\ntls_key = "tsig.secret"', "tls_certificate, tls_key"),
+    ],
+)
+def test_config_check_names_the_setting_of_a_file(config, more, setting):
+    failed(poolsvc("config", "check", "--config", config(more=more)), ExitStatus.CONFIGURATION, "PEM")
+    assert setting in poolsvc("config", "check", "--config", config(more=more)).stderr
+
+
+def test_config_check_names_an_account_key_that_is_none(config, tmp_path):
+    path = config()
+    (tmp_path / "account.pem").write_text("garbage")
+    failed(poolsvc("config", "check", "--config", path), ExitStatus.CONFIGURATION, "ca.account_key_file")
+
+
 def test_help_and_usage():
     done = poolsvc("--help")
     assert done.status == ExitStatus.OK
-    for command in ("migrate", "serve", "operator", "config"):
+    for command in ("init", "doctor", "migrate", "serve", "operator", "config", "key"):
         assert command in done.stdout
     assert poolsvc("serve").status == ExitStatus.USAGE
     assert poolsvc("unknown").status == ExitStatus.USAGE

@@ -3,6 +3,7 @@
 import asyncio
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from itertools import count
 
 import dns.flags
@@ -14,7 +15,7 @@ import dns.tsig
 import dns.update
 import pytest
 
-from lab.knot import Knot
+from lab.knot import CONFIGURATION, Knot
 from lab.processes import free_port
 from lab.unbound import Unbound
 from poolsvc.publisher import (
@@ -60,6 +61,10 @@ def knot(tmp_path):
 
 @pytest.fixture
 def config(knot):
+    return config_of(knot)
+
+
+def config_of(knot):
     return PrimaryConfig(
         address=knot.address,
         port=knot.port,
@@ -113,6 +118,32 @@ async def test_a_member_that_leaves_takes_only_its_own_records_along(publisher):
     ]
     gone = {(ALICE, "A"), (ALICE, "AAAA"), (ALICE, "CAA"), SERVICE}
     assert await publisher.verify(gone, pool("bob")) == ()
+
+
+async def test_a_rehearsal_changes_nothing_whatever_is_there(publisher):
+    await publisher.rehearse()
+    await publisher.take_fence(1)
+    await publisher.publish(pool("alice"), 1)
+    before = await publisher.observe()
+    signed = await publisher.rehearse()
+    assert abs(datetime.now(UTC) - signed) < timedelta(seconds=60)
+    assert await publisher.observe() == before
+
+
+@pytest.mark.parametrize(
+    ("right", "owner"),
+    [
+        ("AAAA, ", "_trial.servers"),
+        ("_tcp.pool.example., ", "_ntske._tcp"),
+        (", _fence.pool.example.", "_fence"),
+    ],
+)
+async def test_a_rehearsal_names_the_right_that_is_not_granted(tmp_path, monkeypatch, right, owner):
+    monkeypatch.setattr(
+        "lab.knot.CONFIGURATION", CONFIGURATION.replace(right.replace("pool.example", "{zone}"), "")
+    )
+    with Knot(tmp_path / "strict") as strict, pytest.raises(Rejected, match=f"{owner}.pool.example"):
+        await Publisher(POLICY, config_of(strict)).rehearse()
 
 
 async def test_a_ttl_is_changed_alone(publisher):

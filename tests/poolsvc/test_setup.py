@@ -2,21 +2,17 @@
 
 import asyncio
 import os
-import shlex
-import subprocess
-import tempfile
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from lab.processes import Process, free_port, require, wait_until
 from poolsvc import acme, files, setup
 from poolsvc.cli import ExitStatus, app
 from poolsvc.config import load_settings
-from poolsvc.delegation import NoReply, parent_records
+from poolsvc.delegation import parent_records
 from poolsvc.publication import primary_config, zone_policy
-from poolsvc.publisher import Nameserver, Publisher
+from poolsvc.publisher import Publisher
 
 POOL = "pool.example"
 URL = "https://registry.example.net"
@@ -30,21 +26,6 @@ NAMES = {
 def _no_settings_of_the_machine(monkeypatch):
     for name in [name for name in os.environ if name.startswith("POOLSVC_")]:
         monkeypatch.delenv(name)
-
-
-@pytest.fixture
-def init(tmp_path):
-    """Runs `poolsvc init` for a primary that does not answer; `init("--directory=...")`."""
-    server = f"--nameserver=ns1.{POOL}=127.0.0.1:{free_port()}"
-
-    def run(*options, pool=POOL, directory=tmp_path / "new"):
-        arguments = ["init", pool, f"--directory={directory}", f"--public-url={URL}", server, *options]
-        done = CliRunner().invoke(app, arguments)
-        if done.exception is not None and not isinstance(done.exception, SystemExit):
-            raise done.exception
-        return done
-
-    return run
 
 
 def refused(done, status, *words):
@@ -67,7 +48,7 @@ def test_everything_is_written_for_the_owner_alone_and_can_be_used(init, tmp_pat
     assert settings.dns.nameservers[1] == "[2001:db8::53]:53"
     assert settings.dns.primary == settings.dns.nameservers[0]
     assert settings.ca.contact == ("mailto:op@example.net",)
-    assert not [*files.faults(settings), *files.exposed(settings)]
+    assert not [*files.faults(settings), *files.exposed(settings, directory / "poolsvc.toml")]
     acme.load_account_key(settings.ca.account_key_file)
 
 
@@ -212,51 +193,8 @@ def test_without_nameservers_it_is_this_host(tmp_path):
     assert answers.primary == setup.NamedServer("ns1.pool.example", "127.0.0.1", 53)
 
 
-@pytest.fixture
-def knot(init, tmp_path):
-    """A knotd with what `init` wrote, and with the commands that it prints."""
-    port = free_port()
-    done = init(f"--nameserver=ns1.{POOL}=127.0.0.1:{port}", directory=tmp_path / "pool")
-    settings = tmp_path / "pool" / "poolsvc.toml"
-    # The first nameserver of the fixture is another one: point the settings at this Knot alone.
-    text = settings.read_text()
-    other = load_settings(settings).dns.primary
-    settings.write_text(text.replace(f'"{other}", ', "").replace(f'"{other}"', f'"127.0.0.1:{port}"'))
-    with tempfile.TemporaryDirectory(prefix="knot-") as rundir:
-        configuration = tmp_path / "pool" / "knot.conf"
-        configuration.write_text(
-            f"server:\n  listen: 127.0.0.1@{port}\n  rundir: {rundir}\n"
-            f"database:\n  storage: {tmp_path / 'db'}\n"
-            "include: knot-pool.conf\n"
-        )
-        (tmp_path / "db").mkdir()
-
-        def control(line):
-            words = shlex.split(line)
-            command = [require(words[0]), "-s", f"{rundir}/knot.sock", *words[1:]]
-            return subprocess.run(command, capture_output=True, text=True, check=False)
-
-        with Process("knotd", ["knotd", "-c", str(configuration)], tmp_path).start(
-            lambda: control("knotc status").returncode == 0
-        ):
-            for line in done.stdout.splitlines():
-                if line.strip().startswith("knotc ") and "reload" not in line:
-                    ran = control(line)
-                    assert ran.returncode == 0, (line, ran.stderr)
-            server = Nameserver("127.0.0.1", port)
-
-            def signed():
-                try:
-                    return asyncio.run(parent_records(POOL, server)).ds
-                except NoReply:
-                    return False
-
-            wait_until(signed, "a signed zone")
-            yield settings, server
-
-
-def test_knot_takes_what_init_wrote_and_lets_the_registry_publish(knot):
-    settings = load_settings(knot[0])
+def test_knot_takes_what_init_wrote_and_lets_the_registry_publish(first_day):
+    settings = load_settings(first_day.settings)
     publisher = Publisher(zone_policy(settings), primary_config(settings))
 
     async def use():
@@ -270,11 +208,10 @@ def test_knot_takes_what_init_wrote_and_lets_the_registry_publish(knot):
     assert (seen.epoch, seen.soa_minimum) == ("1", 60)
 
 
-def test_parent_records_show_the_key_that_signs(knot):
-    settings, server = knot
-    done = CliRunner().invoke(app, ["parent-records", "--config", str(settings)])
+def test_parent_records_show_the_key_that_signs(first_day):
+    done = CliRunner().invoke(app, ["parent-records", "--config", str(first_day.settings)])
     assert done.exit_code == ExitStatus.OK, done.output
-    records = asyncio.run(parent_records(POOL, server))
+    records = asyncio.run(parent_records(POOL, first_day.server))
     assert len(records.ds) == 1
     assert {*records.ns, *records.glue, *records.ds, records.caa} <= set(done.stdout.splitlines())
     assert records.glue == (f"ns1.{POOL}. 3600 IN A 127.0.0.1",)
