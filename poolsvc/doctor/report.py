@@ -49,10 +49,9 @@ class Examination:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """`about` says in a few words what is looked at; `run` raises nothing that is expected."""
+    """`run` may raise PoolError for a fault, and Unknowable."""
 
     name: str
-    about: str
     run: Callable[[Examination], Awaitable[Finding]]
 
 
