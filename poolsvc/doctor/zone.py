@@ -3,7 +3,6 @@
 import asyncio
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from ipaddress import ip_address
 
 import dns.dnssec
 import dns.exception
@@ -35,6 +34,8 @@ from poolsvc.doctor.report import (
     warn,
     worst,
 )
+from poolsvc.errors import InvalidAddress
+from poolsvc.names import check_address
 from poolsvc.publication import primary_config, zone_policy
 from poolsvc.publisher import Nameserver, Publisher, PublishError, Unreachable
 from poolsvc.zone import CLOSED
@@ -84,7 +85,7 @@ async def nameservers(at: Examination) -> Finding:
     private = [
         server.address
         for server in servers
-        if not at.settings.allow_private_addresses and _is_private(server)
+        if not at.settings.allow_private_addresses and not _is_public(server)
     ]
     if found.verdict is Verdict.OK and private:
         return fail(f"{', '.join(private)}: not public", "give the addresses at which clients reach them")
@@ -319,8 +320,12 @@ def _nameservers(at: Examination) -> list[Nameserver]:
     return [Nameserver(*split_endpoint(text)) for text in at.settings.dns.nameservers[:MAX_RECORDS]]
 
 
-def _is_private(server: Nameserver) -> bool:
-    return not ip_address(server.address).is_global
+def _is_public(server: Nameserver) -> bool:
+    try:
+        check_address(server.address, allow_private=False)
+    except InvalidAddress:
+        return False
+    return True
 
 
 def _rcode(answer: dns.message.Message) -> str:
