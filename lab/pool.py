@@ -238,11 +238,30 @@ class LabPool:
         )
 
     def _prepare_registry(self) -> None:
-        migrated = run("poolsvc", "migrate", "--config", str(self.config))
-        made = run("poolsvc", "operator", "create", "--config", str(self.config))
-        if migrated.status or made.status:
-            raise LabError(f"the registry's database: {migrated.stderr}{made.stderr}")
-        self._operator_token = made.stdout.strip()
+        self.poolsvc("migrate")
+        self._operator_token = self.poolsvc("operator", "create").stdout.strip()
+
+    def poolsvc(self, *arguments: str) -> Finished:
+        """A command of the registry's with its settings; LabError when it fails."""
+        done = run("poolsvc", *arguments, "--config", str(self.config))
+        if done.status:
+            raise LabError(f"poolsvc {' '.join(arguments)}: {done.stderr}")
+        return done
+
+    def restore(self, backup: Path, database: str) -> Finished:
+        """Go on in another, empty database with what a backup and the journal hold; what the command said.
+
+        Every token from before is useless: the operator has a new one, and looks at servers for their member.
+        """
+        self.registry.stop()
+        self._database = database
+        self.write_files()
+        self.poolsvc("migrate")
+        done = self.poolsvc("restore", str(backup))
+        self._operator_token = self.poolsvc("operator", "create").stdout.strip()
+        self.start_registry()
+        self.member = self.operator
+        return done
 
     def join(self, token: str, state: Path) -> Finished:
         """`pool-agent join` with a token, into a state directory."""

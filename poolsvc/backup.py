@@ -23,6 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from nts_core.shell import sync
 from poolsvc.db import Base, Database, UtcDateTime
+from poolsvc.errors import PoolError
 
 FORMAT = 1
 _BATCH = 1000
@@ -42,12 +43,13 @@ _UNREADABLE = (
 Row = dict[str, Any]
 
 
-class BackupError(Exception):
-    """A copy that cannot be made or used; `remedy` says what to do."""
+class BackupError(PoolError):
+    """A copy that cannot be made or used."""
+
+    code = "backup"
 
     def __init__(self, detail: str, remedy: str) -> None:
-        super().__init__(detail)
-        self.remedy = remedy
+        super().__init__(detail, remedy=remedy)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from nts_core.control import ServerState
 from nts_core.shell import sync
 from poolsvc.config import Settings
 from poolsvc.db import Database
+from poolsvc.errors import PoolError
 from poolsvc.models import Server
 
 _BATCH = 100
@@ -25,8 +26,10 @@ _MAX_LINE = 4096
 GONE = frozenset({ServerState.LEAVING, ServerState.REMOVED})
 
 
-class JournalError(Exception):
+class JournalError(PoolError):
     """A line that is no entry; the text names the file and the line."""
+
+    code = "journal"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +119,10 @@ def read(file: Path) -> Iterator[Entry]:
                 # A crash may have cut a line off: it begins as an entry does, and its entry was written again.
                 if isinstance(error, json.JSONDecodeError) and line.startswith(b'{"at":'):
                     continue
-                raise JournalError(f"{file}, line {number}: not an entry of the journal ({error})") from None
+                raise JournalError(
+                    f"{file}, line {number}: not an entry of the journal ({error})",
+                    remedy="is it the right file? Remove the line if you know why it is there",
+                ) from None
 
 
 def _parse(line: bytes) -> Entry:
@@ -142,7 +148,9 @@ def latest(files: Sequence[Path], pool: str) -> dict[int, Entry]:
     for file in files:
         for entry in read(file):
             if entry.pool != pool:
-                raise JournalError(f"{file}: the journal of the pool {entry.pool}, not of {pool}")
+                raise JournalError(
+                    f"{file}: the journal of the pool {entry.pool}, not of {pool}", remedy="give this pool's"
+                )
             known = found.get(entry.server)
             if known is None or entry.at >= known.at:
                 found[entry.server] = entry

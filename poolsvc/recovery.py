@@ -78,6 +78,8 @@ async def _leave_again(session: AsyncSession, gone: Mapping[int, Entry], now: da
             continue
         reason = f"left on {entry.at.date().isoformat()}, after the copy that was restored was made"
         await servers.leave(session, server, actor=_ACTOR, reason=reason, now=now)
+        # Or its addresses would be published once more, to be withdrawn in order.
+        server.srv_withdrawn_at = server.srv_withdrawn_at or entry.at
         left.append(server.name)
     return left
 
@@ -163,3 +165,11 @@ async def thaw(database: Database, settings: Settings, epoch: int | None) -> Non
         pool = await servers.the_pool(session, settings, lock=True)
         pool.epoch = max(pool.epoch, epoch or 0)
         pool.frozen_at = None
+
+
+async def move(source: Database, target: Database, settings: Settings, now: datetime) -> dict[str, int]:
+    """Copy a database into an empty one and freeze the source, so that nobody serves both. Raises BackupError."""
+    counts = await backup.move(source, target)
+    async with source.transaction("console") as session:
+        (await servers.the_pool(session, settings, lock=True)).frozen_at = now
+    return counts

@@ -19,7 +19,7 @@ from nts_core.client import load_roots
 from nts_core.shell import configure_logging, raise_descriptor_limit
 from poolsvc import members, schema
 from poolsvc.app import create_app
-from poolsvc.cli import dayone, keys
+from poolsvc.cli import data, dayone, keys
 from poolsvc.cli.common import ConfigOption, ExitStatus, fail, read_settings, refuse
 from poolsvc.config import Settings, split_endpoint
 from poolsvc.db import Database
@@ -33,12 +33,18 @@ app = typer.Typer(
 )
 operator_app = typer.Typer(no_args_is_help=True, help="operators of the pool")
 config_app = typer.Typer(no_args_is_help=True, help="the settings")
+database_app = typer.Typer(no_args_is_help=True, help="the database")
 app.add_typer(operator_app, name="operator")
 app.add_typer(config_app, name="config")
 app.add_typer(keys.app, name="key")
 app.command("init")(dayone.init)
 app.command("parent-records")(dayone.show_parent_records)
 app.command("doctor")(dayone.examine)
+app.command("backup")(data.write_backup)
+app.command("restore")(data.restore)
+app.command("thaw")(data.thaw)
+app.add_typer(database_app, name="db")
+database_app.command("move")(data.move)
 
 
 @app.command()

@@ -266,3 +266,57 @@ def test_serve_ends_in_order_on_sigterm(config, tmp_path):
     with process.start(answers):
         process.signal(signal.SIGTERM)
         assert process.wait() == ExitStatus.OK
+
+
+@pytest.fixture
+def ready(config):
+    """Settings with a migrated database."""
+    path = config()
+    assert poolsvc("migrate", "--config", path).status == ExitStatus.OK
+    return path
+
+
+def test_a_backup_is_restored_into_another_database_and_thawed(ready, config, tmp_path, cluster):
+    assert poolsvc("operator", "create", "--config", ready).status == ExitStatus.OK
+    file = tmp_path / "pool.backup"
+    saved = poolsvc("backup", file, "--config", ready)
+    assert (saved.status, saved.stderr) == (ExitStatus.OK, "")
+    failed(poolsvc("backup", file, "--config", ready), ExitStatus.DATABASE, "give another file name")
+    other = config(cluster.create_database())
+    failed(
+        poolsvc("restore", file, "--no-journal", "--config", other), ExitStatus.DATABASE, "poolsvc migrate"
+    )
+    assert poolsvc("migrate", "--config", other).status == ExitStatus.OK
+    failed(poolsvc("restore", file, "--config", other), ExitStatus.USAGE, "--no-journal")
+    done = poolsvc("restore", file, "--no-journal", "--config", other)
+    assert done.status == ExitStatus.OK
+    assert "1 tokens revoked" in done.stdout
+    failed(poolsvc("restore", file, "--no-journal", "--config", other), ExitStatus.DATABASE, "a new database")
+    asked = CliRunner().invoke(app, ["thaw", "--config", str(other)], input="n\n")
+    assert (asked.exit_code, "publishes from now on" in asked.stdout) == (ExitStatus.OK, False)
+    assert "publishes from now on" in poolsvc("thaw", "--yes", "--config", other).stdout
+    assert poolsvc("thaw", "--config", other).stdout == "the registry is not frozen\n"
+
+
+def test_a_database_moves_to_postgresql_and_the_old_one_is_frozen(ready, cluster):
+    poolsvc("operator", "create", "--config", ready)
+    url = cluster.create_database()
+    moved = poolsvc("db", "move", "--to", url, "--config", ready)
+    assert (moved.status, moved.stderr) == (ExitStatus.OK, "")
+    failed(poolsvc("db", "move", "--to", url, "--config", ready), ExitStatus.DATABASE, "a new database")
+    assert "not frozen" not in poolsvc("thaw", "--yes", "--config", ready).stdout
+
+
+def test_copies_that_cannot_be_made_say_so(ready, tmp_path):
+    no_place = tmp_path / "none" / "x"
+    garbage = tmp_path / "garbage"
+    garbage.write_bytes(b"PK\x03\x04garbage")
+    for arguments, status, remedy in (
+        (("backup", no_place), ExitStatus.CONFIGURATION, "rights and space"),
+        (("restore", no_place, "--no-journal"), ExitStatus.CONFIGURATION, "rights and space"),
+        (("restore", garbage, "--no-journal"), ExitStatus.DATABASE, "`poolsvc backup` wrote"),
+        (("restore", garbage, "--journal", garbage), ExitStatus.DATABASE, "the right file"),
+        (("db", "move", "--to", "mysql://x"), ExitStatus.USAGE, "new database's URL"),
+        (("db", "move", "--to", "postgresql+psycopg://127.0.0.1:1/x"), ExitStatus.DATABASE, "`database`"),
+    ):
+        failed(poolsvc(*arguments, "--config", ready), status, remedy)

@@ -1,0 +1,148 @@
+"""`poolsvc backup`, `restore`, `thaw` and `move`: copies of the database. Rendering only."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+from pydantic import TypeAdapter, ValidationError
+from sqlalchemy.exc import SQLAlchemyError
+
+from poolsvc import backup, recovery, schema
+from poolsvc.cli.common import ConfigOption, ExitStatus, fail, read_settings, refuse
+from poolsvc.config import DatabaseUrl, Settings
+from poolsvc.db import Database
+from poolsvc.errors import PoolError
+from poolsvc.publisher import PublishError
+from poolsvc.recovery import Outlook
+
+T = TypeVar("T")
+_SHOWN = 50
+
+
+def _run(settings: Settings, work: Callable[[Database], Awaitable[T]]) -> T:
+    """Do something with the database, and say what went wrong in words."""
+
+    async def with_database() -> T:
+        database = Database(settings.database)
+        try:
+            return await work(database)
+        finally:
+            await database.close()
+
+    try:
+        schema.check_current(settings)
+        return asyncio.run(with_database())
+    except PublishError as error:
+        fail(ExitStatus.PEER, f"the primary: {error}", "poolsvc doctor says more")
+    except PoolError as error:
+        refuse(ExitStatus.DATABASE, error)
+    except SQLAlchemyError as error:
+        fail(ExitStatus.DATABASE, f"the database: {error}", "check `database` in the settings")
+    except OSError as error:
+        fail(ExitStatus.CONFIGURATION, str(error), "check the file's name, rights and space")
+
+
+def write_backup(file: Annotated[Path, typer.Argument(help="a new file")], config: ConfigOption) -> None:
+    """Copy the whole database into a file, while the registry runs."""
+    settings = read_settings(config)
+    made = _run(settings, lambda database: backup.dump(database, file, settings.pool, datetime.now(UTC)))
+    rows = sum(content.rows for content in made.tables.values())
+    typer.echo(f"{file} holds {rows} rows of {len(made.tables)} tables")
+    typer.echo(
+        "It has no keys: keep copies of the files that `config show` names, and of the journal, elsewhere."
+    )
+
+
+def restore(
+    file: Annotated[Path, typer.Argument(help="what `poolsvc backup` wrote")],
+    config: ConfigOption,
+    journal: Annotated[
+        list[Path] | None,
+        typer.Option(help="a journal of removals; once for each machine that ran a worker"),
+    ] = None,
+    *,
+    no_journal: Annotated[
+        bool, typer.Option(help="there is none: who left since the copy comes back")
+    ] = False,
+) -> None:
+    """Fill an empty database from a backup, and freeze it until `poolsvc thaw`."""
+    settings = read_settings(config)
+    journals = journal or ([settings.journal_file] if settings.journal_file.is_file() else [])
+    if not journals and not no_journal:
+        fail(
+            ExitStatus.USAGE,
+            f"no journal of removals: {settings.journal_file} is not there",
+            "give each machine's with --journal FILE; without them, who left since comes back (--no-journal)",
+        )
+    now = datetime.now(UTC)
+    done = _run(settings, lambda database: recovery.restore(database, settings, file, journals, now))
+    typer.echo(f"{done.rows} rows of {done.created_at.isoformat(timespec='seconds')}")
+    typer.echo(f"taken out again: {', '.join(done.left_again) or 'none'}")
+    typer.echo(f"names burnt by the journal alone: {', '.join(done.burnt) or 'none'}")
+    typer.echo(f"{done.tokens_revoked} tokens revoked: people sign in again, agents come back by themselves")
+    typer.echo("Nothing is published until `poolsvc thaw`.")
+
+
+def thaw(
+    config: ConfigOption,
+    *,
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+) -> None:
+    """Show what a restored registry would change in the zone, and let it once that is confirmed."""
+    settings = read_settings(config)
+    outlook = _run(settings, lambda database: recovery.look(database, settings, datetime.now(UTC)))
+    if outlook.frozen_at is None:
+        typer.echo("the registry is not frozen")
+        return
+    _show(outlook)
+    if not yes and not typer.confirm("Publish this?"):
+        raise typer.Exit(ExitStatus.OK)
+    _run(settings, lambda database: recovery.thaw(database, settings, outlook.epoch))
+    typer.echo("the registry publishes from now on")
+
+
+def _show(outlook: Outlook) -> None:
+    counts = ", ".join(f"{count} {state}" for state, count in sorted(outlook.servers.items()))
+    typer.echo(f"servers: {counts or 'none'}")
+    for change in outlook.changes[:_SHOWN]:
+        for sign, rrset in (("-", change.before), ("+", change.after)):
+            for text in sorted(rrset.rdatas) if rrset else ():
+                typer.echo(f"{sign} {change.owner} {change.rdtype} {text}")
+    if len(outlook.changes) > _SHOWN:
+        typer.echo(f"... and {len(outlook.changes) - _SHOWN} more")
+    typer.echo(f"{len(outlook.changes)} RRsets of the zone would change")
+
+
+def move(
+    config: ConfigOption,
+    to: Annotated[str, typer.Option("--to", metavar="URL", help="an empty database, such as PostgreSQL's")],
+) -> None:
+    """Copy the database into another one, from SQLite to PostgreSQL for instance. Stop `serve` first."""
+    settings = read_settings(config)
+    try:
+        url = TypeAdapter[str](DatabaseUrl).validate_python(to)
+    except ValidationError as error:
+        fail(ExitStatus.USAGE, f"--to: {error.errors()[0]['msg']}", "give the new database's URL")
+    target = settings.model_copy(update={"database": url})
+
+    async def copy(database: Database) -> dict[str, int]:
+        other = Database(url)
+        try:
+            return await recovery.move(database, other, settings, datetime.now(UTC))
+        finally:
+            await other.close()
+
+    if target.database == settings.database:
+        fail(ExitStatus.USAGE, "--to: it is the present database", "give another one")
+    try:
+        schema.upgrade(target)
+    except PoolError as error:
+        refuse(ExitStatus.DATABASE, error)
+    counts = _run(settings, copy)
+    typer.echo(f"{sum(counts.values())} rows of {len(counts)} tables are there")
+    typer.echo(
+        "Set `database` to the new one, start `poolsvc serve`, and keep the old one until you trust it."
+    )
