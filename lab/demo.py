@@ -31,8 +31,8 @@ from lab.pool import POOL, LabPool, Member
 from lab.processes import LabError, wait_until
 from member_agent.challenges import Responder
 from member_agent.errors import ExitStatus
-from member_agent.install import new_key_and_csr
 from nts_core.control import ACME_PATH, Stage, StageStatus
+from nts_core.tls import new_key_and_csr
 from poolsvc.acme import AcmeAccount, AcmeConfig, OrderState
 
 GOOD = ("alice", "bob", "carol", "dave", "erin")

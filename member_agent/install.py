@@ -22,16 +22,14 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
-    NoEncryption,
-    PrivateFormat,
     PublicFormat,
     load_pem_private_key,
 )
 
 from nts_core.shell import sync
+from nts_core.tls import new_key_and_csr
 
 FILE_LIMIT = 262_144  # octets of a PEM file
 PENDING_LIMIT = 4  # orders whose keys are kept; the oldest go first
@@ -58,19 +56,6 @@ class InstalledPair:
     key_path: Path
     fingerprint: str
     not_after: dt.datetime
-
-
-def new_key_and_csr(domain: str) -> tuple[str, str]:
-    """A P-256 key (PKCS 8) and a request with an empty subject and the domain as only name, both PEM."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    csr = (
-        x509.CertificateSigningRequestBuilder()
-        .subject_name(x509.Name([]))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(domain)]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    return private.decode(), csr.public_bytes(Encoding.PEM).decode()
 
 
 def load_pair(cert_file: Path, key_file: Path) -> InstalledPair:

@@ -7,7 +7,6 @@ a transport, and because asyncio (3.11) logs hundreds of lines for one accept() 
 import asyncio
 import contextlib
 import errno
-import resource
 import secrets
 import socket
 import struct
@@ -24,6 +23,7 @@ from nts_core.cookies import Keyring
 from nts_core.errors import TlsError
 from nts_core.ke import KeReply, KeServer, KeTerms, NtpService
 from nts_core.ratelimit import RateLimiter, Slots
+from nts_core.shell import affordable_connections
 from nts_core.tls import ServerCredentials, TlsChannel
 
 # The whole exchange, TLS included. chrony allows 2 s, ntpd-rs 1 s; mobile networks need more than either.
@@ -70,7 +70,7 @@ class KeListeners:
         self.counters: Counter[str] = Counter()
         self.endpoints: list[Endpoint] = []
         self.slots = Slots(
-            _affordable(limits.ke_connections),
+            affordable_connections(limits.ke_connections, RESERVED_DESCRIPTORS),
             per_address=limits.ke_connections_per_address,
             per_prefix=limits.ke_connections_per_48,
         )
@@ -251,11 +251,3 @@ async def _linger(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
             writer.write_eof()
             while await reader.read(_READ):
                 pass
-
-
-def _affordable(connections: int) -> int:
-    """As many of the connections as there are descriptors for, so that they starve nothing else."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY:
-        return connections
-    return max(1, min(connections, soft - RESERVED_DESCRIPTORS))

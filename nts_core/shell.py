@@ -47,6 +47,12 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def affordable_connections(wanted: int, reserved: int) -> int:
+    """As many connections as there are descriptors for when `reserved` are left to the rest of the process."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - reserved))
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Replace a file as a whole, for its owner's eyes only, and safe against a crash at any point."""
     aside = path.with_name(f".{path.name}.new")

@@ -15,7 +15,9 @@ from typing import Self
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 from OpenSSL import SSL
 
@@ -155,6 +157,19 @@ def _subject(name: str) -> x509.DNSName | x509.IPAddress:
 
 
 _client_context: list[SSL.Context] = []
+
+
+def new_key_and_csr(domain: str) -> tuple[str, str]:
+    """A P-256 key (PKCS 8) and a request with an empty subject and the domain as only name, both PEM."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    csr = (
+        x509.CertificateSigningRequestBuilder()
+        .subject_name(x509.Name([]))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(domain)]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    return private.decode(), csr.public_bytes(Encoding.PEM).decode()
 
 
 def client_channel(name: str, trust: Trust) -> "TlsChannel":

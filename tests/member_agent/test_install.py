@@ -21,8 +21,8 @@ from member_agent.install import (
     CertificateStore,
     InstallError,
     load_pair,
-    new_key_and_csr,
 )
+from nts_core.tls import new_key_and_csr
 from poolsvc.certificates import check_csr
 
 NAME = "alice.servers.pool.example"

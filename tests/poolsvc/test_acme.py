@@ -10,8 +10,8 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 
-from member_agent.install import new_key_and_csr
 from nts_core.control import ACME_PATH
+from nts_core.tls import new_key_and_csr
 from poolsvc.acme import (
     AcmeAccount,
     AcmeConfig,
