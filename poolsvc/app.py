@@ -1,34 +1,37 @@
-"""The registry as one ASGI application: API, worker, metrics, and errors as problem documents (RFC 9457)."""
+"""The registry as one ASGI application: API, worker, health, metrics, and errors as problem documents (RFC 9457)."""
 
 import asyncio
-import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from http import HTTPStatus
+from ipaddress import IPv4Address, IPv6Address, ip_address
 
 import structlog
 from cryptography import x509
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy.exc import IntegrityError, OperationalError
 from starlette.exceptions import HTTPException
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from poolsvc.api import ROUTERS, Limits, Services
-from poolsvc.api.openapi import PROBLEM_TYPE, describe
+from poolsvc.api.openapi import describe
 from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.derived import RegistryKey
 from poolsvc.errors import PoolError
+from poolsvc.gate import NOT_READY, Gate, problem
+from poolsvc.metrics import Metrics
+from poolsvc.readiness import Readiness
 from poolsvc.worker import Health, Worker
 
+# How long the worker's steps may go on when the process is to stop.
+_STOP = 5.0
+
 _log = structlog.get_logger()
-# No document of the API is longer; a CSR has a few hundred octets.
-MAX_BODY = 64 * 1024
-# Digits alone, and few: Python reads other digits too, and refuses thousands of them with a ValueError.
-_LENGTH = re.compile(r"[0-9]{1,20}")
 
 
 def create_app(
@@ -36,16 +39,22 @@ def create_app(
 ) -> FastAPI:
     """The application with its worker. `roots` are what the prober trusts."""
     health = Health()
+    readiness = Readiness(database, health)
+    metrics = Metrics(database, health)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        worker = asyncio.create_task(Worker(database, settings, roots, health).run())
+        readiness.worker = asyncio.create_task(Worker(database, settings, roots, health).run())
+        readiness.worker.add_done_callback(_tell_end)
         try:
             yield
         finally:
-            worker.cancel()
-            with suppress(asyncio.CancelledError):
-                await worker
+            health.stopping.set()
+            await asyncio.wait({readiness.worker}, timeout=_STOP)
+            readiness.worker.cancel()
+            await asyncio.wait({readiness.worker})
+            await readiness.close()
+            await metrics.close()
             await database.close()
 
     # No /docs: FastAPI's page would load scripts of a third party into the registry's origin.
@@ -58,10 +67,17 @@ def create_app(
     )
     app.openapi = partial(describe, app)  # type: ignore[method-assign]
     app.state.services = Services(settings, database, health, key, _limits(settings))
+    app.state.metrics = metrics
     for router in ROUTERS:
         app.include_router(router)
-    _add_metrics(app)
+    _add_health(app, readiness)
+    _add_metrics(app, settings, metrics)
     _add_problems(app)
+    if settings.trusted_proxies:
+        trusted = [str(address) for address in settings.trusted_proxies]
+        app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=trusted)
+    # The last that is added is the first to be asked.
+    app.add_middleware(Gate, metrics=metrics, trusted_proxies=settings.trusted_proxies)
     return app
 
 
@@ -74,51 +90,46 @@ def _limits(settings: Settings) -> Limits:
     )
 
 
-def _add_metrics(app: FastAPI) -> None:
-    registry = CollectorRegistry()
-    requests = Counter(
-        "poolsvc_requests", "API requests by route and status.", ("route", "status"), registry=registry
-    )
+def _tell_end(worker: asyncio.Task[None]) -> None:
+    if not worker.cancelled() and (error := worker.exception()) is not None:
+        _log.error("worker_ended", exc_info=error)
 
-    @app.middleware("http")
-    async def count(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        length = request.headers.get("content-length", "0")
-        is_number = _LENGTH.fullmatch(length) is not None
-        if "transfer-encoding" in request.headers or not is_number or int(length) > MAX_BODY:
-            response: Response = _problem(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                "too-large",
-                f"a body without its length or of more than {MAX_BODY} octets",
-            )
-        else:
-            response = await call_next(request)
-        route = getattr(request.scope.get("route"), "path", "none")
-        requests.labels(route, str(response.status_code)).inc()
-        return response
 
+def _add_health(app: FastAPI, readiness: Readiness) -> None:
+    @app.get("/healthz", include_in_schema=False)
+    async def healthz() -> dict[str, str]:
+        return {"status": "alive"}
+
+    @app.get("/readyz", include_in_schema=False)
+    async def readyz(request: Request) -> Response:
+        fault = await readiness.fault()
+        if fault is not None:
+            return problem(request.scope, HTTPStatus.SERVICE_UNAVAILABLE, NOT_READY, fault)
+        return JSONResponse({"status": "ready"})
+
+
+def _add_metrics(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
     @app.get("/metrics", include_in_schema=False)
-    async def metrics() -> Response:
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+    async def read_metrics(request: Request) -> Response:
+        address = _caller(request)
+        if address is None or not any(address in network for network in settings.metrics_allow):
+            raise HTTPException(HTTPStatus.NOT_FOUND)
+        return Response(await metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
-def _problem(
-    status: int,
-    code: str,
-    detail: str,
-    *,
-    remedy: str = "",
-    field: str | None = None,
-    headers: Mapping[str, str] | None = None,
-) -> JSONResponse:
-    document = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status}
-    document |= {"code": code, "detail": detail, "remedy": remedy, "field": field}
-    return JSONResponse(document, status_code=status, headers=headers, media_type=PROBLEM_TYPE)
+def _caller(request: Request) -> IPv4Address | IPv6Address | None:
+    """Where a request comes from; a proxy may have said anything."""
+    try:
+        return ip_address(request.client.host) if request.client else None
+    except ValueError:
+        return None
 
 
 def _add_problems(app: FastAPI) -> None:
     @app.exception_handler(PoolError)
-    async def pool_error(_request: Request, error: PoolError) -> JSONResponse:
-        return _problem(
+    async def pool_error(request: Request, error: PoolError) -> JSONResponse:
+        return problem(
+            request.scope,
             error.status,
             error.code,
             error.detail,
@@ -128,12 +139,13 @@ def _add_problems(app: FastAPI) -> None:
         )
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         parts = [part for part in first["loc"] if part != "body"]
         # A number alone is a position in a body that is no JSON at all.
         field = ".".join(map(str, parts)) if any(isinstance(part, str) for part in parts) else None
-        return _problem(
+        return problem(
+            request.scope,
             HTTPStatus.UNPROCESSABLE_ENTITY,
             "invalid-document",
             f"{field or 'the body'}: {first['msg']}",
@@ -142,15 +154,20 @@ def _add_problems(app: FastAPI) -> None:
         )
 
     @app.exception_handler(IntegrityError)
-    async def lost_race(_request: Request, _error: IntegrityError) -> JSONResponse:
+    async def lost_race(request: Request, _error: IntegrityError) -> JSONResponse:
         # Two requests wanted the same name, or the like, at the same moment.
-        return _problem(
-            HTTPStatus.CONFLICT, "conflict", "another request was faster", remedy="look again, then try again"
+        return problem(
+            request.scope,
+            HTTPStatus.CONFLICT,
+            "conflict",
+            "another request was faster",
+            remedy="look again, then try again",
         )
 
     @app.exception_handler(OperationalError)
-    async def database_away(_request: Request, _error: OperationalError) -> JSONResponse:
-        return _problem(
+    async def database_away(request: Request, _error: OperationalError) -> JSONResponse:
+        return problem(
+            request.scope,
             HTTPStatus.SERVICE_UNAVAILABLE,
             "database-unavailable",
             "the registry's database does not answer",
@@ -158,18 +175,7 @@ def _add_problems(app: FastAPI) -> None:
             headers={"Retry-After": "60"},
         )
 
-    @app.exception_handler(Exception)
-    async def unforeseen(_request: Request, error: Exception) -> JSONResponse:
-        # A request's root: the caller gets a document, the log gets what happened.
-        _log.error("request_failed", exc_info=error)
-        return _problem(
-            HTTPStatus.INTERNAL_SERVER_ERROR,
-            "internal-error",
-            "the registry made a mistake",
-            remedy="try again; if it stays, tell the pool's operator when it happened",
-        )
-
     @app.exception_handler(HTTPException)
-    async def http_error(_request: Request, error: HTTPException) -> JSONResponse:
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         code = "not-found" if error.status_code == HTTPStatus.NOT_FOUND else "http-error"
-        return _problem(error.status_code, code, str(error.detail), headers=error.headers)
+        return problem(request.scope, error.status_code, code, str(error.detail), headers=error.headers)

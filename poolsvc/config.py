@@ -3,6 +3,7 @@
 import ipaddress
 import re
 from datetime import timedelta
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -13,6 +14,7 @@ from pydantic import (
     ConfigDict,
     Field,
     IPvAnyAddress,
+    IPvAnyNetwork,
     model_validator,
 )
 from pydantic_settings import SettingsConfigDict
@@ -115,6 +117,16 @@ class CaSettings(_Section):
     profile: str | None = None
 
 
+class WebTlsSettings(_Section):
+    """The certificate of the registry's own web address, from the pool's CA."""
+
+    acme: bool = False
+    http_listen: tuple[EndpointText, ...] = Field(
+        ("0.0.0.0:80",), min_length=1, description="where the CA asks; everybody else is sent to public_url"
+    )
+    directory: Path = Field(Path("web-tls"), description="where certificate and key are kept")
+
+
 class PolicySettings(_Section):
     """What the pool asks for. Times are seconds."""
 
@@ -158,6 +170,11 @@ class Settings(ProgramSettings):
     trusted_proxies: tuple[IPvAnyAddress, ...] = Field(
         (), description="reverse proxies whose X-Forwarded-For tells where a call came from"
     )
+    web_tls: WebTlsSettings = WebTlsSettings()
+    metrics_allow: tuple[IPvAnyNetwork, ...] = Field(
+        (IPv4Network("127.0.0.0/8"), IPv6Network("::1/128")), description="who may read /metrics"
+    )
+    stop_delay: float = Field(0, ge=0, le=300, description="seconds of being not ready before the end")
     allow_private_addresses: bool = False
     roots_file: Path | None = Field(None, description="roots the prober trusts instead of the system's")
     ports: PortSettings = PortSettings()
@@ -178,6 +195,38 @@ class Settings(ProgramSettings):
         except ValueError as error:
             raise ValueError(f"public_url: {error}") from None
         return self
+
+    @model_validator(mode="after")
+    def _certificate_by_acme(self) -> Self:
+        if not self.web_tls.acme:
+            return self
+        if self.tls_certificate is not None:
+            raise ValueError("web_tls.acme and tls_certificate exclude each other")
+        if not self.public_url.startswith("https://") or not DOMAIN.fullmatch(self.web_host):
+            raise ValueError("web_tls.acme: public_url must be https:// and a domain name")
+        return self
+
+    @model_validator(mode="after")
+    def _no_token_in_the_open(self) -> Self:
+        if self.tls_certificate is not None or self.web_tls.acme or self.trusted_proxies:
+            return self
+        for endpoint in self.listen:
+            if not ipaddress.ip_address(split_endpoint(endpoint)[0]).is_loopback:
+                raise ValueError(
+                    f"listen {endpoint}: tokens would travel in the open; set tls_certificate and tls_key, "
+                    "or web_tls.acme, or listen on loopback, or name the TLS proxy in trusted_proxies"
+                )
+        return self
+
+    @property
+    def web_host(self) -> str:
+        """The host of `public_url`."""
+        return urlsplit(self.public_url).hostname or ""
+
+    @property
+    def certificate_file(self) -> Path | None:
+        """The chain that the API shows; None where it has no TLS of its own."""
+        return self.web_tls.directory / f"{self.web_host}.pem" if self.web_tls.acme else self.tls_certificate
 
     @property
     def servers_domain(self) -> str:
@@ -219,6 +268,7 @@ def _resolve_paths(settings: Settings, base: Path) -> Settings:
         update={
             "database": database,
             **absolute(settings, "key_file", "journal_file", "roots_file", "tls_certificate", "tls_key"),
+            "web_tls": settings.web_tls.model_copy(update=absolute(settings.web_tls, "directory")),
             "dns": settings.dns.model_copy(update=absolute(settings.dns, "tsig_secret_file")),
             "ca": settings.ca.model_copy(update=absolute(settings.ca, "account_key_file", "ca_file")),
         }

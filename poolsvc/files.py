@@ -70,6 +70,8 @@ def _secrets(settings: Settings, file: Path) -> Iterator[tuple[str, Path]]:
     yield "ca.account_key_file", settings.ca.account_key_file
     if settings.tls_key is not None:
         yield "tls_key", settings.tls_key
+    if settings.web_tls.acme and settings.certificate_file is not None:
+        yield "web_tls.directory", settings.certificate_file  # the key as well
     if settings.database_file is not None:
         yield "database", settings.database_file
     elif make_url(settings.database).password is not None:
@@ -117,4 +119,6 @@ def _roots(settings: Settings) -> None:
 
 def _tls(settings: Settings) -> None:
     if settings.tls_certificate is not None:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_certificate, settings.tls_key)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        # Without a password OpenSSL would ask for one on the terminal.
+        context.load_cert_chain(settings.tls_certificate, settings.tls_key, password="")

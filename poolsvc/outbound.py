@@ -67,8 +67,9 @@ class Guard:
 
     def __init__(self, settings: Settings) -> None:
         self._allow_private = settings.allow_private_addresses
-        endpoints = map(split_endpoint, (settings.dns.primary, *settings.dns.nameservers, *settings.listen))
-        self._own = frozenset((ip_address(host), port) for host, port in endpoints)
+        plain = settings.web_tls.http_listen if settings.web_tls.acme else ()
+        own = (settings.dns.primary, *settings.dns.nameservers, *settings.listen, *plain)
+        self._own = frozenset((ip_address(host), port) for host, port in map(split_endpoint, own))
 
     def check(self, text: str, *ports: int) -> None:
         """Refuse an address for these ports. Raises InvalidAddress, which says why."""

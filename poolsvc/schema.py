@@ -1,10 +1,12 @@
 """The database's tables and this version's migrations: bring them together, or say that they differ."""
 
 import io
+from functools import cache
 from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
+from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -12,6 +14,7 @@ import migrations
 from poolsvc.config import Settings
 from poolsvc.errors import PoolError
 
+_PLACE = str(Path(migrations.__file__).parent)
 _FAULTS = (SQLAlchemyError, CommandError, OSError)
 
 
@@ -43,8 +46,14 @@ def check_current(settings: Settings) -> None:
         ) from None
 
 
+@cache
+def heads() -> frozenset[str]:
+    """The version of this program's tables, as the database notes it. Reads files."""
+    return frozenset(ScriptDirectory(_PLACE).get_heads())
+
+
 def _alembic(settings: Settings) -> Config:
     config = Config(stdout=io.StringIO())
-    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    config.set_main_option("script_location", _PLACE)
     config.attributes["url"] = settings.database
     return config

@@ -6,7 +6,11 @@ work only.
 """
 
 import asyncio
+import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -42,13 +46,26 @@ async def claim(
         return [entry.id for entry in claimed]
 
 
+@dataclass(slots=True)
+class Passes:
+    """One kind of work since the process began."""
+
+    count: int = 0
+    failures: int = 0
+    seconds: float = 0.0
+
+
 class Health:
-    """What the worker last heard of the pool's own parts; shown by the API."""
+    """What this process last heard of the pool's own parts; shown by the API and its metrics."""
 
     def __init__(self) -> None:
         self.dns: str | None = None
         self.ca: str | None = None
         self.work: dict[str, str] = {}  # kinds of work that failed last time, with the error's name
+        self.passes: defaultdict[str, Passes] = defaultdict(Passes)
+        self.published_at: datetime | None = None
+        self.web_certificate_ends_at: datetime | None = None
+        self.stopping = asyncio.Event()  # no new work is begun, and the process is not ready
 
 
 class Worker:
@@ -71,7 +88,7 @@ class Worker:
         self._opening = asyncio.Lock()
 
     async def run(self) -> None:
-        """Work until cancelled."""
+        """Work until cancelled, or until the steps under way have ended once the process is stopping."""
         try:
             async with asyncio.TaskGroup() as group:
                 for work in (
@@ -90,15 +107,27 @@ class Worker:
                 self._account.close()
 
     async def _repeat(self, work: Callable[[datetime], Awaitable[None]]) -> None:
-        while True:
+        passes = self._health.passes[work.__name__.strip("_")]
+        while not self._health.stopping.is_set():
+            began = time.monotonic()
             try:
                 await work(datetime.now(UTC))
                 self._health.work.pop(work.__name__, None)
             except Exception as error:  # noqa: BLE001 - a task's root: one kind of work must not end the others
                 self._health.work[work.__name__] = type(error).__name__
                 _log.error("work_failed", work=work.__name__, exc_info=error)
-                await asyncio.sleep(self._settings.policy.step_retry)
-            await asyncio.sleep(self._settings.policy.tick)
+                passes.failures += 1
+            passes.count += 1
+            passes.seconds += time.monotonic() - began
+            if work.__name__ in self._health.work:
+                await self._pause(self._settings.policy.step_retry)
+            await self._pause(self._settings.policy.tick)
+
+    async def _pause(self, seconds: float) -> None:
+        """Sleep, but not beyond the moment at which the process is to stop."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._health.stopping.wait()
 
     async def _each(self, ids: Sequence[int], work: Callable[[int], Awaitable[None]]) -> None:
         async def one(identifier: int) -> None:
@@ -207,13 +236,14 @@ class Worker:
             self._planned = None
             self._health.dns = str(error)
             _log.error("publish_failed", detail=str(error))
-            await asyncio.sleep(self._settings.policy.step_retry)
+            await self._pause(self._settings.policy.step_retry)
         else:
             self._reconciled_at, self._health.dns = now, None
+            self._health.published_at = now
             self._planned = made if everywhere else None
             if not everywhere:
                 self._health.dns = "not every authoritative server shows the zone"
-                await asyncio.sleep(self._settings.policy.step_retry)
+                await self._pause(self._settings.policy.step_retry)
 
     async def _is_frozen(self) -> bool:
         async with self._database.transaction() as session:

@@ -1,17 +1,14 @@
 """`poolsvc`: run the registry, prepare its database, make the first operator. Rendering only."""
 
 import asyncio
-import contextlib
 import json
 import os
 import socket
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Annotated
 
 import structlog
 import typer
-import uvicorn
 from sqlalchemy import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -27,6 +24,7 @@ from poolsvc.derived import RegistryKey
 from poolsvc.errors import PoolError
 from poolsvc.files import UnusableFile, check_files
 from poolsvc.schema import DatabaseUnusable
+from poolsvc.serving import create_server
 
 app = typer.Typer(
     name="poolsvc", no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False
@@ -67,46 +65,34 @@ def serve(config: ConfigOption) -> None:
     _check_files(settings)
     if settings.allow_private_addresses:
         structlog.get_logger().warning("private_addresses_allowed")
-    sockets = [_bind(endpoint) for endpoint in settings.listen]
+    listening = [_bind("listen", endpoint) for endpoint in settings.listen]
+    plain = [
+        _bind("web_tls.http_listen", endpoint)
+        for endpoint in settings.web_tls.http_listen
+        if settings.web_tls.acme
+    ]
     application = create_app(
         settings, Database(settings.database), load_roots(settings.roots_file), _registry_key(settings)
     )
-    server_config = uvicorn.Config(
-        application,
-        log_level="warning",
-        server_header=False,
-        proxy_headers=bool(settings.trusted_proxies),
-        forwarded_allow_ips=[str(address) for address in settings.trusted_proxies],
-        ssl_certfile=settings.tls_certificate,
-        ssl_keyfile=settings.tls_key,
-        limit_concurrency=1000,
-        timeout_keep_alive=15,
-        timeout_graceful_shutdown=5,
-    )
-    _Server(server_config).run(sockets=sockets)
+    create_server(settings, application, listening, plain).run()
 
 
-class _Server(uvicorn.Server):
-    """Ends with status 0 on SIGTERM: uvicorn would raise the signal again once it has stopped in order."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        with super().capture_signals():
-            yield
-            self._captured_signals.clear()
-
-
-def _bind(endpoint: str) -> socket.socket:
+def _bind(setting: str, endpoint: str) -> socket.socket:
+    """A socket that does not listen yet: nobody is kept waiting for what is not there."""
     address, port = split_endpoint(endpoint)
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
     try:
-        return socket.create_server((address, port), family=family, backlog=512)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if sock.family is socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind((address, port))
     except OSError as error:
         fail(
             ExitStatus.CONFIGURATION,
-            f"listen {endpoint}: {os.strerror(error.errno or 0)}",
+            f"{setting} {endpoint}: {os.strerror(error.errno or 0)}",
             "choose another address or port",
         )
+    return sock
 
 
 def _check_migrated(settings: Settings) -> None:

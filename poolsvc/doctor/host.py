@@ -112,7 +112,7 @@ async def _endpoint(at: Examination, endpoint: str) -> Finding:
 
 async def _is_ours(at: Examination, endpoint: str) -> bool:
     """Whether the registry of this pool answers there; its certificate is another check's."""
-    scheme = "http" if at.settings.tls_certificate is None else "https"
+    scheme = "http" if at.settings.certificate_file is None else "https"
     try:
         async with httpx.AsyncClient(verify=False, trust_env=False, timeout=QUESTION_TIMEOUT) as client:  # noqa: S501
             answer = await client.get(f"{scheme}://{endpoint}/v1/pool")
@@ -122,10 +122,14 @@ async def _is_ours(at: Examination, endpoint: str) -> bool:
 
 
 async def certificate(at: Examination) -> Finding:
-    path = at.settings.tls_certificate
+    path = at.settings.certificate_file
     if path is None:
-        return skipped("a reverse proxy's: tls_certificate is not set")
-    remedy = "renew tls_certificate, then restart `serve`"
+        return skipped("a reverse proxy's: neither tls_certificate nor web_tls.acme is set")
+    remedy = "renew tls_certificate; `serve` sees that by itself"
+    if at.settings.web_tls.acme:
+        remedy = "see web_certificate_failed in the log of `serve`, and let the CA reach web_tls.http_listen"
+        if not path.exists():
+            return warn("there is none yet", "run `serve`, which gets it from the CA")
     host = urlsplit(at.settings.public_url).hostname or ""
     try:
         text = path.read_text()

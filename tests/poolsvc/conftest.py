@@ -30,8 +30,8 @@ from lab.pebble import Pebble
 from lab.postgres import Postgres
 from lab.processes import Process, free_port, require, wait_until
 from member_agent.challenges import Responder
-from member_agent.install import new_key_and_csr
 from nts_core.control import ACME_PATH, ServerState
+from nts_core.tls import new_key_and_csr
 from poolsvc import auth, issuance, members, servers
 from poolsvc.acme import AcmeAccount, AcmeConfig
 from poolsvc.app import create_app
@@ -340,7 +340,7 @@ def client(app):
     def make(token=None, *, source="192.0.2.1"):
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         transport = httpx.ASGITransport(app, client=(source, 40_000))
-        return httpx.AsyncClient(transport=transport, base_url="http://registry", headers=headers)
+        return httpx.AsyncClient(transport=transport, base_url="https://registry", headers=headers)
 
     return make
 

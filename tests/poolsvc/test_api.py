@@ -11,12 +11,13 @@ import httpx
 import pytest
 from sqlalchemy import make_url, select, update
 
-from member_agent.install import new_key_and_csr
 from nts_core.control import ServerState, Stage, StageStatus
+from nts_core.tls import new_key_and_csr
 from poolsvc import auth, issuance, members, servers
-from poolsvc.app import MAX_BODY, create_app
+from poolsvc.app import create_app
 from poolsvc.db import Database
 from poolsvc.derived import RegistryKey
+from poolsvc.gate import MAX_BODY
 from poolsvc.models import Address, ConnectBack, Member, Order, OrderStatus, Server, TokenKind
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -267,13 +268,15 @@ async def test_the_openapi_document_names_every_route_and_the_bearer_scheme(worl
             assert bool(entry.get("security")) is not is_public, f"{method} {path}"
 
 
-async def test_requests_are_counted_by_route_and_status_without_names(alice):
+async def test_requests_are_counted_by_route_and_status_without_names(alice, client):
     await alice.operator.get("/v1/servers/alice")
     await alice.operator.get("/v1/servers/secret-name")
     await alice.public.get("/nothing")
-    text = (await alice.public.get("/metrics")).text
-    assert 'poolsvc_requests_total{route="/v1/servers/{name}",status="200"} 1.0' in text
-    assert 'poolsvc_requests_total{route="/v1/servers/{name}",status="404"} 1.0' in text
+    async with client(source="127.0.0.1") as http:
+        text = (await http.get("/metrics")).text
+    for status in (200, 404):
+        labels = f'method="GET",route="/v1/servers/{{name}}",status="{status}"'
+        assert f"poolsvc_requests_total{{{labels}}} 1.0" in text
     assert "secret-name" not in text
     assert "/nothing" not in text
 
@@ -530,7 +533,7 @@ async def test_the_operator_may_waive_the_source_address_for_members_behind_nat(
     app = create_app(tuned(require_source_address=False), database, [], RegistryKey(bytes(32)))
     transport = httpx.ASGITransport(app, client=("127.0.0.1", 1))
     headers = alice.agent.headers
-    async with httpx.AsyncClient(transport=transport, base_url="http://r", headers=headers) as http:
+    async with httpx.AsyncClient(transport=transport, base_url="https://r", headers=headers) as http:
         assert (await http.post("/v1/agent/proof", json={"address": HERE})).status_code == 200
 
 

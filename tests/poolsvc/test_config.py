@@ -186,6 +186,66 @@ def test_a_certificate_for_the_api_needs_its_key(file, tmp_path):
     assert (settings.tls_certificate, settings.tls_key) == (tmp_path / "api.pem", tmp_path / "api.key")
 
 
+ACME = "[web_tls]\nacme = true\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "is_taken"),
+    [
+        ('listen = ["127.0.0.1:80", "[::1]:80"]\n', True),
+        ('listen = ["192.0.2.1:80"]\n', False),
+        ('listen = ["127.0.0.1:80", "0.0.0.0:80"]\n', False),
+        ('listen = ["[::]:80"]\n', False),
+        ('listen = ["[::]:80"]\ntrusted_proxies = ["192.0.2.80"]\n', True),
+        ('listen = ["[::]:443"]\ntls_certificate = "api.pem"\ntls_key = "api.key"\n', True),
+        (f'listen = ["[::]:443"]\npublic_url = "https://registry.example.net"\n{ACME}', True),
+    ],
+)
+def test_tokens_do_not_travel_in_the_open(file, lines, is_taken):
+    path = file()
+    path.write_text(lines.replace(ACME, "") + path.read_text() + (ACME if ACME in lines else ""))
+    if is_taken:
+        load_settings(path)
+    else:
+        message = refused(path)
+        assert "listen " in message
+        assert "tokens would travel in the open; set tls_certificate" in message
+
+
+@pytest.mark.parametrize(
+    ("lines", "fault"),
+    [
+        ("", "public_url must be https"),
+        ('public_url = "http://registry.example.net"\n', "public_url must be https"),
+        ('public_url = "https://192.0.2.1"\n', "public_url must be https"),
+        ('public_url = "https://[2001:db8::1]"\n', "public_url must be https"),
+        (
+            'public_url = "https://registry.example.net"\ntls_certificate = "a.pem"\ntls_key = "a.key"\n',
+            "exclude each other",
+        ),
+    ],
+)
+def test_a_certificate_by_acme_needs_a_name_and_no_other_certificate(file, lines, fault):
+    path = file()
+    path.write_text(lines + path.read_text() + ACME)
+    assert fault in refused(path)
+
+
+def test_a_certificate_by_acme_is_kept_beside_the_settings(file, tmp_path):
+    path = file('public_url = "https://registry.example.net:8443"\n')
+    path.write_text(path.read_text() + ACME)
+    settings = load_settings(path)
+    assert settings.web_tls.directory == tmp_path / "web-tls"
+    assert settings.web_tls.http_listen == ("0.0.0.0:80",)
+    assert settings.web_host == "registry.example.net"
+
+
+def test_metrics_are_allowed_to_networks(file):
+    assert "metrics_allow.0: " in refused(file('metrics_allow = ["prometheus.example"]\n'))
+    (network,) = load_settings(file('metrics_allow = ["2001:db8::/32"]\n')).metrics_allow
+    assert str(network) == "2001:db8::/32"
+
+
 def test_trusted_proxies_are_addresses(file):
     assert "trusted_proxies.0: " in refused(file('trusted_proxies = ["proxy.example"]\n'))
     (proxy,) = load_settings(file('trusted_proxies = ["::1"]\n')).trusted_proxies

@@ -121,7 +121,7 @@ def slow(database, tuned):
     def make(host, token=None):
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         transport = httpx.ASGITransport(app, client=(host, 1))
-        return httpx.AsyncClient(transport=transport, base_url="http://registry", headers=headers)
+        return httpx.AsyncClient(transport=transport, base_url="https://registry", headers=headers)
 
     return make
 

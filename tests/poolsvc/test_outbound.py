@@ -112,7 +112,7 @@ def test_what_passes_is_global_unicast_and_not_set_aside(strict):
     guard.check(PUBLIC_TOO, 443)
 
 
-OWN = ["9.9.9.9", "9.9.9.10", "2620:fe::fe", "1.1.1.1"]
+OWN = ["9.9.9.9", "9.9.9.10", "2620:fe::fe", "1.1.1.1", "1.1.1.3"]
 
 
 def own(settings):
@@ -120,7 +120,9 @@ def own(settings):
     dns = settings.dns.model_copy(
         update={"primary": "9.9.9.9:53", "nameservers": ("9.9.9.10:53", "[2620:fe::fe]:5353")}
     )
-    return settings.model_copy(update={"dns": dns, "listen": ("1.1.1.1:443", "0.0.0.0:8080")})
+    web_tls = settings.web_tls.model_copy(update={"acme": True, "http_listen": ("1.1.1.3:80",)})
+    listen = ("1.1.1.1:443", "0.0.0.0:8080")
+    return settings.model_copy(update={"dns": dns, "listen": listen, "web_tls": web_tls})
 
 
 @pytest.mark.parametrize("address", OWN)

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from lab.processes import Process, free_port
+from lab.processes import Process, free_port, wait_until
 from lab.programs import Finished, run, script
 from poolsvc import auth
 from poolsvc.cli import ExitStatus, app
@@ -253,19 +253,74 @@ def test_serve_names_a_tsig_secret_that_is_none(config, tmp_path, secret):
     failed(poolsvc("serve", "--config", path), ExitStatus.CONFIGURATION, "base64")
 
 
-def test_serve_ends_in_order_on_sigterm(config, tmp_path):
-    path = config()
+@pytest.fixture
+def served(config, tmp_path):
+    """Starts `serve` with more settings and waits until it is ready: the process and its URL."""
+    with contextlib.ExitStack() as stack:
+
+        def start(more=""):
+            path = config(more=more)
+            assert poolsvc("migrate", "--config", path).status == ExitStatus.OK
+            process = Process("poolsvc", [script("poolsvc"), "serve", "--config", str(path)], tmp_path)
+            url = f"http://{tomllib.loads(path.read_text())['listen'][0]}"
+            stack.enter_context(process.start(lambda: asked(url) == 200))
+            return process, url
+
+        yield start
+
+
+def asked(url, path="/readyz"):
+    """The status of an answer; None while nobody answers."""
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(url + path, trust_env=False, timeout=5).status_code
+
+
+def test_serve_ends_in_order_on_sigterm(served):
+    process, _ = served()
+    process.signal(signal.SIGTERM)
+    assert process.wait() == ExitStatus.OK
+    for line in process.output().splitlines():
+        json.loads(line)
+
+
+def test_before_the_end_serve_is_not_ready_and_still_answers(served):
+    process, url = served("stop_delay = 60")
+    process.signal(signal.SIGTERM)
+    wait_until(lambda: asked(url) == 503, "not ready")
+    assert asked(url, "/healthz") == asked(url, "/v1/pool") == 200
+    process.signal(signal.SIGTERM)
+    assert process.wait() == -signal.SIGTERM, "the second signal ends it at once"
+
+
+def test_metrics_show_the_listeners_of_serve(served):
+    _, url = served()
+    lines = httpx.get(f"{url}/metrics", trust_env=False).text.splitlines()
+    assert 'poolsvc_connections{service="api"} 1.0' in lines
+
+
+def test_garbage_of_strangers_makes_no_line_in_the_log(served):
+    process, url = served()
+    before = process.output()
+    address = ("127.0.0.1", int(url.rpartition(":")[2]))
+    for octets in (
+        b"BAD\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: r\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n",
+    ):
+        with socket.create_connection(address, timeout=10) as sock:
+            sock.sendall(octets)
+            assert sock.recv(100).startswith(b"HTTP/1.1 40")
+    assert asked(url) == 200
+    new = [json.loads(line)["event"] for line in process.output()[len(before) :].splitlines()]
+    assert set(new) <= {"publish_failed", "ca_unreachable"}, new
+
+
+def test_serve_names_a_certificate_that_is_none(config, tmp_path):
+    path = config(more='tls_certificate = "api.pem"\ntls_key = "api.key"')
     assert poolsvc("migrate", "--config", path).status == ExitStatus.OK
-    process = Process("poolsvc", [script("poolsvc"), "serve", "--config", str(path)], tmp_path)
-    url = f"http://{tomllib.loads(path.read_text())['listen'][0]}/v1/pool"
-
-    def answers():
-        with contextlib.suppress(httpx.TransportError):
-            return httpx.get(url, trust_env=False).is_success
-
-    with process.start(answers):
-        process.signal(signal.SIGTERM)
-        assert process.wait() == ExitStatus.OK
+    failed(poolsvc("serve", "--config", path), ExitStatus.CONFIGURATION, "give a PEM chain and its key")
+    (tmp_path / "api.pem").write_text("garbage")
+    (tmp_path / "api.key").write_text("garbage")
+    failed(poolsvc("serve", "--config", path), ExitStatus.CONFIGURATION, "give a PEM chain and its key")
 
 
 @pytest.fixture

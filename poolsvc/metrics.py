@@ -1,0 +1,165 @@
+"""All that Prometheus can read of the registry: counted here for requests, read from their owners for the rest."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from sqlalchemy import QueuePool, func, select
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import InstrumentedAttribute
+
+from nts_core.control import ServerState
+from poolsvc.db import Database
+from poolsvc.listener import Listeners
+from poolsvc.models import Address, Order, Server
+from poolsvc.readiness import Look
+from poolsvc.worker import Health
+
+# How old the figures of the database may be, in seconds.
+_KEEP = 15.0
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_DUE: dict[str, InstrumentedAttribute[datetime | None]] = {
+    "prove": Address.proof_due_at,
+    "begin_orders": Server.order_due_at,
+    "advance_orders": Order.due_at,
+    "probe": Server.probe_due_at,
+    "remove": Server.removal_due_at,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Figures:
+    """What the database says: for each kind of work how many rows are due and since when, and servers by state."""
+
+    due: dict[str, tuple[int, datetime | None]]
+    servers: dict[ServerState, int]
+
+
+class Metrics:
+    """The figures of one process."""
+
+    def __init__(self, database: Database, health: Health) -> None:
+        self.health = health
+        self._listeners: dict[str, Listeners] = {}
+        self._database = database
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._requests = Counter(
+            "poolsvc_requests",
+            "Requests by method, route and status.",
+            ("method", "route", "status"),
+            registry=self._registry,
+        )
+        self._seconds = Histogram(
+            "poolsvc_request_seconds",
+            "From a request's head to its answer.",
+            ("route",),
+            registry=self._registry,
+        )
+        self._look = Look(self._ask, keep=_KEEP)
+        self._figures: _Figures | None = None
+        self._registry.register(_Families(self._families))
+
+    def add_listeners(self, service: str, listeners: Listeners) -> None:
+        """Show the connections of one more service."""
+        self._listeners[service] = listeners
+
+    def observe(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Count a request. Words of strangers become no labels."""
+        method = method if method in _METHODS else "other"
+        self._requests.labels(method, route, str(status)).inc()
+        self._seconds.labels(route).observe(seconds)
+
+    async def render(self) -> bytes:
+        """The text that Prometheus reads; without the database's figures while it does not answer."""
+        try:
+            self._figures = await self._look.answer()
+        except (SQLAlchemyError, OSError):  # TimeoutError is one
+            self._figures = None
+        return generate_latest(self._registry)
+
+    async def close(self) -> None:
+        await self._look.close()
+
+    async def _ask(self) -> _Figures:
+        now = datetime.now(UTC)
+        async with self._database.transaction() as session:
+            due = {}
+            for kind, column in _DUE.items():
+                row = (
+                    await session.execute(select(func.count(), func.min(column)).where(column <= now))
+                ).one()
+                due[kind] = (row[0], row[1])
+            states = await session.execute(select(Server.state, func.count()).group_by(Server.state))
+            return _Figures(due, {row[0]: row[1] for row in states})
+
+    def _families(self) -> Iterable[Metric]:
+        now = datetime.now(UTC)
+        yield from self._of_worker()
+        yield from self._of_database(now)
+        yield from self._of_listeners()
+        health = self.health
+        up = GaugeMetricFamily("poolsvc_up", "1 unless this part of the pool fails.", labels=["part"])
+        up.add_metric(["ca"], health.ca is None)
+        up.add_metric(["dns"], health.dns is None)
+        up.add_metric(["database"], self._figures is not None)
+        yield up
+        for name, text, moment in (
+            ("publish_age", "Since the zone was last published.", health.published_at),
+            (
+                "web_certificate_age",
+                "Since the API's certificate ended; negative before.",
+                health.web_certificate_ends_at,
+            ),
+        ):
+            if moment is not None:
+                yield GaugeMetricFamily(f"poolsvc_{name}_seconds", text, (now - moment).total_seconds())
+
+    def _of_worker(self) -> Iterable[Metric]:
+        passes = CounterMetricFamily("poolsvc_passes", "Passes of the worker.", labels=["kind"])
+        failures = CounterMetricFamily("poolsvc_pass_failures", "Passes that failed.", labels=["kind"])
+        seconds = CounterMetricFamily("poolsvc_pass_seconds", "Time that passes took.", labels=["kind"])
+        for kind, of_kind in self.health.passes.items():
+            passes.add_metric([kind], of_kind.count)
+            failures.add_metric([kind], of_kind.failures)
+            seconds.add_metric([kind], of_kind.seconds)
+        return [passes, failures, seconds]
+
+    def _of_database(self, now: datetime) -> Iterable[Metric]:
+        pool = self._database.engine.pool
+        if isinstance(pool, QueuePool):
+            yield GaugeMetricFamily(
+                "poolsvc_database_connections", "Connections to the database in use.", pool.checkedout()
+            )
+        if self._figures is None:
+            return
+        rows = GaugeMetricFamily("poolsvc_due", "Rows whose time has come.", labels=["kind"])
+        age = GaugeMetricFamily("poolsvc_due_age_seconds", "How late the oldest of them is.", labels=["kind"])
+        for kind, (count, oldest) in self._figures.due.items():
+            rows.add_metric([kind], count)
+            age.add_metric([kind], (now - oldest).total_seconds() if oldest else 0)
+        servers = GaugeMetricFamily("poolsvc_servers", "Servers by state.", labels=["state"])
+        for state in ServerState:
+            servers.add_metric([state], self._figures.servers.get(state, 0))
+        yield from (rows, age, servers)
+
+    def _of_listeners(self) -> Iterable[Metric]:
+        open_now = GaugeMetricFamily("poolsvc_connections", "Open connections.", labels=["service"])
+        ended = CounterMetricFamily(
+            "poolsvc_connections_ended", "Connections refused or ended early.", labels=["service", "reason"]
+        )
+        for service, listeners in self._listeners.items():
+            open_now.add_metric([service], listeners.connections)
+            for reason, count in listeners.counters.items():
+                ended.add_metric([service, reason], count)
+        return [open_now, ended]
+
+
+class _Families(Collector):
+    def __init__(self, families: Callable[[], Iterable[Metric]]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families()
