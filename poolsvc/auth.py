@@ -139,6 +139,16 @@ class Principal:
             found.add(Role(self.members[member_id].value))
         return frozenset(found)
 
+    @property
+    def acts_for(self) -> tuple[int, ...]:
+        """The members that the bearer may speak for with this token."""
+        return tuple(member for member in self.members if self.member_id in (None, member))
+
+    @property
+    def reads_pool(self) -> bool:
+        """Whether lists show what is everybody's, and not the bearer's own alone."""
+        return bool(self.roles() & PERMISSIONS[Operation.READ_POOL].roles)
+
     def may(self, operation: Operation, *, member: int | None = None, server: Server | None = None) -> None:
         """Raise Forbidden or MemberBlocked unless the table allows it for that member or server."""
         permission = PERMISSIONS[operation]
@@ -165,8 +175,8 @@ class Principal:
     def member_for(self, operation: Operation, wanted: int | None) -> int:
         """The member that an operation is for, when the request need not name one. Raises Forbidden."""
         if wanted is None:
-            own = [self.member_id] if self.member_id is not None else list(self.members)
-            if len(own) != 1 or own[0] is None:
+            own = self.acts_for
+            if len(own) != 1:
                 raise Forbidden(
                     f"you act for {len(own)} members", remedy="name one of them in `member`", field="member"
                 )

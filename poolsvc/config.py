@@ -149,6 +149,15 @@ class PolicySettings(_Section):
     requests_per_second_and_address: float = Field(20, gt=0, description="of the API, on average")
     requests_per_second_and_token: float = Field(10, gt=0)
     request_burst: int = Field(200, ge=1, description="requests at once of one address or token")
+    servers_per_member: int = Field(
+        20, ge=1, description="unless the operator allows a member another number"
+    )
+    members_per_person: int = Field(10, ge=1, description="that one person may own, when they found another")
+    people_per_member: int = Field(50, ge=1)
+    invitation_days: float = Field(7, gt=0, description="after which an invitation is void")
+    pending_invitations: int = Field(5, ge=1, description="of one member at a time")
+    invitations_per_day: int = Field(20, ge=1, description="of one member")
+    transfer_days: float = Field(7, gt=0, description="after which the offer of a server is void")
     require_source_address: bool = Field(
         True, description="proof calls must come from the address itself; false for members behind NAT"
     )

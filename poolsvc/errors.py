@@ -121,7 +121,33 @@ class InvalidDocument(PoolError):
 
 
 class WrongState(PoolError):
-    """The server's state does not allow what was asked."""
+    """The state of what the request is about does not allow it."""
 
     status = HTTPStatus.CONFLICT
     code = "wrong-state"
+
+
+class LastOwner(PoolError):
+    """A member would be left without an owner, or the pool without an operator."""
+
+    status = HTTPStatus.CONFLICT
+    code = "last-owner"
+
+
+class LimitReached(PoolError):
+    """As many as the pool's policy allows are there already."""
+
+    status = HTTPStatus.CONFLICT
+    code = "limit-reached"
+
+
+class OfferOver(PoolError):
+    """An invitation or the offer of a server that was accepted, taken back or has expired."""
+
+    status = HTTPStatus.GONE
+    code = "offer-over"
+
+
+class InvalidCursor(PoolError):
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    code = "invalid-cursor"

@@ -4,11 +4,12 @@ import secrets
 from datetime import datetime
 
 from email_validator import EmailNotValidError, validate_email
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from poolsvc import auth
-from poolsvc.errors import InvalidEmail, InvalidName, NameTaken
+from poolsvc.config import Settings
+from poolsvc.errors import Forbidden, InvalidEmail, InvalidName, LimitReached, NameTaken, NotFound, WrongState
 from poolsvc.models import (
     Member,
     MemberKind,
@@ -75,14 +76,90 @@ async def create(
     status: MemberStatus = MemberStatus.ACTIVE,
 ) -> Member:
     """A new member with its first owner. Raises InvalidName or NameTaken."""
-    cleaned = check_display_name(name)
-    if await session.scalar(select(Member.id).where(Member.name == cleaned)) is not None:
-        raise NameTaken(f"there is a member named {cleaned!r}", remedy="choose another name", field="name")
+    cleaned = await _free_name(session, name)
     member = Member(name=cleaned, kind=kind, status=status, created_at=now, opaque_id=secrets.token_hex(8))
     session.add(member)
     await session.flush()
     session.add(Membership(member_id=member.id, user_id=owner.id, role=MemberRole.OWNER, created_at=now))
     await session.flush()
+    return member
+
+
+async def _free_name(session: AsyncSession, name: str) -> str:
+    cleaned = check_display_name(name)
+    if await session.scalar(select(Member.id).where(Member.name == cleaned)) is not None:
+        raise NameTaken(f"there is a member named {cleaned!r}", remedy="choose another name", field="name")
+    return cleaned
+
+
+async def found(
+    session: AsyncSession, settings: Settings, user_id: int, name: str, kind: MemberKind, now: datetime
+) -> Member:
+    """A member that a person makes for themself; it waits for the operator's approval.
+
+    Raises Forbidden, LimitReached, InvalidName, NameTaken.
+    """
+    # Locked, so that many requests at once do not found more than one after the other could.
+    owner = await session.get_one(User, user_id, with_for_update={"key_share": True})
+    if owner.confirmed_at is None:
+        raise Forbidden("your mail address is not confirmed", remedy="sign in by a link in a mail first")
+    owned = (
+        select(func.count())
+        .select_from(Membership)
+        .join(Member)
+        .where(
+            Membership.user_id == user_id,
+            Membership.role == MemberRole.OWNER,
+            Member.status != MemberStatus.CLOSED,
+        )
+    )
+    limit = settings.policy.members_per_person
+    if (await session.scalar(owned) or 0) >= limit:
+        raise LimitReached(f"you own {limit} members already", remedy="close one of them")
+    return await create(session, name, now, owner=owner, kind=kind, status=MemberStatus.PENDING)
+
+
+async def get(session: AsyncSession, member_id: int) -> Member:
+    """A member by id. Raises NotFound."""
+    member = await session.get(Member, member_id)
+    if member is None:
+        raise NotFound("there is no such member", remedy="check its id")
+    return member
+
+
+async def lock(session: AsyncSession, member_id: int) -> Member:
+    """A member by id, as it is now; nobody else changes it, its people or its number of servers meanwhile.
+
+    Members are locked before servers, several of them by ascending id. Raises NotFound.
+    """
+    member = await session.scalar(
+        select(Member)
+        .where(Member.id == member_id)
+        # Not the key: whoever notes something about the member must not wait.
+        .with_for_update(key_share=True)
+        .execution_options(populate_existing=True)
+    )
+    if member is None:
+        raise NotFound("there is no such member", remedy="check its id")
+    return member
+
+
+async def change(
+    session: AsyncSession,
+    member_id: int,
+    *,
+    name: str | None = None,
+    kind: MemberKind | None = None,
+    public: bool | None = None,
+) -> Member:
+    """Change what is not None. Raises NotFound, WrongState, InvalidName, NameTaken."""
+    member = await lock(session, member_id)
+    if member.status is MemberStatus.CLOSED:
+        raise WrongState("the member is closed")
+    if name is not None and check_display_name(name) != member.name:
+        member.name = await _free_name(session, name)
+    member.kind = kind or member.kind
+    member.public = member.public if public is None else public
     return member
 
 

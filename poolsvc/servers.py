@@ -22,10 +22,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import selectinload
 
 from nts_core.control import ServerState
-from poolsvc import scoring
+from poolsvc import members, scoring
 from poolsvc.config import Settings
-from poolsvc.errors import AddressTaken, NameTaken, NotFound, WrongState
-from poolsvc.models import Address, Event, Hold, HoldKind, Pool, Server
+from poolsvc.errors import AddressTaken, LimitReached, NameTaken, NotFound, WrongState
+from poolsvc.models import Address, Event, Hold, HoldKind, Member, Pool, Server
 from poolsvc.names import check_addresses, check_name, is_label
 from poolsvc.outbound import Guard
 
@@ -62,6 +62,8 @@ TRANSITIONS: dict[tuple[ServerState, EventKind], ServerState] = {
 
 # States in which a server's addresses and CAA are in DNS.
 NAMED_STATES = frozenset({_S.VERIFIED, _S.CERTIFIED, _S.ACTIVE, _S.SUSPENDED})
+# States from which a server does not come back.
+ENDED_STATES = frozenset({_S.LEAVING, _S.REMOVED})
 # States in which a server's addresses are probed; a suspended one is, or it could never come back.
 PROBED_STATES = NAMED_STATES
 
@@ -104,12 +106,13 @@ async def register(
     *,
     actor: str,
 ) -> Server:
-    """A new server of a member. Raises InvalidName, NameTaken, InvalidAddress, AddressTaken."""
+    """A new server of a member. Raises InvalidName, NameTaken, InvalidAddress, AddressTaken, LimitReached."""
     label = check_name(name)
     checked = check_addresses(addresses, allow_private=settings.allow_private_addresses)
     guard = Guard(settings)
     for address in checked:
         guard.check(address, settings.ports.http, settings.ports.ke)
+    await check_room(session, settings, await members.lock(session, member_id))
     held = await session.scalar(
         select(Server).where(Server.name == label, Server.released_at.is_(None)).with_for_update()
     )
@@ -147,6 +150,16 @@ async def register(
     return server
 
 
+async def check_room(session: AsyncSession, settings: Settings, member: Member) -> None:
+    """Raise LimitReached unless a member, which is locked, may have one more server."""
+    limit = settings.policy.servers_per_member if member.max_servers is None else member.max_servers
+    living = select(func.count()).where(Server.member_id == member.id, Server.state.not_in(ENDED_STATES))
+    if (await session.scalar(living) or 0) >= limit:
+        raise LimitReached(
+            f"a member like this has at most {limit} servers", remedy="remove one, or ask the pool's operator"
+        )
+
+
 async def taken_address(session: AsyncSession, addresses: Sequence[str]) -> str | None:
     """One of the addresses that a server of the pool has proved: it has one owner from then on.
 
@@ -158,7 +171,7 @@ async def taken_address(session: AsyncSession, addresses: Sequence[str]) -> str 
         .where(
             Address.address.in_(addresses),
             Address.proved_at.is_not(None),
-            Server.state.not_in((ServerState.LEAVING, ServerState.REMOVED)),
+            Server.state.not_in(ENDED_STATES),
         )
         .limit(1)
     )
@@ -224,7 +237,7 @@ async def lift_hold(
 
 async def leave(session: AsyncSession, server: Server, *, actor: str, reason: str, now: datetime) -> None:
     """Begin to take a server out for good. Repeating it changes nothing."""
-    if server.state in (ServerState.LEAVING, ServerState.REMOVED):
+    if server.state in ENDED_STATES:
         return
     await apply(session, server, EventKind.LEAVE, actor=actor, reason=reason, now=now)
     server.leave_reason = reason[:300]

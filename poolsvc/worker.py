@@ -19,7 +19,7 @@ from cryptography import x509
 from sqlalchemy import select
 from sqlalchemy.orm import InstrumentedAttribute
 
-from poolsvc import idempotency, issuance, journal, monitoring, proofs, publication, removal, servers
+from poolsvc import idempotency, issuance, journal, monitoring, proofs, publication, removal, servers, teams
 from poolsvc.acme import AcmeAccount, AcmeConfig, AcmeError
 from poolsvc.config import Settings
 from poolsvc.db import Database
@@ -178,6 +178,7 @@ class Worker:
     async def _expire(self, now: datetime) -> None:
         async with self._database.transaction() as session:
             await servers.expire_unfinished(session, self._settings, now)
+            await teams.forget_expired(session, now)
             await idempotency.forget_old(session, now)
 
     async def _journal(self, now: datetime) -> None:

@@ -1,9 +1,11 @@
 """The JSON API, version 1. Requests and answers are documents; decisions live in the modules behind it."""
 
-from poolsvc.api import accounts, agent, members, pool, servers
+from poolsvc.api import accounts, agent, history, members, pool, servers, staff, teams, transfers
 from poolsvc.api.limits import Limits
 from poolsvc.api.request import Services
 
 __all__ = ["ROUTERS", "Limits", "Services"]
 
-ROUTERS = tuple(part.router for part in (pool, accounts, members, servers, agent))
+ROUTERS = tuple(
+    part.router for part in (pool, accounts, members, teams, servers, transfers, staff, history, agent)
+)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated
 
-from fastapi import Depends, Path, Request
+from fastapi import Depends, Path, Query, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from poolsvc import auth
@@ -73,9 +73,23 @@ async def _principal(
 PrincipalDep = Annotated[Principal, Depends(_principal)]
 NamePath = Annotated[str, Path(max_length=64)]
 IdPath = Annotated[int, Path(ge=1, le=2**31 - 1)]
+# Without control characters: PostgreSQL takes no NUL, and people read these in one line.
+_LINE = r"^[^\x00-\x1f\x7f]*$"
+TextQuery = Annotated[str | None, Query(max_length=100, pattern=_LINE)]
 
 
 class Document(BaseModel):
     """A JSON document: unknown fields are refused, and rows can be read as one."""
 
     model_config = ConfigDict(extra="forbid", from_attributes=True)
+
+
+class Reason(Document):
+    """Why something is decided about somebody."""
+
+    reason: str = Field(
+        min_length=1,
+        max_length=300,
+        pattern=_LINE,
+        description="shown to whom it concerns, and kept in the log: without names or addresses of people",
+    )

@@ -1,15 +1,26 @@
 """Servers of the pool as their members and the operators see them, and what these may do with them."""
 
 from datetime import datetime
+from typing import Annotated
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from pydantic import Field
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from nts_core.control import ServerState
 from poolsvc import auth, removal, servers
 from poolsvc.api.idempotent import idempotent
-from poolsvc.api.request import Document, NamePath, NowDep, PrincipalDep, ServicesDep, SessionDep
+from poolsvc.api.paging import Page, PagingDep
+from poolsvc.api.request import (
+    Document,
+    NamePath,
+    NowDep,
+    PrincipalDep,
+    ServicesDep,
+    SessionDep,
+    TextQuery,
+)
 from poolsvc.auth import Operation
 from poolsvc.config import Settings
 from poolsvc.errors import Gone
@@ -72,9 +83,58 @@ class ServerView(Document):
     receipt: Receipt | None
 
 
+class ServerSummary(Document):
+    """A server in a list."""
+
+    id: int = Field(description="how the log names it")
+    name: str
+    domain: str
+    member: int
+    state: ServerState
+    state_since: datetime
+    in_dns: bool
+
+
 class ServerCreated(Document):
     server: ServerView
     join: JoinToken
+
+
+@router.get("/servers")
+async def list_servers(
+    principal: PrincipalDep,
+    services: ServicesDep,
+    session: SessionDep,
+    paging: PagingDep,
+    state: ServerState | None = None,
+    member: Annotated[int | None, Query(ge=1, le=2**31 - 1)] = None,
+    q: TextQuery = None,
+) -> Page[ServerSummary]:
+    """The servers of one's members, removed ones too; all of them for the pool's staff. `q`: how the name begins."""
+    principal.may(Operation.READ_SELF)
+    found = select(Server)
+    if not principal.reads_pool:
+        found = found.where(Server.member_id.in_(principal.acts_for))
+    if state is not None:
+        found = found.where(Server.state == state)
+    if member is not None:
+        found = found.where(Server.member_id == member)
+    if q is not None:
+        found = found.where(Server.name.startswith(q.lower(), autoescape=True))
+    rows, further = await paging.rows(session, found, Server.id)
+    items = [
+        ServerSummary(
+            id=row.id,
+            name=row.name,
+            domain=services.settings.domain_of(row.name),
+            member=row.member_id,
+            state=row.state,
+            state_since=row.state_since,
+            in_dns=is_in_dns(row),
+        )
+        for row in rows
+    ]
+    return Page(items=items, next=further)
 
 
 @router.post("/servers", status_code=201)
@@ -128,8 +188,12 @@ async def renew_join_token(
 
 
 def refuse_gone(server: Server) -> None:
-    if server.state in (ServerState.LEAVING, ServerState.REMOVED):
+    if server.state in servers.ENDED_STATES:
         raise Gone(f"{server.name} is {server.state}", remedy="register another name")
+
+
+def is_in_dns(server: Server) -> bool:
+    return server.state is ServerState.ACTIVE and server.listed_at is not None
 
 
 async def new_join_token(
@@ -151,7 +215,7 @@ async def view_of(session: AsyncSession, settings: Settings, server_id: int) -> 
         domain=settings.domain_of(server.name),
         state=server.state,
         state_since=server.state_since,
-        in_dns=server.state is ServerState.ACTIVE and server.listed_at is not None,
+        in_dns=is_in_dns(server),
         why=why_not(views, server),
         stages=views,
         addresses=[AddressView.model_validate(row) for row in server.addresses],

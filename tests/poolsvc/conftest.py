@@ -12,6 +12,7 @@ import time
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import dns.flags
 import dns.message
@@ -164,6 +165,13 @@ def tuned(settings):
     return change
 
 
+class Person(NamedTuple):
+    """Somebody with an account, and the token of a session of theirs."""
+
+    id: int
+    token: str
+
+
 class Registry:
     """Servers of one test, brought to a state by the ways that the registry itself has."""
 
@@ -184,6 +192,16 @@ class Registry:
             session.add(Membership(member_id=member, user_id=user.id, role=role, created_at=NOW))
             _, token = await auth.issue(session, TokenKind.API, now=NOW, user_id=user.id, **options)
             return token
+
+    async def person(self, member=None, role=MemberRole.OWNER, *, confirmed_at=NOW, **options) -> Person:
+        """A new person, of a member if one is given; options are those of `members.create_user`."""
+        async with self.database.transaction("test") as session:
+            user = await members.create_user(session, NOW, **options)
+            user.confirmed_at = confirmed_at
+            if member is not None:
+                session.add(Membership(member_id=member, user_id=user.id, role=role, created_at=NOW))
+            _, token = await auth.issue(session, TokenKind.SESSION, now=NOW, user_id=user.id)
+            return Person(user.id, token)
 
     async def server(self, name="alice", *addresses, state=ServerState.REGISTERED, member=None) -> int:
         """The id of a new server; `addresses` are proved in all states but REGISTERED."""
@@ -343,6 +361,17 @@ def client(app):
         return httpx.AsyncClient(transport=transport, base_url="https://registry", headers=headers)
 
     return make
+
+
+@pytest.fixture
+def call(client):
+    """`await call(TOKEN, METHOD, PATH, json=BODY)`: one request of somebody."""
+
+    async def send(token, method, path, **options):
+        async with client(token) as http:
+            return await http.request(method, path, **options)
+
+    return send
 
 
 class Flow:

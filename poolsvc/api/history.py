@@ -1,0 +1,125 @@
+"""The audit log, for whom it concerns."""
+
+from collections.abc import Collection
+from datetime import datetime
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from pydantic import AwareDatetime, Field
+from sqlalchemy import Select, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from poolsvc import history, servers
+from poolsvc.api.paging import Page, Paging, PagingDep
+from poolsvc.api.request import Document, IdPath, NamePath, PrincipalDep, SessionDep, TextQuery
+from poolsvc.auth import Operation, Principal
+from poolsvc.models import Event
+
+router = APIRouter(prefix="/v1")
+IdQuery = Annotated[int | None, Query(ge=1, le=2**31 - 1)]
+
+
+class EventView(Document):
+    """One change. Nothing in it names people or holds addresses or secrets."""
+
+    id: int
+    at: datetime
+    actor: str = Field(description="such as `user 7`, `agent 3`, `worker`; `operator` for the pool's staff")
+    kind: str
+    subject: str = Field(description="what changed, such as `address 12`")
+    member: int | None
+    server: int | None
+    user: int | None
+    before: dict[str, Any] | None
+    after: dict[str, Any] | None
+    reason: str
+
+
+@router.get("/events")
+async def list_events(
+    principal: PrincipalDep,
+    session: SessionDep,
+    paging: PagingDep,
+    member: Annotated[
+        IdQuery, Query(description="of this member and the servers that are its own now")
+    ] = None,
+    server: Annotated[IdQuery, Query(description="the server's id")] = None,
+    user: IdQuery = None,
+    kind: TextQuery = None,
+    actor: TextQuery = None,
+    since: AwareDatetime | None = None,
+    until: Annotated[AwareDatetime | None, Query(description="before this moment")] = None,
+) -> Page[EventView]:
+    """What happened, the newest first; for the pool's staff."""
+    principal.may(Operation.READ_POOL)
+    found = select(Event)
+    same = ((Event.server_id, server), (Event.user_id, user), (Event.kind, kind), (Event.actor, actor))
+    for column, wanted in same:
+        if wanted is not None:
+            found = found.where(column == wanted)
+    if since is not None:
+        found = found.where(Event.at >= since)
+    if until is not None:
+        found = found.where(Event.at < until)
+    if member is not None:
+        found = found.where(history.of_member(member))
+    return await _page(session, paging, found, principal)
+
+
+@router.get("/members/{member}/events")
+async def list_events_of_member(
+    member: IdPath, principal: PrincipalDep, session: SessionDep, paging: PagingDep
+) -> Page[EventView]:
+    """What happened to a member and to the servers that are its own now, the newest first."""
+    principal.may(Operation.READ_MEMBER, member=member)
+    known = await history.team(session, member)
+    found = select(Event).where(history.of_member(member))
+    return await _page(session, paging, found, principal, known)
+
+
+@router.get("/servers/{name}/events")
+async def list_events_of_server(
+    name: NamePath, principal: PrincipalDep, session: SessionDep, paging: PagingDep
+) -> Page[EventView]:
+    """What happened to a server, under each member that had it, the newest first."""
+    server = await servers.find(session, name)
+    principal.may(Operation.READ_SERVER, server=server)
+    known = await history.team(session, server.member_id)
+    found = select(Event).where(Event.server_id == server.id)
+    return await _page(session, paging, found, principal, known)
+
+
+@router.get("/me/events")
+async def list_own_events(principal: PrincipalDep, session: SessionDep, paging: PagingDep) -> Page[EventView]:
+    """What happened to one's own account, the newest first."""
+    principal.may(Operation.READ_SELF)
+    found = select(Event).where(Event.user_id == principal.user_id)
+    return await _page(session, paging, found, principal, [principal.user_id or 0])
+
+
+async def _page(
+    session: AsyncSession,
+    paging: Paging,
+    found: Select[Event],
+    principal: Principal,
+    known: Collection[int] = (),
+) -> Page[EventView]:
+    rows, further = await paging.rows(session, found, Event.id, newest_first=True)
+    names = {} if principal.reads_pool else await history.names_for(session, rows, known)
+    items = [
+        EventView(
+            id=row.id,
+            at=row.at,
+            actor=names.get(row.actor, row.actor),
+            kind=row.kind,
+            subject=row.subject,
+            member=row.member_id,
+            server=row.server_id,
+            user=row.user_id,
+            before=row.before,
+            after=row.after,
+            reason=row.reason,
+        )
+        for row in rows
+    ]
+    return Page(items=items, next=further)

@@ -1,0 +1,81 @@
+"""People as the pool's staff sees them, and who is of the staff."""
+
+from datetime import datetime
+
+from fastapi import APIRouter
+from pydantic import Field
+from sqlalchemy import func, or_, select
+
+from poolsvc import standing
+from poolsvc.api.paging import Page, PagingDep
+from poolsvc.api.request import Document, IdPath, NowDep, PrincipalDep, Reason, SessionDep, TextQuery
+from poolsvc.auth import Operation
+from poolsvc.models import StaffRole, User
+
+router = APIRouter(prefix="/v1")
+
+
+class UserView(Document):
+    id: int
+    email: str | None
+    name: str
+    staff: StaffRole | None
+    created_at: datetime
+    confirmed_at: datetime | None = Field(description="when they proved that the mail address is theirs")
+    blocked_at: datetime | None
+    blocked_reason: str | None
+    erased_at: datetime | None
+
+
+class StaffRequest(Document):
+    role: StaffRole
+
+
+@router.get("/users")
+async def list_users(
+    principal: PrincipalDep, session: SessionDep, paging: PagingDep, q: TextQuery = None
+) -> Page[UserView]:
+    """All people, or those whose name or mail address begins so."""
+    principal.may(Operation.READ_POOL)
+    found = select(User)
+    if q is not None:
+        found = found.where(
+            or_(
+                User.email.startswith(q.lower(), autoescape=True),
+                func.lower(User.name).startswith(q.lower(), autoescape=True),
+            )
+        )
+    rows, further = await paging.rows(session, found, User.id)
+    return Page(items=[UserView.model_validate(row) for row in rows], next=further)
+
+
+@router.put("/users/{user}/block")
+async def block_user(
+    user: IdPath, body: Reason, principal: PrincipalDep, session: SessionDep, now: NowDep
+) -> UserView:
+    """Refuse a person's sessions and tokens from now on. Their members and servers are not touched."""
+    principal.may(Operation.JUDGE_USER)
+    return UserView.model_validate(
+        await standing.block_user(session, user, body.reason, now=now, by=principal.user_id)
+    )
+
+
+@router.delete("/users/{user}/block")
+async def unblock_user(user: IdPath, principal: PrincipalDep, session: SessionDep) -> UserView:
+    """Let a person in again."""
+    principal.may(Operation.JUDGE_USER)
+    return UserView.model_validate(await standing.unblock_user(session, user))
+
+
+@router.put("/users/{user}/staff")
+async def appoint(user: IdPath, body: StaffRequest, principal: PrincipalDep, session: SessionDep) -> UserView:
+    """Make a person an operator, or support, which reads everything and changes nothing."""
+    principal.may(Operation.APPOINT_STAFF)
+    return UserView.model_validate(await standing.appoint(session, user, body.role))
+
+
+@router.delete("/users/{user}/staff")
+async def dismiss(user: IdPath, principal: PrincipalDep, session: SessionDep) -> UserView:
+    """Make a person staff no longer. The last operator stays."""
+    principal.may(Operation.APPOINT_STAFF)
+    return UserView.model_validate(await standing.appoint(session, user, None))
