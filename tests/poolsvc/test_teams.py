@@ -310,6 +310,26 @@ async def test_two_who_bring_one_invitation_at_once(postgresql, settings, regist
     assert len(await roles(registry, registry.member_id)) == 3
 
 
+async def test_an_invitation_that_is_accepted_and_revoked_at_once_is_one_of_both(
+    postgresql, settings, registry_of
+):
+    registry = registry_of(postgresql, settings)
+    registry.member_id = await registry.member()
+    registry.first = await registry.person(registry.member_id)
+
+    async def revoke(made):
+        async with postgresql.transaction() as session:
+            await teams.revoke_invitation(session, registry.member_id, made.id, registry.now)
+
+    for _ in range(8):
+        made, person = await invite(registry), await registry.person()
+        async with asyncio.timeout(20):
+            await asyncio.gather(accept(registry, made, person), revoke(made), return_exceptions=True)
+        row = await fetch(registry, made)
+        assert (row.accepted_at is None) != (row.revoked_at is None)
+        assert (person.id in await roles(registry, registry.member_id)) is (row.accepted_at is not None)
+
+
 async def test_who_acts_for_the_member_already_does_not_use_an_invitation_up(team):
     made = await invite(team)
     with pytest.raises(WrongState, match="already"):
