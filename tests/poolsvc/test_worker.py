@@ -11,10 +11,11 @@ from sqlalchemy.exc import OperationalError
 
 from lab.processes import free_port
 from nts_core.control import ServerState
+from poolsvc import members, teams
 from poolsvc.acme import AcmeError
 from poolsvc.db import Database
 from poolsvc.errors import NotFound
-from poolsvc.models import Order, OrderStatus, Server
+from poolsvc.models import Invitation, Order, OrderStatus, Server
 from poolsvc.worker import Health, Worker, claim
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -188,6 +189,19 @@ async def test_a_database_that_goes_away_and_comes_back_is_worked_on_again(start
         assert time.monotonic() < end
         await asyncio.sleep(0.02)
     await until(lambda: not worker.health.work)
+
+
+async def test_addresses_of_expired_invitations_are_forgotten(start, registry):
+    async with registry.database.transaction() as session:
+        user = await members.create_user(session, NOW)
+        made = await teams.invite(session, registry.settings, "new@example.org", NOW, by=user.id)
+    start()
+    end, kept = time.monotonic() + 10, made.email
+    while kept is not None:
+        assert time.monotonic() < end
+        await asyncio.sleep(0.02)
+        async with registry.database.transaction() as session:
+            kept = await session.scalar(select(Invitation.email))
 
 
 async def test_a_ca_that_is_away_is_told_and_holds_up_nothing_else(start, registry):
