@@ -1,7 +1,8 @@
 """What must happen before a restored registry may act: nobody comes back who has left since the copy was made.
 
 1. In the transaction that fills the database: every server that a journal knows to be gone leaves again; names that
-   only a journal knows are burnt; every token is revoked; the pool is frozen.
+   only a journal knows are burnt; every token is revoked, every invitation and offer of a server is void; the pool
+   is frozen.
 2. While it is frozen nothing is published. An operator looks at the difference between the zone and what would be
    published, and confirms it (`thaw`).
 3. From then on the publisher takes an epoch above the zone's, so that a registry from before can write no more.
@@ -17,7 +18,7 @@ from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from nts_core.control import ServerState
-from poolsvc import auth, backup, journal, publication, servers
+from poolsvc import auth, backup, journal, publication, servers, teams, transfers
 from poolsvc.backup import BackupError
 from poolsvc.config import Settings
 from poolsvc.db import Database
@@ -61,6 +62,9 @@ async def restore(
         revoked = await auth.revoke(session, now)
         for attempt in await session.scalars(select(SignIn).where(SignIn.used_at.is_(None))):
             attempt.used_at = now
+        # What was revoked, declined or taken back since the copy would be open once more.
+        await teams.end_invitations(session, now)
+        await transfers.end_offers(session, now)
         pool = await servers.the_pool(session, settings, lock=True)
         pool.frozen_at = now
     rows = sum(content.rows for content in manifest.tables.values())

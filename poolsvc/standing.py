@@ -83,8 +83,8 @@ async def close(
         )
     for server in living:
         await servers.leave(session, server, actor=actor, reason="its member was closed", now=now)
-    await transfers.end_all(session, member.id, now)
-    await teams.revoke_all_invitations(session, member.id, now)
+    await transfers.end_offers(session, now, member_id=member.id)
+    await teams.end_invitations(session, now, member_id=member.id)
     member.status, member.status_reason = MemberStatus.CLOSED, f"closed by its {by}"
     member.name, member.public = f"closed {member.opaque_id}", False
     return member

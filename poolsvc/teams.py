@@ -12,7 +12,7 @@ Rules:
 
 from datetime import datetime, timedelta
 
-from sqlalchemy import ColumnElement, and_, func, select
+from sqlalchemy import ColumnElement, and_, func, select, true
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import selectinload
 
@@ -178,9 +178,11 @@ async def accept(
     return membership
 
 
-async def revoke_all_invitations(session: AsyncSession, member_id: int, now: datetime) -> None:
-    """End what is open of a member that is closed."""
-    await _revoke_invitations(session, now, Invitation.member_id == member_id)
+async def end_invitations(session: AsyncSession, now: datetime, *, member_id: int | None = None) -> None:
+    """Revoke what is open of a member that is closed, or of the whole pool."""
+    await _revoke_invitations(
+        session, now, true() if member_id is None else Invitation.member_id == member_id
+    )
 
 
 async def forget_expired(session: AsyncSession, now: datetime) -> None:

@@ -11,7 +11,7 @@ Rules:
 
 from datetime import datetime, timedelta
 
-from sqlalchemy import ColumnElement, and_, or_, select
+from sqlalchemy import ColumnElement, and_, or_, select, true
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from poolsvc import auth, members, servers
@@ -112,9 +112,10 @@ async def accept(session: AsyncSession, settings: Settings, transfer_id: int, no
     return transfer
 
 
-async def end_all(session: AsyncSession, member_id: int, now: datetime) -> None:
-    """End the open offers from and to a member that is closed."""
-    for transfer in await session.scalars(select(Transfer).where(concerns(member_id), is_open(now))):
+async def end_offers(session: AsyncSession, now: datetime, *, member_id: int | None = None) -> None:
+    """Take back what is offered by and to a member that is closed, or in the whole pool."""
+    which = true() if member_id is None else concerns(member_id)
+    for transfer in await session.scalars(select(Transfer).where(which, is_open(now))):
         transfer.declined_at = now
 
 

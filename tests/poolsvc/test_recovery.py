@@ -10,13 +10,23 @@ from hypothesis import given, strategies
 from sqlalchemy import func, select
 
 from nts_core.control import ServerState
-from poolsvc import backup, journal, members, recovery, servers
+from poolsvc import backup, journal, members, recovery, servers, teams, transfers
 from poolsvc.auth import authenticate
 from poolsvc.backup import BackupError
 from poolsvc.db import Base, Database
 from poolsvc.errors import NameTaken, Unauthenticated
 from poolsvc.journal import Entry, JournalError
-from poolsvc.models import DailyCount, IdempotencyKey, Server, Token, TokenKind
+from poolsvc.models import (
+    DailyCount,
+    IdempotencyKey,
+    Invitation,
+    Member,
+    MemberRole,
+    Server,
+    Token,
+    TokenKind,
+    Transfer,
+)
 
 S = ServerState
 
@@ -231,6 +241,24 @@ async def test_a_server_that_was_taken_back_in_the_journal_stays(pool, other, tm
     done = await recovery.restore(other, settings, file, [settings.journal_file], registry.now)
     assert done.left_again == ()
     assert await state_of(other, "s4") is S.ACTIVE
+
+
+async def test_a_restore_opens_no_invitation_and_no_offer_again(pool, other, tmp_path):
+    """They may have been revoked, declined or taken back since the copy was made."""
+    registry, file = pool.registry, tmp_path / "pool.backup"
+    async with registry.database.transaction("test") as session:
+        member = await session.scalar(select(Member).order_by(Member.id.desc()).limit(1))
+        made = {"by": 1, "member_id": member.id, "role": MemberRole.OWNER}
+        for whose in (made, {"by": 1}):
+            await teams.invite(session, registry.settings, "new@example.org", registry.now, **whose)
+        await transfers.offer(session, registry.settings, 1, member.opaque_id, registry.now)
+    await backup.dump(registry.database, file, "pool.example", registry.now)
+    await recovery.restore(other, registry.settings, file, [], registry.now)
+    async with other.transaction() as session:
+        invitations = list(await session.scalars(select(Invitation)))
+        offer = await session.scalar(select(Transfer))
+    assert [(row.revoked_at, row.email) for row in invitations] == [(registry.now, None)] * 2
+    assert offer.declined_at == registry.now
 
 
 async def test_a_restore_goes_into_an_empty_database_only(pool, tmp_path):

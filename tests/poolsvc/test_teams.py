@@ -278,7 +278,7 @@ async def test_open_invitations_and_those_of_a_day_are_limited(team, tuned):
     with pytest.raises(TooManyRequests, match="2 invitations"):
         await invite(team, settings=settings)
     async with team.database.transaction() as session:
-        await teams.revoke_all_invitations(session, team.member_id, team.now)
+        await teams.end_invitations(session, team.now, member_id=team.member_id)
     await invite(team, settings=settings)
     with pytest.raises(TooManyRequests, match="within a day"):
         await invite(team, settings=settings)
