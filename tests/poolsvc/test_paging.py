@@ -79,6 +79,7 @@ def test_paging_gives_every_row_once_while_rows_are_added(database_url, registry
             runner.run(database.close())
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(strategies.integers(0, 10**18 - 1))
 def test_a_cursor_is_read_as_it_was_made(key):
     assert _read(_cursor(key)) == key
