@@ -24,6 +24,7 @@ from nts_core.control import (
     RejoinChallenge,
     RejoinQuestion,
     RejoinRequest,
+    join_statement,
     rejoin_statement,
 )
 
@@ -92,7 +93,9 @@ class Registry:
 
     async def join(self, key: Ed25519PrivateKey, agent: str) -> JoinAnswer:
         public = base64.b64encode(key.public_key().public_bytes_raw()).decode()
-        return await self._post("/v1/agent/join", JoinRequest(public, agent), JoinAnswer)
+        statement = join_statement(token=self._token, public_key=public)
+        signature = base64.b64encode(key.sign(statement)).decode()
+        return await self._post("/v1/agent/join", JoinRequest(public, agent, signature), JoinAnswer)
 
     async def rejoin(self, key: Ed25519PrivateKey, *, pool: str, server: str) -> str:
         """A new token by the key that joined, when the old one is good no more; used from now on."""

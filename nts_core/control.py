@@ -8,6 +8,7 @@ Rules:
 3. This module knows nothing of HTTP, JSON or databases; pydantic on either side reads these dataclasses.
 """
 
+import hashlib
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -56,6 +57,7 @@ class JoinRequest:
 
     public_key: str  # Ed25519, raw 32 octets, base64
     agent: str = ""  # name and version, for the operator's eyes
+    signature: str = ""  # of `join_statement` by that key, base64: the same agent may ask again
     version: int = VERSION
 
 
@@ -213,6 +215,12 @@ def proof_statement(*, pool: str, server: str, address: str, nonce: str) -> byte
     A fixed first line keeps the signature from meaning anything elsewhere.
     """
     return f"truechimer address proof v1\n{pool}\n{server}\n{address}\n{nonce}".encode("ascii")
+
+
+def join_statement(*, token: str, public_key: str) -> bytes:
+    """The octets that an agent's key signs when it joins: an answer that got lost can be had again."""
+    digest = hashlib.sha256(token.encode()).hexdigest()
+    return f"truechimer agent join v1\n{digest}\n{public_key}".encode("ascii")
 
 
 def rejoin_statement(*, pool: str, server: str, nonce: str) -> bytes:

@@ -122,6 +122,7 @@ class Principal:
     member_id: int | None = None
     server_id: int | None = None
     scopes: frozenset[Scope] = frozenset(Scope)
+    used: bool = False  # a join token that an agent has joined with
 
     @property
     def actor(self) -> str:
@@ -150,7 +151,9 @@ class Principal:
         return bool(self.roles() & PERMISSIONS[Operation.READ_POOL].roles)
 
     def may(self, operation: Operation, *, member: int | None = None, server: Server | None = None) -> None:
-        """Raise Forbidden or MemberBlocked unless the table allows it for that member or server."""
+        """Raise Forbidden, MemberBlocked or TokenUsed unless the table allows it for that member or server."""
+        if self.used:
+            raise TokenUsed("the join token was used already", remedy=_REMEDIES[TokenKind.JOIN])
         permission = PERMISSIONS[operation]
         member = server.member_id if server is not None else member
         matching = self.roles(member) & permission.roles
@@ -241,8 +244,6 @@ async def authenticate(session: AsyncSession, secret: str | None, now: datetime)
     )
     if token is None or not hmac.compare_digest(token.sha256, digest):
         raise Unauthenticated("the token is not valid", remedy="check that it was copied whole")
-    if token.kind is TokenKind.JOIN and token.used_at is not None:
-        raise TokenUsed("the join token was used already", remedy=_REMEDIES[TokenKind.JOIN])
     if token.revoked_at is not None:
         raise Unauthenticated("the token was revoked", remedy=_REMEDIES[token.kind])
     if token.expires_at is not None and token.expires_at <= now:
@@ -250,7 +251,8 @@ async def authenticate(session: AsyncSession, secret: str | None, now: datetime)
     if token.last_used_at is None or now - token.last_used_at >= _SEEN:
         token.last_used_at = now
     if token.user is None:
-        return Principal(token.id, token.kind, server_id=token.server_id, scopes=frozenset())
+        used = token.kind is TokenKind.JOIN and token.used_at is not None
+        return Principal(token.id, token.kind, server_id=token.server_id, scopes=frozenset(), used=used)
     return await _person(session, token, token.user)
 
 

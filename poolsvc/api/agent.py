@@ -21,10 +21,11 @@ from nts_core.control import (
     RejoinQuestion,
     RejoinRequest,
     ServerState,
+    join_statement,
     rejoin_statement,
 )
 from poolsvc import auth, issuance, proofs, servers
-from poolsvc.api.request import NowDep, PrincipalDep, ServicesDep, SessionDep
+from poolsvc.api.request import CredentialsDep, NowDep, PrincipalDep, ServicesDep, SessionDep
 from poolsvc.api.servers import refuse_gone
 from poolsvc.auth import Operation
 from poolsvc.config import Settings
@@ -55,22 +56,48 @@ _SMALL_ORDER = frozenset(
 
 @router.post("/agent/join")
 async def join(
-    body: JoinRequest, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
+    body: JoinRequest,
+    principal: PrincipalDep,
+    credentials: CredentialsDep,
+    services: ServicesDep,
+    session: SessionDep,
+    now: NowDep,
 ) -> JoinAnswer:
-    """An agent joins with its join token and its own public key; the token is useless afterwards."""
-    principal.may(Operation.JOIN)
+    """An agent joins with its join token and its own public key; the token is useless afterwards.
+
+    But for that very agent: the registry may have ended between the commit and the answer.
+    """
+    if not principal.used:
+        principal.may(Operation.JOIN)
     server = await servers.get(session, principal.server_id or 0)
-    refuse_gone(server)
-    _check_public_key(body.public_key)
-    await auth.use_up(session, principal, now)
+    if not (principal.used and credentials and _is_the_same(server, body, credentials.credentials)):
+        principal.may(Operation.JOIN)
+        refuse_gone(server)
+        _check_public_key(body.public_key)
+        await auth.use_up(session, principal, now)
+        server.agent_key, server.joined_at = body.public_key, now
+        issuance.start_anew(server, now)
     await auth.revoke(session, now, Token.server_id == server.id, Token.kind == TokenKind.AGENT)
-    server.agent_key, server.joined_at = body.public_key, now
-    issuance.start_anew(server, now)
     _, token = await auth.issue(session, TokenKind.AGENT, now=now, server_id=server.id)
     settings = services.settings
     return JoinAnswer(
         token=token, pool=settings.pool, server=server.name, domain=settings.domain_of(server.name)
     )
+
+
+def _is_the_same(server: Server, body: JoinRequest, token: str) -> bool:
+    """Whether the agent that joined with this token asks once more, and holds its key."""
+    statement = join_statement(token=token, public_key=body.public_key)
+    return body.public_key == server.agent_key and _is_signed(body.public_key, body.signature, statement)
+
+
+def _is_signed(public_key: str, signature: str, statement: bytes) -> bool:
+    try:
+        key = Ed25519PublicKey.from_public_bytes(base64.b64decode(public_key))
+        key.verify(base64.b64decode(signature, validate=True), statement)
+    except (InvalidSignature, ValueError):
+        return False
+    return True
 
 
 def _check_public_key(text: str) -> None:
@@ -121,12 +148,10 @@ async def _server_of_key(
     """The server whose agent made the signature, if any."""
     try:
         server = await servers.get(session, (await servers.find(session, name)).id)
-        key = Ed25519PublicKey.from_public_bytes(base64.b64decode(server.agent_key or ""))
         statement = rejoin_statement(pool=settings.pool, server=server.name, nonce=body.nonce)
-        key.verify(base64.b64decode(body.signature, validate=True), statement)
-    except (NotFound, InvalidSignature, ValueError):
+    except (NotFound, UnicodeEncodeError):
         return None
-    return server
+    return server if _is_signed(server.agent_key or "", body.signature, statement) else None
 
 
 @router.post("/agent/proof")

@@ -58,11 +58,14 @@ NowDep = Annotated[datetime, Depends(_now)]
 _bearer = HTTPBearer(auto_error=False, description="a session's, API, agent's or join token")
 
 
+CredentialsDep = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+
+
 async def _principal(
     session: SessionDep,
     now: NowDep,
     services: ServicesDep,
-    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+    credentials: CredentialsDep,
 ) -> Principal:
     principal = await auth.authenticate(session, credentials.credentials if credentials else None, now)
     services.limits.take_for_token(principal.token_id)

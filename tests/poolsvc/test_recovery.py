@@ -6,7 +6,7 @@ from datetime import UTC, timedelta
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, strategies
+from hypothesis import given, settings, strategies
 from sqlalchemy import func, select
 
 from nts_core.control import ServerState
@@ -304,6 +304,7 @@ entries = strategies.builds(
 )
 
 
+@settings(deadline=None)
 @given(
     strategies.lists(entries, max_size=5), strategies.lists(entries, max_size=5), strategies.integers(1, 80)
 )

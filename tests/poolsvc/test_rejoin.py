@@ -8,9 +8,10 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import select, update
 
-from nts_core.control import ServerState, rejoin_statement
+from nts_core.control import ServerState, join_statement, rejoin_statement
+from poolsvc import auth
 from poolsvc.derived import Purpose, RegistryKey
-from poolsvc.models import Event, Server, Token
+from poolsvc.models import Event, Server, Token, TokenKind
 
 KEY, OTHER = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
 
@@ -102,3 +103,36 @@ async def test_the_log_names_the_agent(alice):
             select(Event.kind, Event.actor).where(Event.kind == "token-created").order_by(Event.id.desc())
         )
     assert kinds.first() == ("token-created", f"agent {alice.id}")
+
+
+async def join(client, token, *, key=KEY, signer=None, signed=None):
+    statement = join_statement(token=signed or token, public_key=public(key))
+    signature = base64.b64encode((signer or key).sign(statement)).decode()
+    async with client(token) as http:
+        return await http.post("/v1/agent/join", json={"public_key": public(key), "signature": signature})
+
+
+async def test_an_agent_whose_answer_got_lost_joins_again_with_the_same_token(alice, client):
+    async with alice.registry.database.transaction() as session:
+        _, token = await auth.issue(session, TokenKind.JOIN, now=alice.registry.now, server_id=alice.id)
+    lost = await join(client, token)
+    orders = len((await alice.registry.get(alice.id)).orders)
+    again = await join(client, token)
+    assert (lost.status_code, again.status_code) == (200, 200)
+    assert len((await alice.registry.get(alice.id)).orders) == orders
+    for answer, status in ((lost, 401), (again, 200)):
+        async with client(answer.json()["token"]) as http:
+            assert (await http.post("/v1/agent/sync", json={"engine": "e"})).status_code == status
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"key": OTHER}, {"signer": OTHER}, {"signed": "tc_join_other"}, {"key": OTHER, "signer": KEY}]
+)
+async def test_nobody_else_joins_with_a_used_token(alice, client, wrong):
+    async with alice.registry.database.transaction() as session:
+        _, token = await auth.issue(session, TokenKind.JOIN, now=alice.registry.now, server_id=alice.id)
+    first = await join(client, token)
+    answer = await join(client, token, **wrong)
+    assert (answer.status_code, answer.json()["code"]) == (401, "token-used")
+    async with client(first.json()["token"]) as http:
+        assert (await http.post("/v1/agent/sync", json={"engine": "e"})).status_code == 200
