@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from enum import StrEnum
 from functools import partial
 from http import HTTPStatus
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -26,6 +27,7 @@ from poolsvc.errors import PoolError
 from poolsvc.gate import NOT_READY, Gate, problem
 from poolsvc.metrics import Metrics
 from poolsvc.readiness import Readiness
+from poolsvc.servers import CensusTaker
 from poolsvc.worker import Health, Worker
 
 # How long the worker's steps may go on when the process is to stop.
@@ -34,25 +36,40 @@ _STOP = 5.0
 _log = structlog.get_logger()
 
 
+class Part(StrEnum):
+    """What one process does of the registry."""
+
+    ALL = "all"
+    API = "api"
+    WORKER = "worker"  # and its own metrics
+
+
 def create_app(
-    settings: Settings, database: Database, roots: Sequence[x509.Certificate], key: RegistryKey
+    settings: Settings,
+    database: Database,
+    roots: Sequence[x509.Certificate],
+    key: RegistryKey,
+    part: Part = Part.ALL,
 ) -> FastAPI:
-    """The application with its worker. `roots` are what the prober trusts."""
+    """The application with its worker, or one of both. `roots` are what the prober trusts."""
     health = Health()
-    readiness = Readiness(database, health)
+    readiness = Readiness(database, health, has_worker=part is not Part.API)
     metrics = Metrics(database, health)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        readiness.worker = asyncio.create_task(Worker(database, settings, roots, health).run())
-        readiness.worker.add_done_callback(_tell_end)
+        worker = None
+        if part is not Part.API:
+            worker = readiness.worker = asyncio.create_task(Worker(database, settings, roots, health).run())
+            worker.add_done_callback(_tell_end)
         try:
             yield
         finally:
             health.stopping.set()
-            await asyncio.wait({readiness.worker}, timeout=_STOP)
-            readiness.worker.cancel()
-            await asyncio.wait({readiness.worker})
+            if worker is not None:
+                await asyncio.wait({worker}, timeout=_STOP)
+                worker.cancel()
+                await asyncio.wait({worker})
             await readiness.close()
             await metrics.close()
             await database.close()
@@ -66,10 +83,11 @@ def create_app(
         redoc_url=None,
     )
     app.openapi = partial(describe, app)  # type: ignore[method-assign]
-    app.state.services = Services(settings, database, health, key, _limits(settings))
+    app.state.services = Services(settings, database, key, _limits(settings), CensusTaker())
     app.state.metrics = metrics
-    for router in ROUTERS:
-        app.include_router(router)
+    if part is not Part.WORKER:
+        for router in ROUTERS:
+            app.include_router(router)
     _add_health(app, readiness)
     _add_metrics(app, settings, metrics)
     _add_problems(app)

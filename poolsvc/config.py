@@ -136,6 +136,15 @@ class PolicySettings(_Section):
     probe_interval: float = Field(60, gt=0)
     agent_interval: float = Field(60, gt=0, description="how often an idle agent reports")
     reconcile_interval: float = Field(60, gt=0, description="how often DNS is compared without a reason")
+    full_pass_interval: float = Field(
+        600, gt=0, description="how often all servers and the whole zone are compared"
+    )
+    agent_requests_per_second: float = Field(
+        100,
+        gt=0,
+        description="reports of all idle agents together; with many of them each reports less often",
+    )
+    samples_days: int = Field(15, ge=1, le=400, description="how long what probes measured is kept")
     proof_deadline: float = Field(10, gt=0, le=60, description="for one connection back to an address")
     proofs_per_hour: int = Field(5, ge=1, description="connections back to an address")
     proofs_per_hour_and_prefix: int = Field(5, ge=1, description="connections back to a /24 or /48")

@@ -4,14 +4,18 @@ Network I/O never happens inside a transaction. Times are aware UTC; a naive one
 """
 
 import os
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 from sqlalchemy import DateTime, Dialect, Enum, MetaData, event, text
 from sqlalchemy.engine import Connection
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.asyncio import (
     AsyncConnection,
     AsyncEngine,
@@ -20,8 +24,10 @@ from sqlalchemy.ext.asyncio import (
     create_async_engine,
 )
 from sqlalchemy.orm import DeclarativeBase, Session
+from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.types import TypeDecorator
 
+_IDLE = 5.0  # seconds after which a connection is asked whether it lives
 _NAMING = {
     "ix": "ix_%(column_0_label)s",
     "uq": "uq_%(table_name)s_%(column_0_name)s",
@@ -73,7 +79,7 @@ class Database:
 
     def __init__(self, url: str) -> None:
         # Parameters stay out of errors: some are hashes of tokens.
-        self.engine: AsyncEngine = create_async_engine(url, pool_pre_ping=True, hide_parameters=True)
+        self.engine: AsyncEngine = create_async_engine(url, hide_parameters=True)
         self._sessions = async_sessionmaker(
             self.engine, expire_on_commit=False, sync_session_class=RecordedSession
         )
@@ -81,6 +87,9 @@ class Database:
             _make_private(self.engine.url.database)
             event.listen(self.engine.sync_engine, "connect", _prepare_sqlite)
             event.listen(self.engine.sync_engine, "begin", _begin_immediate)
+        else:
+            event.listen(self.engine.sync_engine, "checkin", _note_use)
+            event.listen(self.engine.sync_engine, "checkout", partial(_check_idle, self.engine.dialect))
 
     @asynccontextmanager
     async def transaction(self, actor: str = "worker") -> AsyncIterator[AsyncSession]:
@@ -112,6 +121,23 @@ class Database:
 def act_as(session: AsyncSession, actor: str) -> None:
     """What the session changes from now on is this one's doing."""
     session.info["actor"] = actor
+
+
+def _note_use(_connection: object, record: ConnectionPoolEntry) -> None:
+    record.info["used_at"] = time.monotonic()
+
+
+def _check_idle(
+    dialect: Dialect, connection: DBAPIConnection, record: ConnectionPoolEntry, _proxy: object
+) -> None:
+    """Ask whether a connection still lives, if it was idle for long; each time would cost more than many statements."""
+    used_at = record.info.get("used_at")
+    if used_at is None or time.monotonic() - used_at < _IDLE:
+        return
+    try:
+        dialect.do_ping(connection)
+    except dialect.loaded_dbapi.Error as error:
+        raise DisconnectionError("the connection was idle and is gone") from error
 
 
 def _make_private(file: str | None) -> None:

@@ -48,7 +48,7 @@ _PROBED = (
 
 
 def explain(server: Server, pool: Pool, settings: Settings, *, active: int) -> list[StageView]:
-    """All stages in order. `active` is how many servers are ACTIVE."""
+    """All stages in order. `active` is how many servers are ACTIVE; it matters until the pool opens."""
     views = [_name(server), _addresses(server), _issuance(server)]
     probed = {record.stage: record for record in server.stages}
     for stage in _PROBED:

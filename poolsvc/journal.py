@@ -50,8 +50,8 @@ class Entry:
         return self.state in GONE
 
 
-async def write_due(database: Database, settings: Settings, now: datetime) -> None:
-    """Append what the journal lacks."""
+async def write_due(database: Database, settings: Settings, now: datetime) -> bool:
+    """Append what the journal lacks, a bounded number of entries; whether it may lack more."""
     async with database.transaction() as session:
         found = list(
             await session.scalars(
@@ -63,11 +63,12 @@ async def write_due(database: Database, settings: Settings, now: datetime) -> No
             )
         )
         if not found:
-            return
+            return False
         # Local and short: the one piece of I/O inside a transaction, since its order is the point.
         append(settings.journal_file, (_entry(settings, server) for server in found))
         for server in found:
             server.journal_due_at = None
+        return len(found) == _BATCH
 
 
 def _entry(settings: Settings, server: Server) -> Entry:

@@ -12,6 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import InstrumentedAttribute
 
 from nts_core.control import ServerState
+from poolsvc import servers
 from poolsvc.db import Database
 from poolsvc.listener import Listeners
 from poolsvc.models import Address, Order, Server
@@ -92,8 +93,7 @@ class Metrics:
                     await session.execute(select(func.count(), func.min(column)).where(column <= now))
                 ).one()
                 due[kind] = (row[0], row[1])
-            states = await session.execute(select(Server.state, func.count()).group_by(Server.state))
-            return _Figures(due, {row[0]: row[1] for row in states})
+            return _Figures(due, await servers.count_by_state(session))
 
     def _families(self) -> Iterable[Metric]:
         now = datetime.now(UTC)
@@ -140,10 +140,10 @@ class Metrics:
         for kind, (count, oldest) in self._figures.due.items():
             rows.add_metric([kind], count)
             age.add_metric([kind], (now - oldest).total_seconds() if oldest else 0)
-        servers = GaugeMetricFamily("poolsvc_servers", "Servers by state.", labels=["state"])
+        states = GaugeMetricFamily("poolsvc_servers", "Servers by state.", labels=["state"])
         for state in ServerState:
-            servers.add_metric([state], self._figures.servers.get(state, 0))
-        yield from (rows, age, servers)
+            states.add_metric([state], self._figures.servers.get(state, 0))
+        yield from (rows, age, states)
 
     def _of_listeners(self) -> Iterable[Metric]:
         open_now = GaugeMetricFamily("poolsvc_connections", "Open connections.", labels=["service"])

@@ -1,7 +1,7 @@
 """What probes do to a server: stages, admission, scores, holds. The prober's word is all that counts here."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 
 import structlog
@@ -10,11 +10,11 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from nts_core.control import ProbeResult, ServerState, Stage, StageStatus
 from nts_core.tls import Trust
-from poolsvc import scoring, servers
+from poolsvc import samples, scoring, servers
 from poolsvc.certificates import printable
 from poolsvc.config import Settings
 from poolsvc.db import Database
-from poolsvc.models import HoldKind, Order, OrderStatus, Server, StageRecord
+from poolsvc.models import HoldKind, Order, OrderStatus, SampleRecord, Server, StageRecord
 from poolsvc.outbound import Guard
 from poolsvc.prober import ProbeImpossible, probe
 from poolsvc.servers import EventKind
@@ -72,7 +72,7 @@ async def record(
     if server.state not in servers.PROBED_STATES or not results:
         return
     _record_stages(server, results, now)
-    _score(server, settings, results)
+    session.add_all(_score(server, settings, results, now))
     if server.state is ServerState.VERIFIED and all(_is_ours(server, result) for result in results):
         await servers.apply(
             session,
@@ -124,7 +124,10 @@ def _record_stages(server: Server, results: Sequence[ProbeResult], now: datetime
         row.detail = detail
 
 
-def _score(server: Server, settings: Settings, results: Sequence[ProbeResult]) -> None:
+def _score(
+    server: Server, settings: Settings, results: Sequence[ProbeResult], now: datetime
+) -> Iterator[SampleRecord]:
+    """Let each probe take effect on its address, and give what is kept of it."""
     by_address = {result.address: result for result in results}
     for row in server.addresses:
         result = by_address.get(row.address)
@@ -138,6 +141,7 @@ def _score(server: Server, settings: Settings, results: Sequence[ProbeResult]) -
             row.full_probes += 1
         else:
             row.full_probes = 0
+        yield samples.sample(row, result, step, now)
 
 
 def _admissible(server: Server, settings: Settings) -> bool:
@@ -168,7 +172,8 @@ async def _hold_or_lift(session: AsyncSession, server: Server, settings: Setting
         if server.state is ServerState.SUSPENDED:
             return
         # Scores alone never shrink the answer below the pool's opening size: that is an alarm instead.
-        if await servers.count_active(session) <= settings.policy.opening_size:
+        least = settings.policy.opening_size
+        if await servers.count_active(session, limit=least + 1) <= least:
             _log.error("pool_alarm_too_few_servers", server=server.name, score=max(scores))
             return
         failed = next((row for row in server.stages if row.status is StageStatus.FAILED), None)

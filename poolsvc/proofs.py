@@ -25,6 +25,8 @@ from poolsvc.names import check_address, prefix_of
 from poolsvc.outbound import FetchError, Outbound, http_origin
 
 _HOUR = timedelta(hours=1)
+# Old rows that one call removes: more than it adds.
+_FORGOTTEN = 20
 # A signature is 88 characters of base64; whoever sends more is not an agent.
 _MAX_ANSWER = 256
 # A row that is due later than this after a call is leased to a worker (`worker.claim` pushes it two minutes).
@@ -67,13 +69,17 @@ def _canonical(source: str) -> str:
 
 
 async def _limit(session: AsyncSession, settings: Settings, address: str, now: datetime) -> None:
-    await session.execute(delete(ConnectBack).where(ConnectBack.at < now - _HOUR))
+    old = (
+        select(ConnectBack.id).where(ConnectBack.at < now - _HOUR).order_by(ConnectBack.at).limit(_FORGOTTEN)
+    )
+    await session.execute(delete(ConnectBack).where(ConnectBack.id.in_(old)))
     prefix = prefix_of(address)
     for what, column, value, limit in (
         ("the address", ConnectBack.address, address, settings.policy.proofs_per_hour),
         ("its network", ConnectBack.prefix, prefix, settings.policy.proofs_per_hour_and_prefix),
     ):
-        made = await session.scalar(select(func.count()).where(column == value)) or 0
+        counted = select(func.count()).where(column == value, ConnectBack.at >= now - _HOUR)
+        made = await session.scalar(counted) or 0
         if made >= limit:
             raise TooManyRequests(
                 f"{made} connections to {what} {value} within an hour",

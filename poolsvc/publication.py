@@ -1,53 +1,90 @@
 """From the database to DNS and back: what should be in the zone, and what each server's row learns of it.
 
-DNS is derived state. One pass computes the wanted zone, publishes it, asks every authoritative server, and only
-then notes that a name is there, a target listed, an SRV withdrawn or a name broken.
+DNS is derived state. The leader keeps a picture of the pool: `look` brings it in step with the database, `publish`
+the primary in step with it, and what every authoritative server shows is noted in the servers' rows.
+
+Rules:
+
+1. A name is burnt, in a transaction of its own, before the first update with it leaves.
+2. What changed is read from the outbox (`poolsvc.models.zone_changes`); its rows are removed when that is published
+   and noted, never before. A change that comes meanwhile has a row of its own.
+3. What a leader knows it knows from a full pass at its beginning: every server, and the zone by transfer. Later ones,
+   every `full_pass_interval`, find what the outbox and the serials did not tell.
+4. Only the rows that learn something are locked, and only if they still are as the picture has them.
 """
 
+import asyncio
+import random
 import time
-from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from itertools import islice
 
 import structlog
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import InstrumentedAttribute
 
 from nts_core.control import ServerState
 from poolsvc import servers
 from poolsvc.config import Settings, split_endpoint
 from poolsvc.db import Database
-from poolsvc.models import Server
-from poolsvc.publisher import Mismatch, Nameserver, PrimaryConfig, Publisher
-from poolsvc.zone import CaaIssuer, Key, ServerRecords, Zone, ZonePolicy, wanted
+from poolsvc.models import Address, Server, ZoneChange
+from poolsvc.publisher import Conflict, Mismatch, Nameserver, PrimaryConfig, Publisher
+from poolsvc.zone import (
+    SERVER_TYPES,
+    CaaIssuer,
+    Change,
+    Key,
+    RRset,
+    ServerRecords,
+    Zone,
+    ZonePolicy,
+    ordered,
+    records_of,
+    service_of,
+    wanted,
+)
 
 _log = structlog.get_logger()
 _METHODS = ("http-01",)
-_RECORD_TYPES = ("A", "AAAA", "CAA")
 _LOGGED_MISMATCHES = 10
+_READ = 2_000  # servers read in one transaction
+_TAKEN = 5_000  # rows of the outbox that one look takes
+_NOTED = 200  # servers locked and noted in one transaction
+_ASKED = 5_000  # keys that one pass asks the authoritative servers for
+_STATES = (*servers.NAMED_STATES, ServerState.LEAVING)
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """One pass: the zone as it should be, who may be a target, and which keys have to be asked about."""
+class _Row:
+    """What the zone needs to know of a server that was ever sent to DNS, and what its row knows of the zone."""
 
-    policy: ZonePolicy
-    zone: Zone
-    keys: frozenset[Key]
-    candidates: frozenset[str]  # owners that the SRV may hold; at most eight of them are in it at a time
-
-    def shows(self, owner: str, wrong: AbstractSet[Key]) -> bool:
-        """Whether every authoritative server has the owner's records exactly as planned."""
-        return not any((owner, kind) in wrong for kind in _RECORD_TYPES)
+    state: ServerState
+    records: ServerRecords
+    named: bool
+    listed: bool
+    withdrawn: bool
+    broken: bool
 
     @property
-    def is_open(self) -> bool:
-        return (self.policy.service, "SRV") in self.zone
+    def published(self) -> ServerRecords:
+        """What belongs in DNS; a leaving server's addresses and CAA only until its SRV is out."""
+        if self.state is ServerState.LEAVING and self.withdrawn:
+            return replace(self.records, addresses=())
+        return self.records
 
-    def lists(self, owner: str) -> bool:
-        rrset = self.zone.get((self.policy.service, "SRV"))
-        return rrset is not None and any(text.split()[-1] == owner for text in rrset.rdatas)
+    def waits(self, *, is_open: bool) -> bool:
+        """Whether the row has to learn something yet."""
+        if self.state is ServerState.LEAVING:
+            return not (self.withdrawn and self.broken)
+        if self.state is not ServerState.ACTIVE and self.listed:
+            return True
+        if self.state is ServerState.ACTIVE and is_open and not self.listed:
+            return True
+        return not self.named and bool(self.records.addresses)
 
 
 def primary_config(settings: Settings) -> PrimaryConfig:
@@ -63,61 +100,404 @@ def primary_config(settings: Settings) -> PrimaryConfig:
     )
 
 
-async def plan(database: Database, settings: Settings, now: datetime) -> Plan | None:
-    """What the zone should hold now; None before the CA account exists, without which no CAA can be made."""
-    async with database.transaction() as session:
-        pool = await servers.the_pool(session, settings)
-        if pool.account_uri is None:
-            return None
-        policy = zone_policy(settings, CaaIssuer(settings.ca.caa_identity, pool.account_uri, _METHODS))
-        rows = await _rows(session)
-        active = [row for row in rows if row.state is ServerState.ACTIVE]
-        if pool.opened_at is None and len(active) >= settings.policy.opening_size:
-            pool.opened_at = now
-            _log.info("pool_opened", active=len(active))
-        for row in rows:
-            if row.burnt_at is None and _is_named(row):
-                # Before the first update leaves: a name that may have been seen is never given again.
-                row.burnt_at = now
-        records = [_records(row) for row in rows if _is_named(row)]
-        draw = int(now.timestamp()) // settings.dns.srv_ttl
-        zone = wanted(records, policy, is_open=pool.opened_at is not None, draw=draw)
-        gone = {policy.domain(row.name) for row in rows if not _is_named(row)}
-    keys = {*zone, (policy.service, "SRV"), *((owner, kind) for owner in gone for kind in _RECORD_TYPES)}
-    candidates = {policy.domain(record.name) for record in records if record.listed}
-    return Plan(policy, zone, frozenset(keys), frozenset(candidates))
+class Publication:
+    """One leader's picture of the pool and of its zone, good for as long as it leads."""
+
+    def __init__(self, database: Database, settings: Settings) -> None:
+        self._database = database
+        self._settings = settings
+        self.is_frozen = False
+        self._policy: ZonePolicy | None = None
+        self._rows: dict[int, _Row] = {}
+        self._candidates: dict[int, ServerRecords] = {}  # who may be an SRV target
+        self._draw: int | None = None
+        self._service: RRset | None = None  # the SRV as it should be
+        self._zone: Zone | None = None  # what the primary holds; None when it has to be looked at
+        self._serial = 0  # of the zone that `_zone` is
+        self._negative_ttl = timedelta()
+        self._stale: set[int] = set()  # servers whose records in `_zone` may not be as they should
+        self._gone: set[str] = set()  # owners that nobody has any more
+        self._waiting: set[int] = set()  # servers whose rows have to learn something yet
+        self._unconfirmed: set[Key] = set()  # what some authoritative server may not show as `_zone` has it
+        self._taken: list[int] = []  # rows of the outbox that the picture has and DNS may not have
+        self._is_full_batch = False
+        self._read_at: datetime | None = None
+        self._observed_at: datetime | None = None
+        self._checked_at: datetime | None = None
+
+    async def look(self, now: datetime, *, even_frozen: bool = False) -> bool:
+        """Bring the picture in step with the database.
+
+        False while the pool is frozen, and before the CA account exists, without which no CAA can be made. Touches
+        no network.
+        """
+        async with self._database.transaction() as session:
+            pool = await servers.the_pool(session, self._settings)
+            self.is_frozen = pool.frozen_at is not None
+            if pool.account_uri is None or (self.is_frozen and not even_frozen):
+                return False
+            found = await session.execute(
+                select(ZoneChange.id, ZoneChange.server_id).order_by(ZoneChange.id).limit(_TAKEN)
+            )
+            changes = found.all()
+        self._taken = [change.id for change in changes]
+        self._is_full_batch = len(changes) == _TAKEN
+        changed = {change.server_id for change in changes}
+        if self._has_passed(self._read_at, now, self._settings.policy.full_pass_interval):
+            changed |= self._rows.keys()
+            self._rows = await self._read_all(now)
+            changed |= self._rows.keys()
+            self._read_at, self._zone = now, None
+        elif changed:
+            await self._read_some(sorted(changed), now)
+        policy = zone_policy(
+            self._settings, CaaIssuer(self._settings.ca.caa_identity, pool.account_uri, _METHODS)
+        )
+        is_other_policy, self._policy = policy != self._policy, policy
+        self._stale |= self._rows.keys() if is_other_policy else changed
+        is_other_choice = self._note_candidates(changed)
+        is_open = pool.opened_at is not None or await self._open(now)
+        offered = self._service is not None
+        draw = int(now.timestamp()) // self._settings.dns.srv_ttl
+        if is_other_policy or is_other_choice or draw != self._draw or is_open != offered:
+            listed = list(self._candidates.values())
+            self._service = (
+                await asyncio.to_thread(service_of, listed, policy, draw=draw) if is_open else None
+            )
+            self._draw = draw
+        everybody = offered != (self._service is not None)
+        for server_id in list(self._rows) if everybody else changed:
+            self._judge(server_id)
+        return True
+
+    def is_due(self, now: datetime) -> bool:
+        """Whether `publish` has anything to do."""
+        return bool(
+            self._zone is None
+            or self._taken
+            or self._unconfirmed
+            or self._waiting
+            or self._is_check_due(now)
+            or self._changes(self._zone)
+        )
+
+    @property
+    def publisher(self) -> Publisher:
+        """The zone's writer under the present policy."""
+        return Publisher(self._the_policy, primary_config(self._settings))
+
+    async def publish(self, epoch: int, now: datetime) -> bool:
+        """Bring the primary to the picture, ask the authoritative servers, and note what is true there.
+
+        The fence must have been taken with `epoch`. True when all of them show the zone. Raises PublishError when
+        the primary cannot be brought to it.
+        """
+        started = time.monotonic()
+        publisher = self.publisher
+        behind: tuple[Mismatch, ...] = ()
+        is_check = self._is_check_due(now)
+        if is_check and self._zone is not None:
+            # Since the last look at the serial everybody has had the time to come to it.
+            behind = await publisher.behind(self._serial)
+            if await publisher.serial() != self._serial:
+                self._zone = None
+        zone, changes = await self._bring(publisher, epoch, now)
+        if is_check or changes or self._waiting:
+            self._unconfirmed.add(self._service_key)
+        wrong = await self._verify(publisher, zone)
+        is_doubtful = any(mismatch.key is not None for mismatch in wrong)
+        # What is noted was true when the last nameserver had answered, not when the pass began.
+        await self._note(zone, now + timedelta(seconds=time.monotonic() - started))
+        await self._forget_taken()
+        if is_check:
+            self._checked_at = now
+        if is_doubtful and self._has_passed(self._observed_at, now, self._settings.policy.reconcile_interval):
+            # The primary may have acknowledged what it did not do.
+            self._zone = None
+        _tell(behind)
+        return not wrong and not behind
+
+    @property
+    def has_more(self) -> bool:
+        """Whether a limit ended the pass before the work did."""
+        return self._is_full_batch or bool(self._unconfirmed)
+
+    @property
+    def _the_policy(self) -> ZonePolicy:
+        assert self._policy is not None, "look first"
+        return self._policy
+
+    @property
+    def _service_key(self) -> Key:
+        return self._the_policy.service, "SRV"
+
+    @staticmethod
+    def _has_passed(since: datetime | None, now: datetime, seconds: float) -> bool:
+        return since is None or now - since >= timedelta(seconds=seconds)
+
+    def _is_check_due(self, now: datetime) -> bool:
+        return self._has_passed(self._checked_at, now, self._settings.policy.reconcile_interval)
+
+    def _keys(self, row: _Row) -> list[Key]:
+        owner = self._the_policy.domain(row.records.name)
+        return [(owner, kind) for kind in SERVER_TYPES]
+
+    async def _read_all(self, now: datetime) -> dict[int, _Row]:
+        async with self._database.transaction() as session:
+            found = await session.scalars(
+                select(Server.id).where(Server.state.in_(_STATES)).order_by(Server.id)
+            )
+            ids = list(found)
+        rows: dict[int, _Row] = {}
+        for some in _batches(ids, _READ):
+            rows |= await self._read(_between(some[0], some[-1]), now)
+        return rows
+
+    async def _read_some(self, ids: Sequence[int], now: datetime) -> None:
+        for some in _batches(ids, _READ):
+            found = await self._read(_in(some), now)
+            for server_id in some:
+                before = self._rows.pop(server_id, None)
+                if server_id in found:
+                    self._rows[server_id] = found[server_id]
+                elif before is not None:
+                    self._gone.add(self._the_policy.domain(before.records.name))
+
+    async def _read(self, among: "_Among", now: datetime) -> dict[int, _Row]:
+        """Every server of some that was or is now to be sent to DNS; one that is new there is burnt first."""
+        async with self._database.transaction() as session:
+            await _burn(session, among, now)
+            proved: dict[int, list[tuple[str, float | None]]] = {}
+            for server_id, address, score in await session.execute(
+                select(Address.server_id, Address.address, Address.score)
+                .where(among(Address.server_id), Address.proved_at.is_not(None))
+                .order_by(Address.id)
+            ):
+                proved.setdefault(server_id, []).append((address, score))
+            found = await session.execute(
+                select(
+                    Server.id,
+                    Server.name,
+                    Server.state,
+                    Server.weight,
+                    Server.named_at.is_not(None).label("named"),
+                    Server.listed_at.is_not(None).label("listed"),
+                    Server.srv_withdrawn_at.is_not(None).label("withdrawn"),
+                    Server.name_broken_at.is_not(None).label("broken"),
+                ).where(among(Server.id), Server.state.in_(_STATES), Server.burnt_at.is_not(None))
+            )
+            return {
+                row.id: _Row(
+                    state=row.state,
+                    records=ServerRecords(
+                        name=row.name,
+                        addresses=tuple(servers.without_failing(proved.get(row.id, []))),
+                        listed=row.state is ServerState.ACTIVE,
+                        weight=row.weight,
+                    ),
+                    named=row.named,
+                    listed=row.listed,
+                    withdrawn=row.withdrawn,
+                    broken=row.broken,
+                )
+                for row in found
+            }
+
+    def _note_candidates(self, changed: Iterable[int]) -> bool:
+        """Keep the candidates in step with the rows; whether the choice of targets may be another one now."""
+        is_other = False
+        for server_id in changed:
+            row = self._rows.get(server_id)
+            before = self._candidates.pop(server_id, None)
+            after = None
+            if row is not None and row.records.listed and row.records.addresses:
+                after = self._candidates[server_id] = replace(row.records, addresses=())
+            is_other |= before != after
+        return is_other
+
+    async def _open(self, now: datetime) -> bool:
+        """Open the pool once enough servers can be offered; it stays open."""
+        active = sum(row.records.listed for row in self._rows.values())
+        if active < self._settings.policy.opening_size:
+            return False
+        async with self._database.transaction() as session:
+            pool = await servers.the_pool(session, self._settings, lock=True)
+            pool.opened_at = pool.opened_at or now
+        _log.info("pool_opened", active=active)
+        return True
+
+    def _judge(self, server_id: int) -> None:
+        """Note whether a row has to learn something yet, and what has to be asked for that."""
+        row = self._rows.get(server_id)
+        if row is None or not row.waits(is_open=self._service is not None):
+            self._waiting.discard(server_id)
+            return
+        self._waiting.add(server_id)
+        if row.state is ServerState.LEAVING or not row.named:
+            self._unconfirmed.update(self._keys(row))
+
+    def _changes(self, zone: Zone) -> tuple[Change, ...]:
+        """What `zone` lacks of the picture, as far as the picture has changed since the zone was made."""
+        due: dict[Key, RRset | None] = {self._service_key: self._service}
+        due |= dict.fromkeys((owner, kind) for owner in self._gone for kind in SERVER_TYPES)
+        for row in filter(None, map(self._rows.get, self._stale)):
+            due |= dict.fromkeys(self._keys(row)) | records_of(row.published, self._the_policy)
+        return ordered(
+            Change(*key, zone.get(key), rrset) for key, rrset in due.items() if zone.get(key) != rrset
+        )
+
+    def whole(self) -> Zone:
+        """The managed part of the zone as it should be."""
+        zone = wanted((row.published for row in self._rows.values()), self._the_policy, is_open=False, draw=0)
+        return zone if self._service is None else {**zone, self._service_key: self._service}
+
+    async def _bring(
+        self, publisher: Publisher, epoch: int, now: datetime
+    ) -> tuple[Zone, tuple[Change, ...]]:
+        """The zone on the primary after it was changed, and the changes."""
+        # Until the primary has answered, its zone is not known.
+        zone, self._zone = self._zone, None
+        done: tuple[Change, ...] | None = None
+        if zone is not None:
+            changes = self._changes(zone)
+            with suppress(Conflict):
+                messages = await publisher.apply(changes, epoch)
+                self._serial = (self._serial + messages) % 2**32
+                _make(zone, changes)
+                done = changes
+        if zone is None or done is None:
+            zone = await asyncio.to_thread(self.whole)
+            published = await publisher.publish(zone, epoch)
+            done, self._serial, self._observed_at = published.changes, published.serial, now
+            self._negative_ttl = timedelta(seconds=published.soa_minimum)
+            self._unconfirmed.update(random.sample(list(zone), min(len(zone), _ASKED)))
+        self._zone = zone
+        self._stale.clear()
+        self._gone.clear()
+        self._unconfirmed.update((change.owner, change.rdtype) for change in done)
+        if done:
+            _log.info("zone_published", serial=self._serial, changes=len(done))
+        return zone, done
+
+    async def _verify(self, publisher: Publisher, zone: Zone) -> tuple[Mismatch, ...]:
+        """Ask for what is not confirmed, a bounded number of keys; what is wrong of it."""
+        asked = set(islice(self._unconfirmed, _ASKED)) | (self._unconfirmed & {self._service_key})
+        if not asked:
+            return ()
+        mismatches = await publisher.verify(sorted(asked), zone)
+        _tell(mismatches)
+        if not any(mismatch.key is None for mismatch in mismatches):
+            self._unconfirmed -= asked - {mismatch.key for mismatch in mismatches}
+        return mismatches
+
+    async def _note(self, zone: Zone, now: datetime) -> None:
+        """Tell the servers' rows what the authoritative servers show."""
+        news = {server_id: self._news(self._rows[server_id], zone, now) for server_id in self._waiting}
+        for some in _batches(sorted(server_id for server_id, values in news.items() if values), _NOTED):
+            noted: list[int] = []
+            async with self._database.transaction() as session:
+                found = await session.scalars(
+                    select(Server).where(Server.id.in_(some)).order_by(Server.id).with_for_update()
+                )
+                for server in found:
+                    # One that changed meanwhile has a row in the outbox: it is looked at again.
+                    if server.state is self._rows[server.id].state:
+                        for name, value in news[server.id].items():
+                            setattr(server, name, value)
+                        noted.append(server.id)
+            for server_id in noted:
+                self._learn(server_id, news[server_id])
+
+    def _news(self, row: _Row, zone: Zone, now: datetime) -> dict[str, datetime | None]:
+        """The columns of a server's row that what was seen in DNS changes."""
+        owner = self._the_policy.domain(row.records.name)
+        is_shown = self._unconfirmed.isdisjoint(self._keys(row))
+        is_named = (owner, "CAA") in zone
+        is_service_right = self._service_key not in self._unconfirmed
+        if row.state is ServerState.LEAVING:
+            news: dict[str, datetime | None] = {}
+            if not row.withdrawn and is_service_right and not _lists(zone.get(self._service_key), owner):
+                news |= {"srv_withdrawn_at": now, "listed_at": None}
+            if not row.broken and not is_named and is_shown:
+                news |= {"name_broken_at": now, "removal_due_at": now}
+            return news
+        news = {}
+        if not row.named and is_named and is_shown:
+            # Resolvers may have cached that the name does not exist, or a whole gap of names around it.
+            news |= {"named_at": now, "order_due_at": now + self._negative_ttl}
+        if row.state is not ServerState.ACTIVE and row.listed:
+            news["listed_at"] = None
+        elif row.state is ServerState.ACTIVE and not row.listed and self._service and is_service_right:
+            news["listed_at"] = now
+        return news
+
+    def _learn(self, server_id: int, news: Mapping[str, datetime | None]) -> None:
+        row = self._rows[server_id]
+        self._rows[server_id] = replace(
+            row,
+            named=row.named or "named_at" in news,
+            listed=news["listed_at"] is not None if "listed_at" in news else row.listed,
+            withdrawn=row.withdrawn or "srv_withdrawn_at" in news,
+            broken=row.broken or "name_broken_at" in news,
+        )
+        self._judge(server_id)
+
+    async def _forget_taken(self) -> None:
+        """Remove what was taken from the outbox: it is published and noted."""
+        for some in _batches(self._taken, _READ):
+            async with self._database.transaction() as session:
+                await session.execute(delete(ZoneChange).where(ZoneChange.id.in_(some)))
+        self._taken = []
 
 
-async def publish(database: Database, settings: Settings, made: Plan, epoch: int, now: datetime) -> bool:
-    """Bring the primary to the plan, ask every authoritative server, and note what is true there.
-
-    True when all of them show the plan. Raises PublishError when the primary cannot be brought to it.
-    """
-    started = time.monotonic()
-    publisher = Publisher(made.policy, primary_config(settings))
-    await publisher.take_fence(epoch)
-    published = await publisher.publish(made.zone, epoch)
-    if published.changes:
-        _log.info("zone_published", serial=published.serial, changes=len(published.changes))
-    wrong = _wrong(made, await publisher.verify(made.keys, made.zone))
-    negative_ttl = timedelta(seconds=published.soa_minimum)
-    # What is noted was true when the last nameserver had answered, not when the pass began.
-    seen_at = now + timedelta(seconds=time.monotonic() - started)
-    async with database.transaction() as session:
-        for row in await _rows(session):
-            _note(row, made, wrong, negative_ttl, seen_at)
-    return not wrong
+_Among = Callable[[InstrumentedAttribute[int]], ColumnElement[bool]]
+"""Which servers are meant, as a condition on a column with their ids."""
 
 
-def _wrong(made: Plan, mismatches: Sequence[Mismatch]) -> frozenset[Key]:
-    """The keys that some authoritative server does not show as planned; all, when one does not answer."""
+def _between(first: int, last: int) -> _Among:
+    return lambda column: column.between(first, last)
+
+
+def _in(ids: Sequence[int]) -> _Among:
+    return lambda column: column.in_(ids)
+
+
+async def _burn(session: AsyncSession, among: _Among, now: datetime) -> None:
+    """Before the first update leaves: a name that may have been seen is never given again."""
+    fresh = await session.scalars(
+        select(Server)
+        .where(among(Server.id), Server.state.in_(servers.NAMED_STATES), Server.burnt_at.is_(None))
+        .order_by(Server.id)
+        # A server that leaves meanwhile would be published and its name released at the same moment.
+        .with_for_update()
+    )
+    for server in fresh:
+        server.burnt_at = now
+    await session.flush()
+
+
+def _batches(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    return (ids[start : start + size] for start in range(0, len(ids), size))
+
+
+def _make(zone: Zone, changes: Iterable[Change]) -> None:
+    """Make the changes in a zone that is held in memory."""
+    for change in changes:
+        if change.after is None:
+            zone.pop((change.owner, change.rdtype), None)
+        else:
+            zone[change.owner, change.rdtype] = change.after
+
+
+def _lists(service: RRset | None, owner: str) -> bool:
+    return service is not None and any(text.split()[-1] == owner for text in service.rdatas)
+
+
+def _tell(mismatches: Sequence[Mismatch]) -> None:
     for mismatch in mismatches[:_LOGGED_MISMATCHES]:
         owner, kind = mismatch.key or ("", "")
         server = str(mismatch.nameserver)
         _log.warning("zone_mismatch", nameserver=server, owner=owner, type=kind, reason=mismatch.reason)
-    if any(mismatch.key is None for mismatch in mismatches):
-        return made.keys
-    return frozenset(mismatch.key for mismatch in mismatches if mismatch.key is not None)
 
 
 def zone_policy(settings: Settings, *issuers: CaaIssuer) -> ZonePolicy:
@@ -129,60 +509,3 @@ def zone_policy(settings: Settings, *issuers: CaaIssuer) -> ZonePolicy:
         ke_port=settings.ports.ke,
         caa=issuers,
     )
-
-
-async def _rows(session: AsyncSession) -> list[Server]:
-    """Every server that is or may still be in DNS."""
-    states = (*servers.NAMED_STATES, ServerState.LEAVING)
-    found = await session.scalars(
-        select(Server)
-        .where(Server.state.in_(states))
-        .order_by(Server.id)
-        .options(*servers.WHOLE)
-        # A server that leaves meanwhile would be published and its name released at the same moment.
-        .with_for_update(of=Server)
-    )
-    return list(found)
-
-
-def _is_named(row: Server) -> bool:
-    """Whether a server's addresses and CAA belong in DNS; a leaving one's only until its SRV is out."""
-    if row.state is ServerState.LEAVING:
-        return row.burnt_at is not None and row.srv_withdrawn_at is None
-    return row.state in servers.NAMED_STATES
-
-
-def _records(row: Server) -> ServerRecords:
-    return ServerRecords(
-        name=row.name,
-        addresses=tuple(servers.published_addresses(row)),
-        listed=row.state is ServerState.ACTIVE,
-        weight=row.weight,
-    )
-
-
-def _note(row: Server, made: Plan, wrong: AbstractSet[Key], negative_ttl: timedelta, now: datetime) -> None:
-    owner = made.policy.domain(row.name)
-    service_is_right = (made.policy.service, "SRV") not in wrong
-    if row.state is ServerState.LEAVING:
-        _note_leaving(
-            row, made, owner, service_is_right=service_is_right, shown=made.shows(owner, wrong), now=now
-        )
-        return
-    if row.named_at is None and (owner, "CAA") in made.zone and made.shows(owner, wrong):
-        row.named_at = now
-        # Resolvers may have cached that the name does not exist, or a whole gap of names around it.
-        row.order_due_at = now + negative_ttl
-    if row.state is not ServerState.ACTIVE:
-        row.listed_at = None
-    elif owner in made.candidates and made.is_open and service_is_right:
-        row.listed_at = row.listed_at or now
-
-
-def _note_leaving(
-    row: Server, made: Plan, owner: str, *, service_is_right: bool, shown: bool, now: datetime
-) -> None:
-    if row.srv_withdrawn_at is None and service_is_right and not made.lists(owner):
-        row.srv_withdrawn_at, row.listed_at = now, None
-    if row.name_broken_at is None and (owner, "CAA") not in made.zone and shown:
-        row.name_broken_at = row.removal_due_at = now

@@ -25,6 +25,7 @@ import dns.rdata
 import dns.rdataclass
 import dns.rdataset
 import dns.rdatatype
+import dns.serial
 import dns.tsig
 import dns.update
 import dns.xfr
@@ -152,7 +153,7 @@ class Publisher:
     async def take_fence(self, epoch: int) -> None:
         """Make `epoch` the zone's epoch; Fenced when the zone has a higher one."""
         for _ in range(ATTEMPTS):
-            held = await self._fence()
+            held = await self.fence()
             if held == epoch:
                 return
             if held is not None and held > epoch:
@@ -167,12 +168,13 @@ class Publisher:
                 await self._exchange(update)
         raise Conflict(f"the fence did not become {epoch} in {ATTEMPTS} attempts")
 
-    async def apply(self, changes: Iterable[Change], epoch: int) -> None:
-        """Make the changes in their order; each message is made whole or not at all.
+    async def apply(self, changes: Iterable[Change], epoch: int) -> int:
+        """Make the changes in their order, each message whole or not at all; the number of messages.
 
         Conflict when an RRset no longer has its old value, Fenced when the epoch is no longer ours;
         messages before the one that failed stay made.
         """
+        messages = 0
         for chunk in _chunks(changes):
             update = self._update()
             update.present(self._policy.fence, "TXT", str(epoch))
@@ -181,9 +183,11 @@ class Publisher:
             try:
                 await self._exchange(update)
             except Conflict:
-                if (held := await self._fence()) != epoch:
+                if (held := await self.fence()) != epoch:
                     raise Fenced(f"the zone's epoch is {held}, ours is {epoch}") from None
                 raise
+            messages += 1
+        return messages
 
     async def publish(self, wanted: Mapping[Key, RRset], epoch: int) -> Published:
         """Bring the zone to `wanted` and see it there; the fence must have been taken with `epoch`."""
@@ -241,6 +245,32 @@ class Publisher:
         assert answer.tsig is not None
         return datetime.fromtimestamp(answer.tsig[0].time_signed, UTC)
 
+    async def serial(self) -> int:
+        """The zone's serial on the primary."""
+        query = dns.message.make_query(self._apex, "SOA", flags=0)
+        query.use_tsig(self._tsig)
+        soa = _answered(await self._exchange(query))
+        if soa is None:
+            raise Unreachable("the primary does not show the zone's SOA")
+        serial: int = soa[0].serial
+        return serial
+
+    async def behind(self, serial: int) -> tuple[Mismatch, ...]:
+        """The authoritative servers that have not come to `serial` yet, or do not say so."""
+        found = await asyncio.gather(*(self._behind(server, serial) for server in self._config.nameservers))
+        return tuple(mismatch for mismatch in found if mismatch is not None)
+
+    async def _behind(self, nameserver: Nameserver, serial: int) -> Mismatch | None:
+        try:
+            soa = _answered(await self._question(nameserver, (self._policy.apex, "SOA")))
+        except Unreachable as silence:
+            return Mismatch(nameserver, None, str(silence))
+        if soa is None:
+            return Mismatch(nameserver, None, "does not show the zone's SOA")
+        if dns.serial.Serial(soa[0].serial) < dns.serial.Serial(serial):
+            return Mismatch(nameserver, None, f"has the serial {soa[0].serial} instead of {serial}")
+        return None
+
     async def _transfer(self) -> dns.zone.Zone:
         """The whole zone by a signed transfer (RFC 5936); parsed in threads, as that takes seconds."""
         to = self._config
@@ -275,7 +305,8 @@ class Publisher:
         fence = zone.get_rdataset(self._policy.fence, "TXT")
         return Observation(soa.serial, found, soa.minimum, None if fence is None else _fence_text(fence))
 
-    async def _fence(self) -> int | None:
+    async def fence(self) -> int | None:
+        """The epoch that the zone's fence holds."""
         query = dns.message.make_query(self._policy.fence, "TXT", flags=0)
         query.use_tsig(self._tsig)
         rrset = _answered(await self._exchange(query, dns.rcode.NXDOMAIN))

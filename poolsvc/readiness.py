@@ -53,7 +53,8 @@ class Look(Generic[_T]):
 class Readiness:
     """What has to hold before requests are sent to this process."""
 
-    def __init__(self, database: Database, health: Health) -> None:
+    def __init__(self, database: Database, health: Health, *, has_worker: bool = True) -> None:
+        self._has_worker = has_worker
         self.worker: asyncio.Task[None] | None = None
         self._health = health
         self._database = database
@@ -63,7 +64,7 @@ class Readiness:
         """The first part that fails, in words that everybody may read; None when all is well."""
         if self._health.stopping.is_set():
             return "the registry is stopping"
-        if self.worker is None or self.worker.done():
+        if self._has_worker and (self.worker is None or self.worker.done()):
             return "the worker does not run"
         try:
             is_migrated = await self._migrated.answer()

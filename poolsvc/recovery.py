@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from nts_core.control import ServerState
-from poolsvc import auth, backup, journal, publication, servers, teams, transfers
+from poolsvc import auth, backup, journal, servers, teams, transfers
 from poolsvc.backup import BackupError
 from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.journal import GONE, Entry
 from poolsvc.models import Event, Member, MemberStatus, Server, SignIn
-from poolsvc.publisher import Publisher
+from poolsvc.publication import Publication
 from poolsvc.zone import Change, diff
 
 _ACTOR = "restore"
@@ -151,16 +151,16 @@ class Outlook:
 
 async def look(database: Database, settings: Settings, now: datetime) -> Outlook:
     """Compare the zone on the primary with what would be published. Raises PublishError, OSError."""
-    made = await publication.plan(database, settings, now)
+    publication = Publication(database, settings)
+    is_ready = await publication.look(now, even_frozen=True)
     async with database.transaction() as session:
         pool = await servers.the_pool(session, settings)
-        counted = await session.execute(select(Server.state, func.count()).group_by(Server.state))
-        states = {row.state: row[1] for row in counted}
-    if made is None:
+        states = await servers.count_by_state(session)
+    if not is_ready:
         return Outlook(pool.frozen_at, None, (), states)
-    seen = await Publisher(made.policy, publication.primary_config(settings)).observe()
+    seen = await publication.publisher.observe()
     epoch = int(seen.epoch) if seen.epoch is not None and seen.epoch.isdecimal() else None
-    return Outlook(pool.frozen_at, epoch, diff(made.zone, seen.zone), states)
+    return Outlook(pool.frozen_at, epoch, diff(publication.whole(), seen.zone), states)
 
 
 async def thaw(database: Database, settings: Settings, epoch: int | None) -> None:

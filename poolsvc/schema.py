@@ -1,6 +1,7 @@
 """The database's tables and this version's migrations: bring them together, or say that they differ."""
 
 import io
+import time
 from functools import cache
 from pathlib import Path
 
@@ -8,7 +9,8 @@ from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
-from sqlalchemy.exc import SQLAlchemyError
+from psycopg.errors import LockNotAvailable
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 import migrations
 from poolsvc.config import Settings
@@ -16,6 +18,7 @@ from poolsvc.errors import PoolError
 
 _PLACE = str(Path(migrations.__file__).parent)
 _FAULTS = (SQLAlchemyError, CommandError, OSError)
+_WAITS = (1.0, 2.0)  # before the second and the third attempt
 
 
 class DatabaseUnusable(PoolError):
@@ -25,11 +28,30 @@ class DatabaseUnusable(PoolError):
 
 
 def upgrade(settings: Settings) -> None:
-    """Bring the database to this version's tables. Blocks; no event loop may run in this thread."""
-    try:
-        command.upgrade(_alembic(settings), "head")
-    except _FAULTS as error:
-        raise DatabaseUnusable(f"the database: {error}", remedy="check `database` in the settings") from None
+    """Bring the database to this version's tables. Blocks; no event loop may run in this thread.
+
+    A lock that somebody holds for a moment is waited for, a few times for seconds; else the tables stay as they were.
+    """
+    for wait in (*_WAITS, None):
+        try:
+            command.upgrade(_alembic(settings), "head")
+        except DBAPIError as error:
+            if not isinstance(error.orig, LockNotAvailable):
+                raise _unusable(error) from None
+            if wait is None:
+                raise DatabaseUnusable(
+                    "the database: another session holds a lock that the migration needs; nothing was changed",
+                    remedy="end that session, or try again when it has ended",
+                ) from None
+            time.sleep(wait)
+        except _FAULTS as error:
+            raise _unusable(error) from None
+        else:
+            return
+
+
+def _unusable(error: Exception) -> DatabaseUnusable:
+    return DatabaseUnusable(f"the database: {error}", remedy="check `database` in the settings")
 
 
 def check_current(settings: Settings) -> None:

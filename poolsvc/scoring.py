@@ -20,6 +20,11 @@ _SECOND = 1_000_000_000
 _MS = 1_000_000
 
 
+def is_good(score: float | None) -> bool:
+    """Whether an address with that score may be in the answer beside others; None is one not judged yet."""
+    return score is None or score >= CUTOFF
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """What one probe adds to a score, the score that cannot be passed with it, and why it is not a full step."""

@@ -11,12 +11,14 @@ Rules:
 4. A name that was sent to DNS is never given again. One that was not is released when it expires.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import func, or_, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import selectinload
@@ -64,6 +66,8 @@ TRANSITIONS: dict[tuple[ServerState, EventKind], ServerState] = {
 NAMED_STATES = frozenset({_S.VERIFIED, _S.CERTIFIED, _S.ACTIVE, _S.SUSPENDED})
 # States from which a server does not come back.
 ENDED_STATES = frozenset({_S.LEAVING, _S.REMOVED})
+_EXPIRED = 200  # at a time
+_CENSUS_LIFE = 1.0
 # States in which a server's addresses are probed; a suspended one is, or it could never come back.
 PROBED_STATES = NAMED_STATES
 
@@ -208,9 +212,14 @@ WHOLE = (
 
 def published_addresses(server: Server) -> list[str]:
     """The addresses for DNS: the proved ones, without those that fail while another one serves."""
-    proved = [address for address in server.addresses if address.proved_at is not None]
-    good = [row for row in proved if row.score is None or row.score >= scoring.CUTOFF]
-    return [row.address for row in (good or proved)]
+    proved = [row for row in server.addresses if row.proved_at is not None]
+    return without_failing([(row.address, row.score) for row in proved])
+
+
+def without_failing(proved: Sequence[tuple[str, float | None]]) -> list[str]:
+    """Those of a server's proved addresses, with their scores, that are published: the good ones, else all."""
+    good = [address for address, score in proved if scoring.is_good(score)]
+    return good or [address for address, _ in proved]
 
 
 async def set_hold(
@@ -250,19 +259,23 @@ async def leave(session: AsyncSession, server: Server, *, actor: str, reason: st
         address.nonce = address.proof_due_at = None
 
 
-async def expire_unfinished(session: AsyncSession, settings: Settings, now: datetime) -> None:
-    """Free the names of registrations that never proved an address."""
+async def expire_unfinished(session: AsyncSession, settings: Settings, now: datetime) -> bool:
+    """Free the names of registrations that never proved an address, a bounded number; whether more may be left."""
     oldest = now - timedelta(hours=settings.policy.registration_hours)
-    stale = await session.scalars(
+    found = await session.scalars(
         select(Server)
         .where(Server.state == ServerState.REGISTERED, Server.burnt_at.is_(None), Server.state_since < oldest)
+        .order_by(Server.state_since)
+        .limit(_EXPIRED)
         .with_for_update(skip_locked=True)
     )
+    stale = list(found)
     for server in stale:
         await apply(
             session, server, EventKind.EXPIRED, actor="worker", reason="no address was proved", now=now
         )
         server.released_at = now
+    return len(stale) == _EXPIRED
 
 
 async def the_pool(session: AsyncSession, settings: Settings, *, lock: bool = False) -> Pool:
@@ -282,14 +295,68 @@ async def the_pool(session: AsyncSession, settings: Settings, *, lock: bool = Fa
     return pool
 
 
-async def count_active(session: AsyncSession) -> int:
-    return await session.scalar(select(func.count()).where(Server.state == ServerState.ACTIVE)) or 0
+async def count_active(session: AsyncSession, *, limit: int) -> int:
+    """How many servers are ACTIVE, counted no further than `limit`: it is asked whether there are enough."""
+    some = select(Server.id).where(Server.state == ServerState.ACTIVE).limit(limit).subquery()
+    return await session.scalar(select(func.count()).select_from(some)) or 0
+
+
+async def count_until_open(session: AsyncSession, pool: Pool, settings: Settings) -> int:
+    """How many servers are ACTIVE in a pool that has not opened yet; in an open one it matters no more."""
+    if pool.opened_at is not None:
+        return settings.policy.opening_size
+    return await count_active(session, limit=settings.policy.opening_size)
 
 
 async def count_kept_low(session: AsyncSession) -> int:
     """ACTIVE servers without one good address: kept in the answer because too few others are active."""
-    good = select(Address.server_id).where(
-        or_(Address.score.is_(None), Address.score >= scoring.CUTOFF), Address.proved_at.is_not(None)
+    # In the words of the index `ix_addresses_failing`, so that it is used.
+    failing = select(Address.server_id).where(
+        text(f"score < {scoring.CUTOFF:g}"), Address.proved_at.is_not(None)
     )
-    kept = select(func.count()).where(Server.state == ServerState.ACTIVE, Server.id.not_in(good))
+    good = select(Address.server_id).where(
+        Address.server_id == Server.id,
+        or_(Address.score.is_(None), Address.score >= scoring.CUTOFF),
+        Address.proved_at.is_not(None),
+    )
+    kept = select(func.count()).where(
+        Server.state == ServerState.ACTIVE, Server.id.in_(failing), ~good.exists()
+    )
     return await session.scalar(kept) or 0
+
+
+async def count_by_state(session: AsyncSession) -> dict[ServerState, int]:
+    found = await session.execute(select(Server.state, func.count().label("servers")).group_by(Server.state))
+    return {row.state: row.servers for row in found}
+
+
+@dataclass(frozen=True, slots=True)
+class Census:
+    """The pool in numbers."""
+
+    by_state: Mapping[ServerState, int]
+    kept_low: int
+
+    @property
+    def active(self) -> int:
+        return self.by_state.get(ServerState.ACTIVE, 0)
+
+    @property
+    def reporting(self) -> int:
+        """Servers whose agents report."""
+        return sum(count for state, count in self.by_state.items() if state is not ServerState.REMOVED)
+
+
+class CensusTaker:
+    """Counts at most once a second, however often it is asked: counting reads every server."""
+
+    def __init__(self) -> None:
+        self._last: Census | None = None
+        self._taken_at = 0.0
+
+    async def census(self, session: AsyncSession) -> Census:
+        if self._last is None or time.monotonic() - self._taken_at >= _CENSUS_LIFE:
+            # Others that ask meanwhile are content with the last one.
+            self._taken_at = time.monotonic()
+            self._last = Census(await count_by_state(session), await count_kept_low(session))
+        return self._last

@@ -16,34 +16,70 @@ from typing import Any
 
 import structlog
 from cryptography import x509
-from sqlalchemy import select
+from sqlalchemy import select, update
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import InstrumentedAttribute
 
-from poolsvc import idempotency, issuance, journal, monitoring, proofs, publication, removal, servers, teams
+from poolsvc import (
+    alarms,
+    idempotency,
+    issuance,
+    journal,
+    leases,
+    monitoring,
+    proofs,
+    removal,
+    samples,
+    servers,
+    teams,
+)
 from poolsvc.acme import AcmeAccount, AcmeConfig, AcmeError
 from poolsvc.config import Settings
 from poolsvc.db import Database
+from poolsvc.leader import Leader
 from poolsvc.models import Address, Order, Server
-from poolsvc.publisher import Fenced, PublishError
 
 _log = structlog.get_logger()
 _LEASE = timedelta(minutes=2)
-_BATCH = 50
-_CONCURRENCY = 16
+_HOUSE_KEEPING = timedelta(hours=1)
+_FAREWELL = 2.0
 
 
-async def claim(
-    database: Database, row: type[Any], due: InstrumentedAttribute[datetime | None], now: datetime
-) -> list[int]:
-    """Ids of rows whose time has come, leased to this caller for two minutes."""
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Work that is found by a due-time column: so many rows are claimed at once, so many are worked on at a time.
+
+    A batch must end well within the lease, even if every peer lets its step run into its deadline.
+    """
+
+    row: type[Any]
+    due: InstrumentedAttribute[datetime | None]
+    batch: int
+    concurrency: int
+
+
+PROOFS = Kind(Address, Address.proof_due_at, batch=64, concurrency=16)
+PROBES = Kind(Server, Server.probe_due_at, batch=192, concurrency=64)
+NEW_ORDERS = Kind(Server, Server.order_due_at, batch=200, concurrency=1)
+ORDERS = Kind(Order, Order.due_at, batch=50, concurrency=16)
+REMOVALS = Kind(Server, Server.removal_due_at, batch=50, concurrency=16)
+
+
+async def claim(database: Database, kind: Kind, now: datetime) -> list[int]:
+    """Ids of rows whose time has come, those due longest, leased to this caller for two minutes."""
+    row, due = kind.row, kind.due
+    longest = select(row.id).where(due <= now).order_by(due).limit(kind.batch)
+    # Evaluated once: inside IN, PostgreSQL may run it again and lock more rows than the limit says.
+    picked = longest.with_for_update(skip_locked=True).cte("picked")
     async with database.transaction() as session:
-        found = await session.scalars(
-            select(row).where(due <= now).order_by(due).limit(_BATCH).with_for_update(skip_locked=True)
+        claimed = await session.scalars(
+            update(row)
+            .where(row.id.in_(select(picked.c.id)))
+            .values({due.key: now + _LEASE})
+            .returning(row.id)
+            .execution_options(synchronize_session=False)
         )
-        claimed = list(found)
-        for entry in claimed:
-            setattr(entry, due.key, now + _LEASE)
-        return [entry.id for entry in claimed]
+        return list(claimed)
 
 
 @dataclass(slots=True)
@@ -67,6 +103,14 @@ class Health:
         self.web_certificate_ends_at: datetime | None = None
         self.stopping = asyncio.Event()  # no new work is begun, and the process is not ready
 
+    def alarms(self) -> list[str]:
+        found = [f"{part}: {text}" for part, text in (("DNS", self.dns), ("CA", self.ca)) if text]
+        return found + [f"worker: {work.strip('_')} failed with {error}" for work, error in self.work.items()]
+
+
+Work = Callable[[datetime], Awaitable[bool]]
+"""One look for work of one kind; whether more of it is due at once."""
+
 
 class Worker:
     """All the work of one registry process."""
@@ -79,10 +123,11 @@ class Worker:
         self._roots = roots
         self._health = health
         self._account: AcmeAccount | None = None
-        self._epoch: int | None = None
-        self._fenced = False
-        self._planned: publication.Plan | None = None
-        self._reconciled_at: datetime | None = None
+        self._holder = leases.new_holder()
+        self._leader = Leader(database, settings, self._holder)
+        self._reported: list[str] | None = None
+        self._reported_at: datetime | None = None
+        self._house_kept_at: datetime | None = None
         self._account_due: datetime | None = None
         self._account_failures = 0
         self._opening = asyncio.Lock()
@@ -100,18 +145,31 @@ class Worker:
                     self._remove,
                     self._expire,
                     self._journal,
+                    self._keep_house,
+                    self._report,
                 ):
                     group.create_task(self._repeat(work))
         finally:
             if self._account is not None:
                 self._account.close()
+            await self._resign()
 
-    async def _repeat(self, work: Callable[[datetime], Awaitable[None]]) -> None:
+    async def _resign(self) -> None:
+        """Others need not wait until it is clear that this process has ended."""
+        try:
+            async with asyncio.timeout(_FAREWELL):
+                await self._leader.stop()
+                async with self._database.transaction() as session:
+                    await alarms.resign(session, self._holder)
+        except (SQLAlchemyError, OSError, TimeoutError) as error:
+            _log.warning("worker_ends_untold", error=type(error).__name__)
+
+    async def _repeat(self, work: Work) -> None:
         passes = self._health.passes[work.__name__.strip("_")]
         while not self._health.stopping.is_set():
-            began = time.monotonic()
+            began, is_more = time.monotonic(), False
             try:
-                await work(datetime.now(UTC))
+                is_more = await work(datetime.now(UTC))
                 self._health.work.pop(work.__name__, None)
             except Exception as error:  # noqa: BLE001 - a task's root: one kind of work must not end the others
                 self._health.work[work.__name__] = type(error).__name__
@@ -121,7 +179,8 @@ class Worker:
             passes.seconds += time.monotonic() - began
             if work.__name__ in self._health.work:
                 await self._pause(self._settings.policy.step_retry)
-            await self._pause(self._settings.policy.tick)
+            if not is_more:
+                await self._pause(self._settings.policy.tick)
 
     async def _pause(self, seconds: float) -> None:
         """Sleep, but not beyond the moment at which the process is to stop."""
@@ -129,60 +188,87 @@ class Worker:
             async with asyncio.timeout(seconds):
                 await self._health.stopping.wait()
 
-    async def _each(self, ids: Sequence[int], work: Callable[[int], Awaitable[None]]) -> None:
+    async def _take(self, kind: Kind, now: datetime, work: Callable[[int], Awaitable[None]]) -> bool:
+        """Do what is due of one kind; whether there may be more."""
+        ids = await claim(self._database, kind, now)
+        await self._each(ids, work, kind.concurrency)
+        return len(ids) == kind.batch
+
+    async def _each(
+        self, ids: Sequence[int], work: Callable[[int], Awaitable[None]], concurrency: int
+    ) -> None:
         async def one(identifier: int) -> None:
             async with slots:
                 await work(identifier)
 
         # Of this kind of work alone: a slow peer of one kind must not hold up the others.
-        slots = asyncio.Semaphore(_CONCURRENCY)
+        slots = asyncio.Semaphore(concurrency)
 
         outcomes = await asyncio.gather(*map(one, ids), return_exceptions=True)
         if failures := [outcome for outcome in outcomes if isinstance(outcome, Exception)]:
             raise ExceptionGroup("pieces of work failed", failures)
 
-    async def _prove(self, now: datetime) -> None:
-        ids = await claim(self._database, Address, Address.proof_due_at, now)
-        await self._each(ids, lambda row: proofs.prove(self._database, self._settings, row, now))
+    async def _prove(self, now: datetime) -> bool:
+        return await self._take(
+            PROOFS, now, lambda row: proofs.prove(self._database, self._settings, row, now)
+        )
 
-    async def _probe(self, now: datetime) -> None:
-        ids = await claim(self._database, Server, Server.probe_due_at, now)
-        await self._each(
-            ids,
+    async def _probe(self, now: datetime) -> bool:
+        return await self._take(
+            PROBES,
+            now,
             lambda row: monitoring.probe_server(self._database, self._settings, self._roots, row, now),
         )
 
-    async def _begin_orders(self, now: datetime) -> None:
-        for identifier in await claim(self._database, Server, Server.order_due_at, now):
+    async def _begin_orders(self, now: datetime) -> bool:
+        async def begin(server_id: int) -> None:
             async with self._database.transaction() as session:
-                issuance.want(await servers.get(session, identifier), now)
+                issuance.want(await servers.get(session, server_id), now)
 
-    async def _advance_orders(self, now: datetime) -> None:
+        return await self._take(NEW_ORDERS, now, begin)
+
+    async def _advance_orders(self, now: datetime) -> bool:
         account = await self._open_account(now)
         if account is None:
-            return
-        ids = await claim(self._database, Order, Order.due_at, now)
-        await self._each(
-            ids, lambda row: issuance.advance(self._database, self._settings, account, row, datetime.now(UTC))
+            return False
+        return await self._take(
+            ORDERS,
+            now,
+            lambda row: issuance.advance(self._database, self._settings, account, row, datetime.now(UTC)),
         )
 
-    async def _remove(self, now: datetime) -> None:
-        ids = await claim(self._database, Server, Server.removal_due_at, now)
-        if not ids:
-            return
-        account = await self._open_account(now)
-        await self._each(
-            ids, lambda row: removal.advance(self._database, self._settings, account, row, datetime.now(UTC))
-        )
+    async def _remove(self, now: datetime) -> bool:
+        async def advance(server_id: int) -> None:
+            account = await self._open_account(now)
+            await removal.advance(self._database, self._settings, account, server_id, datetime.now(UTC))
 
-    async def _expire(self, now: datetime) -> None:
+        return await self._take(REMOVALS, now, advance)
+
+    async def _expire(self, now: datetime) -> bool:
         async with self._database.transaction() as session:
-            await servers.expire_unfinished(session, self._settings, now)
             await teams.forget_expired(session, now)
             await idempotency.forget_old(session, now)
+            return await servers.expire_unfinished(session, self._settings, now)
 
-    async def _journal(self, now: datetime) -> None:
-        await journal.write_due(self._database, self._settings, now)
+    async def _keep_house(self, now: datetime) -> bool:
+        if self._house_kept_at is not None and now - self._house_kept_at < _HOUSE_KEEPING:
+            return False
+        is_more = await samples.keep_house(self._database, self._settings, now)
+        self._house_kept_at = None if is_more else now
+        return is_more
+
+    async def _report(self, now: datetime) -> bool:
+        """Let every process show what this one sees."""
+        seen = self._health.alarms()
+        is_old = self._reported_at is None or now - self._reported_at >= alarms.REPORT_EVERY
+        if is_old or seen != self._reported:
+            async with self._database.transaction() as session:
+                await alarms.report(session, self._holder, seen, now)
+            self._reported, self._reported_at = seen, now
+        return False
+
+    async def _journal(self, now: datetime) -> bool:
+        return await journal.write_due(self._database, self._settings, now)
 
     async def _open_account(self, now: datetime) -> AcmeAccount | None:
         """The registry's account at the CA; None while the CA is out of reach."""
@@ -215,49 +301,9 @@ class Worker:
         _log.info("acme_account_open", uri=account.uri, at=now.isoformat())
         return account
 
-    async def _reconcile(self, now: datetime) -> None:
-        """Publish when the plan has changed, when the last pass failed, and now and then for drift."""
-        if self._fenced:
-            return
-        if await self._is_frozen():
-            self._health.dns = "restored and frozen: nothing is published until `poolsvc thaw`"
-            return
-        made = await publication.plan(self._database, self._settings, now)
-        if made is None or not self._is_due(made, now):
-            return
+    async def _reconcile(self, now: datetime) -> bool:
         try:
-            epoch = await self._new_epoch() if self._epoch is None else self._epoch
-            self._epoch = epoch
-            everywhere = await publication.publish(self._database, self._settings, made, epoch, now)
-        except Fenced as error:
-            self._fenced = True
-            self._health.dns = str(error)
-            _log.error("publisher_fenced", detail=str(error))
-        except (PublishError, OSError) as error:
-            self._planned = None
-            self._health.dns = str(error)
-            _log.error("publish_failed", detail=str(error))
-            await self._pause(self._settings.policy.step_retry)
-        else:
-            self._reconciled_at, self._health.dns = now, None
-            self._health.published_at = now
-            self._planned = made if everywhere else None
-            if not everywhere:
-                self._health.dns = "not every authoritative server shows the zone"
-                await self._pause(self._settings.policy.step_retry)
-
-    async def _is_frozen(self) -> bool:
-        async with self._database.transaction() as session:
-            return (await servers.the_pool(session, self._settings)).frozen_at is not None
-
-    def _is_due(self, made: publication.Plan, now: datetime) -> bool:
-        if self._planned != made or self._reconciled_at is None:
-            return True
-        return now - self._reconciled_at >= timedelta(seconds=self._settings.policy.reconcile_interval)
-
-    async def _new_epoch(self) -> int:
-        """An epoch above all earlier ones: whoever published before cannot any more."""
-        async with self._database.transaction() as session:
-            pool = await servers.the_pool(session, self._settings, lock=True)
-            pool.epoch += 1
-            return pool.epoch
+            return await self._leader.step(now)
+        finally:
+            self._health.dns = self._leader.alarm
+            self._health.published_at = self._leader.published_at

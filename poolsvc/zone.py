@@ -13,8 +13,10 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from ipaddress import ip_address
+from functools import lru_cache
+from ipaddress import IPv4Address, ip_address
 
+import dns.ipv6
 import dns.rdata
 
 LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -138,24 +140,48 @@ def wanted(servers: Iterable[ServerRecords], policy: ZonePolicy, *, is_open: boo
     """
     present = [server for server in servers if server.addresses]
     zone: Zone = {(policy.servers, "CAA"): RRset.of(policy.address_ttl, "CAA", [CLOSED])}
-    issuers = [
+    for server in present:
+        zone |= records_of(server, policy)
+    listed = (server for server in present if server.listed)
+    if is_open and (service := service_of(listed, policy, draw=draw)) is not None:
+        zone[policy.service, "SRV"] = service
+    return zone
+
+
+def records_of(server: ServerRecords, policy: ZonePolicy) -> Zone:
+    """The records of one server: its addresses and the CAA that lets only our CAs issue; none without an address."""
+    if not server.addresses:
+        return {}
+    owner, texts = policy.domain(server.name), dict[str, list[str]]()
+    for text in server.addresses:
+        address = ip_address(text)
+        # The forms that `RRset.of` gives, without its parser: a large pool has a hundred thousand of them.
+        if isinstance(address, IPv4Address):
+            texts.setdefault("A", []).append(str(address))
+        else:
+            texts.setdefault("AAAA", []).append(dns.ipv6.inet_ntoa(address.packed))
+    found = {(owner, kind): RRset(policy.address_ttl, frozenset(some)) for kind, some in texts.items()}
+    return {(owner, "CAA"): _issuers(policy), **found}
+
+
+@lru_cache(maxsize=4)
+def _issuers(policy: ZonePolicy) -> RRset:
+    """The CAA that every live name has: one RRset, shared by all."""
+    texts = [
         f'0 issue "{issuer.identity}; accounturi={issuer.account_uri}; '
         f'validationmethods={",".join(issuer.validation_methods)}"'
         for issuer in policy.caa
-    ] or [CLOSED]
-    for server in present:
-        records = {"CAA": issuers}
-        for address in map(ip_address, server.addresses):
-            records.setdefault("A" if address.version == 4 else "AAAA", []).append(str(address))
-        for rdtype, texts in records.items():
-            zone[policy.domain(server.name), rdtype] = RRset.of(policy.address_ttl, rdtype, texts)
-    targets = sample((server for server in present if server.listed), policy.max_targets, draw=draw)
-    if is_open and targets:
-        texts = [
-            f"{SRV_PRIORITY_AND_WEIGHT} {policy.ke_port} {policy.domain(server.name)}" for server in targets
-        ]
-        zone[policy.service, "SRV"] = RRset.of(policy.srv_ttl, "SRV", texts)
-    return zone
+    ]
+    return RRset.of(policy.address_ttl, "CAA", texts or [CLOSED])
+
+
+def service_of(listed: Iterable[ServerRecords], policy: ZonePolicy, *, draw: int) -> RRset | None:
+    """The SRV RRset of an open pool; None when nobody is listed."""
+    texts = [
+        f"{SRV_PRIORITY_AND_WEIGHT} {policy.ke_port} {policy.domain(server.name)}"
+        for server in sample(listed, policy.max_targets, draw=draw)
+    ]
+    return RRset.of(policy.srv_ttl, "SRV", texts) if texts else None
 
 
 def sample(servers: Iterable[ServerRecords], count: int, *, draw: int) -> list[ServerRecords]:
@@ -199,13 +225,17 @@ def diff(wanted: Mapping[Key, RRset], observed: Mapping[Key, RRset]) -> tuple[Ch
     Both must hold managed RRsets only. A parent's records go before its children's, so that the closing
     CAA stands before the first name under it.
     """
-    changes = [
+    return ordered(
         Change(owner, rdtype, observed.get((owner, rdtype)), wanted.get((owner, rdtype)))
         for owner, rdtype in wanted.keys() | observed.keys()
-    ]
+        if observed.get((owner, rdtype)) != wanted.get((owner, rdtype))
+    )
+
+
+def ordered(changes: Iterable[Change]) -> tuple[Change, ...]:
+    """Changes in the order in which they must be made."""
     return tuple(
         sorted(
-            (change for change in changes if change.before != change.after),
-            key=lambda change: (_turn(change), change.owner.count("."), change.owner, change.rdtype),
+            changes, key=lambda change: (_turn(change), change.owner.count("."), change.owner, change.rdtype)
         )
     )

@@ -2,6 +2,7 @@
 
 import json
 import secrets
+from typing import Any
 
 import sqlalchemy as sa
 from alembic import op
@@ -15,6 +16,14 @@ depends_on = None
 
 
 _STATES = ("registered", "verified", "certified", "active", "suspended", "leaving", "removed")
+
+
+_UNFINISHED = "state = 'registered' AND burnt_at IS NULL"
+
+
+def _where(condition: str) -> dict[str, Any]:
+    """What makes an index a partial one, on both engines."""
+    return {"sqlite_where": sa.text(condition), "postgresql_where": sa.text(condition)}
 
 
 def _one_of(*kinds: str) -> str:
@@ -143,6 +152,22 @@ def upgrade() -> None:
         sa.Column("epoch", sa.Integer(), nullable=False),
         sa.Column("expires_at", UtcDateTime(), nullable=False),
         sa.PrimaryKeyConstraint("name", name=op.f("pk_leases")),
+    )
+    op.create_table(
+        "workers",
+        sa.Column("holder", sa.String(length=100), nullable=False),
+        sa.Column("seen_at", UtcDateTime(), nullable=False),
+        sa.Column("alarms", sa.JSON(), nullable=False),
+        sa.PrimaryKeyConstraint("holder", name=op.f("pk_workers")),
+    )
+    with op.batch_alter_table("workers", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_workers_seen_at"), ["seen_at"], unique=False)
+
+    op.create_table(
+        "zone_changes",
+        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("server_id", sa.Integer(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_zone_changes")),
     )
     op.create_table(
         "samples",
@@ -422,6 +447,7 @@ def upgrade() -> None:
     _make_append_only()
     with op.batch_alter_table("addresses", schema=None) as batch_op:
         batch_op.add_column(sa.Column("confirmed_at", UtcDateTime(), nullable=True))
+        batch_op.create_index("ix_addresses_failing", ["server_id"], **_where("score < 10"))
 
     with op.batch_alter_table("members", schema=None) as batch_op:
         batch_op.add_column(
@@ -487,6 +513,7 @@ def upgrade() -> None:
         batch_op.create_index(batch_op.f("ix_servers_journal_due_at"), ["journal_due_at"], unique=False)
         batch_op.add_column(sa.Column("dead_warnings", sa.Integer(), nullable=False, server_default="0"))
         batch_op.create_index(batch_op.f("ix_servers_skeleton"), ["skeleton"], unique=False)
+        batch_op.create_index("ix_servers_unfinished", ["state_since"], **_where(_UNFINISHED))
 
     with op.batch_alter_table("tokens", schema=None) as batch_op:
         batch_op.add_column(sa.Column("hint", sa.String(length=8), nullable=False, server_default=""))
@@ -521,6 +548,7 @@ def downgrade() -> None:
         batch_op.drop_column("hint")
 
     with op.batch_alter_table("servers", schema=None) as batch_op:
+        batch_op.drop_index("ix_servers_unfinished")
         batch_op.drop_index(batch_op.f("ix_servers_skeleton"))
         batch_op.drop_column("dead_warnings")
         batch_op.drop_index(batch_op.f("ix_servers_journal_due_at"))
@@ -552,6 +580,7 @@ def downgrade() -> None:
         batch_op.drop_column("kind")
 
     with op.batch_alter_table("addresses", schema=None) as batch_op:
+        batch_op.drop_index("ix_addresses_failing")
         batch_op.drop_column("confirmed_at")
 
     _restore_events()
@@ -612,6 +641,8 @@ def downgrade() -> None:
         batch_op.drop_index(batch_op.f("ix_samples_at"))
 
     op.drop_table("samples")
+    op.drop_table("zone_changes")
+    op.drop_table("workers")
     op.drop_table("leases")
     with op.batch_alter_table("idempotency_keys", schema=None) as batch_op:
         batch_op.drop_index(batch_op.f("ix_idempotency_keys_created_at"))

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import random
 from datetime import datetime, timedelta
 
 from cryptography.exceptions import InvalidSignature
@@ -25,7 +26,7 @@ from nts_core.control import (
     rejoin_statement,
 )
 from poolsvc import auth, issuance, proofs, servers
-from poolsvc.api.request import CredentialsDep, NowDep, PrincipalDep, ServicesDep, SessionDep
+from poolsvc.api.request import CredentialsDep, NowDep, PrincipalDep, Services, ServicesDep, SessionDep
 from poolsvc.api.servers import refuse_gone
 from poolsvc.auth import Operation
 from poolsvc.config import Settings
@@ -190,7 +191,7 @@ async def sync(
         issuance.take_csr(settings, server, report.csr.order, report.csr.pem, now)
     issuance.note_serving(server, report.serving, now)
     proofs.note_serving(server, report.serving, now)
-    return await _assignment(session, settings, server, now)
+    return await _assignment(session, services, server, now)
 
 
 def _clean(text: str, limit: int) -> str:
@@ -198,12 +199,13 @@ def _clean(text: str, limit: int) -> str:
     return "".join(character if character.isprintable() else " " for character in text)[:limit]
 
 
-async def _assignment(session: AsyncSession, settings: Settings, server: Server, now: datetime) -> Assignment:
+async def _assignment(session: AsyncSession, services: Services, server: Server, now: datetime) -> Assignment:
+    settings = services.settings
     order = issuance.open_order(server)
     pool = await servers.the_pool(session, settings)
-    views = explain(server, pool, settings, active=await servers.count_active(session))
+    views = explain(server, pool, settings, active=await servers.count_until_open(session, pool, settings))
     busy = order is not None or server.state in (ServerState.REGISTERED, ServerState.LEAVING)
-    interval = settings.policy.agent_interval
+    interval = _interval(settings, (await services.counts.census(session)).reporting)
     return Assignment(
         pool=settings.pool,
         server=server.name,
@@ -221,3 +223,13 @@ async def _assignment(session: AsyncSession, settings: Settings, server: Server,
         certificate=issuance.newest(server),
         why=why_not(views, server),
     )
+
+
+def _interval(settings: Settings, servers_reporting: int) -> float:
+    """Seconds between the reports of an idle agent: all of them together stay below the policy's rate.
+
+    No two the same, or agents that were started together would always come together.
+    """
+    policy = settings.policy
+    fair = servers_reporting / policy.agent_requests_per_second
+    return max(policy.agent_interval, fair) * random.uniform(1, 1.1)  # noqa: S311 - nobody gains by guessing it

@@ -1,11 +1,13 @@
 """What everybody may know of the pool; needs no token."""
 
-from datetime import datetime
+from datetime import date, datetime
+from typing import Annotated
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
+from pydantic import Field
 
-from poolsvc import servers
-from poolsvc.api.request import Document, ServicesDep, SessionDep
+from poolsvc import alarms, samples, servers
+from poolsvc.api.request import Document, NowDep, ServicesDep, SessionDep
 
 router = APIRouter(prefix="/v1")
 
@@ -24,21 +26,36 @@ class PoolView(Document):
 
 
 @router.get("/pool")
-async def read_pool(services: ServicesDep, session: SessionDep) -> PoolView:
+async def read_pool(services: ServicesDep, session: SessionDep, now: NowDep) -> PoolView:
     """The pool and the state of its own parts; needs no token."""
-    settings, health = services.settings, services.health
+    settings = services.settings
     pool = await servers.the_pool(session, settings)
-    alarms = [f"{part}: {text}" for part, text in (("DNS", health.dns), ("CA", health.ca)) if text]
-    alarms += [f"worker: {work.strip('_')} failed with {error}" for work, error in health.work.items()]
-    if kept := await servers.count_kept_low(session):
-        alarms.append(f"scores: {kept} failing servers are kept listed, since too few others are active")
+    census = await services.counts.census(session)
+    found = await alarms.current(session, now)
+    if census.kept_low:
+        found.append(
+            f"scores: {census.kept_low} failing servers are kept listed, since too few others are active"
+        )
     return PoolView(
         pool=settings.pool,
         servers_domain=settings.servers_domain,
         ke_port=settings.ports.ke,
         opened_at=pool.opened_at,
-        active_servers=await servers.count_active(session),
+        active_servers=census.active,
         quorum="bootstrap",
         allow_private_addresses=settings.allow_private_addresses,
-        alarms=alarms,
+        alarms=found,
     )
+
+
+class DayView(Document):
+    """The pool on one day."""
+
+    day: date
+    counts: dict[str, int] = Field(description="servers by state")
+
+
+@router.get("/pool/history")
+async def read_history(session: SessionDep, days: Annotated[int, Query(ge=1, le=400)] = 30) -> list[DayView]:
+    """How many servers the pool had, day by day, the newest first; needs no token."""
+    return [DayView.model_validate(row) for row in await samples.history(session, days)]

@@ -16,7 +16,7 @@ from poolsvc.auth import Principal
 from poolsvc.config import Settings
 from poolsvc.db import Database, act_as
 from poolsvc.derived import RegistryKey
-from poolsvc.worker import Health
+from poolsvc.servers import CensusTaker
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +25,13 @@ class Services:
 
     settings: Settings
     database: Database
-    health: Health
     key: RegistryKey
     limits: Limits
+    counts: CensusTaker
 
 
-def _services(request: Request) -> Services:
+# Not plain functions: FastAPI would send each through a thread.
+async def _services(request: Request) -> Services:
     services: Services = request.app.state.services
     if request.client is not None:
         services.limits.take_for_address(request.client.host)
@@ -50,7 +51,7 @@ async def _session(services: ServicesDep) -> AsyncIterator[AsyncSession]:
 SessionDep = Annotated[AsyncSession, Depends(_session, scope="function")]
 
 
-def _now() -> datetime:
+async def _now() -> datetime:
     return datetime.now(UTC)
 
 

@@ -4,12 +4,12 @@ from datetime import datetime
 from typing import Annotated
 
 from fastapi import APIRouter, Query
-from pydantic import Field
+from pydantic import AwareDatetime, Field
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from nts_core.control import ServerState
-from poolsvc import auth, removal, servers
+from poolsvc import auth, removal, samples, servers
 from poolsvc.api.idempotent import idempotent
 from poolsvc.api.paging import Page, PagingDep
 from poolsvc.api.request import (
@@ -187,6 +187,46 @@ async def renew_join_token(
     return await new_join_token(session, services.settings, server, now)
 
 
+class SampleView(Document):
+    """What one probe of one address measured."""
+
+    address: str
+    at: datetime
+    monitor: str
+    failed: str | None = Field(description="the stage that failed; null for a full probe")
+    step: float
+    score: float | None = Field(description="after the step; null until the server is admitted")
+    offset_ns: int | None
+    delay_ns: int | None
+
+
+@router.get("/servers/{name}/samples")
+async def read_samples(
+    name: NamePath,
+    principal: PrincipalDep,
+    session: SessionDep,
+    since: AwareDatetime | None = None,
+    until: AwareDatetime | None = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> list[SampleView]:
+    """What the last probes of a server measured, the newest first, within `since` and before `until`."""
+    server = await servers.find(session, name)
+    principal.may(Operation.READ_SERVER, server=server)
+    return [
+        SampleView(
+            address=address,
+            at=row.at,
+            monitor=row.monitor,
+            failed=row.failed,
+            step=row.step,
+            score=row.score,
+            offset_ns=row.offset_ns,
+            delay_ns=row.delay_ns,
+        )
+        for address, row in await samples.read(session, server.id, since=since, until=until, limit=limit)
+    ]
+
+
 def refuse_gone(server: Server) -> None:
     if server.state in servers.ENDED_STATES:
         raise Gone(f"{server.name} is {server.state}", remedy="register another name")
@@ -209,7 +249,7 @@ async def view_of(session: AsyncSession, settings: Settings, server_id: int) -> 
     server = await servers.get(session, server_id)
     await session.refresh(server, ["addresses", "orders", "holds", "stages"])
     pool = await servers.the_pool(session, settings)
-    views = explain(server, pool, settings, active=await servers.count_active(session))
+    views = explain(server, pool, settings, active=await servers.count_until_open(session, pool, settings))
     return ServerView(
         name=server.name,
         domain=settings.domain_of(server.name),

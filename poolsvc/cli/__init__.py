@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from nts_core.client import load_roots
 from nts_core.shell import configure_logging, raise_descriptor_limit
 from poolsvc import members, schema
-from poolsvc.app import create_app
+from poolsvc.app import Part, create_app
 from poolsvc.cli import data, dayone, keys
 from poolsvc.cli.common import ConfigOption, ExitStatus, fail, read_settings, refuse
 from poolsvc.config import Settings, split_endpoint
@@ -56,8 +56,13 @@ def migrate(config: ConfigOption) -> None:
 
 
 @app.command()
-def serve(config: ConfigOption) -> None:
-    """Run the API and the worker in one process."""
+def serve(
+    config: ConfigOption,
+    part: Annotated[Part, typer.Option("--role", help="what this process does; several need PostgreSQL")] = (
+        Part.ALL
+    ),
+) -> None:
+    """Run the API and the worker, in one process or each in its own."""
     settings = read_settings(config)
     configure_logging()
     raise_descriptor_limit()
@@ -71,9 +76,8 @@ def serve(config: ConfigOption) -> None:
         for endpoint in settings.web_tls.http_listen
         if settings.web_tls.acme
     ]
-    application = create_app(
-        settings, Database(settings.database), load_roots(settings.roots_file), _registry_key(settings)
-    )
+    roots, key = load_roots(settings.roots_file), _registry_key(settings)
+    application = create_app(settings, Database(settings.database), roots, key, part)
     create_server(settings, application, listening, plain).run()
 
 

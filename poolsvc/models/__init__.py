@@ -1,7 +1,8 @@
 """The registry's tables.
 
 States change in `poolsvc.servers` only. Every change of a person's, member's or server's row is noted by
-`poolsvc.models.audit`, in the same transaction; an event is never changed or deleted.
+`poolsvc.models.audit`, in the same transaction; an event is never changed or deleted. Changes that DNS depends on are
+noted by `poolsvc.models.zone_changes`.
 """
 
 from poolsvc.db import Base
@@ -23,7 +24,7 @@ from poolsvc.models.accounts import (
     TokenKind,
     User,
 )
-from poolsvc.models.events import Event, IdempotencyKey, Lease
+from poolsvc.models.events import Event, IdempotencyKey, Lease, WorkerReport
 from poolsvc.models.notices import Channel, Delivery, DeliveryStatus, Notice, Webhook
 from poolsvc.models.servers import (
     Address,
@@ -40,6 +41,7 @@ from poolsvc.models.servers import (
     StageRecord,
     Transfer,
 )
+from poolsvc.models.zone_changes import ZoneChange
 
 __all__ = [
     "Acceptance",
@@ -79,4 +81,6 @@ __all__ = [
     "Transfer",
     "User",
     "Webhook",
+    "WorkerReport",
+    "ZoneChange",
 ]

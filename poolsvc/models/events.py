@@ -52,3 +52,13 @@ class Lease(Base):
     holder: Mapped[str] = mapped_column(String(100))
     epoch: Mapped[int] = mapped_column(default=0)
     expires_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class WorkerReport(Base):
+    """What one worker process last said of itself and of the pool's own parts."""
+
+    __tablename__ = "workers"
+
+    holder: Mapped[str] = mapped_column(String(100), primary_key=True)
+    seen_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
+    alarms: Mapped[list[str]] = mapped_column(JSON)

@@ -72,6 +72,13 @@ class Server(Base):
             sqlite_where=text("released_at IS NULL"),
             postgresql_where=text("released_at IS NULL"),
         ),
+        # What the worker asks every second, and finds next to nothing.
+        Index(
+            "ix_servers_unfinished",
+            "state_since",
+            sqlite_where=text("state = 'registered' AND burnt_at IS NULL"),
+            postgresql_where=text("state = 'registered' AND burnt_at IS NULL"),
+        ),
     )
 
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -136,7 +143,16 @@ class Address(Base):
     """One address of a server: proof, probes and score are per address."""
 
     __tablename__ = "addresses"
-    __table_args__ = (UniqueConstraint("server_id", "address"),)
+    __table_args__ = (
+        UniqueConstraint("server_id", "address"),
+        # Those below the cutoff of `poolsvc.scoring`, which are few while the pool is well.
+        Index(
+            "ix_addresses_failing",
+            "server_id",
+            sqlite_where=text("score < 10"),
+            postgresql_where=text("score < 10"),
+        ),
+    )
 
     id: Mapped[int] = mapped_column(primary_key=True)
     server_id: Mapped[int] = mapped_column(ForeignKey("servers.id"), index=True)

@@ -51,7 +51,7 @@ def test_a_restored_registry_brings_agents_back_and_nobody_who_left(databases, t
                 30,
             )
         (alarm,) = pool.operator.call("GET", "/v1/pool")["alarms"]
-        assert alarm.startswith("DNS: restored and frozen")
+        assert alarm.startswith("DNS: frozen")
         assert targets(pool) == {"alice", "carol"}
 
         thawed = pool.poolsvc("thaw", "--yes")

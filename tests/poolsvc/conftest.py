@@ -27,6 +27,7 @@ from alembic.config import Config
 from typer.testing import CliRunner
 
 import migrations
+from lab.knot import Knot
 from lab.pebble import Pebble
 from lab.postgres import Postgres
 from lab.processes import Process, free_port, require, wait_until
@@ -258,6 +259,25 @@ def registry(database, settings):
 def registry_of():
     """For tests with a database or settings of their own: `registry_of(database, settings)`."""
     return Registry
+
+
+@pytest.fixture
+def knot(tmp_path):
+    with Knot(tmp_path / "knot") as running:
+        yield running
+
+
+@pytest.fixture
+def published_by(knot, tuned, tmp_path):
+    """`published_by(**policy)`: settings whose zone is on that Knot, alone."""
+    (tmp_path / "tsig.secret").write_text(knot.tsig_secret)
+    endpoint = f"{knot.address}:{knot.port}"
+
+    def change(**values):
+        dns = {"primary": endpoint, "nameservers": (endpoint,), "tsig_name": knot.tsig_name, "srv_ttl": 3600}
+        return tuned(dns=dns | values.pop("dns", {}), **{"opening_size": 2, **values})
+
+    return change
 
 
 class Udp(socketserver.BaseRequestHandler):

@@ -4,16 +4,19 @@ import asyncio
 import base64
 import json
 import shutil
+import time
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
 import httpx
 import pytest
-from sqlalchemy import make_url, select, update
+from sqlalchemy import event, make_url, select, update
 
 from nts_core.control import ServerState, Stage, StageStatus
 from nts_core.tls import new_key_and_csr
 from poolsvc import auth, issuance, members, servers
+from poolsvc.alarms import report, resign
 from poolsvc.app import create_app
 from poolsvc.db import Database
 from poolsvc.derived import RegistryKey
@@ -91,14 +94,68 @@ async def test_everybody_may_see_the_pool_and_nothing_of_its_members(alice):
         "active_servers": 0,
         "quorum": "bootstrap",
         "allow_private_addresses": True,
-        "alarms": [],
+        "alarms": ["worker: none has been seen for 60 s"],
     }
 
 
-async def test_the_alarms_of_the_pools_own_parts_are_public(alice, app):
-    app.state.services.health.dns = "not every authoritative server shows the zone"
-    alarms = (await alice.public.get("/v1/pool")).json()["alarms"]
-    assert alarms == ["DNS: not every authoritative server shows the zone"]
+async def test_what_any_worker_sees_is_public_while_that_worker_lives(alice, registry):
+    """The API of one process shows what the workers of all of them say."""
+    dns, ca = "DNS: not every authoritative server shows the zone", "CA: away"
+
+    async def say(holder, alarms, seconds):
+        async with registry.database.transaction() as session:
+            await report(session, holder, alarms, datetime.now(UTC) - timedelta(seconds=seconds))
+
+    async def shown():
+        return (await alice.public.get("/v1/pool")).json()["alarms"]
+
+    await say("one", [dns, ca], 5)
+    await say("two", [ca], 50)
+    await say("dead", ["CA: gone long ago"], 61)
+    assert await shown() == [ca, dns]
+    await say("one", [], 0)
+    assert await shown() == [ca]
+    await say("two", [ca], 61)
+    assert await shown() == []
+    async with registry.database.transaction() as session:
+        await resign(session, "one")
+    assert await shown() == ["worker: none has been seen for 60 s"]
+
+
+async def test_counting_every_server_is_done_once_a_second_however_often_it_is_asked(alice, database):
+    """Nobody needs a token for it."""
+    counts = []
+    engine = database.engine.sync_engine
+    event.listen(
+        engine,
+        "before_cursor_execute",
+        lambda *args: counts.append(args[2]) if "GROUP BY" in args[2] else None,
+    )
+    began = time.monotonic()
+    for _ in range(20):
+        await alice.public.get("/v1/pool")
+    assert 1 <= len(counts) <= 1 + (time.monotonic() - began)
+
+
+async def test_idle_agents_report_less_often_the_more_of_them_there_are(alice, registry, app, client):
+    """All together they stay below the policy's rate, and no two keep step."""
+    bob = await registry.server("bob", "198.18.0.2", state=ServerState.ACTIVE)
+    async with registry.database.transaction() as session:
+        _, token = await auth.issue(session, TokenKind.AGENT, now=NOW, server_id=bob)
+
+    async def waits(rate):
+        policy = registry.settings.policy.model_copy(update={"agent_requests_per_second": rate})
+        settings = registry.settings.model_copy(update={"policy": policy})
+        app.state.services = replace(app.state.services, settings=settings)
+        async with client(token) as http:
+            answers = [await http.post("/v1/agent/sync", json={"engine": "e"}) for _ in range(10)]
+        return [answer.json()["poll_after"] for answer in answers]
+
+    idle = registry.settings.policy.agent_interval
+    few, many = await waits(100), await waits(0.001)
+    assert all(idle <= wait <= 1.1 * idle for wait in few)
+    assert all(2 / 0.001 <= wait <= 1.1 * 2 / 0.001 for wait in many), "two servers, one report in 1,000 s"
+    assert len(set(few)) > 1
 
 
 async def test_a_member_is_created_with_a_token_that_works(world, client):
@@ -252,7 +309,7 @@ async def test_the_openapi_document_names_every_route_and_the_bearer_scheme(worl
     for path, methods in document["paths"].items():
         for method, entry in methods.items():
             assert entry.get("summary"), f"{method} {path}"
-            is_public = path == "/v1/pool" or path.startswith("/v1/agent/rejoin")
+            is_public = path.startswith(("/v1/pool", "/v1/agent/rejoin"))
             assert bool(entry.get("security")) is not is_public, f"{method} {path}"
 
 

@@ -226,6 +226,7 @@ ENDPOINTS = [
     ),
     ("GET", "/v1/servers/{name}", None, Operation.READ_SERVER),
     ("GET", "/v1/servers/{name}/events", None, Operation.READ_SERVER),
+    ("GET", "/v1/servers/{name}/samples", None, Operation.READ_SERVER),
     ("POST", "/v1/servers/{name}/join-token", None, Operation.CHANGE_SERVER),
     ("POST", "/v1/servers/{name}/transfer", {"to": OPAQUE}, Operation.OFFER_SERVER),
     ("DELETE", "/v1/servers/{name}/transfer", None, Operation.OFFER_SERVER),
@@ -243,6 +244,7 @@ ENDPOINTS = [
 # These need no token: what everybody may see, and how somebody comes by a token.
 PUBLIC = {
     ("GET", "/v1/pool"),
+    ("GET", "/v1/pool/history"),
     ("POST", "/v1/agent/rejoin-challenge"),
     ("POST", "/v1/agent/rejoin"),
 }

@@ -1,5 +1,8 @@
 """The migrations on both engines: up, down, up, and that they make what the models describe."""
 
+import subprocess
+import sys
+import threading
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
@@ -8,9 +11,11 @@ from alembic import command
 from sqlalchemy.exc import IntegrityError, StatementError
 
 from nts_core.control import ServerState, Stage, StageStatus
+from poolsvc import schema
 from poolsvc.db import Database
 from poolsvc.errors import NotFound
 from poolsvc.models import Base, Hold, HoldKind, Member, Order, OrderStatus, StageRecord, Token, TokenKind
+from poolsvc.schema import DatabaseUnusable
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
@@ -51,6 +56,58 @@ def test_migrating_twice_changes_nothing(database_url, alembic):
 
 def test_models_and_migrations_agree(database_url, alembic):
     command.check(alembic(database_url))
+
+
+@pytest.fixture
+def before_this_version(cluster, alembic):
+    """A PostgreSQL database of the version before, with a session that is at work in it."""
+    url = cluster.create_database()
+    command.upgrade(alembic(url), "6c55726924fc")
+    engine = sa.create_engine(url, poolclass=sa.NullPool)
+    with engine.connect() as session:
+        yield url, session
+    cluster.drop_database(url)
+
+
+@pytest.fixture
+def at(settings):
+    """Settings for a database."""
+    return lambda url: settings.model_copy(update={"database": url})
+
+
+def test_a_migration_that_cannot_get_its_lock_gives_up_and_leaves_everything_as_it_was(
+    before_this_version, at
+):
+    url, session = before_this_version
+    session.execute(sa.text("SELECT count(*) FROM servers"))
+    before = tables(url)
+    with pytest.raises(DatabaseUnusable, match="another session holds a lock"):
+        schema.upgrade(at(url))
+    assert tables(url) == before
+    session.rollback()
+    schema.upgrade(at(url))
+    assert tables(url) == set(Base.metadata.tables)
+
+
+def test_a_lock_that_is_held_for_a_moment_only_delays_a_migration(before_this_version, at):
+    url, session = before_this_version
+    session.execute(sa.text("SELECT count(*) FROM servers"))
+    release = threading.Timer(3, session.rollback)
+    release.start()
+    schema.upgrade(at(url))
+    release.join()
+    assert tables(url) == set(Base.metadata.tables)
+
+
+def test_two_that_migrate_at_once_do_it_once(before_this_version, at):
+    """Each in a process of its own: Alembic's context is one for each process."""
+    url, _ = before_this_version
+    code = "import sys; from poolsvc import schema; from poolsvc.config import Settings;"
+    code += "schema.upgrade(Settings.model_validate_json(sys.argv[1]))"
+    settings = at(url).model_dump_json()
+    both = [subprocess.Popen([sys.executable, "-c", code, settings]) for _ in range(2)]
+    assert [process.wait(60) for process in both] == [0, 0]
+    assert tables(url) == set(Base.metadata.tables)
 
 
 def constraints(url):

@@ -158,7 +158,7 @@ async def test_after_a_failure_the_agent_is_asked_to_call_again_when_the_wait_is
     assert row.proof_due_at == NOW + wait
     assert not wants_call(row, NOW + wait / 2)
     due = NOW + wait
-    for identifier in await worker.claim(alice.database, Address, Address.proof_due_at, due):
+    for identifier in await worker.claim(alice.database, worker.PROOFS, due):
         await proofs.prove(alice.database, alice.settings, identifier, due)
     for minutes in (0, 1, 3, 60):
         assert wants_call((await alice.get(alice.alice)).addresses[0], due + timedelta(minutes=minutes))
@@ -199,11 +199,11 @@ async def test_an_agent_that_repeats_itself_does_not_make_the_registry_connect_a
     """It reports more often than a silent port takes to be given up: the lease of the first look stays."""
     _, nonce = await call(alice, alice.alice)
     await say_serving(alice, nonce, now=NOW)
-    assert len(await worker.claim(alice.database, Address, Address.proof_due_at, NOW)) == 1
+    assert len(await worker.claim(alice.database, worker.PROOFS, NOW)) == 1
     for seconds in (1, 2, 5):
         later = NOW + timedelta(seconds=seconds)
         await say_serving(alice, nonce, now=later)
-        assert await worker.claim(alice.database, Address, Address.proof_due_at, later) == []
+        assert await worker.claim(alice.database, worker.PROOFS, later) == []
 
 
 async def test_a_second_call_makes_the_first_nonce_worthless(alice, responder, key):
@@ -285,3 +285,16 @@ async def test_a_proof_under_way_when_the_server_leaves_counts_for_nothing(alice
     assert left.is_set(), "no transaction may be open while the network is waited for"
     found = await alice.get(alice.alice)
     assert (found.state, found.addresses[0].proved_at) == (state, None)
+
+
+async def test_calls_of_long_ago_are_not_counted_and_removed_in_bounded_numbers(alice):
+    """However many there are: a call removes more than it adds, and waits for no great deletion."""
+    async with alice.database.transaction() as session:
+        session.add_all(
+            ConnectBack(address="198.18.0.1", prefix="198.18.0.0/24", at=NOW - timedelta(hours=2))
+            for _ in range(100)
+        )
+    await call(alice, alice.alice)
+    async with alice.database.transaction() as session:
+        left = await session.scalar(select(func.count()).select_from(ConnectBack))
+    assert left == 80

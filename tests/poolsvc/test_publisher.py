@@ -54,12 +54,6 @@ def pool(*names, unlisted=(), **options):
 
 
 @pytest.fixture
-def knot(tmp_path):
-    with Knot(tmp_path / "knot") as running:
-        yield running
-
-
-@pytest.fixture
 def config(knot):
     return config_of(knot)
 
@@ -349,6 +343,22 @@ async def test_verify_tells_a_missing_record_a_leftover_and_a_silent_server(conf
     ]
     assert [(some.nameserver, some.key) for some in found[2:]] == [(silent, None)]
     assert "timed out" in found[2].reason
+
+
+async def test_a_server_that_is_behind_the_serial_or_silent_is_named(publisher, config, tmp_path):
+    """The other one answers for the same zone and never heard of the updates."""
+    await publisher.take_fence(1)
+    published = await publisher.publish(pool("alice"), 1)
+    assert await publisher.serial() == published.serial
+    assert await publisher.behind(published.serial) == ()
+    silent = Nameserver("127.0.0.1", free_port())
+    with Knot(tmp_path / "old") as old:
+        late = Nameserver(old.address, old.port)
+        all_three = replace(config, nameservers=(*config.nameservers, late, silent), timeout=1.0)
+        found = await Publisher(POLICY, all_three).behind(published.serial)
+    assert [(some.nameserver, some.key) for some in found] == [(late, None), (silent, None)]
+    assert f"instead of {published.serial}" in found[0].reason
+    assert "timed out" in found[1].reason
 
 
 LOST = object()

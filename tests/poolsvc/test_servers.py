@@ -20,10 +20,11 @@ from hypothesis.stateful import (
 from sqlalchemy import select
 
 from nts_core.control import ServerState
-from poolsvc import publication, removal, servers
+from poolsvc import removal, servers
 from poolsvc.db import Database
 from poolsvc.errors import AddressTaken, NameTaken, NotFound, WrongState
 from poolsvc.models import Event, Hold, HoldKind
+from poolsvc.publication import Publication
 from poolsvc.servers import TRANSITIONS, EventKind
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -382,7 +383,7 @@ class Life(RuleBasedStateMachine):
 
     @rule()
     def publish(self):
-        self.run(publication.plan(self.registry.database, self.registry.settings, self.clock))
+        self.run(Publication(self.registry.database, self.registry.settings).look(self.clock))
 
     @rule(hours=strategies.sampled_from([1, 73]))
     def pass_time(self, hours):

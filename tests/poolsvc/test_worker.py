@@ -6,17 +6,17 @@ import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import event, func, select, update
 from sqlalchemy.exc import OperationalError
 
 from lab.processes import free_port
 from nts_core.control import ServerState
-from poolsvc import members, teams
+from poolsvc import alarms, members, servers, teams
 from poolsvc.acme import AcmeError
 from poolsvc.db import Database
 from poolsvc.errors import NotFound
 from poolsvc.models import Invitation, Order, OrderStatus, Server
-from poolsvc.worker import Health, Worker, claim
+from poolsvc.worker import ORDERS, Health, Worker, claim
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 LEASE = timedelta(minutes=2)
@@ -48,12 +48,12 @@ async def orders(registry):
 
 
 async def take(database, now):
-    return await claim(database, Order, Order.due_at, now)
+    return sorted(await claim(database, ORDERS, now))
 
 
 async def test_what_is_due_is_claimed_longest_due_first(database, orders):
     assert await take(database, NOW - 10 * MINUTE) == []
-    assert await take(database, NOW - 3 * MINUTE) == [orders[4], orders[3]]
+    assert await take(database, NOW - 3 * MINUTE) == sorted(orders[3:])
     assert await take(database, NOW - 2 * MINUTE) == [orders[2]]
 
 
@@ -115,6 +115,36 @@ async def test_on_postgresql_a_claimer_skips_rows_that_another_one_holds(postgre
     assert sorted(await take(postgresql, NOW)) == held
 
 
+async def test_on_postgresql_a_claim_is_one_statement_that_takes_no_more_than_its_batch(
+    postgresql, orders_of
+):
+    """What others see of it is all or nothing."""
+    ids = await orders_of(postgresql, ORDERS.batch + 5)
+    statements = []
+    engine = postgresql.engine.sync_engine
+    event.listen(engine, "before_cursor_execute", lambda *args: statements.append(args[2].split()[0]))
+    taken = await take(postgresql, NOW)
+    assert (len(taken), statements) == (ORDERS.batch, ["WITH"])
+    assert set(taken) <= set(ids)
+
+
+@pytest.fixture
+def orders_of(settings, registry_of):
+    """So many orders that are due, in a database."""
+
+    async def make(database, count):
+        server = await registry_of(database, settings).server()
+        async with database.transaction() as session:
+            rows = [
+                Order(server_id=server, status=OrderStatus.REQUESTED, created_at=NOW, due_at=NOW)
+                for _ in range(count)
+            ]
+            session.add_all(rows)
+        return [row.id for row in rows]
+
+    return make
+
+
 @pytest.fixture
 async def start(database, tuned):
     """Starts a worker that cannot reach anything but the database; `start(work)` repeats that work alone."""
@@ -163,11 +193,69 @@ async def test_an_error_in_one_piece_of_work_ends_neither_the_worker_nor_the_oth
 
     async def work(worker, now):
         rounds.append(now)
-        await worker._each([1, 2, 3], piece)
+        await worker._each([1, 2, 3], piece, 2)
 
     start(work)
     await until(lambda: len(rounds) >= 3)
     assert {2, 3} <= set(done), "a failing neighbour stopped the others"
+
+
+async def test_after_a_full_batch_the_rest_is_done_at_once(start):
+    """Not after the tick, which would be the limit of what a worker can do."""
+    rounds = []
+
+    async def work(worker, now):
+        rounds.append(now)
+        return len(rounds) < 4
+
+    worker = start(work)
+    worker._settings = worker._settings.model_copy(
+        update={"policy": worker._settings.policy.model_copy(update={"tick": 3600})}
+    )
+    await until(lambda: len(rounds) == 4)
+
+
+async def test_unfinished_registrations_expire_in_bounded_numbers(start, registry):
+    """And all of them in the end."""
+    owner = await registry.member()
+    long_ago = NOW - timedelta(days=900)
+    async with registry.database.transaction() as session:
+        session.add_all(
+            Server(
+                member_id=owner,
+                name=f"s{n}",
+                state=ServerState.REGISTERED,
+                state_since=long_ago,
+                created_at=NOW,
+            )
+            for n in range(450)
+        )
+    async with registry.database.transaction() as session:
+        assert await servers.expire_unfinished(session, registry.settings, NOW)
+        left = select(func.count()).where(Server.state == ServerState.REGISTERED)
+        assert await session.scalar(left) == 250
+    start()
+    end = time.monotonic() + 30
+    while True:
+        async with registry.database.transaction() as session:
+            if not await session.scalar(left):
+                break
+        assert time.monotonic() < end
+        await asyncio.sleep(0.05)
+
+
+async def test_a_worker_says_what_it_sees_and_that_it_ends(start, registry):
+    async def shown():
+        async with registry.database.transaction() as session:
+            return await alarms.current(session, datetime.now(UTC))
+
+    worker = start()
+    end = time.monotonic() + 10
+    while not any(alarm.startswith("CA: ") for alarm in await shown()):
+        assert time.monotonic() < end
+        await asyncio.sleep(0.02)
+    await worker._resign()
+    assert [alarm for alarm in await shown() if "none has been seen" in alarm]
 
 
 async def test_a_database_that_goes_away_and_comes_back_is_worked_on_again(start, registry):

@@ -53,6 +53,27 @@ zones = st.builds(
 )
 
 
+@given(servers, st.booleans())
+def test_what_is_wanted_reads_as_what_is_seen_on_a_primary(some, is_open):
+    """The texts are made without a parser; observed ones come from dnspython's."""
+    for (_, kind), rrset in wanted(some, POLICY, is_open=is_open, draw=0).items():
+        assert rrset == RRset.of(rrset.ttl, kind, rrset.rdatas)
+
+
+@pytest.mark.parametrize(
+    "text", ["::", "::1", "::ffff:192.0.2.1", "::192.0.2.1", "2001:DB8:0:0::1", "1:0:0:2::"]
+)
+def test_every_form_of_an_address_reads_as_seen_on_a_primary(text):
+    (rrset,) = (
+        rrset
+        for (_, kind), rrset in wanted(
+            [ServerRecords("alice", (text,), listed=False)], POLICY, is_open=False, draw=0
+        ).items()
+        if kind == "AAAA"
+    )
+    assert rrset == RRset.of(rrset.ttl, "AAAA", [text])
+
+
 def targets(zone: Zone) -> list[str]:
     return [text.split()[3] for text in zone[SERVICE].rdatas] if SERVICE in zone else []
 

@@ -1,0 +1,74 @@
+"""A client that asks at a fixed rate, whether or not the answers keep up.
+
+The time of an answer counts from the moment at which its request was due, so that a server that stalls pays for all
+who come meanwhile.
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request, ready to be sent; `kind` is what its figures stand under."""
+
+    kind: str
+    octets: bytes
+
+    @classmethod
+    def of(cls, kind: str, method: str, path: str, token: str | None = None, body: bytes = b"") -> "Call":
+        head = [f"{method} {path} HTTP/1.1", "Host: registry", "Content-Type: application/json"]
+        head.append(f"Content-Length: {len(body)}")
+        if token is not None:
+            head.append(f"Authorization: Bearer {token}")
+        return cls(kind, "\r\n".join([*head, "", ""]).encode() + body)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    kind: str
+    status: int
+    seconds: float
+
+
+class Client:
+    """Keeps as many connections as it needs, up to a bound, and uses each for one request at a time."""
+
+    def __init__(self, port: int, connections: int = 100) -> None:
+        self._port = port
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._slots = asyncio.Semaphore(connections)
+
+    async def run(self, calls: Sequence[Call], rate: float) -> list[Answer]:
+        """Send the calls at `rate` a second; raises OSError for a server that is gone."""
+        began = time.monotonic()
+
+        async def one(number: int, call: Call) -> Answer:
+            due = began + number / rate
+            await asyncio.sleep(due - time.monotonic())
+            async with self._slots:
+                status = await self._ask(call.octets)
+            return Answer(call.kind, status, time.monotonic() - due)
+
+        try:
+            return list(await asyncio.gather(*(one(number, call) for number, call in enumerate(calls))))
+        finally:
+            for _, writer in self._idle:
+                writer.close()
+
+    async def _ask(self, octets: bytes) -> int:
+        if self._idle:
+            reader, writer = self._idle.pop()
+        else:
+            reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
+        writer.write(octets)
+        head = await reader.readuntil(b"\r\n\r\n")
+        fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:-2])
+        await reader.readexactly(int(fields[b"content-length"]))
+        if fields.get(b"connection") == b"close":
+            writer.close()
+        else:
+            self._idle.append((reader, writer))
+        return int(head[9:12])

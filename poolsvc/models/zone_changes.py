@@ -1,0 +1,63 @@
+"""The outbox of the zone: which servers' records the publisher has to look at again.
+
+It cannot be forgotten: a session notes each flushed change that DNS depends on, in the same transaction. Rows are only
+ever added; the publisher removes those that it has read and published. Statements that change rows without the session
+(`update(Server)`) are not seen; the publisher's full pass finds what they did.
+"""
+
+from collections.abc import Iterator
+
+from sqlalchemy import event, insert, inspect
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from poolsvc import scoring
+from poolsvc.db import Base, RecordedSession
+from poolsvc.models.servers import Address, Server
+
+_SERVER = ("state", "name", "weight", "ipv4", "ipv6", "own_account_uri", "srv_withdrawn_at")
+_ADDRESS = ("address", "proved_at")
+
+
+class ZoneChange(Base):
+    """One server whose records may have changed. Without a foreign key: adding one waits for nobody."""
+
+    __tablename__ = "zone_changes"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    server_id: Mapped[int] = mapped_column()
+
+
+@event.listens_for(RecordedSession, "after_flush")
+def _note(session: Session, _context: object) -> None:
+    """Write one row for each server that the flush changed for DNS."""
+    if changed := sorted(set(_changed(session))):
+        session.execute(insert(ZoneChange), [{"server_id": server_id} for server_id in changed])
+
+
+def _changed(session: Session) -> Iterator[int]:
+    for row in session.new:
+        # A server begins without a proved address, and so outside DNS.
+        if isinstance(row, Address) and row.proved_at is not None:
+            yield row.server_id
+    for row in session.dirty:
+        if isinstance(row, Server) and _any_changed(row, _SERVER):
+            yield row.id
+        elif isinstance(row, Address) and (_any_changed(row, _ADDRESS) or _crossed(row)):
+            yield row.server_id
+    for row in session.deleted:
+        if isinstance(row, Address):
+            yield row.server_id
+
+
+def _any_changed(row: Base, names: tuple[str, ...]) -> bool:
+    attributes = inspect(row).attrs
+    return any(attributes[name].history.has_changes() for name in names)
+
+
+def _crossed(row: Address) -> bool:
+    """Whether the score went over or under the cutoff; below it, an address is left out beside a good one."""
+    history = inspect(row).attrs["score"].history
+    if not history.has_changes():
+        return False
+    before = history.deleted[0] if history.deleted else None
+    return scoring.is_good(before) != scoring.is_good(row.score)
