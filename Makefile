@@ -15,11 +15,15 @@ help:
 	@echo "make fuzz       every parser with hostile octets, ten minutes each (SECONDS=...)"
 	@echo "make setup      system packages and $(VENV) only"
 
-setup: $(VENV)/.installed .peers/.unpacked
+setup: $(VENV)/.installed .peers/.unpacked lab/oidc/node_modules/.installed
 
 .peers/.unpacked: lab/system-packages lab/newer_peers.py lab/newer-peers.toml
 	@sh lab/system-packages
 	@touch $@
+
+lab/oidc/node_modules/.installed: lab/oidc/package-lock.json | .peers/.unpacked
+	@if command -v node >/dev/null && command -v npm >/dev/null; then cd lab/oidc && npm ci --silent && touch node_modules/.installed; \
+	  else echo "node or npm is missing: no test with an OpenID provider"; fi
 
 $(VENV)/.installed: requirements.lock pyproject.toml | .peers/.unpacked
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -69,4 +73,4 @@ lock: setup
 	  -o requirements.lock pyproject.toml -
 
 clean:
-	rm -rf $(VENV) .lock .peers .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz
+	rm -rf $(VENV) .lock .peers lab/oidc/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz

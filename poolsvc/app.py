@@ -26,6 +26,7 @@ from poolsvc.derived import RegistryKey
 from poolsvc.errors import PoolError
 from poolsvc.gate import NOT_READY, Gate, problem
 from poolsvc.metrics import Metrics
+from poolsvc.oidc import Provider
 from poolsvc.readiness import Readiness
 from poolsvc.servers import CensusTaker
 from poolsvc.worker import Health, Worker
@@ -83,7 +84,8 @@ def create_app(
         redoc_url=None,
     )
     app.openapi = partial(describe, app)  # type: ignore[method-assign]
-    app.state.services = Services(settings, database, key, _limits(settings), CensusTaker())
+    providers = {entry.name: Provider(entry, settings) for entry in settings.oidc}
+    app.state.services = Services(settings, database, key, _limits(settings), CensusTaker(), providers)
     app.state.metrics = metrics
     if part is not Part.WORKER:
         for router in ROUTERS:

@@ -34,6 +34,7 @@ class Operation(StrEnum):
     # one's own account
     READ_SELF = "read-self"
     CHANGE_SELF = "change-self"
+    CHANGE_IDENTITY = "change-identity"  # how one signs in, and whether one has an account
     # a member: its people, its servers as a list, its log
     FOUND_MEMBER = "found-member"
     READ_MEMBER = "read-member"
@@ -64,7 +65,10 @@ class Operation(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Permission:
-    """Who may, and which scope an API token needs for it. `when_blocked`: also people of a blocked member."""
+    """Who may, and which scope an API token needs for it; without one, people have to be signed in.
+
+    `when_blocked`: also people of a blocked member.
+    """
 
     roles: frozenset[Role]
     scope: Scope | None = None
@@ -80,6 +84,8 @@ _STAFF, _TEAM = "operator support", "owner technician"
 PERMISSIONS: Mapping[Operation, Permission] = {
     _O.READ_SELF: _permission("user", Scope.READ, when_blocked=True),
     _O.CHANGE_SELF: _permission("user", Scope.ACCOUNT, when_blocked=True),
+    # Not for a program: whoever finds its token would keep the account for good.
+    _O.CHANGE_IDENTITY: _permission("user", None, when_blocked=True),
     _O.FOUND_MEMBER: _permission("user", Scope.ACCOUNT),
     _O.READ_MEMBER: _permission(f"{_STAFF} {_TEAM}", Scope.READ, when_blocked=True),
     _O.CHANGE_MEMBER: _permission("operator owner", Scope.ACCOUNT),
@@ -162,6 +168,8 @@ class Principal:
             raise Forbidden(
                 f"you cannot {operation}{whose}", remedy=f"it takes {' or '.join(sorted(permission.roles))}"
             )
+        if self.kind is TokenKind.API and permission.scope is None:
+            raise Forbidden(f"a program's token cannot {operation}", remedy="sign in: POST /v1/sign-in")
         if self.kind is TokenKind.API and permission.scope not in self.scopes:
             raise Forbidden(
                 f"the token's scopes do not allow to {operation}",
@@ -256,9 +264,13 @@ async def authenticate(session: AsyncSession, secret: str | None, now: datetime)
     return await _person(session, token, token.user)
 
 
-async def _person(session: AsyncSession, token: Token, user: User) -> Principal:
+def refuse_blocked(user: User) -> None:
     if user.blocked_at is not None or user.erased_at is not None:
         raise Unauthenticated("the account is blocked or erased", remedy="ask the pool's operator")
+
+
+async def _person(session: AsyncSession, token: Token, user: User) -> Principal:
+    refuse_blocked(user)
     roles = {membership.member_id: membership.role for membership in user.memberships}
     limited = await session.scalars(
         select(Member.id).where(Member.id.in_(roles), Member.status != MemberStatus.ACTIVE)

@@ -3,6 +3,7 @@
 import ipaddress
 import re
 from datetime import timedelta
+from enum import StrEnum
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -127,6 +128,33 @@ class WebTlsSettings(_Section):
     directory: Path = Field(Path("web-tls"), description="where certificate and key are kept")
 
 
+class SignUp(StrEnum):
+    """Who gets an account."""
+
+    OPEN = "open"
+    INVITATION = "invitation"
+    APPROVAL = "approval"  # everybody, but a member does nothing until an operator has approved it
+
+
+class TermsSettings(_Section):
+    """A document that people accept before they register a server. A new version is accepted anew."""
+
+    document: str = Field(pattern=r"^[a-z0-9-]{1,50}$", description="a short name that stays the same")
+    version: str = Field(pattern=r"^[A-Za-z0-9._-]{1,50}$")
+    title: str = Field(min_length=1, max_length=200)
+    url: HttpsUrl
+
+
+class OidcSettings(_Section):
+    """A provider of OpenID Connect at which the registry is registered as a confidential client."""
+
+    name: str = Field(pattern=r"^[a-z0-9-]{1,40}$", description="how URLs of the API name it")
+    issuer: HttpsUrl = Field(max_length=255, description="to the letter as the provider writes it")
+    client_id: str = Field(min_length=1, max_length=255)
+    client_secret_file: Path
+    ca_file: Path | None = Field(None, description="roots (PEM) for it instead of the system's")
+
+
 class PolicySettings(_Section):
     """What the pool asks for. Times are seconds."""
 
@@ -167,6 +195,9 @@ class PolicySettings(_Section):
     pending_invitations: int = Field(5, ge=1, description="of one member at a time")
     invitations_per_day: int = Field(20, ge=1, description="of one member")
     transfer_days: float = Field(7, gt=0, description="after which the offer of a server is void")
+    links_per_hour: int = Field(
+        200, ge=1, description="mails with a link to addresses that have no account, to all of them together"
+    )
     require_source_address: bool = Field(
         True, description="proof calls must come from the address itself; false for members behind NAT"
     )
@@ -198,7 +229,21 @@ class Settings(ProgramSettings):
     ports: PortSettings = PortSettings()
     dns: DnsSettings
     ca: CaSettings
+    sign_up: SignUp = Field(SignUp.APPROVAL, description="who gets an account")
+    terms: tuple[TermsSettings, ...] = Field((), max_length=16)
+    oidc: tuple[OidcSettings, ...] = Field((), max_length=16)
     policy: PolicySettings = PolicySettings()
+
+    @model_validator(mode="after")
+    def _no_twins(self) -> Self:
+        for what, names in (
+            ("terms.document", [entry.document for entry in self.terms]),
+            ("oidc.name", [entry.name for entry in self.oidc]),
+            ("oidc.issuer", [entry.issuer for entry in self.oidc]),
+        ):
+            if len(set(names)) < len(names):
+                raise ValueError(f"{what}: two entries have the same")
+        return self
 
     @model_validator(mode="after")
     def _both_or_neither(self) -> Self:
@@ -288,6 +333,10 @@ def _resolve_paths(settings: Settings, base: Path) -> Settings:
             **absolute(settings, "key_file", "journal_file", "roots_file", "tls_certificate", "tls_key"),
             "web_tls": settings.web_tls.model_copy(update=absolute(settings.web_tls, "directory")),
             "dns": settings.dns.model_copy(update=absolute(settings.dns, "tsig_secret_file")),
+            "oidc": tuple(
+                entry.model_copy(update=absolute(entry, "client_secret_file", "ca_file"))
+                for entry in settings.oidc
+            ),
             "ca": settings.ca.model_copy(update=absolute(settings.ca, "account_key_file", "ca_file")),
         }
     )

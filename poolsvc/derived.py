@@ -33,6 +33,7 @@ class Purpose(StrEnum):
     OIDC_STATE = "oidc-state"
     OIDC_NONCE = "oidc-nonce"
     OIDC_VERIFIER = "oidc-verifier"
+    OIDC_BINDING = "oidc-binding"
 
 
 class RegistryKey:

@@ -33,6 +33,12 @@ class TokenUsed(Unauthenticated):
     code = "token-used"
 
 
+class SignInInvalid(Unauthenticated):
+    """A link or a way back from a provider that proves nothing; why is not told apart."""
+
+    code = "sign-in-invalid"
+
+
 class Forbidden(PoolError):
     status = HTTPStatus.FORBIDDEN
     code = "forbidden"
@@ -40,6 +46,20 @@ class Forbidden(PoolError):
 
 class MemberBlocked(Forbidden):
     code = "member-blocked"
+
+
+class InvitationNeeded(Forbidden):
+    code = "invitation-needed"
+
+
+class SignUpNeeded(Forbidden):
+    """Somebody who proved who they are, and has no account."""
+
+    code = "sign-up-needed"
+
+
+class TermsNotAccepted(Forbidden):
+    code = "terms-not-accepted"
 
 
 class NotFound(PoolError):
@@ -71,6 +91,18 @@ class InvalidEmail(PoolError):
 class NameTaken(PoolError):
     status = HTTPStatus.CONFLICT
     code = "name-taken"
+
+
+class IdentityTaken(PoolError):
+    status = HTTPStatus.CONFLICT
+    code = "identity-taken"
+
+
+class ProviderFailed(PoolError):
+    """An OpenID provider is away, or says what cannot be believed."""
+
+    status = HTTPStatus.BAD_GATEWAY
+    code = "provider-failed"
 
 
 class InvalidAddress(PoolError):

@@ -37,6 +37,7 @@ def faults(settings: Settings) -> Iterator[UnusableFile]:
         ("ca.ca_file", _ca_roots),
         ("roots_file", _roots),
         ("tls_certificate, tls_key", _tls),
+        ("oidc", _oidc),
     ):
         try:
             check(settings)
@@ -68,6 +69,8 @@ def _secrets(settings: Settings, file: Path) -> Iterator[tuple[str, Path]]:
     yield "dns.tsig_secret_file", settings.dns.tsig_secret_file
     yield "key_file", settings.key_file
     yield "ca.account_key_file", settings.ca.account_key_file
+    for provider in settings.oidc:
+        yield f"oidc {provider.name}: client_secret_file", provider.client_secret_file
     if settings.tls_key is not None:
         yield "tls_key", settings.tls_key
     if settings.web_tls.acme and settings.certificate_file is not None:
@@ -85,6 +88,7 @@ _REMEDIES = {
     "ca.account_key_file": "give the account's P-256 key in PEM, readable for this user; "
     "without the file `serve` makes a new account",
     "tls_certificate, tls_key": "give a PEM chain and its key",
+    "oidc": "give a readable file with the secret that the provider gave for the client",
 }
 
 
@@ -122,3 +126,11 @@ def _tls(settings: Settings) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         # Without a password OpenSSL would ask for one on the terminal.
         context.load_cert_chain(settings.tls_certificate, settings.tls_key, password="")
+
+
+def _oidc(settings: Settings) -> None:
+    for provider in settings.oidc:
+        if not provider.client_secret_file.read_text().strip():
+            raise ValueError(f"{provider.name}: there is no secret in {provider.client_secret_file}")
+        if provider.ca_file is not None:
+            load_roots(provider.ca_file)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nts_core.shell import replace_file, sync
 from poolsvc.config import Settings
+from poolsvc.derived import RegistryKey
 from poolsvc.errors import PoolError
 from poolsvc.setup import new_tsig_secret, tsig_files
 
@@ -56,3 +57,13 @@ def renew_tsig(settings: Settings) -> TsigRenewal:
             remedy="run this as the user that owns the secret and its directory",
         ) from None
     return TsigRenewal(secret, old, knot, bind)
+
+
+def renew_registry_key(settings: Settings) -> None:
+    """Put another registry key into its file. Raises KeyNotRenewed."""
+    try:
+        RegistryKey.renew(settings.key_file)
+    except OSError as error:
+        raise KeyNotRenewed(
+            f"key_file: {error}", remedy="run this as the user that owns the key and its directory"
+        ) from None

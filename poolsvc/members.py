@@ -8,7 +8,7 @@ from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from poolsvc import auth
-from poolsvc.config import Settings
+from poolsvc.config import Settings, SignUp
 from poolsvc.errors import Forbidden, InvalidEmail, InvalidName, LimitReached, NameTaken, NotFound, WrongState
 from poolsvc.models import (
     Member,
@@ -95,7 +95,7 @@ async def _free_name(session: AsyncSession, name: str) -> str:
 async def found(
     session: AsyncSession, settings: Settings, user_id: int, name: str, kind: MemberKind, now: datetime
 ) -> Member:
-    """A member that a person makes for themself; it waits for the operator's approval.
+    """A member that a person makes for themself; unless sign-up is open it waits for the operator's approval.
 
     Raises Forbidden, LimitReached, InvalidName, NameTaken.
     """
@@ -116,7 +116,8 @@ async def found(
     limit = settings.policy.members_per_person
     if (await session.scalar(owned) or 0) >= limit:
         raise LimitReached(f"you own {limit} members already", remedy="close one of them")
-    return await create(session, name, now, owner=owner, kind=kind, status=MemberStatus.PENDING)
+    status = MemberStatus.ACTIVE if settings.sign_up is SignUp.OPEN else MemberStatus.PENDING
+    return await create(session, name, now, owner=owner, kind=kind, status=status)
 
 
 async def get(session: AsyncSession, member_id: int) -> Member:

@@ -45,6 +45,16 @@ class NoticeKind(StrEnum):
     REMOVED = "removed"
 
 
+class Letter(StrEnum):
+    """What a mail of the kind SIGN_IN says (`data["letter"]`); `data["sign_in"]` is the row that its link is for."""
+
+    SIGN_IN = "sign-in"  # here is your link
+    SIGN_UP = "sign-up"  # here is the link that makes your account
+    HAS_ACCOUNT = "has-account"  # somebody wanted a new account for you; you have one, and here is its link
+    NEW_ADDRESS = "new-address"  # here is the link that gives your account this address; open it signed in
+    NO_ACCOUNT = "no-account"  # you have none, and this is how to sign up; no link
+
+
 # Nobody can turn these off: who could would not learn of a theft.
 ALWAYS = frozenset(
     {NoticeKind.IDENTITY_CHANGED, NoticeKind.MEMBER_BLOCKED, NoticeKind.USER_JOINED, NoticeKind.REMOVED}

@@ -370,6 +370,10 @@ listen = ["127.0.0.1:8080"]
 # tls_certificate = "tls.pem"
 # tls_key = "tls.key"
 
+# Who gets an account: everybody ("open"), everybody whom an operator approves ("approval"), or who is invited
+# ("invitation").
+sign_up = "approval"
+
 # SQLite is right for one process; several share a PostgreSQL: "postgresql+psycopg://USER@HOST/NAME".
 database = "sqlite+aiosqlite:///registry.db"
 
@@ -392,6 +396,20 @@ contact = $contact
 [policy]
 # Servers that must work before clients are told of any.
 opening_size = 4
+
+# What people accept before they register a server. Give the address of the agreement itself, and another version when
+# it changes: then everybody is asked again.
+[[terms]]
+document = "ca-subscriber-agreement"
+version = "1"
+title = "The subscriber agreement of $caa_identity, the CA of the pool"
+url = "https://$caa_identity/"
+
+[[terms]]
+document = "public-certificates"
+version = "1"
+title = "Each certificate, and with it the server's name, is published for ever (Certificate Transparency)"
+url = "https://certificate.transparency.dev/"
 """
 
 _KNOT_KEY = """\

@@ -31,6 +31,7 @@ from poolsvc import (
     removal,
     samples,
     servers,
+    sign_in,
     teams,
 )
 from poolsvc.acme import AcmeAccount, AcmeConfig, AcmeError
@@ -248,6 +249,7 @@ class Worker:
         async with self._database.transaction() as session:
             await teams.forget_expired(session, now)
             await idempotency.forget_old(session, now)
+            await sign_in.expire(session, now)
             return await servers.expire_unfinished(session, self._settings, now)
 
     async def _keep_house(self, now: datetime) -> bool:

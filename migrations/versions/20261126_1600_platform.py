@@ -281,12 +281,15 @@ def upgrade() -> None:
         sa.Column("id", sa.Integer(), nullable=False),
         sa.Column(
             "kind",
-            sa.Enum("link", "oidc", name="kind", native_enum=False, create_constraint=True, length=32),
+            sa.Enum(
+                "link", "address", "oidc", name="kind", native_enum=False, create_constraint=True, length=32
+            ),
             nullable=False,
         ),
         sa.Column("email", sa.String(length=254), nullable=True),
         sa.Column("user_id", sa.Integer(), nullable=True),
         sa.Column("issuer", sa.String(length=255), nullable=True),
+        sa.Column("wish", sa.JSON(none_as_null=True), nullable=True),
         sa.Column("created_at", UtcDateTime(), nullable=False),
         sa.Column("expires_at", UtcDateTime(), nullable=False),
         sa.Column("used_at", UtcDateTime(), nullable=True),

@@ -1,20 +1,44 @@
-"""One's own account: who one is, one's sessions and tokens."""
+"""One's own account: who one is, how one signs in, one's sessions and tokens, and its end."""
 
 from datetime import datetime
+from typing import Any
 
 from fastapi import APIRouter
-from pydantic import Field
+from pydantic import AwareDatetime, Field
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
 
-from poolsvc.api.request import Document, PrincipalDep, SessionDep
-from poolsvc.auth import Operation
-from poolsvc.models import MemberRole, StaffRole, User
+from poolsvc import auth, members, people, sign_in, terms
+from poolsvc.api.detours import BeginView, ComeBackRequest, identify, provider_named
+from poolsvc.api.idempotent import idempotent
+from poolsvc.api.request import (
+    CallerDep,
+    Document,
+    IdPath,
+    NowDep,
+    PrincipalDep,
+    ServicesDep,
+    SessionDep,
+)
+from poolsvc.auth import Operation, Principal
+from poolsvc.config import Settings
+from poolsvc.errors import Forbidden
+from poolsvc.models import Identity, MemberRole, Membership, Scope, StaffRole, Token, TokenKind, User
 
-router = APIRouter(prefix="/v1")
+router = APIRouter(prefix="/v1/me")
 
 
 class MembershipView(Document):
     member: int
     role: MemberRole
+
+
+class TermsStateView(Document):
+    document: str
+    version: str
+    title: str
+    url: str
+    accepted_at: datetime | None
 
 
 class SelfView(Document):
@@ -24,18 +48,291 @@ class SelfView(Document):
     staff: StaffRole | None
     created_at: datetime
     memberships: list[MembershipView] = Field(description="the members that the account acts for")
+    terms: list[TermsStateView] = Field(description="the current ones; all are accepted before registering")
 
 
-@router.get("/me")
-async def read_self(principal: PrincipalDep, session: SessionDep) -> SelfView:
-    """The account that the token belongs to."""
-    principal.may(Operation.READ_SELF)
-    user = await session.get_one(User, principal.user_id)
+class SelfChange(Document):
+    """What is left out stays as it is."""
+
+    name: str | None = Field(
+        None, max_length=200, description="display name, not a mail address; may be empty"
+    )
+    email: str | None = Field(None, max_length=254, description="takes effect by the link in a mail to it")
+
+
+class TokenRequest(Document):
+    token: str = Field(max_length=200, description="from the mail")
+
+
+class SessionView(Document):
+    id: int
+    created_at: datetime
+    last_used_at: datetime | None = Field(description="to the hour")
+    expires_at: datetime | None
+    current: bool
+
+
+class NewApiToken(Document):
+    label: str = Field(max_length=200, description="what it is for")
+    scopes: set[Scope] = Field(min_length=1)
+    member: int | None = Field(None, description="if it is to be good for this member only")
+    expires_at: AwareDatetime | None = Field(None, description="within a year; in 90 days if left out")
+
+
+class ApiTokenView(Document):
+    id: int
+    label: str
+    hint: str = Field(description="the first letters of its secret part")
+    scopes: list[Scope]
+    member: int | None
+    created_at: datetime
+    expires_at: datetime | None
+    last_used_at: datetime | None = Field(description="to the hour")
+
+
+class ApiTokenCreated(ApiTokenView):
+    token: str = Field(description="shown only now")
+
+
+class Accepted(Document):
+    document: str = Field(max_length=50)
+    version: str = Field(max_length=50)
+
+
+class AcceptRequest(Document):
+    accept: list[Accepted] = Field(max_length=16, description="all current terms: GET /v1/me/terms")
+
+
+class IdentityRequest(Document):
+    provider: str = Field(max_length=64, description="from GET /v1/oidc")
+
+
+class IdentityView(Document):
+    id: int
+    issuer: str
+    subject: str
+    created_at: datetime
+
+
+async def view_of(session: AsyncSession, settings: Settings, user_id: int) -> SelfView:
+    user = await session.get_one(User, user_id)
+    own = await session.scalars(
+        select(Membership).where(Membership.user_id == user_id).order_by(Membership.id)
+    )
+    current = await terms.state(session, settings, user_id)
     return SelfView(
         id=user.id,
         email=user.email,
         name=user.name,
         staff=user.staff,
         created_at=user.created_at,
-        memberships=[MembershipView(member=member, role=role) for member, role in principal.members.items()],
+        memberships=[MembershipView(member=row.member_id, role=row.role) for row in own],
+        terms=[TermsStateView.model_validate(entry) for entry in current],
     )
+
+
+def _whole(principal: Principal, operation: Operation) -> int:
+    """The user. A token for one member is not for all of its user's account. Raises Forbidden."""
+    principal.may(operation)
+    if principal.member_id is not None:
+        raise Forbidden(
+            f"a token for one member cannot {operation}",
+            remedy="sign in, or use a token for the whole account",
+        )
+    assert principal.user_id is not None, "the table allows this to people only"
+    return principal.user_id
+
+
+@router.get("")
+async def read_self(principal: PrincipalDep, services: ServicesDep, session: SessionDep) -> SelfView:
+    """The account that the token belongs to."""
+    principal.may(Operation.READ_SELF)
+    return await view_of(session, services.settings, principal.user_id or 0)
+
+
+@router.patch("", status_code=202)
+async def change_self(
+    body: SelfChange, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
+) -> SelfView:
+    """Change the name at once; and the address once the link in a mail to it was opened: POST /v1/me/email."""
+    user = await session.get_one(User, _whole(principal, Operation.CHANGE_SELF))
+    if body.name is not None:
+        user.name = members.check_display_name(body.name) if body.name else ""
+    if body.email is not None:
+        principal.may(Operation.CHANGE_IDENTITY)
+        await sign_in.request_address(session, services.settings, user, body.email, now)
+    return await view_of(session, services.settings, user.id)
+
+
+@router.post("/email")
+async def change_email(
+    body: TokenRequest, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
+) -> SelfView:
+    """Take the new address, with the token that was mailed to it. The old address is told."""
+    user = await session.get_one(User, _whole(principal, Operation.CHANGE_IDENTITY))
+    await sign_in.change_address(session, services.key, user, body.token, now)
+    return await view_of(session, services.settings, user.id)
+
+
+@router.delete("", status_code=204)
+async def erase_self(principal: PrincipalDep, session: SessionDep, now: NowDep) -> None:
+    """Erase the account for good; everything that it could be entered with ends."""
+    await people.erase(session, _whole(principal, Operation.CHANGE_IDENTITY), now)
+
+
+@router.get("/export")
+async def export_self(principal: PrincipalDep, session: SessionDep) -> dict[str, Any]:
+    """All that is kept about oneself; of events and mails the newest 10,000."""
+    return await people.export(session, _whole(principal, Operation.READ_SELF))
+
+
+@router.get("/sessions")
+async def list_sessions(principal: PrincipalDep, session: SessionDep, now: NowDep) -> list[SessionView]:
+    """Where one is signed in."""
+    _whole(principal, Operation.READ_SELF)
+    return [
+        SessionView(
+            id=row.id,
+            created_at=row.created_at,
+            last_used_at=row.last_used_at,
+            expires_at=row.expires_at,
+            current=row.id == principal.token_id,
+        )
+        for row in await people.tokens(session, principal, TokenKind.SESSION, now)
+    ]
+
+
+@router.delete("/sessions", status_code=204)
+async def end_other_sessions(principal: PrincipalDep, session: SessionDep, now: NowDep) -> None:
+    """Sign out everywhere but here."""
+    user_id = _whole(principal, Operation.CHANGE_SELF)
+    await auth.revoke(
+        session,
+        now,
+        Token.user_id == user_id,
+        Token.kind == TokenKind.SESSION,
+        Token.id != principal.token_id,
+    )
+
+
+@router.delete("/sessions/{session_id}", status_code=204)
+async def end_session(session_id: IdPath, principal: PrincipalDep, session: SessionDep, now: NowDep) -> None:
+    """Sign out somewhere."""
+    _whole(principal, Operation.CHANGE_SELF)
+    await people.end_token(session, principal, TokenKind.SESSION, session_id, now)
+
+
+@router.delete("/session", status_code=204)
+async def sign_out(principal: PrincipalDep, session: SessionDep, now: NowDep) -> None:
+    """End the token that is used for this."""
+    principal.may(Operation.READ_SELF)
+    await auth.revoke(session, now, Token.id == principal.token_id)
+
+
+@router.get("/tokens")
+async def list_tokens(principal: PrincipalDep, session: SessionDep, now: NowDep) -> list[ApiTokenView]:
+    """The tokens of one's programs."""
+    principal.may(Operation.READ_SELF)
+    return [_token(row) for row in await people.tokens(session, principal, TokenKind.API, now)]
+
+
+def _token(row: Token) -> ApiTokenView:
+    return ApiTokenView(
+        id=row.id,
+        label=row.label,
+        hint=row.hint,
+        scopes=[Scope(scope) for scope in row.scopes],
+        member=row.member_id,
+        created_at=row.created_at,
+        expires_at=row.expires_at,
+        last_used_at=row.last_used_at,
+    )
+
+
+@router.post("/tokens", status_code=201)
+@idempotent
+async def make_token(
+    body: NewApiToken, principal: PrincipalDep, session: SessionDep, now: NowDep
+) -> ApiTokenCreated:
+    """A token for a program."""
+    principal.may(Operation.CHANGE_SELF)
+    row, text = await people.make_token(
+        session,
+        principal,
+        label=members.check_display_name(body.label, field="label"),
+        scopes=body.scopes,
+        member_id=body.member,
+        expires_at=body.expires_at,
+        now=now,
+    )
+    return ApiTokenCreated(**_token(row).model_dump(), token=text)
+
+
+@router.delete("/tokens/{token_id}", status_code=204)
+async def revoke_token(token_id: IdPath, principal: PrincipalDep, session: SessionDep, now: NowDep) -> None:
+    """Make a token useless."""
+    principal.may(Operation.CHANGE_SELF)
+    await people.end_token(session, principal, TokenKind.API, token_id, now)
+
+
+@router.get("/terms")
+async def read_terms(
+    principal: PrincipalDep, services: ServicesDep, session: SessionDep
+) -> list[TermsStateView]:
+    """The current terms, and when one accepted them."""
+    principal.may(Operation.READ_SELF)
+    found = await terms.state(session, services.settings, principal.user_id)
+    return [TermsStateView.model_validate(entry) for entry in found]
+
+
+@router.post("/terms")
+async def accept_terms(
+    body: AcceptRequest, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
+) -> list[TermsStateView]:
+    """Accept the current terms, each with its version."""
+    principal.may(Operation.CHANGE_SELF)
+    given = [(entry.document, entry.version) for entry in body.accept]
+    await terms.accept(session, services.settings, principal.user_id or 0, given, now)
+    return await read_terms(principal, services, session)
+
+
+@router.get("/identities")
+async def list_identities(principal: PrincipalDep, session: SessionDep) -> list[IdentityView]:
+    """The providers' identities that sign one in."""
+    return await _identities(session, _whole(principal, Operation.READ_SELF))
+
+
+async def _identities(session: AsyncSession, user_id: int) -> list[IdentityView]:
+    found = await session.scalars(select(Identity).where(Identity.user_id == user_id).order_by(Identity.id))
+    return [IdentityView.model_validate(row) for row in found]
+
+
+@router.post("/identities")
+async def begin_link(
+    body: IdentityRequest, caller: CallerDep, services: ServicesDep, now: NowDep
+) -> BeginView:
+    """Where to go to link an identity of a provider."""
+    user_id = _whole(caller, Operation.CHANGE_IDENTITY)
+    provider = provider_named(services, body.provider)
+    async with services.database.transaction(caller.actor) as session:
+        detour = await sign_in.begin_detour(session, services.key, provider.issuer, now, user_id=user_id)
+    return BeginView(url=await provider.authorization_url(detour, now), binding=detour.binding)
+
+
+@router.post("/identities/finish")
+async def finish_link(
+    body: ComeBackRequest, caller: CallerDep, services: ServicesDep, now: NowDep
+) -> list[IdentityView]:
+    """Link the identity that one came back with. All people of one's members are told."""
+    user_id = _whole(caller, Operation.CHANGE_IDENTITY)
+    _, claims = await identify(services, body, now, user_id=user_id)
+    async with services.database.transaction(caller.actor) as session:
+        await sign_in.link(session, await session.get_one(User, user_id), claims, now)
+        return await _identities(session, user_id)
+
+
+@router.delete("/identities/{identity_id}", status_code=204)
+async def unlink(identity_id: IdPath, principal: PrincipalDep, session: SessionDep, now: NowDep) -> None:
+    """Unlink an identity. All people of one's members are told."""
+    user = await session.get_one(User, _whole(principal, Operation.CHANGE_IDENTITY))
+    await sign_in.unlink(session, user, identity_id, now)

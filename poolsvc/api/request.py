@@ -1,6 +1,6 @@
 """What every endpoint stands on: the application's services, one transaction, one moment, and who is asking."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated
@@ -16,6 +16,7 @@ from poolsvc.auth import Principal
 from poolsvc.config import Settings
 from poolsvc.db import Database, act_as
 from poolsvc.derived import RegistryKey
+from poolsvc.oidc import Provider
 from poolsvc.servers import CensusTaker
 
 
@@ -28,6 +29,7 @@ class Services:
     key: RegistryKey
     limits: Limits
     counts: CensusTaker
+    providers: Mapping[str, Provider]  # of OpenID Connect, by name
 
 
 # Not plain functions: FastAPI would send each through a thread.
@@ -75,6 +77,19 @@ async def _principal(
 
 
 PrincipalDep = Annotated[Principal, Depends(_principal)]
+
+
+async def _caller(
+    services: ServicesDep,
+    now: NowDep,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+) -> Principal:
+    async with services.database.transaction("anybody") as session:
+        return await _principal(session, now, services, credentials)
+
+
+# For endpoints that ask somebody else: the transaction that found who is asking has ended.
+CallerDep = Annotated[Principal, Depends(_caller)]
 NamePath = Annotated[str, Path(max_length=64)]
 IdPath = Annotated[int, Path(ge=1, le=2**31 - 1)]
 # Without control characters: PostgreSQL takes no NUL, and people read these in one line.

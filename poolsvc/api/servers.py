@@ -9,7 +9,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from nts_core.control import ServerState
-from poolsvc import auth, removal, samples, servers
+from poolsvc import auth, removal, samples, servers, terms
 from poolsvc.api.idempotent import idempotent
 from poolsvc.api.paging import Page, PagingDep
 from poolsvc.api.request import (
@@ -144,6 +144,7 @@ async def register_server(
 ) -> ServerCreated:
     """Register a server under a name of the pool; for members."""
     member_id = principal.member_for(Operation.REGISTER_SERVER, body.member)
+    await terms.require(session, services.settings, principal.user_id)
     server = await servers.register(
         session, services.settings, member_id, body.name, body.addresses, now, actor=principal.actor
     )

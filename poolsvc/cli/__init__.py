@@ -1,27 +1,22 @@
 """`poolsvc`: run the registry, prepare its database, make the first operator. Rendering only."""
 
-import asyncio
 import json
 import os
 import socket
-from datetime import UTC, datetime
 from typing import Annotated
 
 import structlog
 import typer
 from sqlalchemy import make_url
-from sqlalchemy.exc import SQLAlchemyError
 
 from nts_core.client import load_roots
 from nts_core.shell import configure_logging, raise_descriptor_limit
-from poolsvc import members, schema
+from poolsvc import schema
 from poolsvc.app import Part, create_app
-from poolsvc.cli import data, dayone, keys
-from poolsvc.cli.common import ConfigOption, ExitStatus, fail, read_settings, refuse
+from poolsvc.cli import accounts, data, dayone, keys
+from poolsvc.cli.common import ConfigOption, ExitStatus, fail, read_registry_key, read_settings, refuse
 from poolsvc.config import Settings, split_endpoint
 from poolsvc.db import Database
-from poolsvc.derived import RegistryKey
-from poolsvc.errors import PoolError
 from poolsvc.files import UnusableFile, check_files
 from poolsvc.schema import DatabaseUnusable
 from poolsvc.serving import create_server
@@ -29,10 +24,9 @@ from poolsvc.serving import create_server
 app = typer.Typer(
     name="poolsvc", no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False
 )
-operator_app = typer.Typer(no_args_is_help=True, help="operators of the pool")
 config_app = typer.Typer(no_args_is_help=True, help="the settings")
 database_app = typer.Typer(no_args_is_help=True, help="the database")
-app.add_typer(operator_app, name="operator")
+app.add_typer(accounts.app, name="operator")
 app.add_typer(config_app, name="config")
 app.add_typer(keys.app, name="key")
 app.command("init")(dayone.init)
@@ -76,7 +70,7 @@ def serve(
         for endpoint in settings.web_tls.http_listen
         if settings.web_tls.acme
     ]
-    roots, key = load_roots(settings.roots_file), _registry_key(settings)
+    roots, key = load_roots(settings.roots_file), read_registry_key(settings)
     application = create_app(settings, Database(settings.database), roots, key, part)
     create_server(settings, application, listening, plain).run()
 
@@ -111,45 +105,6 @@ def _check_files(settings: Settings) -> None:
         check_files(settings)
     except UnusableFile as error:
         refuse(ExitStatus.CONFIGURATION, error)
-
-
-def _registry_key(settings: Settings) -> RegistryKey:
-    try:
-        return RegistryKey.load(settings.key_file)
-    except (OSError, ValueError) as error:
-        fail(
-            ExitStatus.CONFIGURATION,
-            f"key_file: {error}",
-            "give a file that `poolsvc` can read, or a place where it can make one",
-        )
-
-
-@operator_app.command("create")
-def operator_create(
-    config: ConfigOption,
-    email: Annotated[str | None, typer.Option(help="to sign in with")] = None,
-    name: Annotated[str, typer.Option(help="a display name")] = "",
-) -> None:
-    """Make an operator, and print an API token of theirs once."""
-    settings = read_settings(config)
-    _check_migrated(settings)
-
-    async def create() -> str:
-        database = Database(settings.database)
-        try:
-            async with database.transaction("console") as session:
-                _, token = await members.create_operator(session, datetime.now(UTC), email=email, name=name)
-                return token
-        finally:
-            await database.close()
-
-    try:
-        token = asyncio.run(create())
-    except PoolError as error:
-        refuse(ExitStatus.USAGE, error)
-    except (SQLAlchemyError, OSError) as error:
-        fail(ExitStatus.DATABASE, f"the database: {error}", "check `database` in the settings")
-    typer.echo(token)
 
 
 @config_app.command("check")

@@ -1,13 +1,23 @@
 """What all commands of `poolsvc` share: how they end, and where their settings are."""
 
+import asyncio
+from collections.abc import Awaitable, Callable
 from enum import IntEnum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, TypeVar
 
 import typer
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession
 
+from poolsvc import schema
 from poolsvc.config import ConfigError, Settings, load_settings
+from poolsvc.db import Database
+from poolsvc.derived import RegistryKey
 from poolsvc.errors import PoolError
+from poolsvc.schema import DatabaseUnusable
+
+T = TypeVar("T")
 
 ConfigOption = Annotated[Path, typer.Option("--config", metavar="FILE", help="the settings file (TOML)")]
 
@@ -37,3 +47,36 @@ def read_settings(file: Path) -> Settings:
         return load_settings(file)
     except ConfigError as error:
         fail(ExitStatus.CONFIGURATION, str(error), "correct the setting; docs/operators.md explains each")
+
+
+def read_registry_key(settings: Settings) -> RegistryKey:
+    try:
+        return RegistryKey.load(settings.key_file)
+    except (OSError, ValueError) as error:
+        fail(
+            ExitStatus.CONFIGURATION,
+            f"key_file: {error}",
+            "give a file that `poolsvc` can read, or a place where it can make one",
+        )
+
+
+def in_transaction(settings: Settings, work: Callable[[AsyncSession], Awaitable[T]]) -> T:
+    """What `work` gives; the log says that the console did it. What goes wrong ends the program."""
+
+    async def run() -> T:
+        database = Database(settings.database)
+        try:
+            async with database.transaction("console") as session:
+                return await work(session)
+        finally:
+            await database.close()
+
+    try:
+        schema.check_current(settings)
+        return asyncio.run(run())
+    except DatabaseUnusable as error:
+        refuse(ExitStatus.DATABASE, error)
+    except PoolError as error:
+        refuse(ExitStatus.USAGE, error)
+    except (SQLAlchemyError, OSError) as error:
+        fail(ExitStatus.DATABASE, f"the database: {error}", "check `database` in the settings")

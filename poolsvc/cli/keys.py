@@ -1,12 +1,13 @@
 """`poolsvc key`: a new key in place of one that was lost or seen. Rendering only."""
 
 import asyncio
+from datetime import UTC, datetime
 
 import typer
 
-from poolsvc import keys
+from poolsvc import keys, sign_in
 from poolsvc.acme import AcmeConfig, AcmeError, roll_account_key
-from poolsvc.cli.common import ConfigOption, ExitStatus, fail, read_settings, refuse
+from poolsvc.cli.common import ConfigOption, ExitStatus, fail, in_transaction, read_settings, refuse
 
 app = typer.Typer(no_args_is_help=True, help="new keys; docs/runbook.md has the rest")
 
@@ -50,3 +51,22 @@ def acme_account(config: ConfigOption) -> None:
             else "repeat the command when the CA answers; it goes on where it ended",
         )
     typer.echo(f"{uri} has a new key, in {ca.account_key_file}; keep a copy of it, and start `serve`")
+
+
+@app.command("sessions")
+def sessions(config: ConfigOption) -> None:
+    """Sign everybody out, and make a new registry key: links in mails are void, webhooks get another secret."""
+    settings = read_settings(config)
+
+    ended = in_transaction(settings, lambda session: sign_in.end_all_sessions(session, datetime.now(UTC)))
+    try:
+        keys.renew_registry_key(settings)
+    except keys.KeyNotRenewed as error:
+        refuse(ExitStatus.CONFIGURATION, error)
+    typer.echo(
+        f"""\
+{ended} sessions are ended, and {settings.key_file} has a new key.
+1. Restart `poolsvc serve`: until then it makes and takes links of the key before.
+2. Tell those who have webhooks to fetch their new secrets.
+Programs' tokens are as they were."""
+    )

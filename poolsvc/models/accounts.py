@@ -2,6 +2,7 @@
 
 from datetime import datetime
 from enum import StrEnum
+from typing import Any
 
 from sqlalchemy import JSON, ForeignKey, String, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column, relationship
@@ -55,6 +56,7 @@ class Scope(StrEnum):
 
 class SignInKind(StrEnum):
     LINK = "link"  # a link sent by mail
+    ADDRESS = "address"  # a link to the address that an account is to have from now on
     OIDC = "oidc"  # a detour by an OpenID provider
 
 
@@ -159,9 +161,10 @@ class Identity(Base):
 
 
 class SignIn(Base):
-    """One attempt to sign in that is under way: a link in somebody's mail, or a detour by a provider.
+    """A proof that is under way: a link in somebody's mail, or a detour by a provider.
 
     The link's secret and the provider's state are derived from the registry's key, nothing of them is stored.
+    With `user_id` it is for that account; `wish` is the account that somebody without one wants to have.
     """
 
     __tablename__ = "sign_ins"
@@ -171,6 +174,7 @@ class SignIn(Base):
     email: Mapped[str | None] = mapped_column(String(254), index=True)
     user_id: Mapped[int | None] = mapped_column(ForeignKey("users.id"))
     issuer: Mapped[str | None] = mapped_column(String(255))
+    wish: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     expires_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
     used_at: Mapped[datetime | None] = mapped_column(UtcDateTime)

@@ -12,6 +12,7 @@ import time
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import dns.flags
@@ -24,6 +25,7 @@ import pytest
 import structlog
 from alembic import command
 from alembic.config import Config
+from sqlalchemy import func, select
 from typer.testing import CliRunner
 
 import migrations
@@ -42,13 +44,22 @@ from poolsvc.cli import configure_logging
 from poolsvc.config import CaSettings, DnsSettings, PolicySettings, PortSettings, Settings
 from poolsvc.db import Database
 from poolsvc.delegation import NoReply, parent_records
-from poolsvc.derived import RegistryKey
-from poolsvc.models import HoldKind, MemberRole, Membership, OrderStatus, TokenKind
+from poolsvc.derived import Purpose, RegistryKey
+from poolsvc.models import (
+    Delivery,
+    HoldKind,
+    MemberRole,
+    Membership,
+    Notice,
+    OrderStatus,
+    TokenKind,
+)
 from poolsvc.publisher import Nameserver
 from poolsvc.servers import EventKind
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 NAME = "alice.servers.pool.example"
+KEY = RegistryKey(bytes(32))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -186,12 +197,14 @@ class Registry:
             owner = await members.create_user(session, NOW)
             return (await members.create(session, name, NOW, owner=owner)).id
 
-    async def owner_token(self, member: int, role: MemberRole = MemberRole.OWNER, **options) -> str:
-        """An API token of a person with that role in the member; options are those of `auth.issue`."""
+    async def owner_token(
+        self, member: int, role: MemberRole = MemberRole.OWNER, kind: TokenKind = TokenKind.API, **options
+    ) -> str:
+        """A token of a person with that role in the member; options are those of `auth.issue`."""
         async with self.database.transaction("test") as session:
             user = await members.create_user(session, NOW)
             session.add(Membership(member_id=member, user_id=user.id, role=role, created_at=NOW))
-            _, token = await auth.issue(session, TokenKind.API, now=NOW, user_id=user.id, **options)
+            _, token = await auth.issue(session, kind, now=NOW, user_id=user.id, **options)
             return token
 
     async def person(self, member=None, role=MemberRole.OWNER, *, confirmed_at=NOW, **options) -> Person:
@@ -368,14 +381,14 @@ class Lab(contextlib.ExitStack):
 @pytest.fixture
 def app(database, settings):
     """The ASGI application without its lifespan, so that no worker runs."""
-    return create_app(settings, database, [], RegistryKey(bytes(32)))
+    return create_app(settings, database, [], KEY)
 
 
 @pytest.fixture
 def client(app):
     """`client(token, source=ADDRESS)`: an HTTP client of the application that calls from an address."""
 
-    def make(token=None, *, source="192.0.2.1"):
+    def make(token=None, *, source="192.0.2.1", app=app):
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         transport = httpx.ASGITransport(app, client=(source, 40_000))
         return httpx.AsyncClient(transport=transport, base_url="https://registry", headers=headers)
@@ -392,6 +405,63 @@ def call(client):
             return await http.request(method, path, **options)
 
     return send
+
+
+class People:
+    """Accounts and what is mailed to them, beside the API."""
+
+    key = KEY
+
+    def __init__(self, database):
+        self.database = database
+
+    async def make(self, email="ann@example.org", **options):
+        async with self.database.transaction("test") as session:
+            return await members.create_user(session, datetime.now(UTC), email=email, **options)
+
+    async def all(self, model, *conditions):
+        async with self.database.transaction() as session:
+            return list(await session.scalars(select(model).where(*conditions).order_by(model.id)))
+
+    async def count(self, model):
+        async with self.database.transaction() as session:
+            return await session.scalar(select(func.count()).select_from(model))
+
+    async def mails(self):
+        """Kind, letter, recipient and the link's token of all mails, the oldest first."""
+        async with self.database.transaction() as session:
+            found = await session.execute(
+                select(Notice, Delivery).join(Delivery).order_by(Notice.id, Delivery.id)
+            )
+            return [
+                SimpleNamespace(
+                    kind=notice.kind,
+                    letter=notice.data.get("letter"),
+                    what=notice.data.get("what"),
+                    to=delivery.email or delivery.user_id,
+                    token=KEY.token(Purpose.SIGN_IN, notice.data.get("sign_in", 0)),
+                )
+                for notice, delivery in found
+            ]
+
+    async def age(self, model, by):
+        """Let what there is be older."""
+        async with self.database.transaction() as session:
+            for row in await session.scalars(select(model)):
+                for name in ("created_at", "expires_at"):
+                    setattr(row, name, getattr(row, name) - by)
+
+    async def session(self, user, **options):
+        async with self.database.transaction() as session:
+            _, token = await auth.issue(
+                session, TokenKind.SESSION, now=datetime.now(UTC), user_id=user.id, **options
+            )
+            return token
+
+
+@pytest.fixture
+def people(database):
+    return People(database)
 
 
 class Flow:

@@ -22,6 +22,7 @@ KEY = base64.b64encode(bytes(range(32))).decode()
 ROLES = {
     "read-self": "user",
     "change-self": "user",
+    "change-identity": "user",
     "found-member": "user",
     "read-member": "operator support owner technician",
     "change-member": "operator owner",
@@ -45,7 +46,15 @@ ROLES = {
     "join": "join",
     "agent": "agent",
 }
-WHEN_BLOCKED = {"read-self", "change-self", "read-member", "close-member", "read-server", "remove-server"}
+WHEN_BLOCKED = {
+    "read-self",
+    "change-self",
+    "change-identity",
+    "read-member",
+    "close-member",
+    "read-server",
+    "remove-server",
+}
 MINE, OTHER = 1, 2
 
 
@@ -96,6 +105,14 @@ def test_an_api_token_does_what_its_scopes_allow_and_a_session_all(operation, sc
     assert may(program, operation) == (PERMISSIONS[operation].scope is scope)
 
 
+def test_what_takes_a_session_is_nothing_for_an_api_token_with_all_scopes():
+    person = bearer(Role.USER)
+    assert may(person, Operation.CHANGE_IDENTITY)
+    with pytest.raises(Forbidden, match="a program's token") as caught:
+        replace(person, kind=TokenKind.API).may(Operation.CHANGE_IDENTITY)
+    assert "sign in" in caught.value.remedy
+
+
 @pytest.mark.parametrize("operation", Operation)
 def test_people_of_a_blocked_member_read_and_leave_and_operators_go_on(operation):
     owner = bearer(Role.OWNER, blocked=frozenset({MINE}))
@@ -136,20 +153,21 @@ async def world(registry):
     colleague = await registry.person(owner, MemberRole.TECHNICIAN)
     numbers = await offers(registry, owner, foreigner, colleague.id)
     async with registry.database.transaction() as session:
-        _, operator = await members.create_operator(session, NOW)
+        operator, _ = await members.create_operator(session, NOW)
         support = await members.create_user(session, NOW, staff=StaffRole.SUPPORT)
         nobody = await members.create_user(session, NOW)
-        tokens = {Role.OPERATOR: operator}
+        tokens = {}
         for role, options in (
+            (Role.OPERATOR, {"user_id": operator.id}),
             (Role.SUPPORT, {"user_id": support.id}),
             (Role.USER, {"user_id": nobody.id}),
             (Role.JOIN, {"server_id": server}),
             (Role.AGENT, {"server_id": server}),
         ):
-            kind = TokenKind.API if "user_id" in options else TokenKind(role.value)
+            kind = TokenKind.SESSION if "user_id" in options else TokenKind(role.value)
             _, tokens[role] = await auth.issue(session, kind, now=NOW, **options)
     for role in (MemberRole.OWNER, MemberRole.TECHNICIAN):
-        tokens[Role(role.value)] = await registry.owner_token(owner, role)
+        tokens[Role(role.value)] = await registry.owner_token(owner, role, TokenKind.SESSION)
     async with registry.database.transaction() as session:
         await session.execute(update(User).values(confirmed_at=NOW))
         await session.execute(update(Member).where(Member.id == foreigner).values(opaque_id=OPAQUE))
@@ -157,7 +175,7 @@ async def world(registry):
     def path(template):
         """An endpoint's path with what the world has for it."""
         own = numbers.get(template.partition("?")[0], {})
-        return template.format(**{"name": "alice", "member": owner, "user": colleague.id} | own)
+        return template.format(**{"name": "alice", "member": owner, "user": colleague.id} | GONE | own)
 
     return SimpleNamespace(tokens=tokens, foreign=foreign, server=server, owner=owner, path=path)
 
@@ -192,6 +210,15 @@ MEMBER, USER = "/v1/members/{member}", "/v1/users/{user}"
 # Method, path, body, and the operation that it needs; in an order in which each can succeed once.
 ENDPOINTS = [
     ("GET", "/v1/me", None, Operation.READ_SELF),
+    ("PATCH", "/v1/me", {"name": "A. Person"}, Operation.CHANGE_SELF),
+    ("GET", "/v1/me/export", None, Operation.READ_SELF),
+    ("GET", "/v1/me/sessions", None, Operation.READ_SELF),
+    ("DELETE", "/v1/me/sessions", None, Operation.CHANGE_SELF),
+    ("GET", "/v1/me/tokens", None, Operation.READ_SELF),
+    ("POST", "/v1/me/tokens", {"label": "cron", "scopes": ["read"]}, Operation.CHANGE_SELF),
+    ("GET", "/v1/me/terms", None, Operation.READ_SELF),
+    ("POST", "/v1/me/terms", {"accept": []}, Operation.CHANGE_SELF),
+    ("GET", "/v1/me/identities", None, Operation.READ_SELF),
     ("GET", "/v1/me/events", None, Operation.READ_SELF),
     ("GET", "/v1/members", None, Operation.READ_SELF),
     ("POST", "/v1/members", {"name": "New member"}, Operation.FOUND_MEMBER),
@@ -240,13 +267,35 @@ ENDPOINTS = [
     ("POST", "/v1/agent/join", {"public_key": KEY}, Operation.JOIN),
 ]
 
-
+# Those that ask for something that is not there: who may is told so.
+GONE = dict.fromkeys(("session_id", "token_id", "identity_id"), 999_999)
+BACK = {"state": "1.x", "code": "x", "binding": "x"}
+IN_VAIN = [
+    ("DELETE", "/v1/me/sessions/{session_id}", None, Operation.CHANGE_SELF, 404),
+    ("DELETE", "/v1/me/tokens/{token_id}", None, Operation.CHANGE_SELF, 404),
+    ("POST", "/v1/me/email", {"token": "1.x"}, Operation.CHANGE_IDENTITY, 401),
+    ("POST", "/v1/me/identities", {"provider": "nobody"}, Operation.CHANGE_IDENTITY, 404),
+    ("POST", "/v1/me/identities/finish", BACK, Operation.CHANGE_IDENTITY, 401),
+    ("DELETE", "/v1/me/identities/{identity_id}", None, Operation.CHANGE_IDENTITY, 404),
+]
+# Those after which the token is worth nothing.
+LAST = [
+    ("DELETE", "/v1/me/session", None, Operation.READ_SELF),
+    ("DELETE", "/v1/me", None, Operation.CHANGE_IDENTITY),
+]
 # These need no token: what everybody may see, and how somebody comes by a token.
 PUBLIC = {
     ("GET", "/v1/pool"),
     ("GET", "/v1/pool/history"),
     ("POST", "/v1/agent/rejoin-challenge"),
     ("POST", "/v1/agent/rejoin"),
+    ("GET", "/v1/sign-up"),
+    ("POST", "/v1/sign-up"),
+    ("POST", "/v1/sign-in"),
+    ("POST", "/v1/sign-in/confirm"),
+    ("GET", "/v1/oidc"),
+    ("POST", "/v1/oidc/{name}/begin"),
+    ("POST", "/v1/oidc/finish"),
 }
 
 
@@ -262,22 +311,47 @@ async def test_every_endpoint_by_role(world, client, role):
                 assert (answer.status_code, answer.json()["code"]) == (403, "forbidden"), path
 
 
+@pytest.mark.parametrize("role", Role)
+async def test_every_endpoint_that_finds_nothing_by_role(world, client, role):
+    async with client(world.tokens[role]) as http:
+        for method, path, body, operation, found in IN_VAIN:
+            answer = await http.request(method, path, json=body)
+            allowed = role.value in ROLES[operation].split() or role not in (Role.JOIN, Role.AGENT)
+            assert answer.status_code == (found if allowed else 403), path
+
+
+@pytest.mark.parametrize(("method", "path", "body", "operation"), LAST)
+@pytest.mark.parametrize("role", Role)
+async def test_every_endpoint_that_ends_the_token_by_role(
+    world, registry, client, role, method, path, body, operation
+):
+    await registry.person(staff=StaffRole.OPERATOR)  # the last one could not go
+    async with client(world.tokens[role]) as http:
+        answer = await http.request(method, path, json=body)
+        if role in (Role.JOIN, Role.AGENT):
+            assert (answer.status_code, answer.json()["code"]) == (403, "forbidden")
+            return
+        assert "user" in ROLES[operation].split()
+        assert answer.status_code == 204
+        assert (await http.get("/v1/me")).status_code == 401
+
+
 def test_the_endpoints_above_are_all_that_there_are(app):
-    """A new endpoint has to be added to the table, or to those that are public."""
+    """A new endpoint has to be added to the tables."""
     routes = {
         (method.upper(), path)
         for path, entry in app.openapi()["paths"].items()
         for method in entry
         if path.startswith("/v1/")
     }
-    known = {(method, path.partition("?")[0]) for method, path, _, _ in ENDPOINTS}
+    known = {(method, path.partition("?")[0]) for method, path, *_ in (*ENDPOINTS, *IN_VAIN, *LAST)}
     assert routes == known | PUBLIC
 
 
 @pytest.mark.parametrize("header", [None, "Bearer", "Bearer wrong", "Basic b3A6b3A=", "Bearer tc_operator_"])
 async def test_no_endpoint_without_a_valid_token(world, client, header):
     async with client() as http:
-        for method, path, body, _ in ENDPOINTS:
+        for method, path, body, *_ in (*ENDPOINTS, *IN_VAIN, *LAST):
             answer = await http.request(
                 method,
                 world.path(path),

@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 from pydantic import ValidationError
 
-from poolsvc.config import ConfigError, load_settings, split_endpoint
+from poolsvc.config import ConfigError, SignUp, load_settings, split_endpoint
 
 MINIMAL = """\
 pool = "pool.example"
@@ -294,3 +294,53 @@ def test_a_password_in_the_databases_url_is_in_no_error_and_no_repr(file):
 )
 def test_endpoints_are_split_at_the_last_colon(text, endpoint):
     assert split_endpoint(text) == endpoint
+
+
+TERMS = """
+[[terms]]
+document = "ca"
+version = "1.4"
+title = "Subscriber agreement"
+url = "https://ca.example/sa"
+"""
+OIDC = """
+[[oidc]]
+name = "club"
+issuer = "https://id.example"
+client_id = "pool"
+client_secret_file = "club.secret"
+"""
+
+
+def append(path, text):
+    path.write_text(path.read_text() + text)
+    return path
+
+
+def test_accounts_wait_for_approval_and_nothing_has_to_be_accepted_unless_the_file_says_so(file):
+    settings = load_settings(file())
+    assert (settings.sign_up, settings.terms, settings.oidc) == (SignUp.APPROVAL, (), ())
+
+
+def test_terms_and_providers_are_tables_and_their_paths_relative_to_the_file(file, tmp_path):
+    settings = load_settings(append(file('sign_up = "open"\n'), TERMS + OIDC))
+    assert settings.sign_up is SignUp.OPEN
+    assert [(entry.document, entry.version) for entry in settings.terms] == [("ca", "1.4")]
+    assert settings.oidc[0].client_secret_file == tmp_path / "club.secret"
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (TERMS + TERMS, "terms.document"),
+        (OIDC + OIDC, "oidc.name"),
+        (OIDC + OIDC.replace("club", "other"), "oidc.issuer"),
+        (OIDC.replace("https://", "http://"), "oidc.0.issuer"),
+        (OIDC.replace('"club"', '"a/b"'), "oidc.0.name"),
+        (OIDC + 'client_secret = "x"\n', "oidc.0.client_secret"),
+        (TERMS.replace("https://ca.example/sa", "javascript:x"), "terms.0.url"),
+        (TERMS.replace('"ca"', '"C A"'), "terms.0.document"),
+    ],
+)
+def test_terms_and_providers_that_cannot_be_meant_are_refused(file, text, named):
+    assert named in refused(append(file(), text))

@@ -35,9 +35,14 @@ BEARERS = ["nobody", "operator", "support", "owner", "agent"]
 class Service(uvicorn.Server):
     """The application on a socket of its own, in a thread."""
 
-    def __init__(self, app, port):
+    def __init__(self, app, port, database):
+        self.database = database
         super().__init__(uvicorn.Config(app, port=port, lifespan="off", log_level="critical"))
         self.thread = threading.Thread(target=self.run)
+
+    async def shutdown(self, sockets=None):
+        await super().shutdown(sockets)
+        await self.database.close()
 
     def __enter__(self):
         self.thread.start()
@@ -62,11 +67,10 @@ async def service(registry, settings, database_url):
         _, tokens["agent"] = await auth.issue(session, TokenKind.AGENT, now=registry.now, server_id=server)
     generous = {"requests_per_second_and_address": 1e6, "requests_per_second_and_token": 1e6}
     policy = settings.policy.model_copy(update={**generous, "request_burst": 10**6})
-    app = create_app(
-        settings.model_copy(update={"policy": policy}), Database(database_url), [], RegistryKey(bytes(32))
-    )
+    database = Database(database_url)
+    app = create_app(settings.model_copy(update={"policy": policy}), database, [], RegistryKey(bytes(32)))
     port = free_port()
-    with Service(app, port):
+    with Service(app, port, database):
         yield SimpleNamespace(url=f"http://127.0.0.1:{port}", tokens=tokens)
 
 

@@ -15,10 +15,13 @@ from typer.testing import CliRunner
 
 from lab.processes import Process, free_port, wait_until
 from lab.programs import Finished, run, script
-from poolsvc import auth
+from poolsvc import auth, sign_in
 from poolsvc.cli import ExitStatus, app
+from poolsvc.config import load_settings
 from poolsvc.db import Database
-from poolsvc.models import StaffRole
+from poolsvc.derived import RegistryKey
+from poolsvc.errors import SignInInvalid, Unauthenticated
+from poolsvc.models import StaffRole, User
 
 CONFIG = """\
 pool = "pool.example"
@@ -112,6 +115,69 @@ def test_migrate_then_operator_create_gives_a_token_that_works(config, empty_dat
             await database.close()
 
     assert asyncio.run(authenticated()).staff is StaffRole.OPERATOR
+
+
+def in_transaction(url, work):
+    """What `work(session)` gives, in an event loop of its own."""
+
+    async def run():
+        database = Database(url)
+        try:
+            async with database.transaction() as session:
+                return await work(session)
+        finally:
+            await database.close()
+
+    return asyncio.run(run())
+
+
+def test_an_operator_whose_mail_does_not_come_signs_in_from_the_console(config, empty_database):
+    path = config(empty_database)
+    poolsvc("migrate", "--config", path)
+    command = ("operator", "sign-in", "--config", path, "--email")
+    failed(poolsvc(*command, "op@example.org"), ExitStatus.USAGE, "poolsvc operator create --email")
+    failed(poolsvc(*command, "nonsense"), ExitStatus.USAGE, "NAME@DOMAIN")
+    poolsvc("operator", "create", "--config", path, "--email", "op@example.org")
+    made = poolsvc(*command, "OP@example.org")
+    assert made.status == ExitStatus.OK
+    settings = load_settings(path)
+    key = RegistryKey.load(settings.key_file)
+
+    async def opened(session):
+        return await sign_in.confirm(session, settings, key, made.stdout.strip(), datetime.now(UTC))
+
+    user, _ = in_transaction(empty_database, opened)
+    assert (user.email, user.staff) == ("op@example.org", StaffRole.OPERATOR)
+    with pytest.raises(SignInInvalid):
+        in_transaction(empty_database, opened)
+
+
+def test_ending_all_sessions_makes_links_void_too_and_leaves_programs_alone(config, empty_database):
+    path = config(empty_database)
+    poolsvc("migrate", "--config", path)
+    program = poolsvc("operator", "create", "--config", path, "--email", "op@example.org").stdout.strip()
+    link = poolsvc("operator", "sign-in", "--config", path, "--email", "op@example.org").stdout.strip()
+    settings = load_settings(path)
+    before = settings.key_file.read_bytes()
+    now = datetime.now(UTC)
+
+    async def begin(session):
+        return await sign_in.open_session(session, await session.get_one(User, 1), now)
+
+    person = in_transaction(empty_database, begin)
+    done = poolsvc("key", "sessions", "--config", path)
+    assert done.status == ExitStatus.OK
+    assert done.stdout.startswith("1 sessions are ended")
+    assert settings.key_file.read_bytes() != before
+    assert settings.key_file.stat().st_mode & 0o777 == 0o600
+    key = RegistryKey.load(settings.key_file)
+    with pytest.raises(SignInInvalid):
+        in_transaction(empty_database, lambda session: sign_in.confirm(session, settings, key, link, now))
+    with pytest.raises(Unauthenticated, match="revoked"):
+        in_transaction(empty_database, lambda session: auth.authenticate(session, person, now))
+    assert (
+        in_transaction(empty_database, lambda session: auth.authenticate(session, program, now)).user_id == 1
+    )
 
 
 def test_serve_answers_over_http_and_ends_at_sigterm(config, tmp_path):
