@@ -18,7 +18,7 @@ from poolsvc import cli
 from poolsvc.db import RecordedSession
 
 _WRITES = re.compile(r"\s*(?:WITH\b.*?\)\s*)?(?:INSERT INTO|UPDATE|DELETE FROM)\s+\"?(\w+)", re.DOTALL)
-_CLOCKWORK = frozenset({"leases", "samples", "daily_counts", "worker_reports", "connect_backs", "alarms"})
+_CLOCKWORK = frozenset({"leases", "samples", "daily_counts", "workers", "connect_backs"})
 
 
 class _Fate:

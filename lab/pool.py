@@ -7,6 +7,7 @@ import ssl
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import httpx
@@ -79,20 +80,34 @@ class Api:
         self._tls = ssl.create_default_context(cafile=str(root))
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
 
-    def request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> httpx.Response:
         return httpx.request(
             method,
             self._url + path,
             json=body,
-            headers=self._headers,
+            headers={**self._headers, **headers},
             timeout=_API_DEADLINE,
             verify=self._tls,
             trust_env=False,
         )
 
-    def call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def call(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> dict[str, Any]:
         """The answer's document; LabError when the API refuses."""
-        response = self.request(method, path, body)
+        response = self.request(method, path, body, headers=headers)
         if response.is_error:
             raise LabError(f"{method} {path}: {response.status_code} {response.text}")
         document: dict[str, Any] = response.json()
@@ -157,7 +172,9 @@ class LabPool:
         registry_address: str = "127.0.0.1",
         opening_size: int = 4,
         validity: int = SIX_DAYS,
+        program: Sequence[str] | None = None,
     ) -> None:
+        """`program` is run instead of `poolsvc serve`, with --config and the settings."""
         self.directory = directory.resolve()
         self.directory.mkdir(parents=True, exist_ok=True)
         everywhere = [member_address(index) for index in range(1, addresses + 1)]
@@ -181,9 +198,8 @@ class LabPool:
         self.trust_anchor = self.directory / "trust-anchor"
         self._opening_size = opening_size
         self._database = database or "sqlite+aiosqlite:///registry.db"
-        self.registry = Process(
-            "poolsvc", [script("poolsvc"), "serve", "--config", str(self.config)], self.directory
-        )
+        serve = program or [script("poolsvc"), "serve"]
+        self.registry = Process("poolsvc", [*serve, "--config", str(self.config)], self.directory)
         self.members: list[Member] = []
         self._stack = ExitStack()
 

@@ -41,7 +41,9 @@ class Postgres:
     Whoever can open the socket there (root and that user) is trusted.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, durable: bool = False) -> None:
+        """`durable`: what was committed survives the server's sudden end, as in production."""
+        self._settings = (*_SETTINGS, *(("synchronous_commit=on", "full_page_writes=on") if durable else ()))
         self._programs = _programs()
         self._directory = directory
         self._place: tempfile.TemporaryDirectory[str] | None = None
@@ -58,7 +60,7 @@ class Postgres:
                 owner = pwd.getpwnam(_USER)
                 os.chown(place, owner.pw_uid, owner.pw_gid)
             self._initialise(place)
-            settings = [option for text in _SETTINGS for option in ("-c", text)]
+            settings = [option for text in self._settings for option in ("-c", text)]
             argv = self._as_user("postgres", "-D", str(place / "data"), "-k", str(place), *settings)
             self._process = Process("postgres", argv, self._directory)
             self._process.start(self._answers)
@@ -77,6 +79,17 @@ class Postgres:
         if self._place is not None:
             self._place.cleanup()
             self._place = None
+
+    def halt(self, number: int = signal.SIGQUIT) -> None:
+        """End the server, at once or with another signal in order; the data stay."""
+        assert self._process is not None, "the cluster was not started"
+        self._process.signal(number)
+        self._process.wait()
+
+    def resume(self) -> None:
+        """Start the server that was halted, and wait until it answers."""
+        assert self._process is not None, "the cluster was not started"
+        self._process.start(self._answers)
 
     def create_database(self, *, template: str | None = None) -> str:
         """The URL of a new database, empty or a copy of the one at `template`, which nobody may have open."""

@@ -1,0 +1,340 @@
+"""The registry's processes killed at every step and at random, and its database stopped: nothing lost, nothing twice.
+
+Members join and leave meanwhile; whatever ends is started again, as an init system would, and nobody helps otherwise.
+"""
+
+import asyncio
+import random
+import signal
+import sys
+import threading
+import time
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
+
+import dns.message
+import dns.query
+import httpx
+import pytest
+from sqlalchemy import select
+
+from lab.pool import POOL, LabPool
+from lab.postgres import Postgres
+from lab.processes import LabError, Process, free_port, wait_until
+from lab.programs import script
+from nts_core.control import ServerState
+from poolsvc import journal
+from poolsvc.db import Database
+from poolsvc.models import Delivery, DeliveryStatus, Event, Order, OrderStatus, Server
+from poolsvc.servers import TRANSITIONS, EventKind
+
+DEADLINE = 120
+ONCE = {EventKind.REGISTERED, EventKind.LEAVE, EventKind.CLOSED}
+
+
+class Keeper(ExitStack):
+    """Processes that are started again as soon as they have ended."""
+
+    def __init__(self, processes):
+        super().__init__()
+        self.processes, self.restarts = processes, 0
+        self.started = dict.fromkeys(processes, time.monotonic())
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._keep)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._over.set()
+        self._thread.join(20)
+
+    def _keep(self):
+        while not self._over.wait(0.02):
+            for process in self.processes:
+                if not process.running():
+                    process.start()
+                    self.started[process] = time.monotonic()
+                    self.restarts += 1
+
+
+@contextmanager
+def killing(keeper, kills, chance):
+    """Ends processes of the keeper by SIGKILL, each some time after it came up."""
+
+    def kill():
+        for _ in range(kills):
+            victim = chance.choice(keeper.processes)
+            # A process needs some seconds to come up; killed before, nothing of it would be tested.
+            while time.monotonic() - keeper.started[victim] < 2.5:
+                if over.wait(0.05):
+                    return
+            if over.wait(chance.uniform(0, 1.5)):
+                return
+            if victim.running():
+                victim.signal(signal.SIGKILL)
+                done.append(victim)
+
+    done, over = [], threading.Event()
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        yield done, thread
+    finally:
+        over.set()
+        thread.join()
+
+
+def insist(work, what):
+    """The result of something that is tried until the registry is there and does it."""
+    found = []
+
+    def attempt():
+        try:
+            found.append(work())
+        except (LabError, httpx.HTTPError):
+            return False
+        return True
+
+    wait_until(attempt, what, DEADLINE)
+    return found[-1]
+
+
+def join(pool, name):
+    """A member that repeats what was not answered, as pool-agent's users and our API's callers may."""
+    member = pool.add(name)
+    body = {"name": name, "addresses": list(member.addresses)}
+    headers = {"Idempotency-Key": f"registration-of-{name}"}
+    created = insist(
+        lambda: pool.member.call("POST", "/v1/servers", body, headers=headers), f"{name} registered"
+    )
+
+    def joined():
+        done = member.join(created["join"]["join_token"])
+        if done.status:
+            raise LabError(done.stderr)
+
+    insist(joined, f"{name} joined")
+    member.process.start()
+    return member
+
+
+def reach(pool, member, state):
+    def reached():
+        view = member.view()
+        if view["state"] != state:
+            raise LabError(view["why"])
+
+    insist(reached, f"{member.name} {state}")
+
+
+def leave(pool, member):
+    insist(lambda: pool.operator.call("DELETE", f"/v1/servers/{member.name}"), f"{member.name} leaves")
+
+
+def targets(pool):
+    query = dns.message.make_query(f"_ntske._tcp.{POOL}.", "SRV")
+    answer = dns.query.udp(query, pool.knot.address, port=pool.knot.port, timeout=5)
+    return {str(record.target).split(".")[0] for rrset in answer.answer for record in rrset}
+
+
+def has_address(pool, member):
+    query = dns.message.make_query(f"{member.domain}.", "A")
+    return bool(dns.query.udp(query, pool.knot.address, port=pool.knot.port, timeout=5).answer)
+
+
+def examine(pool, url, active, removed):
+    """What must be true in the database, the zone and the journal once all is quiet."""
+
+    async def rows():
+        database = Database(url)
+        try:
+            async with database.transaction() as session:
+                return [
+                    list(await session.scalars(select(table).order_by(table.id)))
+                    for table in (Server, Event, Order, Delivery)
+                ]
+        finally:
+            await database.close()
+
+    servers, events, orders, deliveries = asyncio.run(rows())
+    assert {row.name: row.state for row in servers} == {
+        **dict.fromkeys((member.name for member in active), ServerState.ACTIVE),
+        **dict.fromkeys((member.name for member in removed), ServerState.REMOVED),
+    }
+    for server in servers:
+        life = [entry for entry in events if entry.server_id == server.id and entry.kind in set(EventKind)]
+        kinds = [EventKind(entry.kind) for entry in life]
+        assert all(kinds.count(kind) <= 1 for kind in ONCE), f"{server.name}: {kinds}"
+        for one, other in pairwise(life):
+            assert one.after == other.before, f"{server.name}: {kinds}"
+            assert (
+                TRANSITIONS[ServerState(other.before["state"]), EventKind(other.kind)] == other.after["state"]
+            )
+        assert life[-1].after["state"] == server.state
+        own = [order for order in orders if order.server_id == server.id]
+        assert len({order.url for order in own if order.url}) == len([order for order in own if order.url])
+        issued = [order for order in own if order.status is OrderStatus.ISSUED]
+        assert len(issued) == 1, f"{server.name}: {[order.status for order in own]}"
+        assert all(order.deactivated_at for order in own if order.authorization_url)
+        if server.state is ServerState.REMOVED:
+            assert None not in (server.srv_withdrawn_at, server.name_broken_at, issued[0].revoked_at)
+    told = [(row.notice_id, row.channel, row.user_id, row.webhook_id) for row in deliveries]
+    assert len(told) == len(set(told))
+    assert not [row for row in deliveries if row.status is DeliveryStatus.PENDING]
+    assert targets(pool) == {member.name for member in active}
+    assert [member.name for member in removed if has_address(pool, member)] == []
+    gone = {entry.name for entry in journal.read(pool.directory / "removals.journal") if entry.is_gone}
+    assert gone == {member.name for member in removed}
+
+
+def live(pool, keeper, kills, lives):
+    """Members join; every second one leaves again; until the killer is done."""
+    active, removed = [], []
+    chance = random.Random(kills)
+    with killing(keeper, kills, chance) as (done, killer):
+        number = 0
+        while number < lives or killer.is_alive():
+            if number < lives:
+                member = join(pool, f"m{number}")
+                reach(pool, member, "active")
+                active.append(member)
+                if number % 2:
+                    leaver = active.pop(chance.randrange(len(active)))
+                    leave(pool, leaver)
+                    reach(pool, leaver, "removed")
+                    removed.append(leaver)
+            else:
+                killer.join(1)
+            number += 1
+        assert len(done) == kills
+    assert keeper.restarts >= kills
+
+    def quiet():
+        return pool.operator.call("GET", "/v1/pool")["alarms"] == [] and targets(pool) == {
+            member.name for member in active
+        }
+
+    wait_until(lambda: insist(quiet, "the pool"), "no alarm", DEADLINE)
+    return active, removed
+
+
+SIZES = [(5, 4), pytest.param(200, 22, marks=pytest.mark.long)]
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("kills", "lives"), SIZES)
+def test_one_process_on_sqlite_killed_at_random(tmp_path, kills, lives):
+    url = f"sqlite+aiosqlite:///{tmp_path}/registry.db"
+    with LabPool(tmp_path / "pool", database=url, addresses=lives, opening_size=1) as pool:
+        with Keeper([pool.registry]) as keeper:
+            found = live(pool, keeper, kills, lives)
+        examine(pool, url, *found)
+
+
+@contextmanager
+def fleet(tmp_path, lives):
+    """A pool with one API process and two workers at one PostgreSQL."""
+    with ExitStack() as stack:
+        cluster = stack.enter_context(Postgres(tmp_path / "postgres", durable=True))
+        url = cluster.create_database()
+        pool = stack.enter_context(
+            LabPool(
+                tmp_path / "pool",
+                database=url,
+                addresses=lives,
+                opening_size=1,
+                program=[script("poolsvc"), "serve", "--role", "api"],
+            )
+        )
+        argv = [script("poolsvc"), "serve", "--role", "worker", "--config", str(pool.config)]
+        workers = [
+            stack.enter_context(
+                Process(name, argv, pool.directory, env={"POOLSVC_LISTEN": f'["127.0.0.1:{free_port()}"]'})
+            ).start()
+            for name in ("worker-1", "worker-2")
+        ]
+        yield cluster, url, pool, [pool.registry, *workers]
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("kills", "lives"), SIZES)
+def test_api_and_workers_on_postgresql_killed_at_random(tmp_path, kills, lives):
+    with fleet(tmp_path, lives) as (_, url, pool, processes):
+        with Keeper(processes) as keeper:
+            found = live(pool, keeper, kills, lives)
+        examine(pool, url, *found)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGQUIT, pytest.param(signal.SIGINT, marks=pytest.mark.long)],
+    ids=["at-once", "in-order"],
+)
+def test_postgresql_stopped_and_started_while_members_come_and_go(tmp_path, number):
+    with fleet(tmp_path, 3) as (cluster, url, pool, processes):
+        stay, goes = join(pool, "stay"), join(pool, "goes")
+        reach(pool, goes, "active")
+        leave(pool, goes)
+        for _ in range(3):
+            cluster.halt(number)
+            assert pool.operator.request("GET", "/v1/servers/stay").status_code == 503
+            cluster.resume()
+        late = join(pool, "late")
+        for member, state in ((stay, "active"), (late, "active"), (goes, "removed")):
+            reach(pool, member, state)
+        wait_until(lambda: targets(pool) == {"stay", "late"}, "the two in DNS", DEADLINE)
+        wait_until(
+            lambda: insist(lambda: pool.operator.call("GET", "/v1/pool"), "the pool")["alarms"] == [],
+            "no alarm",
+            DEADLINE,
+        )
+        assert all(process.running() for process in processes)
+        examine(pool, url, [stay, late], [goes])
+
+
+def dies_at(pool, number, when):
+    """The registry ends at its change `number` of a whole life, and is started again whole; whether it did."""
+    mortal = [sys.executable, "-m", "lab.mortal", str(number), when, "serve", "--config", str(pool.config)]
+    healthy = pool.registry.argv
+    pool.registry.stop()
+    pool.registry.argv = mortal
+    pool.start_registry()
+    pool.registry.argv = healthy
+    with Keeper([pool.registry]) as keeper:
+        member = join(pool, f"{when}{number}")
+        reach(pool, member, "active")
+        leave(pool, member)
+        reach(pool, member, "removed")
+    return member, keeper.restarts > 0
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_killed_at_some_steps_of_a_life(tmp_path, when):
+    step_through(tmp_path, when, [1, 4, 11])
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_killed_at_every_step_of_a_life(tmp_path, when):
+    survived = step_through(tmp_path, when, range(1, 200))
+    assert survived > 20, "a life has more changes than that"
+
+
+def step_through(tmp_path, when, numbers):
+    """The number at which the registry died no more, or the last one."""
+    url = f"sqlite+aiosqlite:///{tmp_path}/registry.db"
+    removed = []
+    with LabPool(tmp_path / "pool", database=url, addresses=220, opening_size=1) as pool:
+        for number in numbers:
+            member, died = dies_at(pool, number, when)
+            removed.append(member)
+            if not died:
+                break
+        wait_until(lambda: targets(pool) == set(), "nobody in DNS", DEADLINE)
+        examine(pool, url, [], removed)
+    return number
