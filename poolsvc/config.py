@@ -24,6 +24,7 @@ from nts_core.shell import ProgramSettings, SettingsError
 from poolsvc.names import DOMAIN
 
 _SQLITE = "sqlite+aiosqlite:///"
+_HOST = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 
 
 class ConfigError(Exception):
@@ -37,6 +38,28 @@ def _endpoint(text: str) -> str:
     if not is_port or is_bracketed != (":" in host):
         raise ValueError("write it as ADDRESS:PORT, and IPv6 as [ADDRESS]:PORT")
     ipaddress.ip_address(host[1:-1] if is_bracketed else host)
+    return text
+
+
+def _host_endpoint(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if _HOST.fullmatch(host) is None:
+        return _endpoint(text)
+    if re.fullmatch(r"[0-9]{1,5}", port) is None or int(port) >= 65536:
+        raise ValueError("write it as HOST:PORT")
+    return text
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _mail_address(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{1,64}@[A-Za-z0-9.-]{1,189}", text):
+        raise ValueError("write it as NAME@DOMAIN, in ASCII")
     return text
 
 
@@ -69,6 +92,8 @@ HttpsUrl = Annotated[str, AfterValidator(_https)]
 HttpUrl = Annotated[str, AfterValidator(_http)]
 DatabaseUrl = Annotated[str, AfterValidator(_database)]
 EndpointText = Annotated[str, AfterValidator(_endpoint)]
+HostEndpoint = Annotated[str, AfterValidator(_host_endpoint)]
+MailAddress = Annotated[str, AfterValidator(_mail_address)]
 DomainName = Annotated[str, AfterValidator(_domain)]
 
 
@@ -79,7 +104,7 @@ def check_origin(url: str, pool: str) -> None:
         raise ValueError(f"the registry's address must not be under the pool's domain, {pool}")
 
 
-def split_endpoint(text: EndpointText) -> tuple[str, int]:
+def split_endpoint(text: EndpointText | HostEndpoint) -> tuple[str, int]:
     host, _, port = text.rpartition(":")
     return host.strip("[]"), int(port)
 
@@ -153,6 +178,29 @@ class OidcSettings(_Section):
     client_id: str = Field(min_length=1, max_length=255)
     client_secret_file: Path
     ca_file: Path | None = Field(None, description="roots (PEM) for it instead of the system's")
+
+
+class MailSettings(_Section):
+    """The server that takes the registry's mail, and how much of it there may be."""
+
+    smtp: HostEndpoint
+    security: Literal["none", "starttls", "tls"] = "starttls"
+    username: str | None = None
+    password_file: Path | None = None
+    sender: MailAddress
+    sender_name: str = Field("", max_length=100)
+    ca_file: Path | None = Field(None, description="roots for the connection instead of the system's")
+    mails_per_hour_and_recipient: int = Field(20, ge=1, description="more wait, and are joined")
+    mails_per_minute: int = Field(60, ge=1, description="to all recipients together; more wait")
+
+    @model_validator(mode="after")
+    def _password_is_safe(self) -> Self:
+        if (self.username is None) != (self.password_file is None):
+            raise ValueError("username and password_file go together")
+        is_here = _is_loopback(split_endpoint(self.smtp)[0])
+        if self.security == "none" and self.username is not None and not is_here:
+            raise ValueError('security "none" would send the password in the open')
+        return self
 
 
 class PolicySettings(_Section):
@@ -232,6 +280,7 @@ class Settings(ProgramSettings):
     sign_up: SignUp = Field(SignUp.APPROVAL, description="who gets an account")
     terms: tuple[TermsSettings, ...] = Field((), max_length=16)
     oidc: tuple[OidcSettings, ...] = Field((), max_length=16)
+    mail: MailSettings | None = Field(None, description="without it nobody gets mail")
     policy: PolicySettings = PolicySettings()
 
     @model_validator(mode="after")
@@ -327,6 +376,7 @@ def _resolve_paths(settings: Settings, base: Path) -> Settings:
     database = settings.database
     if settings.database_file is not None:
         database = _SQLITE + str(base / settings.database_file)
+    mail = settings.mail
     return settings.model_copy(
         update={
             "database": database,
@@ -338,5 +388,6 @@ def _resolve_paths(settings: Settings, base: Path) -> Settings:
                 for entry in settings.oidc
             ),
             "ca": settings.ca.model_copy(update=absolute(settings.ca, "account_key_file", "ca_file")),
+            "mail": mail and mail.model_copy(update=absolute(mail, "password_file", "ca_file")),
         }
     )

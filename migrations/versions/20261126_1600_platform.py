@@ -306,12 +306,14 @@ def upgrade() -> None:
         sa.Column("member_id", sa.Integer(), nullable=True),
         sa.Column("url", sa.String(length=500), nullable=False),
         sa.Column("generation", sa.Integer(), nullable=False),
+        sa.Column("rotated_at", UtcDateTime(), nullable=True),
         sa.Column("created_at", UtcDateTime(), nullable=False),
         sa.Column("challenge_due_at", UtcDateTime(), nullable=True),
         sa.Column("enabled_at", UtcDateTime(), nullable=True),
         sa.Column("disabled_at", UtcDateTime(), nullable=True),
         sa.Column("deleted_at", UtcDateTime(), nullable=True),
         sa.Column("failures", sa.Integer(), nullable=False),
+        sa.Column("failing_since", UtcDateTime(), nullable=True),
         sa.Column("error", sa.String(length=300), nullable=True),
         sa.ForeignKeyConstraint(["member_id"], ["members.id"], name=op.f("fk_webhooks_member_id_members")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_webhooks")),
@@ -380,6 +382,7 @@ def upgrade() -> None:
     )
     with op.batch_alter_table("notices", schema=None) as batch_op:
         batch_op.create_index(batch_op.f("ix_notices_member_id"), ["member_id"], unique=False)
+        batch_op.create_index(batch_op.f("ix_notices_server_id"), ["server_id"], unique=False)
 
     op.create_table(
         "transfers",
@@ -446,6 +449,17 @@ def upgrade() -> None:
         batch_op.create_index(batch_op.f("ix_deliveries_due_at"), ["due_at"], unique=False)
         batch_op.create_index(batch_op.f("ix_deliveries_notice_id"), ["notice_id"], unique=False)
 
+    op.create_table(
+        "sent_mails",
+        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("recipient", sa.String(length=64), nullable=False),
+        sa.Column("at", UtcDateTime(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_sent_mails")),
+    )
+    with op.batch_alter_table("sent_mails", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_sent_mails_at"), ["at"], unique=False)
+        batch_op.create_index(batch_op.f("ix_sent_mails_recipient"), ["recipient"], unique=False)
+
     _copy_events()
     _make_append_only()
     with op.batch_alter_table("addresses", schema=None) as batch_op:
@@ -496,6 +510,9 @@ def upgrade() -> None:
         batch_op.alter_column("opaque_id", existing_type=sa.String(length=16), nullable=False)
         batch_op.create_unique_constraint(batch_op.f("uq_members_opaque_id"), ["opaque_id"])
 
+    with op.batch_alter_table("orders", schema=None) as batch_op:
+        batch_op.add_column(sa.Column("ending_told_at", UtcDateTime(), nullable=True))
+
     with op.batch_alter_table("pool", schema=None) as batch_op:
         batch_op.add_column(sa.Column("frozen_at", UtcDateTime(), nullable=True))
 
@@ -511,6 +528,7 @@ def upgrade() -> None:
         batch_op.add_column(sa.Column("skeleton", sa.String(length=72), nullable=False, server_default=""))
         batch_op.add_column(sa.Column("traffic_cap", sa.Double(), nullable=True))
         batch_op.add_column(sa.Column("traffic", sa.Double(), nullable=True))
+        batch_op.add_column(sa.Column("silent_told_at", UtcDateTime(), nullable=True))
         batch_op.add_column(sa.Column("leave_at", UtcDateTime(), nullable=True))
         batch_op.add_column(sa.Column("journal_due_at", UtcDateTime(), nullable=True))
         batch_op.create_index(batch_op.f("ix_servers_journal_due_at"), ["journal_due_at"], unique=False)
@@ -557,6 +575,7 @@ def downgrade() -> None:
         batch_op.drop_index(batch_op.f("ix_servers_journal_due_at"))
         batch_op.drop_column("journal_due_at")
         batch_op.drop_column("leave_at")
+        batch_op.drop_column("silent_told_at")
         batch_op.drop_column("traffic")
         batch_op.drop_column("traffic_cap")
         batch_op.drop_column("skeleton")
@@ -569,6 +588,9 @@ def downgrade() -> None:
 
     with op.batch_alter_table("pool", schema=None) as batch_op:
         batch_op.drop_column("frozen_at")
+
+    with op.batch_alter_table("orders", schema=None) as batch_op:
+        batch_op.drop_column("ending_told_at")
 
     with op.batch_alter_table("members", schema=None) as batch_op:
         batch_op.drop_constraint(batch_op.f("uq_members_opaque_id"), type_="unique")
@@ -592,6 +614,11 @@ def downgrade() -> None:
         batch_op.drop_index(batch_op.f("ix_deliveries_due_at"))
 
     op.drop_table("deliveries")
+    with op.batch_alter_table("sent_mails", schema=None) as batch_op:
+        batch_op.drop_index(batch_op.f("ix_sent_mails_recipient"))
+        batch_op.drop_index(batch_op.f("ix_sent_mails_at"))
+
+    op.drop_table("sent_mails")
     with op.batch_alter_table("transfers", schema=None) as batch_op:
         batch_op.drop_index(batch_op.f("ix_transfers_to_member_id"))
         batch_op.drop_index(batch_op.f("ix_transfers_server_id"))
@@ -599,6 +626,7 @@ def downgrade() -> None:
 
     op.drop_table("transfers")
     with op.batch_alter_table("notices", schema=None) as batch_op:
+        batch_op.drop_index(batch_op.f("ix_notices_server_id"))
         batch_op.drop_index(batch_op.f("ix_notices_member_id"))
 
     op.drop_table("notices")

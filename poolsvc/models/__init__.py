@@ -25,7 +25,7 @@ from poolsvc.models.accounts import (
     User,
 )
 from poolsvc.models.events import Event, IdempotencyKey, Lease, WorkerReport
-from poolsvc.models.notices import Channel, Delivery, DeliveryStatus, Notice, Webhook
+from poolsvc.models.notices import Channel, Delivery, DeliveryStatus, Notice, SentMail, Webhook
 from poolsvc.models.servers import (
     Address,
     ConnectBack,
@@ -71,6 +71,7 @@ __all__ = [
     "Pool",
     "SampleRecord",
     "Scope",
+    "SentMail",
     "Server",
     "SignIn",
     "SignInKind",

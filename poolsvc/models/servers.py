@@ -105,6 +105,7 @@ class Server(Base):
     agent_engine: Mapped[str] = mapped_column(String(100), default="")
     agent_clock: Mapped[str] = mapped_column(String(300), default="")
     agent_problem: Mapped[str | None] = mapped_column(String(1000))
+    silent_told_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # since it was last heard of
     traffic_cap: Mapped[float | None] = mapped_column()  # NTP requests a second that it will answer
     traffic: Mapped[float | None] = mapped_column()  # and how many come, as the agent says
 
@@ -289,6 +290,7 @@ class Order(Base):
     serial: Mapped[str | None] = mapped_column(String(64))
     not_before: Mapped[datetime | None] = mapped_column(UtcDateTime)
     not_after: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    ending_told_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # that it ends, and no newer is there
     deactivated_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
