@@ -61,7 +61,9 @@ def create_app(
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         worker = None
         if part is not Part.API:
-            worker = readiness.worker = asyncio.create_task(Worker(database, settings, roots, health).run())
+            worker = readiness.worker = asyncio.create_task(
+                Worker(database, settings, roots, health, key).run()
+            )
             worker.add_done_callback(_tell_end)
         try:
             yield

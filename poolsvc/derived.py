@@ -30,6 +30,7 @@ class Purpose(StrEnum):
     WEBHOOK = "webhook"
     WEBHOOK_CHALLENGE = "webhook-challenge"
     REJOIN = "rejoin"
+    MAIL_RECIPIENT = "mail-recipient"
     OIDC_STATE = "oidc-state"
     OIDC_NONCE = "oidc-nonce"
     OIDC_VERIFIER = "oidc-verifier"

@@ -183,3 +183,8 @@ class OfferOver(PoolError):
 class InvalidCursor(PoolError):
     status = HTTPStatus.UNPROCESSABLE_ENTITY
     code = "invalid-cursor"
+
+
+class InvalidUrl(PoolError):
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    code = "invalid-url"

@@ -35,6 +35,8 @@ def faults(settings: Settings) -> Iterator[UnusableFile]:
         ("key_file", _registry_key),
         ("ca.account_key_file", _account_key),
         ("ca.ca_file", _ca_roots),
+        ("mail.password_file", _mail_password),
+        ("mail.ca_file", _mail_roots),
         ("roots_file", _roots),
         ("tls_certificate, tls_key", _tls),
         ("oidc", _oidc),
@@ -71,6 +73,8 @@ def _secrets(settings: Settings, file: Path) -> Iterator[tuple[str, Path]]:
     yield "ca.account_key_file", settings.ca.account_key_file
     for provider in settings.oidc:
         yield f"oidc {provider.name}: client_secret_file", provider.client_secret_file
+    if settings.mail is not None and settings.mail.password_file is not None:
+        yield "mail.password_file", settings.mail.password_file
     if settings.tls_key is not None:
         yield "tls_key", settings.tls_key
     if settings.web_tls.acme and settings.certificate_file is not None:
@@ -87,6 +91,7 @@ _REMEDIES = {
     "without the file `serve` makes one",
     "ca.account_key_file": "give the account's P-256 key in PEM, readable for this user; "
     "without the file `serve` makes a new account",
+    "mail.password_file": "give a readable file with the password in one line",
     "tls_certificate, tls_key": "give a PEM chain and its key",
     "oidc": "give a readable file with the secret that the provider gave for the client",
 }
@@ -115,6 +120,18 @@ def _account_key(settings: Settings) -> None:
 def _ca_roots(settings: Settings) -> None:
     if settings.ca.ca_file is not None:
         load_roots(settings.ca.ca_file)
+
+
+def _mail_password(settings: Settings) -> None:
+    if settings.mail is not None and settings.mail.password_file is not None:
+        password = settings.mail.password_file.read_text().strip()
+        if not password or not password.isprintable():
+            raise ValueError("there is no password in the file")
+
+
+def _mail_roots(settings: Settings) -> None:
+    if settings.mail is not None and settings.mail.ca_file is not None:
+        load_roots(settings.mail.ca_file)
 
 
 def _roots(settings: Settings) -> None:

@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import selectinload
 
 from nts_core.control import ACME_PATH, HttpChallenge, IssuedCertificate
-from poolsvc import servers
+from poolsvc import servers, troubles
 from poolsvc.acme import AcmeAccount, AcmeError, OrderState
 from poolsvc.certificates import ChainError, CsrError, chain_facts, check_chain, check_csr, renew_at
 from poolsvc.config import Settings
@@ -132,13 +132,15 @@ async def advance(
             return
         change(current, now)
         if current.status is OrderStatus.FAILED:
-            _schedule_retry(settings, server, current, now)
+            if _schedule_retry(settings, server, current, now) and server.order_failures == 1:
+                await troubles.tell_order(session, server, current, now)
         elif order.status is OrderStatus.FINALIZING and current.not_before and current.not_after:
             server.order_failures = 0
             # Never at once again, whatever times a CA writes into its certificates.
             soonest = now + timedelta(seconds=settings.policy.retry[0])
             server.order_due_at = max(renew_at(current.not_before, current.not_after), soonest)
             server.probe_due_at = server.probe_due_at or now
+            troubles.watch_end(current)
 
 
 async def _load(session: AsyncSession, order_id: int) -> Order:
@@ -329,11 +331,12 @@ def _failed(order: Order, reason: str) -> Change:
     return change
 
 
-def _schedule_retry(settings: Settings, server: Server, order: Order, now: datetime) -> None:
-    """A new order after 1, 10, 100 minutes, then daily (what Let's Encrypt asks of clients)."""
+def _schedule_retry(settings: Settings, server: Server, order: Order, now: datetime) -> bool:
+    """A new order after 1, 10, 100 minutes, then daily (what Let's Encrypt asks of clients); False: not now."""
     if server.order_due_at is not None or order.deactivated_at is not None or server.orders[-1] is not order:
-        return
+        return False
     waits = settings.policy.retry
     wait = waits[min(server.order_failures, len(waits) - 1)]
     server.order_failures += 1
     server.order_due_at = now + timedelta(seconds=wait)
+    return True

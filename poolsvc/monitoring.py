@@ -15,6 +15,7 @@ from poolsvc.certificates import printable
 from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.models import HoldKind, Order, OrderStatus, SampleRecord, Server, StageRecord
+from poolsvc.notices import NoticeKind
 from poolsvc.outbound import Guard
 from poolsvc.prober import ProbeImpossible, probe
 from poolsvc.servers import EventKind
@@ -72,7 +73,9 @@ async def record(
     if server.state not in servers.PROBED_STATES or not results:
         return
     _record_stages(server, results, now)
+    published = servers.published_addresses(server)
     session.add_all(_score(server, settings, results, now))
+    await _tell_withdrawn(session, server, published, now)
     if server.state is ServerState.VERIFIED and all(_is_ours(server, result) for result in results):
         await servers.apply(
             session,
@@ -144,6 +147,19 @@ def _score(
         yield samples.sample(row, result, step, now)
 
 
+async def _tell_withdrawn(
+    session: AsyncSession, server: Server, published: Sequence[str], now: datetime
+) -> None:
+    """Tell of each address that its score takes out of DNS while another one serves."""
+    left = servers.published_addresses(server)
+    for row in server.addresses:
+        if row.address in published and row.address not in left:
+            reason = f"score {row.score:.1f}, {row.step_reason}"
+            await servers.tell(
+                session, server, NoticeKind.ADDRESS_WITHDRAWN, now=now, address=row.address, reason=reason
+            )
+
+
 def _admissible(server: Server, settings: Settings) -> bool:
     proved = [row for row in server.addresses if row.proved_at is not None]
     held = any(hold.lifted_at is None for hold in server.holds)
@@ -176,7 +192,7 @@ async def _hold_or_lift(session: AsyncSession, server: Server, settings: Setting
         if await servers.count_active(session, limit=least + 1) <= least:
             _log.error("pool_alarm_too_few_servers", server=server.name, score=max(scores))
             return
-        failed = next((row for row in server.stages if row.status is StageStatus.FAILED), None)
+        failed = servers.first_failure(server)
         reason = f"score {max(scores):.1f}" + (f", {failed.stage}: {failed.detail}" if failed else "")
         await servers.set_hold(session, server, HoldKind.SCORE, reason=reason, actor=_ACTOR, now=now)
         _log.warning("server_suspended", server=server.name, reason=reason)

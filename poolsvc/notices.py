@@ -29,6 +29,8 @@ class NoticeKind(StrEnum):
     IDENTITY_CHANGED = "identity-changed"
     SERVER_OFFERED = "server-offered"
     SERVER_MOVED = "server-moved"
+    WEBHOOK_DISABLED = "webhook-disabled"
+    WEBHOOK_TEST = "webhook-test"  # to one webhook only
     # about a server
     JOINED = "joined"
     ADMITTED = "admitted"
@@ -89,25 +91,44 @@ async def announce(
         Webhook.deleted_at.is_(None),
     )
     for hook in await session.scalars(hooks):
-        session.add(
-            Delivery(
-                notice_id=notice.id,
-                channel=Channel.WEBHOOK,
-                webhook_id=hook.id,
-                status=DeliveryStatus.PENDING,
-                due_at=now,
-            )
-        )
+        session.add(_by_webhook(notice, hook, now))
     await session.flush()
     return notice
 
 
+async def try_out(session: AsyncSession, hook: Webhook, now: datetime) -> Notice:
+    """A notice of no meaning, to one webhook only."""
+    notice = Notice(at=now, kind=NoticeKind.WEBHOOK_TEST, member_id=hook.member_id, data={})
+    session.add(notice)
+    await session.flush()
+    session.add(_by_webhook(notice, hook, now))
+    await session.flush()
+    return notice
+
+
+def _by_webhook(notice: Notice, hook: Webhook, now: datetime) -> Delivery:
+    return Delivery(
+        notice_id=notice.id,
+        channel=Channel.WEBHOOK,
+        webhook_id=hook.id,
+        status=DeliveryStatus.PENDING,
+        due_at=now,
+    )
+
+
+def why_no_mail(kind: NoticeKind, user: User, membership: Membership | None) -> str | None:
+    """Why a person gets no mail of a notice; None when they get one."""
+    if user.erased_at is not None:
+        return "the account was erased"
+    if user.email is None:
+        return "the account has no mail address"
+    if membership is not None and not membership.mail and kind not in ALWAYS:
+        return "mails are turned off for this member"
+    return None
+
+
 def _by_mail(notice: Notice, membership: Membership, now: datetime) -> Delivery:
-    reason = None
-    if membership.user.email is None:
-        reason = "the account has no mail address"
-    elif not membership.mail and NoticeKind(notice.kind) not in ALWAYS:
-        reason = "mails are turned off for this member"
+    reason = why_no_mail(NoticeKind(notice.kind), membership.user, membership)
     return Delivery(
         notice_id=notice.id,
         channel=Channel.MAIL,
@@ -117,6 +138,12 @@ def _by_mail(notice: Notice, membership: Membership, now: datetime) -> Delivery:
         error=reason,
         done_at=None if reason is None else now,
     )
+
+
+def settle(delivery: Delivery, status: DeliveryStatus, now: datetime, error: str | None = None) -> None:
+    """End a delivery. Nobody's address is kept for longer than it is needed."""
+    delivery.status, delivery.error, delivery.done_at = status, error, now
+    delivery.due_at = delivery.email = None
 
 
 async def write_to(

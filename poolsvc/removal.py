@@ -4,8 +4,9 @@ The four steps do not wait for each other where they need not: a dead DNS server
 dead CA delays no withdrawal. REMOVED is reached when each step has its time.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
+from typing import Any
 
 import structlog
 
@@ -51,6 +52,15 @@ def receipt(server: Server, settings: Settings) -> Receipt | None:
     )
 
 
+def _for_notice(made: Receipt | None, now: datetime) -> dict[str, Any]:
+    """A receipt as the data of the notice that closes the removal."""
+    assert made is not None
+    return {
+        name: value.isoformat() if isinstance(value, datetime) else value
+        for name, value in asdict(replace(made, removed_at=now)).items()
+    }
+
+
 def _exposure(settings: Settings, ends: datetime | None) -> str:
     cached = max(settings.dns.srv_ttl, settings.dns.address_ttl)
     text = f"resolvers may know the name for {cached} s after it was broken"
@@ -89,7 +99,13 @@ async def advance(
             if server.burnt_at is None:
                 server.released_at = now  # nobody can have seen the name
             await servers.apply(
-                session, server, EventKind.CLOSED, actor="worker", reason="every step is done", now=now
+                session,
+                server,
+                EventKind.CLOSED,
+                actor="worker",
+                reason=server.leave_reason or "every step is done",
+                now=now,
+                receipt=_for_notice(receipt(server, settings), now),
             )
             _log.info("server_removed", server=server.name)
 

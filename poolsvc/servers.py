@@ -5,7 +5,8 @@
 
 Rules:
 
-1. `apply` is the only writer of `Server.state`; each change is an event with actor, reason and time.
+1. `apply` is the only writer of `Server.state`; each change is an event with actor, reason and time, and its
+   people are told.
 2. Only proofs and probes raise a state. What an agent says never does.
 3. Holds suspend; each is lifted only by its own kind.
 4. A name that was sent to DNS is never given again. One that was not is released when it expires.
@@ -17,18 +18,20 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
+from typing import Any
 
 from sqlalchemy import func, or_, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import selectinload
 
-from nts_core.control import ServerState
+from nts_core.control import ServerState, Stage, StageStatus
 from poolsvc import members, scoring
 from poolsvc.config import Settings
 from poolsvc.errors import AddressTaken, LimitReached, NameTaken, NotFound, WrongState
-from poolsvc.models import Address, Event, Hold, HoldKind, Member, Pool, Server
+from poolsvc.models import Address, Event, Hold, HoldKind, Member, Pool, Server, StageRecord
 from poolsvc.names import check_addresses, check_name, is_label
+from poolsvc.notices import NoticeKind, announce
 from poolsvc.outbound import Guard
 
 
@@ -62,6 +65,16 @@ TRANSITIONS: dict[tuple[ServerState, EventKind], ServerState] = {
     (_S.REGISTERED, _E.EXPIRED): _S.REMOVED,
 }
 
+# What the server's people are told of a change.
+NOTICES: Mapping[EventKind, NoticeKind] = {
+    _E.NTS_CONFIRMED: NoticeKind.ADMITTED,
+    _E.HOLD_SET: NoticeKind.SUSPENDED,
+    _E.HOLDS_LIFTED: NoticeKind.RECOVERED,
+    _E.LEAVE: NoticeKind.LEAVING,
+    _E.CLOSED: NoticeKind.REMOVED,
+    _E.EXPIRED: NoticeKind.REMOVED,
+}
+
 # States in which a server's addresses and CAA are in DNS.
 NAMED_STATES = frozenset({_S.VERIFIED, _S.CERTIFIED, _S.ACTIVE, _S.SUSPENDED})
 # States from which a server does not come back.
@@ -76,9 +89,19 @@ _JOURNALLED = frozenset({_E.LEAVE, _E.CLOSED})
 
 
 async def apply(
-    session: AsyncSession, server: Server, kind: EventKind, *, actor: str, reason: str, now: datetime
+    session: AsyncSession,
+    server: Server,
+    kind: EventKind,
+    *,
+    actor: str,
+    reason: str,
+    now: datetime,
+    **told: Any,
 ) -> None:
-    """Move a server along the table and record it. Raises WrongState when the table has no such way."""
+    """Move a server along the table, record it, and tell its people, with `told` as data.
+
+    Raises WrongState when the table has no such way.
+    """
     after = TRANSITIONS.get((server.state, kind))
     if after is None:
         raise WrongState(f"{server.name} is {server.state}: {kind} does not apply")
@@ -98,6 +121,17 @@ async def apply(
         server.journal_due_at = now
     server.state, server.state_since = after, now
     await session.flush()
+    if (notice := NOTICES.get(kind)) is not None:
+        await tell(session, server, notice, now=now, reason=reason[:300], **told)
+
+
+async def tell(
+    session: AsyncSession, server: Server, kind: NoticeKind, *, now: datetime, **data: Any
+) -> None:
+    """A notice about a server to its people."""
+    await announce(
+        session, kind, member_id=server.member_id, server_id=server.id, now=now, server=server.name, **data
+    )
 
 
 async def register(
@@ -230,7 +264,24 @@ async def set_hold(
         return
     server.holds.append(Hold(server_id=server.id, kind=kind, reason=reason[:300], set_at=now))
     if server.state is ServerState.ACTIVE:
-        await apply(session, server, EventKind.HOLD_SET, actor=actor, reason=f"{kind}: {reason}", now=now)
+        failed = first_failure(server)
+        await apply(
+            session,
+            server,
+            EventKind.HOLD_SET,
+            actor=actor,
+            reason=f"{kind}: {reason}",
+            now=now,
+            hold=kind,
+            # A stage that fails says nothing about a suspension for another reason.
+            stage=failed.stage if failed is not None and kind is HoldKind.SCORE else None,
+        )
+
+
+def first_failure(server: Server) -> StageRecord | None:
+    """The first stage that the last probe found failed."""
+    failed = [row for row in server.stages if row.status is StageStatus.FAILED]
+    return min(failed, key=lambda row: tuple(Stage).index(row.stage), default=None)
 
 
 async def lift_hold(
@@ -241,7 +292,16 @@ async def lift_hold(
         if hold.kind is kind and hold.lifted_at is None:
             hold.lifted_at = now
     if server.state is ServerState.SUSPENDED and not any(hold.lifted_at is None for hold in server.holds):
-        await apply(session, server, EventKind.HOLDS_LIFTED, actor=actor, reason=reason, now=now)
+        since = server.state_since.isoformat()
+        await apply(
+            session,
+            server,
+            EventKind.HOLDS_LIFTED,
+            actor=actor,
+            reason=reason,
+            now=now,
+            suspended_at=since,
+        )
 
 
 async def leave(session: AsyncSession, server: Server, *, actor: str, reason: str, now: datetime) -> None:

@@ -10,13 +10,13 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 from cryptography import x509
-from sqlalchemy import select, update
+from sqlalchemy import ColumnElement, select, true, update
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import InstrumentedAttribute
 
@@ -33,17 +33,24 @@ from poolsvc import (
     servers,
     sign_in,
     teams,
+    troubles,
 )
 from poolsvc.acme import AcmeAccount, AcmeConfig, AcmeError
 from poolsvc.config import Settings
 from poolsvc.db import Database
+from poolsvc.deliveries import Post
+from poolsvc.derived import RegistryKey
 from poolsvc.leader import Leader
-from poolsvc.models import Address, Order, Server
+from poolsvc.models import Address, Channel, Delivery, Order, Server, Webhook
+from poolsvc.outbound import Outbound
 
 _log = structlog.get_logger()
 _LEASE = timedelta(minutes=2)
 _HOUSE_KEEPING = timedelta(hours=1)
 _FAREWELL = 2.0
+# How often silent agents are looked for.
+_WATCH = timedelta(minutes=1)
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +64,7 @@ class Kind:
     due: InstrumentedAttribute[datetime | None]
     batch: int
     concurrency: int
+    only: ColumnElement[bool] = field(default_factory=true)
 
 
 PROOFS = Kind(Address, Address.proof_due_at, batch=64, concurrency=16)
@@ -64,12 +72,16 @@ PROBES = Kind(Server, Server.probe_due_at, batch=192, concurrency=64)
 NEW_ORDERS = Kind(Server, Server.order_due_at, batch=200, concurrency=1)
 ORDERS = Kind(Order, Order.due_at, batch=50, concurrency=16)
 REMOVALS = Kind(Server, Server.removal_due_at, batch=50, concurrency=16)
+MAILS = Kind(Delivery, Delivery.due_at, batch=50, concurrency=16, only=Delivery.channel == Channel.MAIL)
+CALLS = Kind(Delivery, Delivery.due_at, batch=50, concurrency=16, only=Delivery.channel == Channel.WEBHOOK)
+CHALLENGES = Kind(Webhook, Webhook.challenge_due_at, batch=50, concurrency=16)
+ENDS = Kind(Order, Order.ending_due_at, batch=200, concurrency=1)
 
 
 async def claim(database: Database, kind: Kind, now: datetime) -> list[int]:
     """Ids of rows whose time has come, those due longest, leased to this caller for two minutes."""
     row, due = kind.row, kind.due
-    longest = select(row.id).where(due <= now).order_by(due).limit(kind.batch)
+    longest = select(row.id).where(due <= now, kind.only).order_by(due).limit(kind.batch)
     # Evaluated once: inside IN, PostgreSQL may run it again and lock more rows than the limit says.
     picked = longest.with_for_update(skip_locked=True).cte("picked")
     async with database.transaction() as session:
@@ -98,6 +110,7 @@ class Health:
     def __init__(self) -> None:
         self.dns: str | None = None
         self.ca: str | None = None
+        self.mail: str | None = None
         self.work: dict[str, str] = {}  # kinds of work that failed last time, with the error's name
         self.passes: defaultdict[str, Passes] = defaultdict(Passes)
         self.published_at: datetime | None = None
@@ -105,7 +118,8 @@ class Health:
         self.stopping = asyncio.Event()  # no new work is begun, and the process is not ready
 
     def alarms(self) -> list[str]:
-        found = [f"{part}: {text}" for part, text in (("DNS", self.dns), ("CA", self.ca)) if text]
+        parts = (("DNS", self.dns), ("CA", self.ca), ("mail", self.mail))
+        found = [f"{part}: {text}" for part, text in parts if text]
         return found + [f"worker: {work.strip('_')} failed with {error}" for work, error in self.work.items()]
 
 
@@ -117,7 +131,12 @@ class Worker:
     """All the work of one registry process."""
 
     def __init__(
-        self, database: Database, settings: Settings, roots: Sequence[x509.Certificate], health: Health
+        self,
+        database: Database,
+        settings: Settings,
+        roots: Sequence[x509.Certificate],
+        health: Health,
+        key: RegistryKey,
     ) -> None:
         self._database = database
         self._settings = settings
@@ -132,6 +151,8 @@ class Worker:
         self._account_due: datetime | None = None
         self._account_failures = 0
         self._opening = asyncio.Lock()
+        self._post = Post(database, settings, key, Outbound(settings))
+        self._watched_at: datetime | None = None
 
     async def run(self) -> None:
         """Work until cancelled, or until the steps under way have ended once the process is stopping."""
@@ -148,6 +169,10 @@ class Worker:
                     self._journal,
                     self._keep_house,
                     self._report,
+                    self._mail,
+                    self._call_webhooks,
+                    self._challenge_webhooks,
+                    self._watch,
                 ):
                     group.create_task(self._repeat(work))
         finally:
@@ -196,16 +221,16 @@ class Worker:
         return len(ids) == kind.batch
 
     async def _each(
-        self, ids: Sequence[int], work: Callable[[int], Awaitable[None]], concurrency: int
+        self, pieces: Sequence[_T], work: Callable[[_T], Awaitable[None]], concurrency: int
     ) -> None:
-        async def one(identifier: int) -> None:
+        async def one(piece: _T) -> None:
             async with slots:
-                await work(identifier)
+                await work(piece)
 
         # Of this kind of work alone: a slow peer of one kind must not hold up the others.
         slots = asyncio.Semaphore(concurrency)
 
-        outcomes = await asyncio.gather(*map(one, ids), return_exceptions=True)
+        outcomes = await asyncio.gather(*map(one, pieces), return_exceptions=True)
         if failures := [outcome for outcome in outcomes if isinstance(outcome, Exception)]:
             raise ExceptionGroup("pieces of work failed", failures)
 
@@ -271,6 +296,38 @@ class Worker:
 
     async def _journal(self, now: datetime) -> bool:
         return await journal.write_due(self._database, self._settings, now)
+
+    async def _mail(self, now: datetime) -> bool:
+        ids = await claim(self._database, MAILS, now)
+        if ids:
+            letters = await self._post.letters(ids, now)
+            await self._each(letters, lambda letter: self._post.send(letter, now), MAILS.concurrency)
+            self._health.mail = self._post.trouble
+        return len(ids) == MAILS.batch
+
+    async def _call_webhooks(self, now: datetime) -> bool:
+        ids = await claim(self._database, CALLS, now)
+        if ids:
+            calls = await self._post.calls(ids)
+            await self._each(calls, lambda some: self._post.call(some, now), CALLS.concurrency)
+        return len(ids) == CALLS.batch
+
+    async def _challenge_webhooks(self, now: datetime) -> bool:
+        return await self._take(CHALLENGES, now, lambda row: self._post.challenge(row, now))
+
+    async def _watch(self, now: datetime) -> bool:
+        """Tell of trouble that nothing but time shows."""
+
+        async def tell(order_id: int) -> None:
+            async with self._database.transaction() as session:
+                await troubles.tell_end(session, order_id, now)
+
+        is_more = await self._take(ENDS, now, tell)
+        if self._watched_at is None or now - self._watched_at >= _WATCH:
+            async with self._database.transaction() as session:
+                more_silent = await troubles.tell_silence(session, now)
+            self._watched_at = None if more_silent else now
+        return is_more
 
     async def _open_account(self, now: datetime) -> AcmeAccount | None:
         """The registry's account at the CA; None while the CA is out of reach."""

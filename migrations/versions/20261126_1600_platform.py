@@ -511,7 +511,8 @@ def upgrade() -> None:
         batch_op.create_unique_constraint(batch_op.f("uq_members_opaque_id"), ["opaque_id"])
 
     with op.batch_alter_table("orders", schema=None) as batch_op:
-        batch_op.add_column(sa.Column("ending_told_at", UtcDateTime(), nullable=True))
+        batch_op.add_column(sa.Column("ending_due_at", UtcDateTime(), nullable=True))
+        batch_op.create_index(batch_op.f("ix_orders_ending_due_at"), ["ending_due_at"], unique=False)
 
     with op.batch_alter_table("pool", schema=None) as batch_op:
         batch_op.add_column(sa.Column("frozen_at", UtcDateTime(), nullable=True))
@@ -590,7 +591,8 @@ def downgrade() -> None:
         batch_op.drop_column("frozen_at")
 
     with op.batch_alter_table("orders", schema=None) as batch_op:
-        batch_op.drop_column("ending_told_at")
+        batch_op.drop_index(batch_op.f("ix_orders_ending_due_at"))
+        batch_op.drop_column("ending_due_at")
 
     with op.batch_alter_table("members", schema=None) as batch_op:
         batch_op.drop_constraint(batch_op.f("uq_members_opaque_id"), type_="unique")

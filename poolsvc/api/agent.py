@@ -25,7 +25,7 @@ from nts_core.control import (
     join_statement,
     rejoin_statement,
 )
-from poolsvc import auth, issuance, proofs, servers
+from poolsvc import auth, issuance, proofs, servers, troubles
 from poolsvc.api.request import CredentialsDep, NowDep, PrincipalDep, Services, ServicesDep, SessionDep
 from poolsvc.api.servers import refuse_gone
 from poolsvc.auth import Operation
@@ -35,6 +35,7 @@ from poolsvc.derived import Purpose
 from poolsvc.errors import Gone, InvalidDocument, NotFound, Unauthenticated
 from poolsvc.explain import explain, why_not
 from poolsvc.models import Server, Token, TokenKind
+from poolsvc.notices import NoticeKind
 
 router = APIRouter(prefix="/v1")
 _REJOIN_LIFE = timedelta(minutes=2)
@@ -78,6 +79,7 @@ async def join(
         await auth.use_up(session, principal, now)
         server.agent_key, server.joined_at = body.public_key, now
         issuance.start_anew(server, now)
+        await servers.tell(session, server, NoticeKind.JOINED, now=now)
     await auth.revoke(session, now, Token.server_id == server.id, Token.kind == TokenKind.AGENT)
     _, token = await auth.issue(session, TokenKind.AGENT, now=now, server_id=server.id)
     settings = services.settings
@@ -186,7 +188,8 @@ async def sync(
     server.agent_seen_at = now
     server.agent_engine = _clean(report.engine, 100)
     server.agent_clock = _clean(report.clock, 300)
-    server.agent_problem = _clean(report.problem, 1000) if report.problem else None
+    problem = _clean(report.problem, 1000) if report.problem else None
+    await troubles.note_report(session, server, problem, now)
     if report.csr is not None:
         issuance.take_csr(settings, server, report.csr.order, report.csr.pem, now)
     issuance.note_serving(server, report.serving, now)

@@ -290,7 +290,9 @@ class Order(Base):
     serial: Mapped[str | None] = mapped_column(String(64))
     not_before: Mapped[datetime | None] = mapped_column(UtcDateTime)
     not_after: Mapped[datetime | None] = mapped_column(UtcDateTime)
-    ending_told_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # that it ends, and no newer is there
+    ending_due_at: Mapped[datetime | None] = mapped_column(
+        UtcDateTime, index=True
+    )  # when a newer one must be there
     deactivated_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 

@@ -363,7 +363,7 @@ async def test_steps_under_way_may_end_when_the_process_is_to_stop(database, set
         began.append(1)
         await go.wait()
 
-    worker = asyncio.create_task(Worker(database, settings, [], health)._repeat(work))
+    worker = asyncio.create_task(Worker(database, settings, [], health, RegistryKey(bytes(32)))._repeat(work))
     await until(lambda: asyncio.sleep(0, began))
     health.stopping.set()
     await asyncio.sleep(0)

@@ -14,6 +14,7 @@ from nts_core.control import ServerState
 from poolsvc import alarms, members, servers, teams
 from poolsvc.acme import AcmeError
 from poolsvc.db import Database
+from poolsvc.derived import RegistryKey
 from poolsvc.errors import NotFound
 from poolsvc.models import Invitation, Order, OrderStatus, Server
 from poolsvc.worker import ORDERS, Health, Worker, claim
@@ -157,7 +158,7 @@ async def start(database, tuned):
     health, tasks = Health(), []
 
     def run(work=None):
-        worker = Worker(database, settings, [], health)
+        worker = Worker(database, settings, [], health, RegistryKey(bytes(32)))
         worker.health = health
         coroutine = worker.run() if work is None else worker._repeat(lambda now: work(worker, now))
         tasks.append(asyncio.create_task(coroutine))
@@ -334,7 +335,7 @@ class TestAccount:
                 "account_key_file": lab.directory / "account.pem",
             }
         )
-        worker = Worker(database, settings, [], Health())
+        worker = Worker(database, settings, [], Health(), RegistryKey(bytes(32)))
         yield worker
         if worker._account is not None:
             worker._account.close()
