@@ -43,10 +43,10 @@ def _endpoint(text: str) -> str:
 
 def _host_endpoint(text: str) -> str:
     host, _, port = text.rpartition(":")
-    if _HOST.fullmatch(host) is None:
+    if host.startswith("["):
         return _endpoint(text)
-    if re.fullmatch(r"[0-9]{1,5}", port) is None or int(port) >= 65536:
-        raise ValueError("write it as HOST:PORT")
+    if _HOST.fullmatch(host) is None or re.fullmatch(r"[0-9]{1,5}", port) is None or int(port) >= 65536:
+        raise ValueError("write it as HOST:PORT, and IPv6 as [ADDRESS]:PORT")
     return text
 
 
