@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from email.message import EmailMessage
 from email.policy import SMTPUTF8
-from typing import Any, Self, cast
+from typing import Any, Self
 
 from aiosmtpd.smtp import SMTP, AuthResult, Envelope, LoginPassword, Session
 
@@ -26,7 +26,7 @@ class Received:
 
     @property
     def message(self) -> EmailMessage:
-        return cast("EmailMessage", email.message_from_bytes(self.octets, policy=SMTPUTF8))
+        return email.message_from_bytes(self.octets, policy=SMTPUTF8)
 
 
 class MailServer:
@@ -104,7 +104,7 @@ class MailServer:
                 Received(
                     envelope.mail_from or "",
                     list(envelope.rcpt_tos),
-                    bytes(envelope.content or b""),
+                    envelope.original_content or b"",
                     encrypted=session.ssl is not None or self._implicit_tls,
                     user=None if user is None else user.decode(),
                 )

@@ -9,10 +9,12 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from email.message import EmailMessage
+from types import MappingProxyType
+from typing import Any
 
 import structlog
 from sqlalchemy import delete, func, select
@@ -29,6 +31,7 @@ from poolsvc.models import (
     Delivery,
     DeliveryStatus,
     Invitation,
+    Member,
     Membership,
     Notice,
     SentMail,
@@ -168,7 +171,9 @@ class Post:
             return None
         session.add(SentMail(recipient=tag, at=now))
         await session.flush()
-        texts = [notice_text(self._settings, row.notice, self._token(row.notice)) for row in rows]
+        texts = [notice_text(self._settings, row.notice) for row in rows]
+        if is_link:
+            texts = [await self._link(session, kinds[0], rows[0].notice)]
         message = self._mailer.compose(
             recipient,
             texts[0] if len(texts) == 1 else joined(texts),
@@ -178,9 +183,17 @@ class Post:
         )
         return Letter(tuple(row.id for row in rows), recipient, message, is_link)
 
-    def _token(self, notice: Notice) -> str | None:
-        kind = NoticeKind(notice.kind)
-        return self._key.token(_LINKS[kind], notice.data[_LINK_ID[kind]]) if kind in _LINKS else None
+    async def _link(self, session: AsyncSession, kind: NoticeKind, notice: Notice) -> Text:
+        """The text with the secret, and with what an invitation is to."""
+        identifier = notice.data[_LINK_ID[kind]]
+        more: dict[str, Any] = {}
+        if kind is NoticeKind.INVITATION:
+            offer = await session.get_one(Invitation, identifier)
+            member = await session.get(Member, offer.member_id) if offer.member_id is not None else None
+            more = {"role": offer.role, "expires_at": offer.expires_at.isoformat()}
+            more |= {} if member is None else {"member": member.name}
+        token = self._key.token(_LINKS[kind], identifier)
+        return notice_text(self._settings, notice, token=token, more=more)
 
     async def send(self, letter: Letter, now: datetime) -> None:
         """Send one mail and record what came of it."""
@@ -274,11 +287,17 @@ class Post:
             return due
 
 
-def notice_text(settings: Settings, notice: Notice, token: str | None = None) -> Text:
+def notice_text(
+    settings: Settings,
+    notice: Notice,
+    *,
+    token: str | None = None,
+    more: Mapping[str, Any] = MappingProxyType({}),
+) -> Text:
     """The words of a notice of this pool."""
     return text_of(
         NoticeKind(notice.kind),
-        notice.data,
+        {**notice.data, **more},
         at=notice.at,
         pool=settings.pool,
         public_url=settings.public_url,

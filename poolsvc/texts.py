@@ -69,59 +69,50 @@ _TEXTS: Mapping[NoticeKind, _Words] = {
     _K.MEMBER_APPROVED: _words(
         "your account is approved",
         "The pool's operator has approved your account on {at}.",
-        "Member: {member}",
         "What to do: register your servers.",
     ),
     _K.MEMBER_BLOCKED: _words(
         "your account is blocked",
         "The pool's operator has blocked your account on {at}. You can still look, export and leave.",
-        "Member: {member}",
         _REASON,
         "What to do: ask the pool's operator.",
     ),
     _K.MEMBER_UNBLOCKED: _words(
         "your account is no longer blocked",
         "The pool's operator has unblocked your account on {at}. You can do all that you could before.",
-        "Member: {member}",
         _REASON,
     ),
     _K.USER_JOINED: _words(
         "somebody has joined your account",
         "A person can act for your account since {at}.",
-        "Member: {member}",
-        "Person: {user}",
+        "Person: user {user}",
         "Role: {role}",
         f"What to do: nothing, if you invited them. {_NOT_YOU}",
     ),
     _K.USER_LEFT: _words(
         "somebody has left your account",
         "A person can no longer act for your account since {at}.",
-        "Member: {member}",
-        "Person: {user}",
+        "Person: user {user}",
         _REASON,
         f"What to do: nothing, if you know of it. {_NOT_YOU}",
     ),
     _K.IDENTITY_CHANGED: _words(
         "how somebody signs in has changed",
         "A person of your account has changed on {at} how they sign in.",
-        "Member: {member}",
-        "Person: {user}",
-        "What changed: {change}",
+        "Person: user {user}",
+        "What changed: {what}",
         f"What to do: nothing, if it was you or somebody you know. {_NOT_YOU}",
     ),
     _K.SERVER_OFFERED: _words(
         "{server} is offered to another member",
         "The server {server} was offered on {at} to another member of the pool.",
-        "From: {from_member}",
-        "To: {to_member}",
-        "The offer ends on {expires_at}.",
+        "Offer: number {transfer}",
         "What to do: an owner of the other member accepts or declines it.",
     ),
     _K.SERVER_MOVED: _words(
         "{server} has moved to another member",
         "The server {server} belongs to another member since {at}. It went on serving meanwhile.",
-        "From: {from_member}",
-        "To: {to_member}",
+        "Offer: number {transfer}",
         _NOT_YOU,
     ),
     _K.WEBHOOK_DISABLED: _words(
@@ -167,7 +158,7 @@ _TEXTS: Mapping[NoticeKind, _Words] = {
         "{server}: {address} is withdrawn",
         "The address {address} of {server} is out of DNS since {at}. The server's other addresses go on.",
         _REASON,
-        "What to do: repair the address, or remove it; it comes back by itself when it is good again.",
+        "What to do: repair the address. One with a bad score comes back by itself when that is good again.",
     ),
     _K.CERTIFICATE_TROUBLE: _words(
         "{server}: trouble with its certificate",
@@ -228,6 +219,39 @@ _TEXTS: Mapping[NoticeKind, _Words] = {
         "What to do: stop and remove the agent.",
     ),
 }
+# A mail of the kind SIGN_IN with another purpose has this in its data, as `letter`.
+_LETTERS: Mapping[str, _Words] = {
+    "sign-up": _words(
+        "your new account at {pool}",
+        "Somebody, probably you, wants to make an account with this mail address. Open this link to make it:",
+        "    {url}/sign-in#{token}",
+        "It is good once and for a short time. For programs that use the API, the token alone:",
+        "    {token}",
+        "If it was not you, do nothing: no account is made, and your address is forgotten.",
+    ),
+    "has-account": _words(
+        "you have an account at {pool}",
+        "Somebody, probably you, wants a new account with this mail address, which has one. To sign in:",
+        "    {url}/sign-in#{token}",
+        "It is good once and for a short time. For programs that use the API, the token alone:",
+        "    {token}",
+        "If it was not you, do nothing: without the link nobody gets in. Never pass it on.",
+    ),
+    "new-address": _words(
+        "your new mail address at {pool}",
+        "Somebody, probably you, wants an account to have this mail address. Sign in, then open this link:",
+        "    {url}/sign-in#{token}",
+        "It is good once and for a short time. For programs that use the API, the token alone:",
+        "    {token}",
+        "If it was not you, do nothing: the account does not get the address.",
+    ),
+    "no-account": _words(
+        "you have no account at {pool}",
+        "Somebody, probably you, wanted to sign in with this mail address, which has no account here.",
+        "What to do: make one, or use the address that your account has.",
+        "If it was not you, do nothing.",
+    ),
+}
 _HOLD_REMEDIES = {
     HoldKind.SCORE: REMEDIES[Stage.SCORE],
     HoldKind.CERTIFICATE: REMEDIES[Stage.CERTIFICATE],
@@ -252,6 +276,8 @@ def text_of(
     known |= {"pool": pool, "url": public_url, "token": token}
     values = {name: _value(name, value) for name, value in known.items() if value is not None}
     words = _TEXTS[kind]
+    if kind is NoticeKind.SIGN_IN:
+        words = _LETTERS.get(str(data.get("letter")), words)
     lines = [line.format_map(values) for line in words.lines if _names(line) <= values.keys()]
     missing = dict.fromkeys(_names(words.subject) - values.keys(), "?")
     subject = words.subject.format_map(values | missing)[:_MAX_SUBJECT]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from nts_core.control import Stage
 from poolsvc.explain import REMEDIES
 from poolsvc.notices import NoticeKind
-from poolsvc.texts import _TEXTS, joined, text_of
+from poolsvc.texts import _LETTERS, _TEXTS, joined, text_of
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 POOL, URL = "pool.example", "https://registry.example.net"
@@ -126,6 +126,13 @@ def test_a_link_has_its_token_in_the_fragment_and_alone(kind, path):
     body = text(kind, {}, token=SECRET).body
     assert f"    {URL}/{path}#{SECRET}\n" in body
     assert f"\n    {SECRET}\n" in body
+
+
+@pytest.mark.parametrize("letter", list(_LETTERS))
+def test_a_letter_has_its_link_unless_there_is_no_account(letter):
+    found = text(NoticeKind.SIGN_IN, {"letter": letter, "sign_in": 12}, token=SECRET)
+    assert found != text(NoticeKind.SIGN_IN, {}, token=SECRET)
+    assert (SECRET in found.body) == (letter != "no-account")
 
 
 def test_several_notices_are_one_text_with_all_of_them():
