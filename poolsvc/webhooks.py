@@ -33,6 +33,7 @@ MAX_WEBHOOKS = 5  # of one member
 _CREATED_PER_HOUR = 10  # each is a call to where its member says
 _HOUR = timedelta(hours=1)
 MAX_URL = 500
+_MAX_PORT = 65535
 DEADLINE = 10.0
 # Far more than an endpoint has to say; the body of a notice's answer is not looked at.
 _MAX_ANSWER = 64 * 1024
@@ -56,7 +57,8 @@ def check_url(settings: Settings, text: str) -> str:
         url = httpx.URL("")
     schemes = ("https", "http") if settings.allow_private_addresses else ("https",)
     is_plain = text.isascii() and text.isprintable() and " " not in text and len(text) <= MAX_URL
-    if not is_plain or url.scheme not in schemes or not url.host or url.userinfo or url.fragment:
+    is_whole = url.host and (url.port or 0) <= _MAX_PORT
+    if not is_plain or url.scheme not in schemes or not is_whole or url.userinfo or url.fragment:
         raise InvalidUrl(
             "not the address of a webhook",
             remedy=f"write it as https://HOST/PATH, with {MAX_URL} characters at most and no password in it",
