@@ -9,8 +9,8 @@
 
 import asyncio
 import ssl
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 from email.headerregistry import Address
 from email.message import EmailMessage
@@ -70,6 +70,17 @@ class Mailer:
 
     async def send(self, message: EmailMessage, recipient: str) -> None:
         """Hand the message over. Raises MailError."""
+        async with self._connection() as client:
+            await client.send_message(message, sender=self._settings.sender, recipients=[recipient])
+
+    async def try_out(self) -> None:
+        """Connect as for a mail, and send none. Raises MailError."""
+        async with self._connection() as client:
+            await client.noop()
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[aiosmtplib.SMTP]:
+        """A connection on which we may send; whatever goes wrong with it is a MailError."""
         host, port = split_endpoint(self._settings.smtp)
         client = aiosmtplib.SMTP(
             hostname=host,
@@ -85,7 +96,7 @@ class Mailer:
         try:
             async with asyncio.timeout(DEADLINE):
                 await client.connect()
-                await client.send_message(message, sender=self._settings.sender, recipients=[recipient])
+                yield client
         except aiosmtplib.SMTPRecipientsRefused as error:
             raise _refused(error.recipients[0]) from None
         except aiosmtplib.SMTPDataError as error:

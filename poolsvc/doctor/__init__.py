@@ -9,7 +9,7 @@ import asyncio
 import dns.resolver
 
 from poolsvc.config import ConfigError
-from poolsvc.doctor import ca, host, zone
+from poolsvc.doctor import ca, host, mail, zone
 from poolsvc.doctor.report import DEADLINE, Check, Examination, Result, Unknowable, Verdict, fail, skipped
 from poolsvc.errors import PoolError
 from poolsvc.publisher import Nameserver
@@ -33,6 +33,7 @@ CHECKS = (
     Check("ds", zone.ds),
     Check("chain", zone.chain),
     Check("ca", ca.directory),
+    Check("mail", mail.server),
 )
 
 

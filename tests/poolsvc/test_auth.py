@@ -9,11 +9,24 @@ import pytest
 from sqlalchemy import select, update
 
 from nts_core.control import ServerState
-from poolsvc import auth, members, teams, transfers
+from poolsvc import auth, members, notices, teams, transfers
 from poolsvc.auth import PERMISSIONS, Operation, Principal, Role
 from poolsvc.derived import Purpose, RegistryKey
 from poolsvc.errors import Forbidden, TokenExpired, TokenUsed, Unauthenticated
-from poolsvc.models import Base, Member, MemberRole, Scope, StaffRole, Token, TokenKind, User
+from poolsvc.models import (
+    Base,
+    Delivery,
+    DeliveryStatus,
+    Member,
+    MemberRole,
+    Scope,
+    StaffRole,
+    Token,
+    TokenKind,
+    User,
+    Webhook,
+)
+from poolsvc.notices import NoticeKind
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 KEY = base64.b64encode(bytes(range(32))).decode()
@@ -171,6 +184,7 @@ async def world(registry):
     async with registry.database.transaction() as session:
         await session.execute(update(User).values(confirmed_at=NOW))
         await session.execute(update(Member).where(Member.id == foreigner).values(opaque_id=OPAQUE))
+    numbers |= await hooks_of(registry, owner)
 
     def path(template):
         """An endpoint's path with what the world has for it."""
@@ -178,6 +192,28 @@ async def world(registry):
         return template.format(**{"name": "alice", "member": owner, "user": colleague.id} | GONE | own)
 
     return SimpleNamespace(tokens=tokens, foreign=foreign, server=server, owner=owner, path=path)
+
+
+async def hooks_of(registry, owner):
+    """Webhooks and a delivery: the ids for the endpoints that each take one in a state of its own."""
+    async with registry.database.transaction() as session:
+        given_up, enabled = [
+            Webhook(member_id=owner, url="https://example.org/", created_at=NOW, enabled_at=at)
+            for at in (None, NOW)
+        ]
+        session.add_all((given_up, enabled))
+        notice = await notices.announce(session, NoticeKind.ADMITTED, member_id=owner, now=NOW)
+        failed = await session.scalar(
+            select(Delivery).where(Delivery.notice_id == notice.id, Delivery.webhook_id == enabled.id)
+        )
+        failed.status = DeliveryStatus.FAILED
+    return {
+        HOOKS + "/{hook}": {"hook": enabled.id},
+        HOOKS + "/{hook}/rotate": {"hook": enabled.id},
+        HOOKS + "/{hook}/test": {"hook": enabled.id},
+        HOOKS + "/{hook}/enable": {"hook": given_up.id},
+        "/v1/deliveries/{delivery}/retry": {"delivery": failed.id},
+    }
 
 
 async def offers(registry, owner, foreigner, colleague):
@@ -207,6 +243,7 @@ INVITATION, OPAQUE = 1, "0123456789abcdef"
 ACCEPT = {"token": RegistryKey(bytes(32)).token(Purpose.INVITATION, INVITATION)}
 EMAIL, REASON = {"email": "new@example.org"}, {"reason": "a test"}
 MEMBER, USER = "/v1/members/{member}", "/v1/users/{user}"
+HOOKS, HOOK = MEMBER + "/webhooks", {"url": "https://example.org/"}
 # Method, path, body, and the operation that it needs; in an order in which each can succeed once.
 ENDPOINTS = [
     ("GET", "/v1/me", None, Operation.READ_SELF),
@@ -228,6 +265,14 @@ ENDPOINTS = [
     ("PUT", MEMBER + "/block", REASON, Operation.JUDGE_MEMBER),
     ("DELETE", MEMBER + "/block", None, Operation.JUDGE_MEMBER),
     ("GET", MEMBER + "/events", None, Operation.READ_MEMBER),
+    ("POST", HOOKS, HOOK, Operation.MANAGE_WEBHOOKS),
+    ("GET", HOOKS, None, Operation.READ_MEMBER),
+    ("POST", HOOKS + "/{hook}/rotate", None, Operation.MANAGE_WEBHOOKS),
+    ("POST", HOOKS + "/{hook}/enable", None, Operation.MANAGE_WEBHOOKS),
+    ("POST", HOOKS + "/{hook}/test", None, Operation.MANAGE_WEBHOOKS),
+    ("POST", "/v1/deliveries/{delivery}/retry", None, Operation.MANAGE_WEBHOOKS),
+    ("DELETE", HOOKS + "/{hook}", None, Operation.MANAGE_WEBHOOKS),
+    ("GET", MEMBER + "/notices", None, Operation.READ_MEMBER),
     ("GET", MEMBER + "/users", None, Operation.READ_MEMBER),
     ("PATCH", MEMBER + "/users/{user}", {"role": "owner"}, Operation.MANAGE_USERS),
     ("POST", MEMBER + "/invitations", EMAIL, Operation.MANAGE_USERS),

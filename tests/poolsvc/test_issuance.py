@@ -4,14 +4,15 @@ import asyncio
 from datetime import timedelta
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import select, update
 
 from lab.processes import free_port
 from nts_core.control import ACME_PATH, ServerState
 from poolsvc import issuance, servers
 from poolsvc.acme import OrderState
 from poolsvc.certificates import chain_facts, check_chain, renew_at
-from poolsvc.models import Order, OrderStatus
+from poolsvc.models import Notice, Order, OrderStatus
+from poolsvc.notices import NoticeKind
 
 NAME = "alice.servers.pool.example"
 S = OrderStatus
@@ -49,6 +50,7 @@ async def test_a_whole_order_one_step_a_process(flow):
     assert flow.pebble.certificate_status(order.serial) == "Valid"
     server = await flow.server()
     assert server.order_due_at == renew_at(facts.not_before, facts.not_after)
+    assert server.order_due_at < order.ending_due_at < order.not_after
     assert (server.order_failures, server.probe_due_at) == (0, flow.now)
     assert issuance.newest(server).fingerprint == facts.fingerprint
     assert issuance.challenges(server) == ()
@@ -112,6 +114,11 @@ async def test_a_challenge_that_the_ca_cannot_fetch_fails_the_order_and_later_on
         assert (await flow.server()).order_due_at == server.order_due_at, "cleaning up changes no schedule"
         flow.now = server.order_due_at
     assert (await flow.server()).order_failures == 5
+    async with flow.database.transaction() as session:
+        found = select(Notice).where(Notice.kind == NoticeKind.CERTIFICATE_TROUBLE)
+        (notice,) = await session.scalars(found)
+    assert notice.data["reason"].startswith("connection: "), "the first of a series is told"
+    assert notice.data["next_at"] == (notice.at + timedelta(seconds=60)).isoformat()
     assert issuance.newest(await flow.server()) is None
 
 

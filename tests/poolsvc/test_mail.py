@@ -14,6 +14,8 @@ from lab.smtp import MailServer
 from poolsvc import mail
 from poolsvc.certificates import DETAIL_LIMIT
 from poolsvc.config import MailSettings
+from poolsvc.doctor.mail import server as examine_server
+from poolsvc.doctor.report import Examination, Verdict
 from poolsvc.mail import Mailer, MailError, envelope
 from poolsvc.texts import Text
 
@@ -191,6 +193,21 @@ async def test_a_server_that_ends_after_taking_a_mail_has_taken_it(mailer):
         await send(mailer(server.sockets[0].getsockname()[1], security="none"))
         server.close()
     assert any(line.startswith(b"DATA") for line in lines)
+
+
+async def test_the_doctor_tells_whether_mail_would_go_out_and_sends_none(settings, mailer, good, tmp_path):
+    async def examined(port, **options):
+        made = None if port is None else mailer(port, **options)._settings
+        changed = settings.model_copy(update={"mail": made})
+        return await examine_server(Examination(changed, tmp_path / "x", NOW))
+
+    assert (await examined(None)).verdict is Verdict.WARN
+    async with MailServer(tls=good, password=("registry", "correct")) as server:
+        assert (await examined(server.port, username="registry")).verdict is Verdict.OK
+        wrong = await examined(server.port, username="registry", password="other")
+        assert (wrong.verdict, "535" in wrong.found) == (Verdict.FAIL, True)
+        assert server.received == []
+    assert (await examined(free_port())).verdict is Verdict.FAIL
 
 
 @pytest.mark.parametrize(
