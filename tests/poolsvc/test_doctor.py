@@ -107,6 +107,7 @@ def test_a_pool_in_order(site):
     results = examined(site.examination())
     assert [*results] == [check.name for check in doctor.CHECKS]
     expected = dict.fromkeys(results, Verdict.OK) | {"caa": Verdict.WARN, "ca": results["ca"].verdict}
+    expected["mail"] = Verdict.WARN  # the laboratory sends none
     del results["clock"], expected["clock"]
     assert {name: result.verdict for name, result in results.items()} == expected, results
     assert results["ca"].verdict is not Verdict.FAIL
