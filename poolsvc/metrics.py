@@ -15,7 +15,7 @@ from nts_core.control import ServerState
 from poolsvc import servers
 from poolsvc.db import Database
 from poolsvc.listener import Listeners
-from poolsvc.models import Address, Order, Server
+from poolsvc.models import Address, Delivery, Order, Server, Webhook
 from poolsvc.readiness import Look
 from poolsvc.worker import Health
 
@@ -28,6 +28,8 @@ _DUE: dict[str, InstrumentedAttribute[datetime | None]] = {
     "advance_orders": Order.due_at,
     "probe": Server.probe_due_at,
     "remove": Server.removal_due_at,
+    "deliver": Delivery.due_at,
+    "challenge_webhooks": Webhook.challenge_due_at,
 }
 
 
@@ -104,6 +106,7 @@ class Metrics:
         up = GaugeMetricFamily("poolsvc_up", "1 unless this part of the pool fails.", labels=["part"])
         up.add_metric(["ca"], health.ca is None)
         up.add_metric(["dns"], health.dns is None)
+        up.add_metric(["mail"], health.mail is None)
         up.add_metric(["database"], self._figures is not None)
         yield up
         for name, text, moment in (

@@ -1,21 +1,22 @@
 """What members were told, what came of it, and their webhooks."""
 
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter
 from pydantic import Field
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import selectinload
 
-from poolsvc import deliveries, webhooks
+from poolsvc import deliveries, members, webhooks
 from poolsvc.api.idempotent import idempotent
+from poolsvc.api.paging import Page, PagingDep
 from poolsvc.api.request import Document, IdPath, NowDep, PrincipalDep, ServicesDep, SessionDep
 from poolsvc.auth import Operation
 from poolsvc.config import Settings
 from poolsvc.errors import NotFound, WrongState
-from poolsvc.models import Channel, Delivery, DeliveryStatus, Member, Notice, Webhook
+from poolsvc.models import Channel, Delivery, DeliveryStatus, Notice, Webhook
 
 router = APIRouter(prefix="/v1")
 
@@ -64,17 +65,15 @@ class NoticeView(Document):
     deliveries: list[DeliveryView]
 
 
-class NoticePage(Document):
-    items: list[NoticeView]
-    before: int | None = Field(description="`before` of the next page; null on the last one")
-
-
 @router.get("/members/{member}/webhooks")
-async def list_webhooks(member: IdPath, principal: PrincipalDep, session: SessionDep) -> list[WebhookView]:
+async def list_webhooks(
+    member: IdPath, principal: PrincipalDep, session: SessionDep, paging: PagingDep
+) -> Page[WebhookView]:
     """The webhooks of a member."""
     await _check(session, principal, Operation.READ_MEMBER, member)
     found = select(Webhook).where(Webhook.member_id == member, Webhook.deleted_at.is_(None))
-    return [_webhook(hook) for hook in await session.scalars(found.order_by(Webhook.id))]
+    rows, after = await paging.rows(session, found, Webhook.id)
+    return Page(items=[_webhook(hook) for hook in rows], next=after)
 
 
 @router.post("/members/{member}/webhooks", status_code=201)
@@ -141,23 +140,13 @@ async def try_webhook(
 
 @router.get("/members/{member}/notices")
 async def list_notices(
-    member: IdPath,
-    principal: PrincipalDep,
-    services: ServicesDep,
-    session: SessionDep,
-    before: Annotated[int | None, Query(ge=1, le=2**31 - 1, description="older than this one")] = None,
-    limit: Annotated[int, Query(ge=1, le=200)] = 50,
-) -> NoticePage:
+    member: IdPath, principal: PrincipalDep, services: ServicesDep, session: SessionDep, paging: PagingDep
+) -> Page[NoticeView]:
     """What a member was told, newest first, with what came of each delivery."""
     await _check(session, principal, Operation.READ_MEMBER, member)
     found = select(Notice).where(Notice.member_id == member).options(selectinload(Notice.deliveries))
-    if before is not None:
-        found = found.where(Notice.id < before)
-    rows = list(await session.scalars(found.order_by(Notice.id.desc()).limit(limit + 1)))
-    return NoticePage(
-        items=[_notice(services.settings, row) for row in rows[:limit]],
-        before=rows[limit - 1].id if len(rows) > limit else None,
-    )
+    rows, after = await paging.rows(session, found, Notice.id, newest_first=True)
+    return Page(items=[_notice(services.settings, row) for row in rows], next=after)
 
 
 @router.post("/deliveries/{delivery}/retry", status_code=202)
@@ -183,8 +172,7 @@ async def retry_delivery(
 
 async def _check(session: AsyncSession, principal: PrincipalDep, operation: Operation, member: int) -> None:
     principal.may(operation, member=member)
-    if await session.get(Member, member) is None:
-        raise NotFound("there is no such member", remedy="check its id")
+    await members.get(session, member)
 
 
 async def _find(session: AsyncSession, principal: PrincipalDep, member: int, hook: int) -> Webhook:
