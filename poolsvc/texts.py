@@ -15,7 +15,7 @@ from typing import Any
 from nts_core.control import Stage
 from poolsvc.explain import REMEDIES
 from poolsvc.models import HoldKind
-from poolsvc.notices import NoticeKind
+from poolsvc.notices import Letter, NoticeKind
 
 _MAX_VALUE = 300
 _MAX_SUBJECT = 150
@@ -219,9 +219,9 @@ _TEXTS: Mapping[NoticeKind, _Words] = {
         "What to do: stop and remove the agent.",
     ),
 }
-# A mail of the kind SIGN_IN with another purpose has this in its data, as `letter`.
-_LETTERS: Mapping[str, _Words] = {
-    "sign-up": _words(
+# The kind SIGN_IN with another letter than SIGN_IN.
+_LETTERS: Mapping[Letter, _Words] = {
+    Letter.SIGN_UP: _words(
         "your new account at {pool}",
         "Somebody, probably you, wants to make an account with this mail address. Open this link to make it:",
         "    {url}/sign-in#{token}",
@@ -229,7 +229,7 @@ _LETTERS: Mapping[str, _Words] = {
         "    {token}",
         "If it was not you, do nothing: no account is made, and your address is forgotten.",
     ),
-    "has-account": _words(
+    Letter.HAS_ACCOUNT: _words(
         "you have an account at {pool}",
         "Somebody, probably you, wants a new account with this mail address, which has one. To sign in:",
         "    {url}/sign-in#{token}",
@@ -237,7 +237,7 @@ _LETTERS: Mapping[str, _Words] = {
         "    {token}",
         "If it was not you, do nothing: without the link nobody gets in. Never pass it on.",
     ),
-    "new-address": _words(
+    Letter.NEW_ADDRESS: _words(
         "your new mail address at {pool}",
         "Somebody, probably you, wants an account to have this mail address. Sign in, then open this link:",
         "    {url}/sign-in#{token}",
@@ -245,7 +245,7 @@ _LETTERS: Mapping[str, _Words] = {
         "    {token}",
         "If it was not you, do nothing: the account does not get the address.",
     ),
-    "no-account": _words(
+    Letter.NO_ACCOUNT: _words(
         "you have no account at {pool}",
         "Somebody, probably you, wanted to sign in with this mail address, which has no account here.",
         "What to do: make one, or use the address that your account has.",
@@ -276,8 +276,9 @@ def text_of(
     known |= {"pool": pool, "url": public_url, "token": token}
     values = {name: _value(name, value) for name, value in known.items() if value is not None}
     words = _TEXTS[kind]
-    if kind is NoticeKind.SIGN_IN:
-        words = _LETTERS.get(str(data.get("letter")), words)
+    letter = data.get("letter")
+    if kind is NoticeKind.SIGN_IN and letter in tuple(Letter):
+        words = _LETTERS.get(Letter(letter), words)
     lines = [line.format_map(values) for line in words.lines if _names(line) <= values.keys()]
     missing = dict.fromkeys(_names(words.subject) - values.keys(), "?")
     subject = words.subject.format_map(values | missing)[:_MAX_SUBJECT]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from nts_core.control import Stage
 from poolsvc.explain import REMEDIES
-from poolsvc.notices import NoticeKind
+from poolsvc.notices import Letter, NoticeKind
 from poolsvc.texts import _LETTERS, _TEXTS, joined, text_of
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -133,6 +133,11 @@ def test_a_letter_has_its_link_unless_there_is_no_account(letter):
     found = text(NoticeKind.SIGN_IN, {"letter": letter, "sign_in": 12}, token=SECRET)
     assert found != text(NoticeKind.SIGN_IN, {}, token=SECRET)
     assert (SECRET in found.body) == (letter != "no-account")
+
+
+def test_there_are_words_for_every_letter():
+    assert set(_LETTERS) == set(Letter) - {Letter.SIGN_IN}
+    assert text(NoticeKind.SIGN_IN, {"letter": "sign-in"}) == text(NoticeKind.SIGN_IN, {})
 
 
 def test_several_notices_are_one_text_with_all_of_them():
