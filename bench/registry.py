@@ -7,9 +7,9 @@ processes that an operator would run: one `poolsvc serve --role api` and one `--
 import argparse
 import asyncio
 import json
+import math
 import os
 import random
-import statistics
 import sys
 import tempfile
 import time
@@ -78,8 +78,9 @@ class Latency:
 
     @classmethod
     def of(cls, answers: Sequence[Answer]) -> "Latency":
-        cuts = statistics.quantiles([answer.seconds * 1000 for answer in answers], n=100)
-        return cls(len(answers), cuts[49], cuts[94], cuts[98])
+        times = sorted(answer.seconds * 1000 for answer in answers)
+        p50, p95, p99 = (times[math.ceil(len(times) * part) - 1] for part in (0.5, 0.95, 0.99))
+        return cls(len(times), p50, p95, p99)
 
 
 class Bench:

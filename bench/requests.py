@@ -36,7 +36,8 @@ class Answer:
 class Client:
     """Keeps as many connections as it needs, up to a bound, and uses each for one request at a time."""
 
-    def __init__(self, port: int, connections: int = 100) -> None:
+    # The registry gives one address 64.
+    def __init__(self, port: int, connections: int = 48) -> None:
         self._port = port
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
         self._slots = asyncio.Semaphore(connections)
@@ -59,10 +60,7 @@ class Client:
                 writer.close()
 
     async def _ask(self, octets: bytes) -> int:
-        if self._idle:
-            reader, writer = self._idle.pop()
-        else:
-            reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
+        reader, writer = await self._connection()
         writer.write(octets)
         head = await reader.readuntil(b"\r\n\r\n")
         fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:-2])
@@ -72,3 +70,12 @@ class Client:
         else:
             self._idle.append((reader, writer))
         return int(head[9:12])
+
+    async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """An idle connection that the server has not closed meanwhile, or a new one."""
+        while self._idle:
+            reader, writer = self._idle.pop()
+            if not reader.at_eof():
+                return reader, writer
+            writer.close()
+        return await asyncio.open_connection("127.0.0.1", self._port)
