@@ -5,9 +5,15 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 from pydantic import Field
+from sqlalchemy import select
+from sqlalchemy.orm import selectinload
 
+from nts_core.control import ServerState
 from poolsvc import alarms, samples, servers
+from poolsvc.api.paging import Page, PagingDep
 from poolsvc.api.request import Document, NowDep, ServicesDep, SessionDep
+from poolsvc.config import Settings
+from poolsvc.models import Server
 
 router = APIRouter(prefix="/v1")
 
@@ -59,3 +65,43 @@ class DayView(Document):
 async def read_history(session: SessionDep, days: Annotated[int, Query(ge=1, le=400)] = 30) -> list[DayView]:
     """How many servers the pool had, day by day, the newest first; needs no token."""
     return [DayView.model_validate(row) for row in await samples.history(session, days)]
+
+
+class PublicServerView(Document):
+    """A server whose member agreed to have it shown."""
+
+    name: str
+    domain: str
+    state: ServerState
+    state_since: datetime
+    in_dns: bool = Field(description="whether the SRV answer may hold it now")
+    addresses: list[str] = Field(description="those in DNS")
+    member: str | None = Field(description="the member's name, if that may be shown")
+    operator_id: str = Field(description="equal for all servers of one member")
+
+
+@router.get("/pool/servers")
+async def list_public_servers(
+    services: ServicesDep, session: SessionDep, paging: PagingDep
+) -> Page[PublicServerView]:
+    """The servers whose members agreed to have them shown; needs no token."""
+    shown = (
+        select(Server)
+        .where(Server.public, Server.state.in_(servers.NAMED_STATES))
+        .options(selectinload(Server.addresses), selectinload(Server.member))
+    )
+    rows, following = await paging.rows(session, shown, Server.id)
+    return Page(items=[_public(services.settings, row) for row in rows], next=following)
+
+
+def _public(settings: Settings, server: Server) -> PublicServerView:
+    return PublicServerView(
+        name=server.name,
+        domain=settings.domain_of(server.name),
+        state=server.state,
+        state_since=server.state_since,
+        in_dns=server.state is ServerState.ACTIVE and server.listed_at is not None,
+        addresses=servers.published_addresses(server),
+        member=server.member.name if server.member.public else None,
+        operator_id=server.member.opaque_id,
+    )

@@ -98,6 +98,35 @@ async def test_everybody_may_see_the_pool_and_nothing_of_its_members(alice):
     }
 
 
+async def test_servers_are_shown_to_everybody_only_if_their_member_agreed(world):
+    registry = world.registry
+    shown = await registry.server("shown", "198.18.1.1", "198.18.1.2", state=ServerState.ACTIVE)
+    named = await registry.server("named", "198.18.1.3", state=ServerState.VERIFIED)
+    await registry.server("hidden", "198.18.1.4", state=ServerState.ACTIVE)
+    gone = await registry.server("gone", "198.18.1.5", state=ServerState.REMOVED)
+    young = await registry.server("young", "198.18.1.6")
+    for identifier in (shown, named, gone, young):
+        async with registry.change(identifier) as (_, server):
+            server.public = True
+    async with registry.change(shown) as (session, server):
+        server.addresses[1].proved_at, server.listed_at = None, NOW
+        member = await session.get_one(Member, server.member_id)
+        member.public = True
+    answer = await world.public.get("/v1/pool/servers")
+    first, second = answer.json()["items"]
+    assert first == {
+        "name": "shown",
+        "domain": "shown.servers.pool.example",
+        "state": "active",
+        "state_since": first["state_since"],
+        "in_dns": True,
+        "addresses": ["198.18.1.1"],
+        "member": "member of shown",
+        "operator_id": member.opaque_id,
+    }
+    assert (second["name"], second["in_dns"], second["member"]) == ("named", False, None)
+
+
 async def test_what_any_worker_sees_is_public_while_that_worker_lives(alice, registry):
     """The API of one process shows what the workers of all of them say."""
     dns, ca = "DNS: not every authoritative server shows the zone", "CA: away"

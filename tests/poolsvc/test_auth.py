@@ -331,6 +331,7 @@ LAST = [
 # These need no token: what everybody may see, and how somebody comes by a token.
 PUBLIC = {
     ("GET", "/v1/pool"),
+    ("GET", "/v1/pool/servers"),
     ("GET", "/v1/pool/history"),
     ("POST", "/v1/agent/rejoin-challenge"),
     ("POST", "/v1/agent/rejoin"),
