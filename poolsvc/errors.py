@@ -83,6 +83,12 @@ class ReservedName(InvalidName):
     code = "reserved-name"
 
 
+class ConfusableName(InvalidName):
+    """People would take the name for another one."""
+
+    code = "confusable-name"
+
+
 class InvalidEmail(PoolError):
     status = HTTPStatus.UNPROCESSABLE_ENTITY
     code = "invalid-email"

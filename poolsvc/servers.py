@@ -26,9 +26,10 @@ from sqlalchemy.orm import selectinload
 from nts_core.control import ServerState
 from poolsvc import members, scoring
 from poolsvc.config import Settings
-from poolsvc.errors import AddressTaken, LimitReached, NameTaken, NotFound, WrongState
+from poolsvc.db import queue_for
+from poolsvc.errors import AddressTaken, ConfusableName, LimitReached, NameTaken, NotFound, WrongState
 from poolsvc.models import Address, Event, Hold, HoldKind, Member, Pool, Server
-from poolsvc.names import check_addresses, check_name, is_label
+from poolsvc.names import check_addresses, check_name, is_label, reserved_lookalike, skeleton
 from poolsvc.outbound import Guard
 
 
@@ -110,7 +111,10 @@ async def register(
     *,
     actor: str,
 ) -> Server:
-    """A new server of a member. Raises InvalidName, NameTaken, InvalidAddress, AddressTaken, LimitReached."""
+    """A new server of a member.
+
+    Raises InvalidName, ConfusableName, NameTaken, InvalidAddress, AddressTaken, LimitReached.
+    """
     label = check_name(name)
     checked = check_addresses(addresses, allow_private=settings.allow_private_addresses)
     guard = Guard(settings)
@@ -127,6 +131,7 @@ async def register(
             remedy="choose another name",
             field="name",
         )
+    await _refuse_lookalike(session, member_id, label)
     if (taken := await taken_address(session, checked)) is not None:
         raise AddressTaken(
             f"{taken} belongs to another server of this pool",
@@ -134,7 +139,12 @@ async def register(
             field="addresses",
         )
     server = Server(
-        member_id=member_id, name=label, state=ServerState.REGISTERED, state_since=now, created_at=now
+        member_id=member_id,
+        name=label,
+        skeleton=skeleton(label),
+        state=ServerState.REGISTERED,
+        state_since=now,
+        created_at=now,
     )
     session.add(server)
     await session.flush()
@@ -161,6 +171,27 @@ async def check_room(session: AsyncSession, settings: Settings, member: Member) 
     if (await session.scalar(living) or 0) >= limit:
         raise LimitReached(
             f"a member like this has at most {limit} servers", remedy="remove one, or ask the pool's operator"
+        )
+
+
+async def _refuse_lookalike(session: AsyncSession, member_id: int, label: str) -> None:
+    """Raise ConfusableName when people would take the name for the pool's own, or for another member's server.
+
+    A member may have `time1` and `time-1`; nobody is deceived but itself.
+    """
+    own = skeleton(label)
+    resembled = None if (reserved := reserved_lookalike(label)) is None else f"the reserved name {reserved!r}"
+    if resembled is None:
+        await queue_for(session, f"skeleton {own}")
+        others = select(Server.id).where(
+            Server.skeleton == own, Server.member_id != member_id, Server.released_at.is_(None)
+        )
+        if await session.scalar(others.limit(1)) is not None:
+            # Which one is not said: names of servers that are not public would be told.
+            resembled = "the name of another server"
+    if resembled is not None:
+        raise ConfusableName(
+            f"the name {label!r} looks like {resembled}", remedy="choose another name", field="name"
         )
 
 

@@ -22,7 +22,7 @@ from sqlalchemy import select
 from nts_core.control import ServerState
 from poolsvc import removal, servers
 from poolsvc.db import Database
-from poolsvc.errors import AddressTaken, NameTaken, NotFound, WrongState
+from poolsvc.errors import AddressTaken, ConfusableName, NameTaken, NotFound, WrongState
 from poolsvc.models import Event, Hold, HoldKind
 from poolsvc.publication import Publication
 from poolsvc.servers import TRANSITIONS, EventKind
@@ -173,6 +173,48 @@ async def test_a_name_that_was_in_dns_is_never_given_again(owned):
     await owned.server("alice", state=S.REMOVED)
     with pytest.raises(NameTaken, match="never given again"):
         await register(owned, "alice", "198.18.0.2")
+
+
+async def test_a_name_like_that_of_another_members_server_is_refused_and_ones_own_is_not(owned):
+    await register(owned, "modern", "198.18.0.1")
+    await register(owned, "modem", "198.18.0.2")
+    other = await owned.member("other")
+    for name in ("modern", "m0dern", "mod-ern"):
+        with pytest.raises((ConfusableName, NameTaken)) as caught:
+            await owned.server(name, "198.18.0.3", member=other)
+        assert caught.value.field == "name"
+        if name != "modern":
+            assert caught.value.code == "confusable-name"
+            assert "another server" in caught.value.detail
+
+
+async def test_a_name_like_a_burnt_one_is_refused_and_one_like_a_released_one_is_not(registry):
+    await registry.server("alice", state=S.REMOVED)
+    with pytest.raises(ConfusableName):
+        await registry.server("a1ice", "198.18.0.2")
+    freed = await registry.server("bobby", "198.18.0.3")
+    async with registry.change(freed) as (_, server):
+        server.released_at = NOW
+    await registry.server("bo-bby", "198.18.0.4")
+
+
+async def test_a_name_like_a_reserved_one_is_refused_and_told_so(registry):
+    with pytest.raises(ConfusableName, match="looks like the reserved name 'mail'"):
+        await registry.server("rnail")
+
+
+async def test_of_two_names_alike_that_come_at_once_one_is_registered(postgresql, settings, registry_of):
+    registry = registry_of(postgresql, settings)
+    owners = [await registry.member(f"member {number}") for number in range(2)]
+    names = ("alice", "a1ice")
+    outcomes = await asyncio.gather(
+        *(
+            registry.server(name, f"198.18.0.{number}", member=owners[number])
+            for number, name in enumerate(names)
+        ),
+        return_exceptions=True,
+    )
+    assert sorted(isinstance(outcome, ConfusableName) for outcome in outcomes) == [False, True], outcomes
 
 
 async def test_a_proved_address_has_one_owner_and_an_unproved_claim_keeps_nobody_out(owned):
