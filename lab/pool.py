@@ -63,6 +63,8 @@ reconcile_interval = 2
 tick = 0.1
 step_retry = 0.5
 retry = [1, 2, 4]
+servers_per_member = 1000
+unproved_servers_per_member = 1000
 """
 
 

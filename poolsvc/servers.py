@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 
-from sqlalchemy import func, or_, select, text
+from sqlalchemy import and_, func, or_, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import selectinload
@@ -120,7 +120,9 @@ async def register(
     guard = Guard(settings)
     for address in checked:
         guard.check(address, settings.ports.http, settings.ports.ke)
-    await check_room(session, settings, await members.lock(session, member_id))
+    member = await members.lock(session, member_id)
+    await check_room(session, settings, member)
+    await _refuse_hoarding(session, settings, member)
     held = await session.scalar(
         select(Server).where(Server.name == label, Server.released_at.is_(None)).with_for_update()
     )
@@ -167,10 +169,25 @@ async def register(
 async def check_room(session: AsyncSession, settings: Settings, member: Member) -> None:
     """Raise LimitReached unless a member, which is locked, may have one more server."""
     limit = settings.policy.servers_per_member if member.max_servers is None else member.max_servers
-    living = select(func.count()).where(Server.member_id == member.id, Server.state.not_in(ENDED_STATES))
-    if (await session.scalar(living) or 0) >= limit:
+    # One that is to leave on a later day may stay after all.
+    living = or_(Server.state.not_in(ENDED_STATES), and_(Server.state == _S.LEAVING, Server.leave_at.is_not(None)))
+    count = await session.scalar(select(func.count()).where(Server.member_id == member.id, living)) or 0
+    if count >= limit:
         raise LimitReached(
             f"a member like this has at most {limit} servers", remedy="remove one, or ask the pool's operator"
+        )
+
+
+async def _refuse_hoarding(session: AsyncSession, settings: Settings, member: Member) -> None:
+    """Raise LimitReached for one more registration of a member, which is locked, while several lack a proof."""
+    limit = settings.policy.unproved_servers_per_member
+    unproved = select(func.count()).where(
+        Server.member_id == member.id, Server.state == ServerState.REGISTERED, Server.burnt_at.is_(None)
+    )
+    if (await session.scalar(unproved) or 0) >= limit:
+        raise LimitReached(
+            f"the member has {limit} registrations without a proved address, as many as are allowed",
+            remedy="prove an address of one of them, or remove it",
         )
 
 

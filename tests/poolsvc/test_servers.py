@@ -22,8 +22,8 @@ from sqlalchemy import select
 from nts_core.control import ServerState
 from poolsvc import removal, servers
 from poolsvc.db import Database
-from poolsvc.errors import AddressTaken, ConfusableName, NameTaken, NotFound, WrongState
-from poolsvc.models import Event, Hold, HoldKind
+from poolsvc.errors import AddressTaken, ConfusableName, LimitReached, NameTaken, NotFound, WrongState
+from poolsvc.models import Event, Hold, HoldKind, Member
 from poolsvc.publication import Publication
 from poolsvc.servers import TRANSITIONS, EventKind
 
@@ -215,6 +215,47 @@ async def test_of_two_names_alike_that_come_at_once_one_is_registered(postgresql
         return_exceptions=True,
     )
     assert sorted(isinstance(outcome, ConfusableName) for outcome in outcomes) == [False, True], outcomes
+
+
+async def test_a_member_has_so_many_servers_without_a_proof_and_no_more(owned):
+    first = await register(owned, "one", "198.18.0.1")
+    await register(owned, "two", "198.18.0.2")
+    with pytest.raises(
+        LimitReached, match="2 registrations without a proved address"
+    ) as caught:
+        await register(owned, "three", "198.18.0.3")
+    assert caught.value.remedy
+    async with owned.change(first) as (session, server):
+        await servers.apply(session, server, E.ADDRESS_PROVED, actor="test", reason="", now=NOW)
+    await register(owned, "three", "198.18.0.3")
+
+
+@pytest.mark.parametrize(("own", "allowed"), [(None, 3), (1, 1), (4, 4), (0, 0)])
+async def test_a_members_own_number_of_servers_comes_before_the_pools(registry, tuned, own, allowed):
+    registry.settings = tuned(servers_per_member=3, unproved_servers_per_member=9)
+    owner = await registry.member()
+    async with registry.database.transaction() as session:
+        (await session.get_one(Member, owner)).max_servers = own
+    # What is removed does not count.
+    if allowed:
+        await registry.server("gone", "198.18.3.1", state=S.REMOVED, member=owner)
+    for number in range(allowed):
+        await registry.server(f"s{number}-x", f"198.18.2.{number}", member=owner, state=S.ACTIVE)
+    with pytest.raises(LimitReached, match=f"at most {allowed} servers"):
+        await registry.server("more", "198.18.0.9", member=owner)
+
+
+async def test_of_two_registrations_at_once_only_as_many_as_allowed_succeed(
+    postgresql, settings, registry_of
+):
+    registry = registry_of(postgresql, settings)
+    owner = await registry.member()
+    outcomes = await asyncio.gather(
+        *(registry.server(f"{name}-x", f"198.18.0.{ord(name)}", member=owner) for name in "abdefgh"),
+        return_exceptions=True,
+    )
+    assert sum(isinstance(outcome, int) for outcome in outcomes) == 2
+    assert sum(isinstance(outcome, LimitReached) for outcome in outcomes) == 5
 
 
 async def test_a_proved_address_has_one_owner_and_an_unproved_claim_keeps_nobody_out(owned):
@@ -466,12 +507,13 @@ class Life(RuleBasedStateMachine):
             assert server.released_at is None, "a burnt name is never given again"
 
 
-def test_the_life_of_servers_in_any_order(database_url, settings, registry_of):
+def test_the_life_of_servers_in_any_order(database_url, tuned, registry_of):
     profile = hypothesis.settings(
         max_examples=12, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
     )
     with asyncio.Runner() as runner:
         database = Database(database_url)
+        settings = tuned(servers_per_member=1000, unproved_servers_per_member=1000)
         Life.registry, Life.run = registry_of(database, settings), staticmethod(runner.run)
 
         async def prepare():
