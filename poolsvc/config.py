@@ -183,8 +183,27 @@ class PolicySettings(_Section):
     step_retry: float = Field(10, gt=0, description="wait after a step whose peer (CA, DNS) was down")
     join_token_hours: float = Field(72, gt=0)
     registration_hours: float = Field(72, gt=0, description="after which an unproved name is free again")
+    requests_per_second_and_address: float = Field(20, gt=0, description="of the API, on average")
+    requests_per_second_and_token: float = Field(10, gt=0)
+    request_burst: int = Field(200, ge=1, description="requests at once of one address or token")
+    servers_per_member: int = Field(
+        20, ge=1, description="unless the operator allows a member another number"
+    )
+    members_per_person: int = Field(10, ge=1, description="that one person may own, when they found another")
+    people_per_member: int = Field(50, ge=1)
+    invitation_days: float = Field(7, gt=0, description="after which an invitation is void")
+    pending_invitations: int = Field(5, ge=1, description="of one member at a time")
+    invitations_per_day: int = Field(20, ge=1, description="of one member")
+    transfer_days: float = Field(7, gt=0, description="after which the offer of a server is void")
+    links_per_hour: int = Field(
+        200, ge=1, description="mails with a link to addresses that have no account, to all of them together"
+    )
     unproved_servers_per_member: int = Field(
         2, ge=1, description="a member's registrations without a proved address"
+    )
+    unproved_address_days: float = Field(7, gt=0, description="after which an unproved address is dropped")
+    address_proof_days: float = Field(
+        30, gt=0, description="after which an address that no probe has confirmed is to be proved again"
     )
     require_source_address: bool = Field(
         True, description="proof calls must come from the address itself; false for members behind NAT"

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from nts_core.control import ServerState, Stage, StageStatus
+from poolsvc import servers
 from poolsvc.config import Settings
 from poolsvc.models import Order, OrderStatus, Pool, Server
 
@@ -85,8 +86,16 @@ def _name(server: Server) -> StageView:
 
 def _addresses(server: Server) -> StageView:
     unproved = [row for row in server.addresses if row.proved_at is None]
-    proved = [row.proved_at for row in server.addresses if row.proved_at is not None]
-    details = "; ".join(f"{row.address}: {row.proof_error or 'not proved yet'}" for row in unproved)
+    proved = [row.proved_at for row in servers.publishable(server) if row.proved_at is not None]
+    details = "; ".join(
+        f"{row.address}: {row.proof_error or 'not proved yet'}"
+        for row in server.addresses
+        if row.proved_at is None or row.proof_error
+    )
+    if not proved and len(unproved) < len(server.addresses):
+        return _view(
+            Stage.ADDRESSES, StageStatus.FAILED, None, "the family of its proved addresses is turned off"
+        )
     if not proved:
         failed = any(row.proof_error for row in unproved)
         status = StageStatus.FAILED if failed else StageStatus.WAITING
@@ -117,7 +126,7 @@ def _score(server: Server, settings: Settings) -> StageView:
         return _view(Stage.SCORE, StageStatus.FAILED, holds[0].set_at, reasons)
     if server.state is ServerState.ACTIVE:
         return _view(Stage.SCORE, StageStatus.MET, server.state_since)
-    proved = [row for row in server.addresses if row.proved_at]
+    proved = servers.publishable(server)
     probes = min((row.full_probes for row in proved), default=0)
     detail = f"{probes} of {settings.policy.admission_probes} full probes in a row"
     reasons = "; ".join(f"{row.address}: {row.step_reason}" for row in proved if row.step_reason)

@@ -180,8 +180,11 @@ async def _answer(
 ) -> Change:
     """The precheck from here on every published address, then the CA is told to look."""
     assert order.challenge_url is not None
+    addresses = servers.published_addresses(server)
+    if not addresses:
+        raise FetchError("no address is published")
     outbound = Outbound(settings)
-    for address in servers.published_addresses(server):
+    for address in addresses:
         url = f"{http_origin(address, settings.ports.http)}{ACME_PATH}{order.token}"
         answer = await outbound.get(
             url,

@@ -30,7 +30,7 @@ async def probe_server(
     """Probe every proved address of a server once, and record what was found."""
     async with database.transaction() as session:
         server = await servers.get(session, server_id)
-        addresses = [row.address for row in server.addresses if row.proved_at is not None]
+        addresses = [row.address for row in servers.publishable(server)]
         worth_probing = server.state in servers.PROBED_STATES and _current(server) is not None
     if not worth_probing:
         return
@@ -72,6 +72,7 @@ async def record(
     if server.state not in servers.PROBED_STATES or not results:
         return
     _record_stages(server, results, now)
+    _confirm(server, results, now)
     session.add_all(_score(server, settings, results, now))
     if server.state is ServerState.VERIFIED and all(_is_ours(server, result) for result in results):
         await servers.apply(
@@ -100,6 +101,14 @@ def _is_ours(server: Server, result: ProbeResult) -> bool:
         order.status is OrderStatus.ISSUED and order.fingerprint == result.fingerprint
         for order in server.orders
     )
+
+
+def _confirm(server: Server, results: Sequence[ProbeResult], now: datetime) -> None:
+    """Who has the certificate's key at an address has the address: as good as another proof."""
+    seen = {result.address for result in results if _is_ours(server, result)}
+    for row in server.addresses:
+        if row.address in seen:
+            row.confirmed_at = now
 
 
 def _record_stages(server: Server, results: Sequence[ProbeResult], now: datetime) -> None:
@@ -145,16 +154,15 @@ def _score(
 
 
 def _admissible(server: Server, settings: Settings) -> bool:
-    proved = [row for row in server.addresses if row.proved_at is not None]
+    proved = servers.publishable(server)
     held = any(hold.lifted_at is None for hold in server.holds)
     enough = all(row.full_probes >= settings.policy.admission_probes for row in proved)
     return bool(proved) and enough and not held
 
 
 async def _admit(session: AsyncSession, server: Server, settings: Settings, now: datetime) -> None:
-    for row in server.addresses:
-        if row.proved_at is not None:
-            row.score = scoring.ADMITTED
+    for row in servers.publishable(server):
+        row.score = scoring.ADMITTED
     await servers.apply(
         session,
         server,
@@ -167,7 +175,7 @@ async def _admit(session: AsyncSession, server: Server, settings: Settings, now:
 
 
 async def _hold_or_lift(session: AsyncSession, server: Server, settings: Settings, now: datetime) -> None:
-    scores = [row.score for row in server.addresses if row.score is not None]
+    scores = [row.score for row in servers.publishable(server) if row.score is not None]
     if scores and max(scores) < scoring.CUTOFF:
         if server.state is ServerState.SUSPENDED:
             return

@@ -15,10 +15,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from sqlalchemy import delete, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from nts_core.control import PROOF_PATH, ServerState, proof_statement
-from poolsvc import servers
+from nts_core.control import PROOF_PATH, proof_statement
+from poolsvc import addresses, servers
 from poolsvc.config import Settings
-from poolsvc.db import Database
+from poolsvc.db import Database, queue_for
 from poolsvc.errors import AddressMismatch, NotFound, TooManyRequests
 from poolsvc.models import Address, ConnectBack, Server
 from poolsvc.names import check_address, prefix_of
@@ -87,11 +87,10 @@ async def _limit(session: AsyncSession, settings: Settings, address: str, now: d
             )
 
 
-def wants_call(row: Address, now: datetime) -> bool:
+def wants_call(settings: Settings, row: Address, now: datetime) -> bool:
     """Whether the agent should call from this address now."""
-    return (
-        row.proved_at is None and row.nonce is None and (row.proof_due_at is None or row.proof_due_at <= now)
-    )
+    needed = row.proved_at is None or addresses.is_to_be_proved_again(row, settings, now)
+    return needed and row.nonce is None and (row.proof_due_at is None or row.proof_due_at <= now)
 
 
 async def prove(database: Database, settings: Settings, address_id: int, now: datetime) -> None:
@@ -120,8 +119,11 @@ async def prove(database: Database, settings: Settings, address_id: int, now: da
         current = next((entry for entry in server.addresses if entry.id == address_id), None)
         if current is None or current.nonce != nonce:
             return
-        if failure is None and await servers.taken_address(session, [address]) is not None:
-            failure = "the address belongs to another server of this pool"
+        if failure is None:
+            # Of two servers that answer for one address at the same moment, one has to be the first.
+            await queue_for(session, f"address {address}")
+            if await servers.taken_address(session, [address], besides=server.id) is not None:
+                failure = "the address belongs to another server of this pool"
         await _record(session, settings, server, current, failure, now)
 
 
@@ -138,16 +140,14 @@ async def _record(
     if failure is not None:
         row.proof_due_at = now + _HOUR / settings.policy.proofs_per_hour
         return
-    row.proved_at, row.proof_due_at = now, None
-    if server.state is ServerState.REGISTERED:
-        await servers.apply(
-            session,
-            server,
-            servers.EventKind.ADDRESS_PROVED,
-            actor="worker",
-            reason=f"{row.address} answered with the agent's signature",
-            now=now,
-        )
+    row.proved_at, row.confirmed_at, row.proof_due_at = row.proved_at or now, now, None
+    await addresses.settle(
+        session,
+        server,
+        actor="worker",
+        reason=f"{row.address} answered with the agent's signature",
+        now=now,
+    )
 
 
 async def _connect_back(settings: Settings, name: str, address: str, nonce: str, key: str) -> str | None:

@@ -25,7 +25,7 @@ from itertools import islice
 import structlog
 from sqlalchemy import ColumnElement, delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import InstrumentedAttribute
+from sqlalchemy.orm import InstrumentedAttribute, selectinload
 
 from nts_core.control import ServerState
 from poolsvc import servers
@@ -268,12 +268,14 @@ class Publication:
         async with self._database.transaction() as session:
             await _burn(session, among, now)
             proved: dict[int, list[tuple[str, float | None]]] = {}
-            for server_id, address, score in await session.execute(
-                select(Address.server_id, Address.address, Address.score)
+            for server_id, address, score, ipv4, ipv6 in await session.execute(
+                select(Address.server_id, Address.address, Address.score, Server.ipv4, Server.ipv6)
+                .join(Server, Server.id == Address.server_id)
                 .where(among(Address.server_id), Address.proved_at.is_not(None))
                 .order_by(Address.id)
             ):
-                proved.setdefault(server_id, []).append((address, score))
+                if servers.is_wanted(address, ipv4=ipv4, ipv6=ipv6):
+                    proved.setdefault(server_id, []).append((address, score))
             found = await session.execute(
                 select(
                     Server.id,
@@ -397,16 +399,29 @@ class Publication:
             noted: list[int] = []
             async with self._database.transaction() as session:
                 found = await session.scalars(
-                    select(Server).where(Server.id.in_(some)).order_by(Server.id).with_for_update()
+                    select(Server)
+                    .where(Server.id.in_(some))
+                    .order_by(Server.id)
+                    .options(selectinload(Server.orders))
+                    .with_for_update(of=Server)
                 )
                 for server in found:
                     # One that changed meanwhile has a row in the outbox: it is looked at again.
                     if server.state is self._rows[server.id].state:
                         for name, value in news[server.id].items():
                             setattr(server, name, value)
+                        if "named_at" in news[server.id]:
+                            server.order_due_at = self._first_order(server, now)
                         noted.append(server.id)
             for server_id in noted:
                 self._learn(server_id, news[server_id])
+
+    def _first_order(self, server: Server, now: datetime) -> datetime:
+        """When an order is due for a name that everybody shows: not before the last resolver forgot its absence.
+
+        A certificate from before the addresses were lost is renewed in its time.
+        """
+        return max(now + self._negative_ttl, servers.renewal_at(server) or now)
 
     def _news(self, row: _Row, zone: Zone, now: datetime) -> dict[str, datetime | None]:
         """The columns of a server's row that what was seen in DNS changes."""
@@ -424,7 +439,7 @@ class Publication:
         news = {}
         if not row.named and is_named and is_shown:
             # Resolvers may have cached that the name does not exist, or a whole gap of names around it.
-            news |= {"named_at": now, "order_due_at": now + self._negative_ttl}
+            news["named_at"] = now
         if row.state is not ServerState.ACTIVE and row.listed:
             news["listed_at"] = None
         elif row.state is ServerState.ACTIVE and not row.listed and self._service and is_service_right:

@@ -1,6 +1,7 @@
 """The life of a server: one table of transitions, and the only function that changes a state.
 
     REGISTERED -> VERIFIED -> CERTIFIED -> ACTIVE <-> SUSPENDED
+    without a proved address: REGISTERED again
     any of these -> LEAVING -> REMOVED
 
 Rules:
@@ -18,17 +19,18 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 
-from sqlalchemy import and_, func, or_, select, text
+from sqlalchemy import and_, func, or_, select, text, true
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import selectinload
 
 from nts_core.control import ServerState
 from poolsvc import members, scoring
+from poolsvc.certificates import renew_at
 from poolsvc.config import Settings
 from poolsvc.db import queue_for
 from poolsvc.errors import AddressTaken, ConfusableName, LimitReached, NameTaken, NotFound, WrongState
-from poolsvc.models import Address, Event, Hold, HoldKind, Member, Pool, Server
+from poolsvc.models import Address, Event, Hold, HoldKind, Member, OrderStatus, Pool, Server
 from poolsvc.names import check_addresses, check_name, is_label, reserved_lookalike, skeleton
 from poolsvc.outbound import Guard
 
@@ -38,6 +40,7 @@ class EventKind(StrEnum):
 
     REGISTERED = "registered"
     ADDRESS_PROVED = "address-proved"
+    ADDRESSES_LOST = "addresses-lost"
     CERTIFICATE_SEEN = "certificate-seen"
     NTS_CONFIRMED = "nts-confirmed"
     HOLD_SET = "hold-set"
@@ -55,6 +58,10 @@ TRANSITIONS: dict[tuple[ServerState, EventKind], ServerState] = {
     (_S.CERTIFIED, _E.NTS_CONFIRMED): _S.ACTIVE,
     (_S.ACTIVE, _E.HOLD_SET): _S.SUSPENDED,
     (_S.SUSPENDED, _E.HOLDS_LIFTED): _S.ACTIVE,
+    **{
+        (state, _E.ADDRESSES_LOST): _S.REGISTERED
+        for state in (_S.VERIFIED, _S.CERTIFIED, _S.ACTIVE, _S.SUSPENDED)
+    },
     **{
         (state, _E.LEAVE): _S.LEAVING
         for state in (_S.REGISTERED, _S.VERIFIED, _S.CERTIFIED, _S.ACTIVE, _S.SUSPENDED)
@@ -116,10 +123,7 @@ async def register(
     Raises InvalidName, ConfusableName, NameTaken, InvalidAddress, AddressTaken, LimitReached.
     """
     label = check_name(name)
-    checked = check_addresses(addresses, allow_private=settings.allow_private_addresses)
-    guard = Guard(settings)
-    for address in checked:
-        guard.check(address, settings.ports.http, settings.ports.ke)
+    checked = checked_addresses(settings, addresses)
     member = await members.lock(session, member_id)
     await check_room(session, settings, member)
     await _refuse_hoarding(session, settings, member)
@@ -134,12 +138,7 @@ async def register(
             field="name",
         )
     await _refuse_lookalike(session, member_id, label)
-    if (taken := await taken_address(session, checked)) is not None:
-        raise AddressTaken(
-            f"{taken} belongs to another server of this pool",
-            remedy="list the addresses of this server only, or remove the other server first",
-            field="addresses",
-        )
+    await refuse_taken(session, checked)
     server = Server(
         member_id=member_id,
         name=label,
@@ -150,7 +149,7 @@ async def register(
     )
     session.add(server)
     await session.flush()
-    session.add_all(Address(server_id=server.id, address=address) for address in checked)
+    session.add_all(Address(server_id=server.id, address=address, confirmed_at=now) for address in checked)
     session.add(
         Event(
             server_id=server.id,
@@ -170,7 +169,9 @@ async def check_room(session: AsyncSession, settings: Settings, member: Member) 
     """Raise LimitReached unless a member, which is locked, may have one more server."""
     limit = settings.policy.servers_per_member if member.max_servers is None else member.max_servers
     # One that is to leave on a later day may stay after all.
-    living = or_(Server.state.not_in(ENDED_STATES), and_(Server.state == _S.LEAVING, Server.leave_at.is_not(None)))
+    living = or_(
+        Server.state.not_in(ENDED_STATES), and_(Server.state == _S.LEAVING, Server.leave_at.is_not(None))
+    )
     count = await session.scalar(select(func.count()).where(Server.member_id == member.id, living)) or 0
     if count >= limit:
         raise LimitReached(
@@ -212,10 +213,31 @@ async def _refuse_lookalike(session: AsyncSession, member_id: int, label: str) -
         )
 
 
-async def taken_address(session: AsyncSession, addresses: Sequence[str]) -> str | None:
-    """One of the addresses that a server of the pool has proved: it has one owner from then on.
+def checked_addresses(settings: Settings, texts: Sequence[str]) -> list[str]:
+    """The addresses of one server, in canonical form, which the registry may dial. Raises InvalidAddress."""
+    checked = check_addresses(texts, allow_private=settings.allow_private_addresses)
+    guard = Guard(settings)
+    for address in checked:
+        guard.check(address, settings.ports.http, settings.ports.ke)
+    return checked
 
-    An unproved claim keeps nobody out.
+
+async def refuse_taken(session: AsyncSession, addresses: Sequence[str]) -> None:
+    """Raise AddressTaken when one of these new addresses has an owner."""
+    if (taken := await taken_address(session, addresses)) is not None:
+        raise AddressTaken(
+            f"{taken} belongs to another server of this pool",
+            remedy="list the addresses of this server only, or remove the other server first",
+            field="addresses",
+        )
+
+
+async def taken_address(
+    session: AsyncSession, addresses: Sequence[str], *, besides: int | None = None
+) -> str | None:
+    """One of the addresses that a server of the pool, `besides` one, has proved: it has one owner from then on.
+
+    An unproved claim keeps nobody out. A server that is to leave on a later day may still change its mind.
     """
     return await session.scalar(
         select(Address.address)
@@ -223,7 +245,11 @@ async def taken_address(session: AsyncSession, addresses: Sequence[str]) -> str 
         .where(
             Address.address.in_(addresses),
             Address.proved_at.is_not(None),
-            Server.state.not_in(ENDED_STATES),
+            Server.id != besides if besides is not None else true(),
+            or_(
+                Server.state.not_in(ENDED_STATES),
+                and_(Server.state == ServerState.LEAVING, Server.leave_at.is_not(None)),
+            ),
         )
         .limit(1)
     )
@@ -258,14 +284,27 @@ WHOLE = (
 )
 
 
+def publishable(server: Server) -> list[Address]:
+    """The proved addresses of the families that the member wants published."""
+    return [
+        row
+        for row in server.addresses
+        if row.proved_at is not None and is_wanted(row.address, ipv4=server.ipv4, ipv6=server.ipv6)
+    ]
+
+
+def is_wanted(address: str, *, ipv4: bool, ipv6: bool) -> bool:
+    """Whether an address is of a family that the member wants published."""
+    return ipv6 if ":" in address else ipv4
+
+
 def published_addresses(server: Server) -> list[str]:
-    """The addresses for DNS: the proved ones, without those that fail while another one serves."""
-    proved = [row for row in server.addresses if row.proved_at is not None]
-    return without_failing([(row.address, row.score) for row in proved])
+    """The addresses for DNS: the publishable ones, without those that fail while another one serves."""
+    return without_failing([(row.address, row.score) for row in publishable(server)])
 
 
 def without_failing(proved: Sequence[tuple[str, float | None]]) -> list[str]:
-    """Those of a server's proved addresses, with their scores, that are published: the good ones, else all."""
+    """Those of a server's publishable addresses, with their scores, that are published: the good ones, else all."""
     good = [address for address, score in proved if scoring.is_good(score)]
     return good or [address for address, _ in proved]
 
@@ -290,6 +329,23 @@ async def lift_hold(
             hold.lifted_at = now
     if server.state is ServerState.SUSPENDED and not any(hold.lifted_at is None for hold in server.holds):
         await apply(session, server, EventKind.HOLDS_LIFTED, actor=actor, reason=reason, now=now)
+
+
+def renewal_at(server: Server) -> datetime | None:
+    """When the newest certificate is to be renewed; None without one."""
+    for order in reversed(server.orders):
+        if order.status is OrderStatus.ISSUED and order.not_before and order.not_after:
+            return renew_at(order.not_before, order.not_after)
+    return None
+
+
+def forget_scores(server: Server, now: datetime) -> None:
+    """Only probes raise the server again, from the beginning; a hold for scores that are forgotten is over."""
+    for row in server.addresses:
+        row.score, row.full_probes = None, 0
+    for hold in server.holds:
+        if hold.kind is HoldKind.SCORE and hold.lifted_at is None:
+            hold.lifted_at = now
 
 
 async def leave(session: AsyncSession, server: Server, *, actor: str, reason: str, now: datetime) -> None:

@@ -21,6 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import InstrumentedAttribute
 
 from poolsvc import (
+    addresses,
     alarms,
     idempotency,
     issuance,
@@ -255,6 +256,7 @@ class Worker:
     async def _keep_house(self, now: datetime) -> bool:
         if self._house_kept_at is not None and now - self._house_kept_at < _HOUSE_KEEPING:
             return False
+        await addresses.withdraw_stale(self._database, self._settings, now)
         is_more = await samples.keep_house(self._database, self._settings, now)
         self._house_kept_at = None if is_more else now
         return is_more

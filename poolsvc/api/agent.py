@@ -34,7 +34,7 @@ from poolsvc.db import act_as
 from poolsvc.derived import Purpose
 from poolsvc.errors import Gone, InvalidDocument, NotFound, Unauthenticated
 from poolsvc.explain import explain, why_not
-from poolsvc.models import Server, Token, TokenKind
+from poolsvc.models import Address, Server, Token, TokenKind
 
 router = APIRouter(prefix="/v1")
 _REJOIN_LIFE = timedelta(minutes=2)
@@ -204,7 +204,8 @@ async def _assignment(session: AsyncSession, services: Services, server: Server,
     order = issuance.open_order(server)
     pool = await servers.the_pool(session, settings)
     views = explain(server, pool, settings, active=await servers.count_until_open(session, pool, settings))
-    busy = order is not None or server.state in (ServerState.REGISTERED, ServerState.LEAVING)
+    is_new = server.state is ServerState.REGISTERED and server.burnt_at is None
+    busy = order is not None or is_new or server.state is ServerState.LEAVING
     interval = _interval(settings, (await services.counts.census(session)).reporting)
     return Assignment(
         pool=settings.pool,
@@ -212,7 +213,7 @@ async def _assignment(session: AsyncSession, services: Services, server: Server,
         domain=settings.domain_of(server.name),
         state=server.state,
         addresses=tuple(
-            AddressAssignment(row.address, row.proved_at is not None, proofs.wants_call(row, now))
+            AddressAssignment(row.address, row.proved_at is not None, _calls(settings, server, row, now))
             for row in server.addresses
         ),
         http_port=settings.ports.http,
@@ -233,3 +234,7 @@ def _interval(settings: Settings, servers_reporting: int) -> float:
     policy = settings.policy
     fair = servers_reporting / policy.agent_requests_per_second
     return max(policy.agent_interval, fair) * random.uniform(1, 1.1)  # noqa: S311 - nobody gains by guessing it
+
+
+def _calls(settings: Settings, server: Server, row: Address, now: datetime) -> bool:
+    return server.state is not ServerState.LEAVING and proofs.wants_call(settings, row, now)

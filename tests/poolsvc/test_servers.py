@@ -45,13 +45,14 @@ def states(entry):
 
 
 def test_the_table_is_the_one_of_the_design():
-    """REGISTERED, VERIFIED, CERTIFIED, ACTIVE <-> SUSPENDED; any of these LEAVING; then REMOVED for good."""
+    """REGISTERED, VERIFIED, CERTIFIED, ACTIVE <-> SUSPENDED; without addresses REGISTERED again; LEAVING; REMOVED."""
     ways = {(before, after) for (before, _), after in TRANSITIONS.items()}
     onward = {(S.REGISTERED, S.VERIFIED), (S.VERIFIED, S.CERTIFIED), (S.CERTIFIED, S.ACTIVE)}
     living = {S.REGISTERED, S.VERIFIED, S.CERTIFIED, S.ACTIVE, S.SUSPENDED}
     holds = {(S.ACTIVE, S.SUSPENDED), (S.SUSPENDED, S.ACTIVE)}
     leaving = {(state, S.LEAVING) for state in living}
-    assert ways == onward | holds | leaving | {(S.LEAVING, S.REMOVED), (S.REGISTERED, S.REMOVED)}
+    lost = {(state, S.REGISTERED) for state in living - {S.REGISTERED}}
+    assert ways == onward | holds | leaving | lost | {(S.LEAVING, S.REMOVED), (S.REGISTERED, S.REMOVED)}
     assert not any(before is S.REMOVED for before, _ in ways)
 
 
@@ -220,9 +221,7 @@ async def test_of_two_names_alike_that_come_at_once_one_is_registered(postgresql
 async def test_a_member_has_so_many_servers_without_a_proof_and_no_more(owned):
     first = await register(owned, "one", "198.18.0.1")
     await register(owned, "two", "198.18.0.2")
-    with pytest.raises(
-        LimitReached, match="2 registrations without a proved address"
-    ) as caught:
+    with pytest.raises(LimitReached, match="2 registrations without a proved address") as caught:
         await register(owned, "three", "198.18.0.3")
     assert caught.value.remedy
     async with owned.change(first) as (session, server):
