@@ -128,6 +128,13 @@ class AddressMismatch(PoolError):
     code = "address-mismatch"
 
 
+class PreconditionFailed(PoolError):
+    """What was to be changed is not any more what the caller has read."""
+
+    status = HTTPStatus.PRECONDITION_FAILED
+    code = "precondition-failed"
+
+
 class TooManyRequests(PoolError):
     status = HTTPStatus.TOO_MANY_REQUESTS
     code = "too-many-requests"

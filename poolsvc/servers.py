@@ -267,9 +267,16 @@ async def find(session: AsyncSession, name: str) -> Server:
 
 
 async def get(session: AsyncSession, server_id: int) -> Server:
-    """A server by id, with everything that `explain` reads, locked for a change."""
+    """A server by id, with everything that `explain` reads, locked for a change.
+
+    As it is once the lock is there, also when the session has seen it before.
+    """
     server = await session.scalar(
-        select(Server).where(Server.id == server_id).options(*WHOLE).with_for_update(of=Server)
+        select(Server)
+        .where(Server.id == server_id)
+        .options(*WHOLE)
+        .with_for_update(of=Server)
+        .execution_options(populate_existing=True)
     )
     if server is None:
         raise NotFound("there is no such server")
@@ -329,6 +336,14 @@ async def lift_hold(
             hold.lifted_at = now
     if server.state is ServerState.SUSPENDED and not any(hold.lifted_at is None for hold in server.holds):
         await apply(session, server, EventKind.HOLDS_LIFTED, actor=actor, reason=reason, now=now)
+
+
+def may_stay(server: Server) -> bool:
+    """Whether a server that leaves has its name until a later day, and may change its mind.
+
+    On that day the worker empties `leave_at`, before it does anything that cannot be undone.
+    """
+    return server.state is ServerState.LEAVING and server.leave_at is not None
 
 
 def renewal_at(server: Server) -> datetime | None:

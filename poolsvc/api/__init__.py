@@ -1,6 +1,18 @@
 """The JSON API, version 1. Requests and answers are documents; decisions live in the modules behind it."""
 
-from poolsvc.api import accounts, agent, history, members, pool, servers, sign_in, staff, teams, transfers
+from poolsvc.api import (
+    accounts,
+    agent,
+    history,
+    members,
+    pool,
+    servers,
+    settings,
+    sign_in,
+    staff,
+    teams,
+    transfers,
+)
 from poolsvc.api.limits import Limits
 from poolsvc.api.request import Services
 
@@ -8,5 +20,5 @@ __all__ = ["ROUTERS", "Limits", "Services"]
 
 ROUTERS = tuple(
     part.router
-    for part in (pool, sign_in, accounts, members, teams, servers, transfers, staff, history, agent)
+    for part in (pool, sign_in, accounts, members, teams, servers, settings, transfers, staff, history, agent)
 )

@@ -23,7 +23,7 @@ from poolsvc.api.request import (
 )
 from poolsvc.auth import Operation
 from poolsvc.config import Settings
-from poolsvc.errors import Gone
+from poolsvc.errors import Gone, WrongState
 from poolsvc.explain import StageView, explain, why_not
 from poolsvc.models import Server, Token, TokenKind
 from poolsvc.removal import Receipt
@@ -229,6 +229,9 @@ async def read_samples(
 
 
 def refuse_gone(server: Server) -> None:
+    """Raise Gone for a server that is out for good, WrongState for one that is to leave on a later day."""
+    if servers.may_stay(server):
+        raise WrongState(f"{server.name} is to leave", remedy="cancel that first: DELETE .../leaving")
     if server.state in servers.ENDED_STATES:
         raise Gone(f"{server.name} is {server.state}", remedy="register another name")
 

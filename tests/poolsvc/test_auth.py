@@ -254,6 +254,8 @@ ENDPOINTS = [
     ("GET", "/v1/servers/{name}", None, Operation.READ_SERVER),
     ("GET", "/v1/servers/{name}/events", None, Operation.READ_SERVER),
     ("GET", "/v1/servers/{name}/samples", None, Operation.READ_SERVER),
+    ("GET", "/v1/servers/{name}/settings", None, Operation.READ_SERVER),
+    ("PATCH", "/v1/servers/{name}/settings", {"weight": 2}, Operation.CHANGE_SERVER),
     ("POST", "/v1/servers/{name}/join-token", None, Operation.CHANGE_SERVER),
     ("POST", "/v1/servers/{name}/transfer", {"to": OPAQUE}, Operation.OFFER_SERVER),
     ("DELETE", "/v1/servers/{name}/transfer", None, Operation.OFFER_SERVER),
