@@ -136,7 +136,11 @@ def _record_stages(server: Server, results: Sequence[ProbeResult], now: datetime
 def _score(
     server: Server, settings: Settings, results: Sequence[ProbeResult], now: datetime
 ) -> Iterator[SampleRecord]:
-    """Let each probe take effect on its address, and give what is kept of it."""
+    """Let each probe take effect on its address, and give what is kept of it.
+
+    During maintenance none of them counts against the server.
+    """
+    is_exempt = servers.held(server, HoldKind.MAINTENANCE) is not None
     by_address = {result.address: result for result in results}
     for row in server.addresses:
         result = by_address.get(row.address)
@@ -145,11 +149,11 @@ def _score(
         step = scoring.step(result, max_stratum=settings.policy.max_stratum)
         row.step_reason = printable(step.reason)[:200]
         if row.score is not None:
-            row.score = scoring.advance(row.score, step)
-        elif step.value >= scoring.FULL_STEP and result.failed is None:
-            row.full_probes += 1
-        else:
-            row.full_probes = 0
+            after = scoring.advance(row.score, step)
+            row.score = max(row.score, after) if is_exempt else after
+        elif not is_exempt:
+            is_full = step.value >= scoring.FULL_STEP and result.failed is None
+            row.full_probes = row.full_probes + 1 if is_full else 0
         yield samples.sample(row, result, step, now)
 
 

@@ -316,11 +316,16 @@ def without_failing(proved: Sequence[tuple[str, float | None]]) -> list[str]:
     return good or [address for address, _ in proved]
 
 
+def held(server: Server, kind: HoldKind) -> Hold | None:
+    """The hold of a kind that is set now."""
+    return next((hold for hold in server.holds if hold.kind is kind and hold.lifted_at is None), None)
+
+
 async def set_hold(
     session: AsyncSession, server: Server, kind: HoldKind, *, reason: str, actor: str, now: datetime
 ) -> None:
     """Suspend a server for one more reason; the same kind twice is one hold."""
-    if any(hold.kind is kind and hold.lifted_at is None for hold in server.holds):
+    if held(server, kind) is not None:
         return
     server.holds.append(Hold(server_id=server.id, kind=kind, reason=reason[:300], set_at=now))
     if server.state is ServerState.ACTIVE:
@@ -330,10 +335,10 @@ async def set_hold(
 async def lift_hold(
     session: AsyncSession, server: Server, kind: HoldKind, *, reason: str, actor: str, now: datetime
 ) -> None:
-    """Lift the holds of one kind; the server is ACTIVE again when none is left."""
-    for hold in server.holds:
-        if hold.kind is kind and hold.lifted_at is None:
-            hold.lifted_at = now
+    """Lift the hold of one kind; the server is ACTIVE again when none is left."""
+    if (hold := held(server, kind)) is None:
+        return
+    hold.lifted_at = now
     if server.state is ServerState.SUSPENDED and not any(hold.lifted_at is None for hold in server.holds):
         await apply(session, server, EventKind.HOLDS_LIFTED, actor=actor, reason=reason, now=now)
 
@@ -358,9 +363,8 @@ def forget_scores(server: Server, now: datetime) -> None:
     """Only probes raise the server again, from the beginning; a hold for scores that are forgotten is over."""
     for row in server.addresses:
         row.score, row.full_probes = None, 0
-    for hold in server.holds:
-        if hold.kind is HoldKind.SCORE and hold.lifted_at is None:
-            hold.lifted_at = now
+    if (hold := held(server, HoldKind.SCORE)) is not None:
+        hold.lifted_at = now
 
 
 async def leave(session: AsyncSession, server: Server, *, actor: str, reason: str, now: datetime) -> None:

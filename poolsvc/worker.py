@@ -27,6 +27,7 @@ from poolsvc import (
     issuance,
     journal,
     leases,
+    maintenance,
     monitoring,
     proofs,
     removal,
@@ -39,7 +40,7 @@ from poolsvc.acme import AcmeAccount, AcmeConfig, AcmeError
 from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.leader import Leader
-from poolsvc.models import Address, Order, Server
+from poolsvc.models import Address, MaintenanceWindow, Order, Server
 
 _log = structlog.get_logger()
 _LEASE = timedelta(minutes=2)
@@ -64,6 +65,7 @@ PROOFS = Kind(Address, Address.proof_due_at, batch=64, concurrency=16)
 PROBES = Kind(Server, Server.probe_due_at, batch=192, concurrency=64)
 NEW_ORDERS = Kind(Server, Server.order_due_at, batch=200, concurrency=1)
 ORDERS = Kind(Order, Order.due_at, batch=50, concurrency=16)
+WINDOWS = Kind(MaintenanceWindow, MaintenanceWindow.due_at, batch=50, concurrency=4)
 REMOVALS = Kind(Server, Server.removal_due_at, batch=50, concurrency=16)
 
 
@@ -145,6 +147,7 @@ class Worker:
                     self._advance_orders,
                     self._probe,
                     self._remove,
+                    self._maintain,
                     self._expire,
                     self._journal,
                     self._keep_house,
@@ -245,6 +248,9 @@ class Worker:
             await removal.advance(self._database, self._settings, account, server_id, datetime.now(UTC))
 
         return await self._take(REMOVALS, now, advance)
+
+    async def _maintain(self, now: datetime) -> bool:
+        return await self._take(WINDOWS, now, lambda row: maintenance.turn(self._database, row, now))
 
     async def _expire(self, now: datetime) -> bool:
         async with self._database.transaction() as session:

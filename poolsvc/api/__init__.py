@@ -1,6 +1,7 @@
 """The JSON API, version 1. Requests and answers are documents; decisions live in the modules behind it."""
 
 from poolsvc.api import (
+    absence,
     accounts,
     agent,
     history,
@@ -20,5 +21,18 @@ __all__ = ["ROUTERS", "Limits", "Services"]
 
 ROUTERS = tuple(
     part.router
-    for part in (pool, sign_in, accounts, members, teams, servers, settings, transfers, staff, history, agent)
+    for part in (
+        pool,
+        sign_in,
+        accounts,
+        members,
+        teams,
+        servers,
+        settings,
+        absence,
+        transfers,
+        staff,
+        history,
+        agent,
+    )
 )

@@ -16,6 +16,7 @@ from poolsvc.errors import Forbidden, TokenExpired, TokenUsed, Unauthenticated
 from poolsvc.models import Base, Member, MemberRole, Scope, StaffRole, Token, TokenKind, User
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+SOON = (datetime.now(UTC) + timedelta(days=1)).isoformat()
 KEY = base64.b64encode(bytes(range(32))).decode()
 
 # Written out once more, so that a slip in the table is seen.
@@ -196,6 +197,7 @@ async def offers(registry, owner, foreigner, colleague):
         ]
     assert accepted == INVITATION
     return {
+        "/v1/servers/{name}/maintenance/{window}": {"window": 1},
         "/v1/transfers/{transfer}/accept": {"transfer": taken},
         "/v1/transfers/{transfer}/decline": {"transfer": declined},
         "/v1/members/{member}/invitations/{invitation}": {"invitation": own},
@@ -256,6 +258,11 @@ ENDPOINTS = [
     ("GET", "/v1/servers/{name}/samples", None, Operation.READ_SERVER),
     ("GET", "/v1/servers/{name}/settings", None, Operation.READ_SERVER),
     ("PATCH", "/v1/servers/{name}/settings", {"weight": 2}, Operation.CHANGE_SERVER),
+    ("GET", "/v1/servers/{name}/maintenance", None, Operation.READ_SERVER),
+    ("POST", "/v1/servers/{name}/maintenance", {"ends_at": SOON}, Operation.CHANGE_SERVER),
+    ("DELETE", "/v1/servers/{name}/maintenance/{window}", None, Operation.CHANGE_SERVER),
+    ("PUT", "/v1/servers/{name}/hold", REASON, Operation.JUDGE_SERVER),
+    ("DELETE", "/v1/servers/{name}/hold", None, Operation.JUDGE_SERVER),
     ("POST", "/v1/servers/{name}/join-token", None, Operation.CHANGE_SERVER),
     ("POST", "/v1/servers/{name}/transfer", {"to": OPAQUE}, Operation.OFFER_SERVER),
     ("DELETE", "/v1/servers/{name}/transfer", None, Operation.OFFER_SERVER),
