@@ -66,7 +66,8 @@ def explain(server: Server, pool: Pool, settings: Settings, *, active: int) -> l
 def why_not(views: list[StageView], server: Server) -> str:
     """One sentence for the first stage that is not met; empty when the server is in the answer."""
     if server.state in (ServerState.LEAVING, ServerState.REMOVED):
-        return f"{server.state}: {server.leave_reason or 'the registration expired'}"
+        day = f" on {server.leave_at:%Y-%m-%d %H:%M} UTC" if server.leave_at is not None else ""
+        return f"{server.state}{day}: {server.leave_reason or 'the registration expired'}"
     for view in views:
         if view.status is not StageStatus.MET:
             return f"{view.stage}: {view.detail or view.status} ({view.remedy})"

@@ -66,20 +66,21 @@ class _Row:
     records: ServerRecords
     named: bool
     listed: bool
+    stays: bool  # it leaves on a later day
     withdrawn: bool
     broken: bool
 
     @property
     def published(self) -> ServerRecords:
-        """What belongs in DNS; a leaving server's addresses and CAA only until its SRV is out."""
-        if self.state is ServerState.LEAVING and self.withdrawn:
+        """What belongs in DNS; a leaving server's addresses and CAA only until its day, and its SRV is out."""
+        if self.state is ServerState.LEAVING and self.withdrawn and not self.stays:
             return replace(self.records, addresses=())
         return self.records
 
     def waits(self, *, is_open: bool) -> bool:
         """Whether the row has to learn something yet."""
         if self.state is ServerState.LEAVING:
-            return not (self.withdrawn and self.broken)
+            return not (self.withdrawn and (self.broken or self.stays))
         if self.state is not ServerState.ACTIVE and self.listed:
             return True
         if self.state is ServerState.ACTIVE and is_open and not self.listed:
@@ -284,6 +285,7 @@ class Publication:
                     Server.weight,
                     Server.named_at.is_not(None).label("named"),
                     Server.listed_at.is_not(None).label("listed"),
+                    Server.leave_at.is_not(None).label("stays"),
                     Server.srv_withdrawn_at.is_not(None).label("withdrawn"),
                     Server.name_broken_at.is_not(None).label("broken"),
                 ).where(among(Server.id), Server.state.in_(_STATES), Server.burnt_at.is_not(None))
@@ -299,6 +301,7 @@ class Publication:
                     ),
                     named=row.named,
                     listed=row.listed,
+                    stays=row.stays,
                     withdrawn=row.withdrawn,
                     broken=row.broken,
                 )

@@ -8,13 +8,16 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 import structlog
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from nts_core.control import ServerState
-from poolsvc import issuance, servers
+from poolsvc import issuance, notices, servers
 from poolsvc.acme import AcmeAccount, AcmeError
 from poolsvc.config import Settings
 from poolsvc.db import Database
-from poolsvc.models import Order, OrderStatus, Server
+from poolsvc.models import Hold, HoldKind, Notice, Order, OrderStatus, Server
+from poolsvc.notices import NoticeKind
 from poolsvc.servers import EventKind
 
 _log = structlog.get_logger()
@@ -70,6 +73,11 @@ async def advance(
         server = await servers.get(session, server_id)
         if server.state is not ServerState.LEAVING:
             return
+        if server.leave_at is not None:
+            if now < server.leave_at:
+                server.removal_due_at = server.leave_at
+                return
+            servers.begin_removal(server, now)
     done = await _ca_steps(account, server, now)
     async with database.transaction() as session:
         server = await servers.get(session, server_id)
@@ -154,3 +162,66 @@ def _note(order: Order, done: _Done, now: datetime) -> None:
     if order.status not in (OrderStatus.ISSUED, OrderStatus.FAILED):
         order.status, order.error = OrderStatus.FAILED, "the server leaves the pool"
     order.due_at = None
+
+
+# A server whose score holds it for so long is dead; its member is warned three times before it is taken out.
+DEAD_AFTER = timedelta(days=45)
+WARN_AFTER = (timedelta(days=15), timedelta(days=30), timedelta(days=40))
+# Between warnings, and from the last one to the end, also when the registry itself was away meanwhile.
+_LEAST_NOTICE = timedelta(days=5)
+_DEAD_AT_ONCE = 100
+
+
+async def bury_the_dead(database: Database, now: datetime) -> None:
+    """Warn the members of servers that are dead, and take out those for which all warnings were given."""
+    async with database.transaction() as session:
+        found = await session.scalars(
+            select(Hold.server_id)
+            .join(Server, Server.id == Hold.server_id)
+            .where(
+                Hold.kind == HoldKind.SCORE,
+                Hold.lifted_at.is_(None),
+                Hold.set_at <= now - WARN_AFTER[0],
+                Server.state == ServerState.SUSPENDED,
+            )
+            .order_by(Hold.set_at)
+            .limit(_DEAD_AT_ONCE)
+        )
+        dying = list(found)
+    for identifier in dying:
+        async with database.transaction() as session:
+            await _warn_or_remove(session, await servers.get(session, identifier), now)
+
+
+async def _warn_or_remove(session: AsyncSession, server: Server, now: datetime) -> None:
+    hold = servers.held(server, HoldKind.SCORE)
+    if server.state is not ServerState.SUSPENDED or hold is None:
+        return
+    if servers.held(server, HoldKind.MAINTENANCE) is not None:
+        return
+    warned = await session.scalar(
+        select(func.max(Notice.at)).where(
+            Notice.kind == NoticeKind.DEAD_WARNING, Notice.server_id == server.id, Notice.at >= hold.set_at
+        )
+    )
+    if warned is not None and now < warned + _LEAST_NOTICE:
+        return
+    dead_for = now - hold.set_at
+    if server.dead_warnings < len(WARN_AFTER):
+        if dead_for >= WARN_AFTER[server.dead_warnings]:
+            server.dead_warnings += 1
+            left = _LEAST_NOTICE * (len(WARN_AFTER) - server.dead_warnings + 1)
+            await notices.announce(
+                session,
+                NoticeKind.DEAD_WARNING,
+                member_id=server.member_id,
+                server_id=server.id,
+                now=now,
+                server=server.name,
+                days=dead_for.days,
+                remove_at=max(hold.set_at + DEAD_AFTER, now + left).isoformat(),
+            )
+    elif dead_for >= DEAD_AFTER:
+        reason = f"out of the answer for its score for {dead_for.days} days, after {len(WARN_AFTER)} warnings"
+        await servers.leave(session, server, actor="worker", reason=reason, now=now)
+        _log.warning("dead_server_leaves", server=server.name, days=dead_for.days)

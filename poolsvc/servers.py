@@ -2,7 +2,7 @@
 
     REGISTERED -> VERIFIED -> CERTIFIED -> ACTIVE <-> SUSPENDED
     without a proved address: REGISTERED again
-    any of these -> LEAVING -> REMOVED
+    any of these -> LEAVING -> REMOVED; LEAVING for a later day -> VERIFIED
 
 Rules:
 
@@ -25,13 +25,22 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import selectinload
 
 from nts_core.control import ServerState
-from poolsvc import members, scoring
+from poolsvc import members, notices, scoring
 from poolsvc.certificates import renew_at
 from poolsvc.config import Settings
 from poolsvc.db import queue_for
-from poolsvc.errors import AddressTaken, ConfusableName, LimitReached, NameTaken, NotFound, WrongState
+from poolsvc.errors import (
+    AddressTaken,
+    ConfusableName,
+    InvalidDocument,
+    LimitReached,
+    NameTaken,
+    NotFound,
+    WrongState,
+)
 from poolsvc.models import Address, Event, Hold, HoldKind, Member, OrderStatus, Pool, Server
 from poolsvc.names import check_addresses, check_name, is_label, reserved_lookalike, skeleton
+from poolsvc.notices import NoticeKind
 from poolsvc.outbound import Guard
 
 
@@ -46,6 +55,7 @@ class EventKind(StrEnum):
     HOLD_SET = "hold-set"
     HOLDS_LIFTED = "holds-lifted"
     LEAVE = "leave"
+    LEAVE_CANCELLED = "leave-cancelled"
     CLOSED = "closed"
     EXPIRED = "expired"
 
@@ -66,6 +76,8 @@ TRANSITIONS: dict[tuple[ServerState, EventKind], ServerState] = {
         (state, _E.LEAVE): _S.LEAVING
         for state in (_S.REGISTERED, _S.VERIFIED, _S.CERTIFIED, _S.ACTIVE, _S.SUSPENDED)
     },
+    (_S.LEAVING, _E.LEAVE): _S.LEAVING,  # at once, instead of on a later day
+    (_S.LEAVING, _E.LEAVE_CANCELLED): _S.VERIFIED,
     (_S.LEAVING, _E.CLOSED): _S.REMOVED,
     (_S.REGISTERED, _E.EXPIRED): _S.REMOVED,
 }
@@ -74,8 +86,14 @@ TRANSITIONS: dict[tuple[ServerState, EventKind], ServerState] = {
 NAMED_STATES = frozenset({_S.VERIFIED, _S.CERTIFIED, _S.ACTIVE, _S.SUSPENDED})
 # States from which a server does not come back.
 ENDED_STATES = frozenset({_S.LEAVING, _S.REMOVED})
+# Except those that leave on a later day: until then they may stay after all.
+LIVING = or_(
+    Server.state.not_in(ENDED_STATES), and_(Server.state == _S.LEAVING, Server.leave_at.is_not(None))
+)
 _EXPIRED = 200  # at a time
 _CENSUS_LIFE = 1.0
+# How far ahead leaving may be scheduled: time enough for clients to go, and not for ever.
+LEAVE_AHEAD = (timedelta(hours=3), timedelta(days=90))
 # States in which a server's addresses are probed; a suspended one is, or it could never come back.
 PROBED_STATES = NAMED_STATES
 
@@ -168,11 +186,7 @@ async def register(
 async def check_room(session: AsyncSession, settings: Settings, member: Member) -> None:
     """Raise LimitReached unless a member, which is locked, may have one more server."""
     limit = settings.policy.servers_per_member if member.max_servers is None else member.max_servers
-    # One that is to leave on a later day may stay after all.
-    living = or_(
-        Server.state.not_in(ENDED_STATES), and_(Server.state == _S.LEAVING, Server.leave_at.is_not(None))
-    )
-    count = await session.scalar(select(func.count()).where(Server.member_id == member.id, living)) or 0
+    count = await session.scalar(select(func.count()).where(Server.member_id == member.id, LIVING)) or 0
     if count >= limit:
         raise LimitReached(
             f"a member like this has at most {limit} servers", remedy="remove one, or ask the pool's operator"
@@ -246,10 +260,7 @@ async def taken_address(
             Address.address.in_(addresses),
             Address.proved_at.is_not(None),
             Server.id != besides if besides is not None else true(),
-            or_(
-                Server.state.not_in(ENDED_STATES),
-                and_(Server.state == ServerState.LEAVING, Server.leave_at.is_not(None)),
-            ),
+            LIVING,
         )
         .limit(1)
     )
@@ -339,6 +350,8 @@ async def lift_hold(
     if (hold := held(server, kind)) is None:
         return
     hold.lifted_at = now
+    if kind is HoldKind.SCORE:
+        server.dead_warnings = 0
     if server.state is ServerState.SUSPENDED and not any(hold.lifted_at is None for hold in server.holds):
         await apply(session, server, EventKind.HOLDS_LIFTED, actor=actor, reason=reason, now=now)
 
@@ -363,23 +376,102 @@ def forget_scores(server: Server, now: datetime) -> None:
     """Only probes raise the server again, from the beginning; a hold for scores that are forgotten is over."""
     for row in server.addresses:
         row.score, row.full_probes = None, 0
+    server.dead_warnings = 0
     if (hold := held(server, HoldKind.SCORE)) is not None:
         hold.lifted_at = now
 
 
 async def leave(session: AsyncSession, server: Server, *, actor: str, reason: str, now: datetime) -> None:
-    """Begin to take a server out for good. Repeating it changes nothing."""
+    """Begin to take a server out for good, also one that was to leave later. Repeating it changes nothing."""
+    if may_stay(server):
+        await apply(session, server, EventKind.LEAVE, actor=actor, reason=reason, now=now)
+        begin_removal(server, now)
+        return
     if server.state in ENDED_STATES:
         return
-    await apply(session, server, EventKind.LEAVE, actor=actor, reason=reason, now=now)
-    server.leave_reason = reason[:300]
+    await _begin_to_leave(session, server, actor=actor, reason=reason, now=now)
     server.removal_due_at = now
     if server.burnt_at is None:
         # It never was in DNS: there is nothing to take out.
         server.srv_withdrawn_at = server.name_broken_at = now
-    server.order_due_at = server.probe_due_at = None
+    server.order_due_at = None
+
+
+def begin_removal(server: Server, now: datetime) -> None:
+    """The day of a server that was to leave later has come, or its member waits no longer: it cannot stay any more."""
+    server.leave_at = server.order_due_at = None
+    server.removal_due_at = now
+
+
+async def schedule_leave(
+    session: AsyncSession, server: Server, *, at: datetime, actor: str, reason: str, now: datetime
+) -> None:
+    """Out of the answer at once; name and certificate live until `at`, for the clients that have them.
+
+    Raises InvalidDocument or WrongState.
+    """
+    least, most = LEAVE_AHEAD
+    if not least <= at - now <= most:
+        raise InvalidDocument(
+            f"leaving is scheduled {least // timedelta(hours=1)} hours to {most.days} days ahead",
+            remedy="leave the time out to leave at once",
+            field="at",
+        )
+    if server.state not in NAMED_STATES:
+        raise WrongState(
+            f"{server.name} is {server.state}: it has no clients who need time",
+            remedy="leave at once, or cancel what is scheduled first",
+        )
+    await _begin_to_leave(session, server, actor=actor, reason=reason, now=now)
+    server.leave_at = server.removal_due_at = at
+    await _announce(
+        session, NoticeKind.LEAVING_SCHEDULED, server, now, leave_at=at.isoformat(), reason=reason[:300]
+    )
+
+
+async def _begin_to_leave(
+    session: AsyncSession, server: Server, *, actor: str, reason: str, now: datetime
+) -> None:
+    await apply(session, server, EventKind.LEAVE, actor=actor, reason=reason, now=now)
+    server.leave_reason = reason[:300]
+    server.probe_due_at = None
     for address in server.addresses:
         address.nonce = address.proof_due_at = None
+
+
+async def cancel_leave(session: AsyncSession, server: Server, *, actor: str, now: datetime) -> None:
+    """Stay after all, while the name lives; only probes raise the server again. Raises WrongState."""
+    if not may_stay(server):
+        raise WrongState(
+            f"{server.name} is {server.state}, and is not to leave on a later day",
+            remedy="a removal that has begun is final; register another name",
+        )
+    announced = None if server.leave_at is None else server.leave_at.isoformat()
+    await apply(session, server, EventKind.LEAVE_CANCELLED, actor=actor, reason="it stays after all", now=now)
+    server.leave_at = server.leave_reason = server.removal_due_at = server.srv_withdrawn_at = None
+    forget_scores(server, now)
+    server.probe_due_at = now
+    for row in server.addresses:
+        # Nobody looked meanwhile: silence does not count.
+        row.confirmed_at = now
+    if server.named_at is not None:
+        # What fell due meanwhile was let go, if the certificate lasted till the end.
+        server.order_due_at = server.order_due_at or renewal_at(server) or now
+    await _announce(session, NoticeKind.LEAVING_CANCELLED, server, now, leave_at=announced)
+
+
+async def _announce(
+    session: AsyncSession, kind: NoticeKind, server: Server, now: datetime, **data: str | None
+) -> None:
+    await notices.announce(
+        session,
+        kind,
+        member_id=server.member_id,
+        server_id=server.id,
+        now=now,
+        server=server.name,
+        **data,
+    )
 
 
 async def expire_unfinished(session: AsyncSession, settings: Settings, now: datetime) -> bool:

@@ -263,6 +263,7 @@ class Worker:
         if self._house_kept_at is not None and now - self._house_kept_at < _HOUSE_KEEPING:
             return False
         await addresses.withdraw_stale(self._database, self._settings, now)
+        await removal.bury_the_dead(self._database, now)
         is_more = await samples.keep_house(self._database, self._settings, now)
         self._house_kept_at = None if is_more else now
         return is_more

@@ -1,4 +1,4 @@
-"""Times in which a server is not in the answer though it might be: maintenance, and an operator's hold."""
+"""Times in which a server is not in the answer though it might be: maintenance, an operator's hold, leaving."""
 
 from datetime import datetime
 from typing import Annotated
@@ -8,7 +8,7 @@ from pydantic import AwareDatetime, Field
 
 from poolsvc import maintenance, servers
 from poolsvc.api.request import Document, IdPath, NamePath, NowDep, PrincipalDep, ServicesDep, SessionDep
-from poolsvc.api.servers import ServerView, refuse_gone, view_of
+from poolsvc.api.servers import ServerView, refuse_gone, removal_reason, view_of
 from poolsvc.auth import Operation
 from poolsvc.models import HoldKind
 
@@ -30,6 +30,11 @@ class WindowView(Document):
     ends_at: datetime
     reason: str
     cancelled_at: datetime | None
+
+
+class LeaveRequest(Document):
+    at: AwareDatetime | None = Field(None, description="3 hours to 90 days ahead; at once without")
+    reason: Reason = ""
 
 
 class HoldRequest(Document):
@@ -114,4 +119,39 @@ async def lift_hold(
     await servers.lift_hold(
         session, server, HoldKind.OPERATOR, reason="lifted by an operator", actor=principal.actor, now=now
     )
+    return await view_of(session, services.settings, server.id)
+
+
+@router.post("/servers/{name}/leaving", status_code=202)
+async def leave(
+    name: NamePath,
+    body: LeaveRequest,
+    principal: PrincipalDep,
+    services: ServicesDep,
+    session: SessionDep,
+    now: NowDep,
+) -> ServerView:
+    """Leave the pool: at once and for good, or out of the answer now and for good on a later day."""
+    found = await servers.find(session, name)
+    principal.may(Operation.REMOVE_SERVER, server=found)
+    server = await servers.get(session, found.id)
+    reason = body.reason or removal_reason(server, principal)
+    if body.at is None:
+        await servers.leave(session, server, actor=principal.actor, reason=reason, now=now)
+    else:
+        await servers.schedule_leave(
+            session, server, at=body.at, actor=principal.actor, reason=reason, now=now
+        )
+    return await view_of(session, services.settings, server.id)
+
+
+@router.delete("/servers/{name}/leaving")
+async def stay(
+    name: NamePath, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
+) -> ServerView:
+    """Cancel what was to come on a later day. The server is in the answer again after good probes."""
+    found = await servers.find(session, name)
+    principal.may(Operation.REMOVE_SERVER, server=found)
+    server = await servers.get(session, found.id)
+    await servers.cancel_leave(session, server, actor=principal.actor, now=now)
     return await view_of(session, services.settings, server.id)

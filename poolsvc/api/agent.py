@@ -205,7 +205,8 @@ async def _assignment(session: AsyncSession, services: Services, server: Server,
     pool = await servers.the_pool(session, settings)
     views = explain(server, pool, settings, active=await servers.count_until_open(session, pool, settings))
     is_new = server.state is ServerState.REGISTERED and server.burnt_at is None
-    busy = order is not None or is_new or server.state is ServerState.LEAVING
+    leaves_now = server.state is ServerState.LEAVING and not servers.may_stay(server)
+    busy = order is not None or is_new or leaves_now
     interval = _interval(settings, (await services.counts.census(session)).reporting)
     return Assignment(
         pool=settings.pool,

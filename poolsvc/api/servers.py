@@ -21,7 +21,7 @@ from poolsvc.api.request import (
     SessionDep,
     TextQuery,
 )
-from poolsvc.auth import Operation
+from poolsvc.auth import Operation, Principal
 from poolsvc.config import Settings
 from poolsvc.errors import Gone, WrongState
 from poolsvc.explain import StageView, explain, why_not
@@ -74,6 +74,7 @@ class ServerView(Document):
     domain: str
     state: ServerState
     state_since: datetime
+    leave_at: datetime | None = Field(description="until when the name of a server that leaves lives")
     in_dns: bool = Field(description="whether the SRV answer may hold it now")
     why: str = Field(description="why it is not in DNS: the first stage that is not met; empty when it is")
     stages: list[StageView]
@@ -170,9 +171,14 @@ async def remove_server(
     found = await servers.find(session, name)
     principal.may(Operation.REMOVE_SERVER, server=found)
     server = await servers.get(session, found.id)
-    by = "member" if server.member_id in principal.members else "operator"
-    await servers.leave(session, server, actor=principal.actor, reason=f"removed by its {by}", now=now)
+    reason = removal_reason(server, principal)
+    await servers.leave(session, server, actor=principal.actor, reason=reason, now=now)
     return await view_of(session, services.settings, server.id)
+
+
+def removal_reason(server: Server, principal: Principal) -> str:
+    """The reason of a removal for which none was given."""
+    return f"removed by its {'member' if server.member_id in principal.members else 'operator'}"
 
 
 @router.post("/servers/{name}/join-token", status_code=201)
@@ -259,6 +265,7 @@ async def view_of(session: AsyncSession, settings: Settings, server_id: int) -> 
         domain=settings.domain_of(server.name),
         state=server.state,
         state_since=server.state_since,
+        leave_at=server.leave_at,
         in_dns=is_in_dns(server),
         why=why_not(views, server),
         stages=views,

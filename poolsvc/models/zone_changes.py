@@ -14,7 +14,7 @@ from poolsvc import scoring
 from poolsvc.db import Base, RecordedSession
 from poolsvc.models.servers import Address, Server
 
-_SERVER = ("state", "name", "weight", "ipv4", "ipv6", "own_account_uri", "srv_withdrawn_at")
+_SERVER = ("state", "name", "weight", "ipv4", "ipv6", "own_account_uri", "leave_at", "srv_withdrawn_at")
 _ADDRESS = ("address", "proved_at")
 
 

@@ -17,6 +17,7 @@ from poolsvc.models import Base, Member, MemberRole, Scope, StaffRole, Token, To
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 SOON = (datetime.now(UTC) + timedelta(days=1)).isoformat()
+LATER = (datetime.now(UTC) + timedelta(days=30)).isoformat()
 KEY = base64.b64encode(bytes(range(32))).decode()
 
 # Written out once more, so that a slip in the table is seen.
@@ -151,6 +152,7 @@ async def world(registry):
     server = await registry.server("alice", state=ServerState.REGISTERED, member=owner)
     foreigner = await registry.member("Foreigner")
     foreign = await registry.owner_token(foreigner)
+    await registry.server("bob", "198.18.6.6", state=ServerState.ACTIVE, member=owner)
     colleague = await registry.person(owner, MemberRole.TECHNICIAN)
     numbers = await offers(registry, owner, foreigner, colleague.id)
     async with registry.database.transaction() as session:
@@ -198,6 +200,7 @@ async def offers(registry, owner, foreigner, colleague):
     assert accepted == INVITATION
     return {
         "/v1/servers/{name}/maintenance/{window}": {"window": 1},
+        "/v1/servers/{name}/leaving": {"name": "bob"},
         "/v1/transfers/{transfer}/accept": {"transfer": taken},
         "/v1/transfers/{transfer}/decline": {"transfer": declined},
         "/v1/members/{member}/invitations/{invitation}": {"invitation": own},
@@ -263,6 +266,8 @@ ENDPOINTS = [
     ("DELETE", "/v1/servers/{name}/maintenance/{window}", None, Operation.CHANGE_SERVER),
     ("PUT", "/v1/servers/{name}/hold", REASON, Operation.JUDGE_SERVER),
     ("DELETE", "/v1/servers/{name}/hold", None, Operation.JUDGE_SERVER),
+    ("POST", "/v1/servers/{name}/leaving", {"at": LATER}, Operation.REMOVE_SERVER),
+    ("DELETE", "/v1/servers/{name}/leaving", None, Operation.REMOVE_SERVER),
     ("POST", "/v1/servers/{name}/join-token", None, Operation.CHANGE_SERVER),
     ("POST", "/v1/servers/{name}/transfer", {"to": OPAQUE}, Operation.OFFER_SERVER),
     ("DELETE", "/v1/servers/{name}/transfer", None, Operation.OFFER_SERVER),
@@ -384,7 +389,7 @@ async def test_a_foreign_member_reaches_nothing_of_a_member_or_its_server(world,
 
 async def test_an_agents_token_reaches_its_own_server_only(world, registry, client):
     """An agent names no server: the token does."""
-    other = await registry.server("bob", "198.18.0.2")
+    other = await registry.server("dave", "198.18.0.2")
     async with client(world.tokens[Role.AGENT], source="198.18.0.2") as http:
         answer = await http.post("/v1/agent/sync", json={"engine": "builtin"})
         assert answer.json()["server"] == "alice"

@@ -22,7 +22,15 @@ from sqlalchemy import select
 from nts_core.control import ServerState
 from poolsvc import removal, servers
 from poolsvc.db import Database
-from poolsvc.errors import AddressTaken, ConfusableName, LimitReached, NameTaken, NotFound, WrongState
+from poolsvc.errors import (
+    AddressTaken,
+    ConfusableName,
+    InvalidDocument,
+    LimitReached,
+    NameTaken,
+    NotFound,
+    WrongState,
+)
 from poolsvc.models import Event, Hold, HoldKind, Member
 from poolsvc.publication import Publication
 from poolsvc.servers import TRANSITIONS, EventKind
@@ -52,7 +60,11 @@ def test_the_table_is_the_one_of_the_design():
     holds = {(S.ACTIVE, S.SUSPENDED), (S.SUSPENDED, S.ACTIVE)}
     leaving = {(state, S.LEAVING) for state in living}
     lost = {(state, S.REGISTERED) for state in living - {S.REGISTERED}}
-    assert ways == onward | holds | leaving | lost | {(S.LEAVING, S.REMOVED), (S.REGISTERED, S.REMOVED)}
+    stays = {(S.LEAVING, S.VERIFIED), (S.LEAVING, S.LEAVING)}
+    assert ways == onward | holds | leaving | stays | lost | {
+        (S.LEAVING, S.REMOVED),
+        (S.REGISTERED, S.REMOVED),
+    }
     assert not any(before is S.REMOVED for before, _ in ways)
 
 
@@ -425,7 +437,8 @@ class Life(RuleBasedStateMachine):
 
     @rule(identifier=ids, kind=strategies.sampled_from(EventKind))
     def anything(self, identifier, kind):
-        if kind not in (E.EXPIRED, E.HOLD_SET, E.HOLDS_LIFTED, E.LEAVE, E.CLOSED):  # more than an event
+        more_than_an_event = (E.EXPIRED, E.HOLD_SET, E.HOLDS_LIFTED, E.LEAVE, E.LEAVE_CANCELLED, E.CLOSED)
+        if kind not in more_than_an_event:
             self.apply(identifier, kind)
 
     @rule(identifier=ids, kind=strategies.sampled_from(HoldKind), lift=strategies.booleans())
@@ -436,6 +449,48 @@ class Life(RuleBasedStateMachine):
                     return
                 change = servers.lift_hold if lift else servers.set_hold
                 await change(session, server, kind, reason="", actor="test", now=self.clock)
+
+        self.run(work())
+
+    @rule(identifier=ids)
+    def lose(self, identifier):
+        self.apply(identifier, E.ADDRESSES_LOST)
+
+    @rule(identifier=ids, hours=strategies.sampled_from([1, 3, 90, 9000]))
+    def leave_later(self, identifier, hours):
+        async def work():
+            async with self.registry.change(identifier) as (session, server):
+                before, at = server.state, self.clock + timedelta(hours=hours)
+                possible = before in servers.NAMED_STATES and hours in (3, 90)
+                try:
+                    await servers.schedule_leave(
+                        session, server, at=at, actor="test", reason="", now=self.clock
+                    )
+                except (WrongState, InvalidDocument):
+                    assert not possible
+                    assert server.state is before
+                else:
+                    assert possible
+                    assert (server.state, server.leave_at) == (S.LEAVING, at)
+
+        self.run(work())
+
+    @rule(identifier=ids)
+    def stay(self, identifier):
+        async def work():
+            async with self.registry.change(identifier) as (session, server):
+                before = server.state
+                possible = (
+                    before is S.LEAVING and server.leave_at is not None and self.clock < server.leave_at
+                )
+                try:
+                    await servers.cancel_leave(session, server, actor="test", now=self.clock)
+                except WrongState:
+                    assert not possible
+                    assert server.state is before
+                else:
+                    assert possible
+                    assert (server.state, server.leave_at, server.removal_due_at) == (S.VERIFIED, None, None)
 
         self.run(work())
 
@@ -455,11 +510,17 @@ class Life(RuleBasedStateMachine):
 
         async def work():
             async with self.registry.change(identifier) as (_, server):
+                lives = server.leave_at is not None and self.clock < server.leave_at
                 if server.state is S.LEAVING:
-                    server.srv_withdrawn_at = server.name_broken_at = self.clock
+                    server.srv_withdrawn_at = self.clock
+                    server.name_broken_at = None if lives else self.clock
             await removal.advance(
                 self.registry.database, self.registry.settings, None, identifier, self.clock
             )
+            if lives:
+                assert (await self.registry.get(identifier)).state is S.LEAVING, (
+                    "the name lives until its day"
+                )
 
         self.run(work())
 
@@ -502,6 +563,10 @@ class Life(RuleBasedStateMachine):
         assert len(held) == len(set(held))
         if server.state in (S.ACTIVE, S.SUSPENDED):
             assert bool(held) is (server.state is S.SUSPENDED)
+        if server.state is S.LEAVING:
+            assert server.removal_due_at is not None, "somebody goes on with the removal"
+        elif server.state is not S.REMOVED:
+            assert (server.leave_at, server.removal_due_at, server.srv_withdrawn_at) == (None, None, None)
         if server.burnt_at is not None:
             assert server.released_at is None, "a burnt name is never given again"
 
