@@ -92,6 +92,13 @@ def is_to_be_proved_again(row: Address, settings: Settings, now: datetime) -> bo
     return row.confirmed_at is not None and row.confirmed_at <= now - _life(settings)
 
 
+def proof_ends_at(row: Address, settings: Settings) -> datetime | None:
+    """When a proved address is withdrawn, unless a probe or a proof confirms it before."""
+    if row.proved_at is None or row.confirmed_at is None:
+        return None
+    return row.confirmed_at + _life(settings) + _patience(settings)
+
+
 def _life(settings: Settings) -> timedelta:
     return timedelta(days=settings.policy.address_proof_days)
 
@@ -138,7 +145,7 @@ async def _withdraw_stale(session: AsyncSession, settings: Settings, server: Ser
             server.addresses.remove(row)
             await session.delete(row)
             await _tell(session, server, row, f"not proved within {days} days", now)
-        elif row.proved_at is not None and row.confirmed_at <= now - _life(settings) - _patience(settings):
+        elif (ends := proof_ends_at(row, settings)) is not None and ends <= now:
             reason = f"neither probed with its certificate nor proved again for {days} days"
             row.proved_at = row.nonce = row.proof_due_at = row.score = None
             row.full_probes, row.step_reason, row.proof_error, row.confirmed_at = 0, "", reason, now

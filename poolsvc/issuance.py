@@ -47,6 +47,10 @@ def open_order(server: Server) -> Order | None:
 def want(server: Server, now: datetime) -> None:
     """Begin the order that has become due, unless one is under way."""
     server.order_due_at = None
+    if server.agentless:
+        # The member's own client may order from now on: there will be something to be seen.
+        server.probe_due_at = server.probe_due_at or now
+        return
     if _needs_certificate(server) and open_order(server) is None:
         server.orders.append(Order(server_id=server.id, status=OrderStatus.WANTED, created_at=now))
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 import structlog
 from cryptography import x509
@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from nts_core.control import ProbeResult, ServerState, Stage, StageStatus
 from nts_core.tls import Trust
-from poolsvc import samples, scoring, servers
+from poolsvc import agentless, samples, scoring, servers
 from poolsvc.certificates import printable
 from poolsvc.config import Settings
 from poolsvc.db import Database
@@ -31,7 +31,8 @@ async def probe_server(
     async with database.transaction() as session:
         server = await servers.get(session, server_id)
         addresses = [row.address for row in servers.publishable(server)]
-        worth_probing = server.state in servers.PROBED_STATES and _current(server) is not None
+        may_have_certificate = _current(server) is not None or agentless.may_order_at(server) is not None
+        worth_probing = server.state in servers.PROBED_STATES and may_have_certificate
     if not worth_probing:
         return
     trust = Trust.of(roots, now)
@@ -73,6 +74,8 @@ async def record(
         return
     _record_stages(server, results, now)
     _confirm(server, results, now)
+    if server.agentless:
+        _note_certificates(server, results, now)
     session.add_all(_score(server, settings, results, now))
     if server.state is ServerState.VERIFIED and all(_is_ours(server, result) for result in results):
         await servers.apply(
@@ -80,7 +83,7 @@ async def record(
             server,
             EventKind.CERTIFICATE_SEEN,
             actor=_ACTOR,
-            reason="every address serves the certificate that was ordered",
+            reason="every address serves a certificate that it should have",
             now=now,
         )
     if server.state is ServerState.CERTIFIED and _admissible(server, settings):
@@ -97,10 +100,40 @@ def _current(server: Server) -> Order | None:
 
 
 def _is_ours(server: Server, result: ProbeResult) -> bool:
+    """Whether the certificate is one that the server should have.
+
+    One of a server without an agent need only be valid for its name, which the probe has checked: CAA lets nobody
+    but the member's account have one.
+    """
+    if server.agentless:
+        return result.fingerprint is not None
     return result.fingerprint is not None and any(
         order.status is OrderStatus.ISSUED and order.fingerprint == result.fingerprint
         for order in server.orders
     )
+
+
+def _note_certificates(server: Server, results: Sequence[ProbeResult], now: datetime) -> None:
+    """What is seen of certificates that the registry did not order; it cannot revoke them, but tell when they end."""
+    for result in results:
+        known = {order.fingerprint for order in server.orders}
+        if result.fingerprint is None or result.fingerprint in known:
+            continue
+        order = Order(
+            server_id=server.id,
+            status=OrderStatus.ISSUED,
+            created_at=now,
+            issued_at=now,
+            fingerprint=result.fingerprint,
+            serial=result.serial,
+            not_before=_moment(result.not_before),
+            not_after=_moment(result.not_after),
+        )
+        server.orders.append(order)
+
+
+def _moment(seconds: int | None) -> datetime | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
 
 
 def _confirm(server: Server, results: Sequence[ProbeResult], now: datetime) -> None:

@@ -285,6 +285,8 @@ class Publication:
                     Server.weight,
                     Server.named_at.is_not(None).label("named"),
                     Server.listed_at.is_not(None).label("listed"),
+                    Server.agentless,
+                    Server.own_account_uri,
                     Server.leave_at.is_not(None).label("stays"),
                     Server.srv_withdrawn_at.is_not(None).label("withdrawn"),
                     Server.name_broken_at.is_not(None).label("broken"),
@@ -298,6 +300,7 @@ class Publication:
                         addresses=tuple(servers.without_failing(proved.get(row.id, []))),
                         listed=row.state is ServerState.ACTIVE,
                         weight=row.weight,
+                        account_uri=(row.own_account_uri or "") if row.agentless else None,
                     ),
                     named=row.named,
                     listed=row.listed,
@@ -419,11 +422,15 @@ class Publication:
             for server_id in noted:
                 self._learn(server_id, news[server_id])
 
-    def _first_order(self, server: Server, now: datetime) -> datetime:
+    def _first_order(self, server: Server, now: datetime) -> datetime | None:
         """When an order is due for a name that everybody shows: not before the last resolver forgot its absence.
 
-        A certificate from before the addresses were lost is renewed in its time.
+        Without an agent: nor the CAA that let nobody, or another account, order; that it is due means that the member
+        may. A certificate from before the addresses were lost is renewed in its time.
         """
+        if server.agentless:
+            wait = max(self._negative_ttl, timedelta(seconds=self._settings.dns.address_ttl))
+            return None if server.own_account_uri is None else now + wait
         return max(now + self._negative_ttl, servers.renewal_at(server) or now)
 
     def _news(self, row: _Row, zone: Zone, now: datetime) -> dict[str, datetime | None]:

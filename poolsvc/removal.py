@@ -1,7 +1,8 @@
 """Taking a server out for good: the CA's side of it, and the receipt. DNS's side is `poolsvc.publication`.
 
 The four steps do not wait for each other where they need not: a dead DNS server delays no revocation, and a
-dead CA delays no withdrawal. REMOVED is reached when each step has its time.
+dead CA delays no withdrawal. REMOVED is reached when each step has its time. A server without an agent has no steps at
+the CA: account, authorization and certificate are its member's.
 """
 
 from dataclasses import dataclass, field
@@ -50,15 +51,18 @@ def receipt(server: Server, settings: Settings) -> Receipt | None:
         removed_at=server.state_since if server.state is ServerState.REMOVED else None,
         last_certificate_ends_at=ends,
         error=server.removal_error,
-        exposure=_exposure(settings, ends),
+        exposure=_exposure(server, settings, ends),
     )
 
 
-def _exposure(settings: Settings, ends: datetime | None) -> str:
+def _exposure(server: Server, settings: Settings, ends: datetime | None) -> str:
     cached = max(settings.dns.srv_ttl, settings.dns.address_ttl)
     text = f"resolvers may know the name for {cached} s after it was broken"
     if ends is not None:
         text += f"; a client that never looks at DNS or revocation may use its keys until {ends.isoformat()}"
+    if server.agentless:
+        until = f", and stays valid until {ends.isoformat()}" if ends is not None else ""
+        text += f"; its certificate is the member's own: it was not revoked{until}; CAA lets no CA renew it"
     return text
 
 
@@ -83,13 +87,8 @@ async def advance(
         server = await servers.get(session, server_id)
         for order in server.orders:
             _note(order, done, now)
-        ended = [order.deactivated_at for order in server.orders if order.authorization_url]
-        if None not in ended:
-            # Each order's authorization ends with its issue already: the receipt tells when the last one did.
-            last = server.authorization_deactivated_at or now
-            server.authorization_deactivated_at = max(filter(None, ended), default=last)
-        if not any(_must_be_revoked(order, now) for order in server.orders):
-            server.certificate_revoked_at = server.certificate_revoked_at or now
+        if not server.agentless:
+            _note_ca_steps(server, now)
         server.removal_error = done.error
         server.removal_due_at = now + timedelta(seconds=settings.policy.step_retry)
         if _is_complete(server):
@@ -102,16 +101,28 @@ async def advance(
             _log.info("server_removed", server=server.name)
 
 
+def _note_ca_steps(server: Server, now: datetime) -> None:
+    ended = [order.deactivated_at for order in server.orders if order.authorization_url]
+    if None not in ended:
+        # Each order's authorization ends with its issue already: the receipt tells when the last one did.
+        last = server.authorization_deactivated_at or now
+        server.authorization_deactivated_at = max(filter(None, ended), default=last)
+    if not any(_must_be_revoked(order, now) for order in server.orders):
+        server.certificate_revoked_at = server.certificate_revoked_at or now
+
+
 def _is_complete(server: Server) -> bool:
-    return None not in (
-        server.srv_withdrawn_at,
-        server.name_broken_at,
-        server.authorization_deactivated_at,
-        server.certificate_revoked_at,
-    )
+    steps = [server.srv_withdrawn_at, server.name_broken_at]
+    if not server.agentless:
+        # What a member's own account has is out of our reach; the receipt says so.
+        steps += [server.authorization_deactivated_at, server.certificate_revoked_at]
+    return None not in steps
 
 
 def _must_be_revoked(order: Order, now: datetime) -> bool:
+    """Whether a certificate is ours to revoke: of one that was only seen there is no chain."""
+    if order.chain is None:
+        return False
     return order.revoked_at is None and order.not_after is not None and order.not_after > now
 
 

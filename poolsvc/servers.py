@@ -135,6 +135,7 @@ async def register(
     now: datetime,
     *,
     actor: str,
+    agentless: bool = False,
 ) -> Server:
     """A new server of a member.
 
@@ -161,6 +162,7 @@ async def register(
         member_id=member_id,
         name=label,
         skeleton=skeleton(label),
+        agentless=agentless,
         state=ServerState.REGISTERED,
         state_since=now,
         created_at=now,

@@ -9,7 +9,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from nts_core.control import ServerState
-from poolsvc import auth, removal, samples, servers, terms
+from poolsvc import addresses, agentless, auth, removal, samples, servers, terms
 from poolsvc.api.idempotent import idempotent
 from poolsvc.api.paging import Page, PagingDep
 from poolsvc.api.request import (
@@ -25,7 +25,7 @@ from poolsvc.auth import Operation, Principal
 from poolsvc.config import Settings
 from poolsvc.errors import Gone, WrongState
 from poolsvc.explain import StageView, explain, why_not
-from poolsvc.models import Server, Token, TokenKind
+from poolsvc.models import Address, Server, Token, TokenKind
 from poolsvc.removal import Receipt
 
 router = APIRouter(prefix="/v1")
@@ -35,6 +35,9 @@ class ServerRequest(Document):
     name: str = Field(max_length=200, description="one host label, such as alice")
     member: int | None = Field(None, description="whose it is to be; needed by those who act for several")
     addresses: list[str] = Field(max_length=64, description="the server's IPv4 and IPv6 addresses")
+    agentless: bool = Field(
+        False, description="the member runs an ACME client and a server of its own choice"
+    )
 
 
 class JoinToken(Document):
@@ -57,6 +60,7 @@ class AddressView(Document):
     address: str
     proved_at: datetime | None
     proof_error: str | None
+    proof_ends_at: datetime | None = Field(description="unless probes, or a proof, confirm it until then")
     score: float | None
 
 
@@ -80,6 +84,9 @@ class ServerView(Document):
     stages: list[StageView]
     addresses: list[AddressView]
     agent: AgentView
+    agentless: bool
+    acme_account: str | None = Field(description="the member's own account that may order, without an agent")
+    may_order_at: datetime | None = Field(description="from when on it may; empty while that is not known")
     certificates: list[CertificateView]
     receipt: Receipt | None
 
@@ -98,7 +105,7 @@ class ServerSummary(Document):
 
 class ServerCreated(Document):
     server: ServerView
-    join: JoinToken
+    join: JoinToken | None = Field(description="for the agent; none for a server without one")
 
 
 @router.get("/servers")
@@ -147,9 +154,16 @@ async def register_server(
     member_id = principal.member_for(Operation.REGISTER_SERVER, body.member)
     await terms.require(session, services.settings, principal.user_id)
     server = await servers.register(
-        session, services.settings, member_id, body.name, body.addresses, now, actor=principal.actor
+        session,
+        services.settings,
+        member_id,
+        body.name,
+        body.addresses,
+        now,
+        actor=principal.actor,
+        agentless=body.agentless,
     )
-    join = await new_join_token(session, services.settings, server, now)
+    join = None if server.agentless else await new_join_token(session, services.settings, server, now)
     return ServerCreated(server=await view_of(session, services.settings, server.id), join=join)
 
 
@@ -190,6 +204,8 @@ async def renew_join_token(
     server = await servers.find(session, name)
     principal.may(Operation.CHANGE_SERVER, server=server)
     refuse_gone(server)
+    if server.agentless:
+        raise WrongState(f"{server.name} was registered to have no agent", remedy="register another name")
     await auth.revoke(session, now, Token.server_id == server.id, Token.kind == TokenKind.JOIN)
     return await new_join_token(session, services.settings, server, now)
 
@@ -255,6 +271,16 @@ async def new_join_token(
     return JoinToken(join_token=token, expires_at=expires, command=command)
 
 
+def address_view(settings: Settings, row: Address) -> AddressView:
+    return AddressView(
+        address=row.address,
+        proved_at=row.proved_at,
+        proof_error=row.proof_error,
+        proof_ends_at=addresses.proof_ends_at(row, settings),
+        score=row.score,
+    )
+
+
 async def view_of(session: AsyncSession, settings: Settings, server_id: int) -> ServerView:
     server = await servers.get(session, server_id)
     await session.refresh(server, ["addresses", "orders", "holds", "stages"])
@@ -269,13 +295,16 @@ async def view_of(session: AsyncSession, settings: Settings, server_id: int) -> 
         in_dns=is_in_dns(server),
         why=why_not(views, server),
         stages=views,
-        addresses=[AddressView.model_validate(row) for row in server.addresses],
+        addresses=[address_view(settings, row) for row in server.addresses],
         agent=AgentView(
             seen_at=server.agent_seen_at,
             engine=server.agent_engine,
             clock=server.agent_clock,
             problem=server.agent_problem,
         ),
+        agentless=server.agentless,
+        acme_account=server.own_account_uri,
+        may_order_at=agentless.may_order_at(server),
         certificates=[CertificateView.model_validate(order) for order in server.orders],
         receipt=removal.receipt(server, settings),
     )

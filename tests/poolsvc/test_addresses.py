@@ -219,6 +219,8 @@ async def test_a_proved_address_that_nothing_confirms_is_asked_for_then_withdraw
 
     assert await asked(30 * DAY - timedelta(seconds=1)) == [False, False]
     assert await asked(30 * DAY) == [True, False]
+    ends = [addresses.proof_ends_at(row, registry.settings) for row in (await registry.get(server)).addresses]
+    assert ends == [registry.now + 37 * DAY, registry.now + 67 * DAY]
     await withdraw(registry, 37 * DAY - timedelta(seconds=1))
     found = await registry.get(server)
     assert servers.published_addresses(found) == [ONE, SIX], "it stays published until then"

@@ -153,6 +153,7 @@ async def world(registry):
     foreigner = await registry.member("Foreigner")
     foreign = await registry.owner_token(foreigner)
     await registry.server("bob", "198.18.6.6", state=ServerState.ACTIVE, member=owner)
+    await registry.server("erin", "198.18.0.1", state=ServerState.VERIFIED, member=owner, agentless=True)
     colleague = await registry.person(owner, MemberRole.TECHNICIAN)
     numbers = await offers(registry, owner, foreigner, colleague.id)
     async with registry.database.transaction() as session:
@@ -201,6 +202,9 @@ async def offers(registry, owner, foreigner, colleague):
     return {
         "/v1/servers/{name}/maintenance/{window}": {"window": 1},
         "/v1/servers/{name}/leaving": {"name": "bob"},
+        "/v1/servers/{name}/proofs": {"name": "erin"},
+        "/v1/servers/{name}/proofs/{address}/ready": {"name": "erin", "address": "198.18.0.1"},
+        "/v1/servers/{name}/acme-account": {"name": "erin"},
         "/v1/transfers/{transfer}/accept": {"transfer": taken},
         "/v1/transfers/{transfer}/decline": {"transfer": declined},
         "/v1/members/{member}/invitations/{invitation}": {"invitation": own},
@@ -266,6 +270,14 @@ ENDPOINTS = [
     ("DELETE", "/v1/servers/{name}/maintenance/{window}", None, Operation.CHANGE_SERVER),
     ("PUT", "/v1/servers/{name}/hold", REASON, Operation.JUDGE_SERVER),
     ("DELETE", "/v1/servers/{name}/hold", None, Operation.JUDGE_SERVER),
+    ("POST", "/v1/servers/{name}/proofs", {"address": "198.18.0.1"}, Operation.PROVE_ADDRESS),
+    ("POST", "/v1/servers/{name}/proofs/{address}/ready", None, Operation.PROVE_ADDRESS),
+    (
+        "PUT",
+        "/v1/servers/{name}/acme-account",
+        {"account_uri": "https://ca.example/1"},
+        Operation.CHANGE_SERVER,
+    ),
     ("POST", "/v1/servers/{name}/leaving", {"at": LATER}, Operation.REMOVE_SERVER),
     ("DELETE", "/v1/servers/{name}/leaving", None, Operation.REMOVE_SERVER),
     ("POST", "/v1/servers/{name}/join-token", None, Operation.CHANGE_SERVER),
