@@ -179,6 +179,8 @@ class AgentReport:
     csr: CsrAnswer | None = None
     installed: str | None = None  # fingerprint of the certificate that is served
     problem: str | None = None
+    traffic_cap: float | None = None  # NTP requests a second that it answers at most
+    traffic: float | None = None  # and how many come
     version: int = VERSION
 
 

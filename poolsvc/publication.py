@@ -28,7 +28,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute, selectinload
 
 from nts_core.control import ServerState
-from poolsvc import servers
+from poolsvc import scoring, servers
 from poolsvc.config import Settings, split_endpoint
 from poolsvc.db import Database
 from poolsvc.models import Address, Server, ZoneChange
@@ -283,6 +283,8 @@ class Publication:
                     Server.name,
                     Server.state,
                     Server.weight,
+                    Server.traffic_cap,
+                    Server.traffic,
                     Server.named_at.is_not(None).label("named"),
                     Server.listed_at.is_not(None).label("listed"),
                     Server.agentless,
@@ -299,7 +301,7 @@ class Publication:
                         name=row.name,
                         addresses=tuple(servers.without_failing(proved.get(row.id, []))),
                         listed=row.state is ServerState.ACTIVE,
-                        weight=row.weight,
+                        weight=scoring.sampling_weight(row.weight, row.traffic_cap, row.traffic),
                         account_uri=(row.own_account_uri or "") if row.agentless else None,
                     ),
                     named=row.named,

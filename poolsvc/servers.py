@@ -98,7 +98,7 @@ LEAVE_AHEAD = (timedelta(hours=3), timedelta(days=90))
 PROBED_STATES = NAMED_STATES
 
 # What `poolsvc.journal` writes outside the database, so that a restored one cannot forget it.
-_JOURNALLED = frozenset({_E.LEAVE, _E.CLOSED})
+_JOURNALLED = frozenset({_E.LEAVE, _E.LEAVE_CANCELLED, _E.CLOSED})
 
 
 async def apply(

@@ -38,6 +38,8 @@ from poolsvc.models import Address, Server, Token, TokenKind
 
 router = APIRouter(prefix="/v1")
 _REJOIN_LIFE = timedelta(minutes=2)
+# Requests a second: more than any wire carries. Comparisons with it also fail for what is not a number.
+_MAX_TRAFFIC = 1e9
 # Ed25519 points of small order: one constant signature of theirs fits every statement.
 _SMALL_ORDER = frozenset(
     map(
@@ -187,11 +189,17 @@ async def sync(
     server.agent_engine = _clean(report.engine, 100)
     server.agent_clock = _clean(report.clock, 300)
     server.agent_problem = _clean(report.problem, 1000) if report.problem else None
+    server.traffic_cap, server.traffic = _figure(report.traffic_cap), _figure(report.traffic)
     if report.csr is not None:
         issuance.take_csr(settings, server, report.csr.order, report.csr.pem, now)
     issuance.note_serving(server, report.serving, now)
     proofs.note_serving(server, report.serving, now)
     return await _assignment(session, services, server, now)
+
+
+def _figure(value: float | None) -> float | None:
+    """Requests a second, as an agent says; None when it cannot be."""
+    return value if value is not None and 0 <= value <= _MAX_TRAFFIC else None
 
 
 def _clean(text: str, limit: int) -> str:

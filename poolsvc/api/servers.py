@@ -69,6 +69,8 @@ class AgentView(Document):
     engine: str
     clock: str
     problem: str | None
+    traffic_cap: float | None = Field(description="NTP requests a second that it answers at most")
+    traffic: float | None = Field(description="and how many come, as the agent says")
 
 
 class ServerView(Document):
@@ -301,6 +303,8 @@ async def view_of(session: AsyncSession, settings: Settings, server_id: int) -> 
             engine=server.agent_engine,
             clock=server.agent_clock,
             problem=server.agent_problem,
+            traffic_cap=server.traffic_cap,
+            traffic=server.traffic,
         ),
         agentless=server.agentless,
         acme_account=server.own_account_uri,

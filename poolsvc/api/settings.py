@@ -26,6 +26,9 @@ class SettingsView(Document):
     public: bool = Field(description="whether everybody may see the server's page")
     addresses: list[str]
     waive_source: bool = Field(description="proof calls may come from elsewhere (NAT); the operator's to set")
+    traffic_cap: float | None = Field(
+        description="NTP requests a second that it answers at most; the agent's to set, [limits] traffic_cap"
+    )
 
 
 class SettingsChange(Document):
@@ -47,6 +50,7 @@ def _view(server: Server) -> SettingsView:
         public=server.public,
         addresses=[row.address for row in server.addresses],
         waive_source=server.waive_source,
+        traffic_cap=server.traffic_cap,
     )
 
 

@@ -145,7 +145,7 @@ async def test_leaving_at_once_is_possible_meanwhile(alice):
     async with alice.change(alice.alice) as (session, server):
         await servers.leave(session, server, actor="user 1", reason="now", now=alice.now + HOUR)
         assert (server.leave_at, server.removal_due_at) == (None, alice.now + HOUR)
-        assert server.state_since == alice.now + HOUR
+        assert (server.state_since, server.journal_due_at) == (alice.now + HOUR, alice.now + HOUR)
     with pytest.raises(WrongState):
         await stay(alice, alice.alice, HOUR)
 

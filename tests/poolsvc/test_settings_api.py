@@ -33,6 +33,7 @@ async def test_settings_are_read_changed_and_read_again(alice, client):
             "public": False,
             "addresses": [ONE, SIX],
             "waive_source": False,
+            "traffic_cap": None,
         }
         wanted = {"weight": 1000, "ipv6": False, "public": True, "addresses": [ONE, "198.18.0.2"]}
         changed = await http.patch(URL, json=wanted)
