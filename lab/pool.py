@@ -64,6 +64,8 @@ reconcile_interval = 2
 tick = 0.1
 step_retry = 0.5
 retry = [1, 2, 4]
+servers_per_member = 1000
+unproved_servers_per_member = 1000
 """
 
 
@@ -73,11 +75,15 @@ def member_address(index: int) -> str:
 
 
 class Api:
-    """The registry's API with one token; `root` is the file of the root that its certificate comes from."""
+    """The registry's API with one token; `root` is the file of the root that its certificate comes from.
 
-    def __init__(self, url: str, root: Path, token: str | None = None) -> None:
+    Calls leave from the address `source`, if one is given.
+    """
+
+    def __init__(self, url: str, root: Path, token: str | None = None, *, source: str | None = None) -> None:
         self._url = url
         self._tls = ssl.create_default_context(cafile=str(root))
+        self._source = source
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
 
     def request(
@@ -88,15 +94,9 @@ class Api:
         *,
         headers: Mapping[str, str] = MappingProxyType({}),
     ) -> httpx.Response:
-        return httpx.request(
-            method,
-            self._url + path,
-            json=body,
-            headers={**self._headers, **headers},
-            timeout=_API_DEADLINE,
-            verify=self._tls,
-            trust_env=False,
-        )
+        transport = httpx.HTTPTransport(verify=self._tls, local_address=self._source, trust_env=False)
+        with httpx.Client(transport=transport, timeout=_API_DEADLINE, headers=self._headers) as client:
+            return client.request(method, self._url + path, json=body, headers=dict(headers))
 
     def call(
         self,
@@ -300,8 +300,8 @@ class LabPool:
             self.member_token = str(created["token"])
             self.member = self.api(self.member_token)
 
-    def api(self, token: str | None = None) -> Api:
-        return Api(self.url, self.registry_root, token)
+    def api(self, token: str | None = None, *, source: str | None = None) -> Api:
+        return Api(self.url, self.registry_root, token, source=source)
 
     def add(self, name: str, *options: str, addresses: Sequence[str] = ()) -> Member:
         """A member at the next free address unless told where, not started yet."""

@@ -46,7 +46,7 @@ Prefix = Annotated[IPv4Network | IPv6Network, BeforeValidator(_prefix)]
 
 
 class Limits(BaseModel):
-    """What one address may take of the engine. Times are seconds."""
+    """What one address, and all of them together, may take of the engine. Times are seconds."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -61,6 +61,13 @@ class Limits(BaseModel):
         4, ge=2, le=256, description="of what is over the limit, one in so many is answered"
     )
     ntp_kod: int = Field(0, ge=0, le=256, description="and one in so many gets KoD RATE; 0 is none")
+    traffic_cap: float | None = Field(
+        None,
+        gt=0,
+        le=1e9,
+        allow_inf_nan=False,
+        description="NTP requests a second to answer, of all clients together; none without",
+    )
     ke_connections: int = Field(1024, ge=1, le=60_000, description="open at a time")
     ke_connections_per_address: int = Field(128, ge=1, description="of an IPv4 address or an IPv6 /64")
     ke_connections_per_48: int = Field(256, ge=1, description="of an IPv6 /48")

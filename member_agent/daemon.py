@@ -14,6 +14,7 @@ import ipaddress
 import math
 import re
 import signal
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -30,6 +31,7 @@ from member_agent.config import AgentSettings
 from member_agent.engines.builtin import BuiltinEngine
 from member_agent.errors import AgentError, ExitStatus
 from member_agent.install import CertificateStore, InstalledPair, InstallError, load_pair
+from member_agent.ntp_server import Meter
 from member_agent.registry import Registry, RegistryError
 from member_agent.sockets import Endpoint, is_local
 from member_agent.state import Membership, StateDirectory
@@ -245,6 +247,7 @@ class Member:
         self._clock = clock_of(settings)
         self._engine: BuiltinEngine | None = None
         self._facts = _Facts()
+        self._meter = Meter()
         self._proofs: dict[str, bytes] = {}
         self._listening = False
 
@@ -322,6 +325,8 @@ class Member:
             csr=facts.csr,
             installed=facts.installed,
             problem=facts.problem,
+            traffic_cap=self._settings.limits.traffic_cap,
+            traffic=self._meter.read(self._engine.ntp.requests, time.monotonic()) if self._engine else None,
         )
 
     def _check(self, assignment: Assignment) -> None:

@@ -17,7 +17,7 @@ from member_agent.sockets import Endpoint, bind, bound_endpoint, packed
 from nts_core.cookies import Keyring
 from nts_core.kernel import SO_TIMESTAMPNS, TIMESPEC
 from nts_core.packet import MAX_DATAGRAM
-from nts_core.ratelimit import Admission, RatePolicy, Verdict
+from nts_core.ratelimit import Admission, Cap, RatePolicy, Verdict
 from nts_core.server import Kiss, NtpServer, Reply
 
 _BATCH = 64
@@ -33,6 +33,11 @@ _RECEIVE_BUFFER = 4 * 1024 * 1024
 _ANSWER = Verdict.ANSWER
 _KISSES = {Verdict.KISS_RATE: Kiss.RATE, Verdict.KISS_DENY: Kiss.DENY}
 
+
+# Counters that count something else than a datagram that came.
+_ERRORS = ("receive-error", "send-error")
+# A shorter time says little of how many come in a second.
+_MEASURED = 10.0
 
 _Ancillary = tuple[int, int, bytes]
 
@@ -145,6 +150,11 @@ class NtpListeners:
         listener = NtpListener(endpoint, self._server, self._clock, self.counters, self.admission)
         self._listeners.append(listener)
 
+    @property
+    def requests(self) -> int:
+        """Datagrams that came, answered or not."""
+        return self.counters.total() - sum(self.counters[name] for name in _ERRORS)
+
     def use_keyring(self, keyring: Keyring) -> None:
         self._server.keyring = keyring
 
@@ -154,13 +164,33 @@ class NtpListeners:
         self._listeners.clear()
 
 
+class Meter:
+    """How many come in a second, of a count that only grows."""
+
+    def __init__(self) -> None:
+        self._since: tuple[float, int] | None = None
+        self._last: float | None = None
+
+    def read(self, count: int, now: float) -> float | None:
+        """The mean since ten seconds ago or more; None until so much is known. `now` is monotonic seconds."""
+        if self._since is None:
+            self._since = now, count
+        elif now - self._since[0] >= _MEASURED:
+            self._last = (count - self._since[1]) / (now - self._since[0])
+            self._since = now, count
+        return self._last
+
+
 def _admission(limits: Limits) -> Admission | None:
     """None when every datagram is to be answered, which then costs nothing to find out."""
     access = limits.access()
-    if access is None and limits.ntp_interval is None:
+    if access is None and limits.ntp_interval is None and limits.traffic_cap is None:
         return None
     rate = None
     if limits.ntp_interval is not None:
         interval_ns = round(limits.ntp_interval * 1e9)
         rate = RatePolicy(interval_ns, limits.ntp_burst, limits.ntp_leak, limits.ntp_kod)
-    return Admission(secrets.token_bytes, access=access, rate=rate, kiss_denied=limits.deny_action == "kod")
+    cap = None if limits.traffic_cap is None else Cap(limits.traffic_cap)
+    return Admission(
+        secrets.token_bytes, access=access, rate=rate, cap=cap, kiss_denied=limits.deny_action == "kod"
+    )

@@ -179,6 +179,8 @@ class AgentReport:
     csr: CsrAnswer | None = None
     installed: str | None = None  # fingerprint of the certificate that is served
     problem: str | None = None
+    traffic_cap: float | None = None  # NTP requests a second that it answers at most
+    traffic: float | None = None  # and how many come
     version: int = VERSION
 
 
@@ -201,7 +203,10 @@ class ProbeResult:
     kiss: str | None = None
     asked: int = 0
     cookies: int = 0
-    fingerprint: str | None = None  # SHA-256 of the leaf's DER, lower-case hex
+    fingerprint: str | None = None  # SHA-256 of the leaf's DER, lower-case hex; None unless it was valid
+    serial: str | None = None  # of the leaf, lower-case hex
+    not_before: int | None = None  # of the leaf, seconds since 1970
+    not_after: int | None = None
     version: int = VERSION
 
 

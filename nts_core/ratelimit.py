@@ -40,6 +40,7 @@ class Verdict(StrEnum):
 
     ANSWER = "answer"
     RATE_LIMITED = "rate-limited"
+    OVER_CAP = "over-cap"
     DENIED = "denied"
     KISS_RATE = "kiss-rate"
     KISS_DENY = "kiss-deny"
@@ -47,6 +48,7 @@ class Verdict(StrEnum):
 
 # Looking a member of an enumeration up costs as much as looking a bucket up.
 _ANSWER = Verdict.ANSWER
+_DROPS = (Verdict.RATE_LIMITED, Verdict.DENIED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,23 @@ class RateLimiter:
         return sum(map(len, self._slots))
 
 
+class Cap:
+    """So many requests a second of all clients together, and a fifth of a second's worth at once."""
+
+    def __init__(self, per_second: float) -> None:
+        self._interval = max(1, round(_SECOND / per_second))
+        self._capacity = max(self._interval, _SECOND // 5)
+        self._full_at = 0
+
+    def take(self, now: int) -> bool:
+        """Take one, or, returning False, none."""
+        full_at = max(self._full_at, now) + self._interval
+        if full_at - now > self._capacity:
+            return False
+        self._full_at = full_at
+        return True
+
+
 class AccessList:
     """Prefixes that are allowed and denied; the longest that holds an address decides.
 
@@ -143,7 +162,7 @@ class AccessList:
 
 
 class Admission:
-    """The whole rule for one datagram: first the access list, then the rate."""
+    """The whole rule for one datagram: first the access list, then the rate, then the cap on all traffic."""
 
     def __init__(
         self,
@@ -151,12 +170,14 @@ class Admission:
         *,
         access: AccessList | None = None,
         rate: RatePolicy | None = None,
+        cap: Cap | None = None,
         kiss_denied: bool = False,
     ) -> None:
         """`kiss_denied` tells those who are denied so (KoD DENY); otherwise they are ignored."""
         self._random = random
         self._access = access
         self._rate = rate
+        self._cap = cap
         self._kiss_denied = kiss_denied
         self._limiter = RateLimiter(rate.interval_ns, rate.burst, random) if rate else None
         self._kisses = RateLimiter(_KISS_INTERVAL, 1, random, entries=_KISS_ENTRIES)
@@ -167,6 +188,13 @@ class Admission:
         return self._limiter.forgotten if self._limiter else 0
 
     def judge(self, address: bytes, now: int) -> Verdict:
+        verdict = self._of_address(address, now)
+        # What is dropped anyway takes nothing of what there is for others.
+        if self._cap is None or verdict in _DROPS or self._cap.take(now):
+            return verdict
+        return Verdict.OVER_CAP
+
+    def _of_address(self, address: bytes, now: int) -> Verdict:
         if self._access is not None and not self._access.allows(address):
             return Verdict.KISS_DENY if self._kiss_denied and self._may_kiss(address, now) else Verdict.DENIED
         if self._limiter is None or self._limiter.take(address, now):

@@ -246,6 +246,13 @@ class PolicySettings(_Section):
     links_per_hour: int = Field(
         200, ge=1, description="mails with a link to addresses that have no account, to all of them together"
     )
+    unproved_servers_per_member: int = Field(
+        2, ge=1, description="a member's registrations without a proved address"
+    )
+    unproved_address_days: float = Field(7, gt=0, description="after which an unproved address is dropped")
+    address_proof_days: float = Field(
+        30, gt=0, description="after which an address that no probe has confirmed is to be proved again"
+    )
     require_source_address: bool = Field(
         True, description="proof calls must come from the address itself; false for members behind NAT"
     )

@@ -12,7 +12,7 @@ from enum import StrEnum
 from functools import partial
 from typing import Any
 
-from sqlalchemy import DateTime, Dialect, Enum, MetaData, event, text
+from sqlalchemy import DateTime, Dialect, Enum, MetaData, event, func, select, text
 from sqlalchemy.engine import Connection
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DisconnectionError
@@ -121,6 +121,15 @@ class Database:
 def act_as(session: AsyncSession, actor: str) -> None:
     """What the session changes from now on is this one's doing."""
     session.info["actor"] = actor
+
+
+async def queue_for(session: AsyncSession, thing: str) -> None:
+    """Wait until no other transaction is at this thing, which need not be a row; held until the transaction ends.
+
+    On SQLite there is never another transaction that writes.
+    """
+    if session.get_bind().dialect.name == "postgresql":
+        await session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(thing, 0))))
 
 
 def _note_use(_connection: object, record: ConnectionPoolEntry) -> None:

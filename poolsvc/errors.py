@@ -83,6 +83,12 @@ class ReservedName(InvalidName):
     code = "reserved-name"
 
 
+class ConfusableName(InvalidName):
+    """People would take the name for another one."""
+
+    code = "confusable-name"
+
+
 class InvalidEmail(PoolError):
     status = HTTPStatus.UNPROCESSABLE_ENTITY
     code = "invalid-email"
@@ -120,6 +126,13 @@ class AddressMismatch(PoolError):
 
     status = HTTPStatus.CONFLICT
     code = "address-mismatch"
+
+
+class PreconditionFailed(PoolError):
+    """What was to be changed is not any more what the caller has read."""
+
+    status = HTTPStatus.PRECONDITION_FAILED
+    code = "precondition-failed"
 
 
 class TooManyRequests(PoolError):

@@ -1,9 +1,10 @@
 """Why a server is, or is not, in the pool's answer: its stages in order, each with since when and the remedy."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from nts_core.control import ServerState, Stage, StageStatus
+from poolsvc import agentless, servers
 from poolsvc.config import Settings
 from poolsvc.models import Order, OrderStatus, Pool, Server
 
@@ -35,6 +36,12 @@ REMEDIES = {
     Stage.SCORE: "keep the server reachable and on time; the score rises by itself",
     Stage.POOL: "nothing: the pool lacks other servers or its own parts work on it",
 }
+# And where there is no agent to do it.
+_BY_HAND = {
+    Stage.ADDRESSES: "from each address POST to .../proofs, serve the content at the path, then POST .../ready",
+    Stage.ISSUANCE: "PUT the account's URI to .../acme-account; order with your ACME client from `may_order_at` on",
+    Stage.CERTIFICATE: "let the server use the certificate that your ACME client got for this name",
+}
 _PROBED = (
     Stage.TCP,
     Stage.TLS,
@@ -59,13 +66,18 @@ def explain(server: Server, pool: Pool, settings: Settings, *, active: int) -> l
             views.append(_view(stage, record.status, record.since, record.detail))
     views.append(_score(server, settings))
     views.append(_pool(server, pool, settings, active))
-    return views
+    return [_by_hand(view) for view in views] if server.agentless else views
+
+
+def _by_hand(view: StageView) -> StageView:
+    return replace(view, remedy=_BY_HAND.get(view.stage, view.remedy)) if view.remedy else view
 
 
 def why_not(views: list[StageView], server: Server) -> str:
     """One sentence for the first stage that is not met; empty when the server is in the answer."""
     if server.state in (ServerState.LEAVING, ServerState.REMOVED):
-        return f"{server.state}: {server.leave_reason or 'the registration expired'}"
+        day = f" on {server.leave_at:%Y-%m-%d %H:%M} UTC" if server.leave_at is not None else ""
+        return f"{server.state}{day}: {server.leave_reason or 'the registration expired'}"
     for view in views:
         if view.status is not StageStatus.MET:
             return f"{view.stage}: {view.detail or view.status} ({view.remedy})"
@@ -78,6 +90,8 @@ def _view(stage: Stage, status: StageStatus, since: datetime | None, detail: str
 
 
 def _name(server: Server) -> StageView:
+    if server.agentless:
+        return _view(Stage.NAME, StageStatus.MET, server.created_at)
     if server.joined_at is None:
         return _view(Stage.NAME, StageStatus.WAITING, server.created_at, "no agent has joined")
     return _view(Stage.NAME, StageStatus.MET, server.joined_at)
@@ -85,8 +99,16 @@ def _name(server: Server) -> StageView:
 
 def _addresses(server: Server) -> StageView:
     unproved = [row for row in server.addresses if row.proved_at is None]
-    proved = [row.proved_at for row in server.addresses if row.proved_at is not None]
-    details = "; ".join(f"{row.address}: {row.proof_error or 'not proved yet'}" for row in unproved)
+    proved = [row.proved_at for row in servers.publishable(server) if row.proved_at is not None]
+    details = "; ".join(
+        f"{row.address}: {row.proof_error or 'not proved yet'}"
+        for row in server.addresses
+        if row.proved_at is None or row.proof_error
+    )
+    if not proved and len(unproved) < len(server.addresses):
+        return _view(
+            Stage.ADDRESSES, StageStatus.FAILED, None, "the family of its proved addresses is turned off"
+        )
     if not proved:
         failed = any(row.proof_error for row in unproved)
         status = StageStatus.FAILED if failed else StageStatus.WAITING
@@ -98,6 +120,8 @@ def _addresses(server: Server) -> StageView:
 
 def _issuance(server: Server) -> StageView:
     orders = server.orders
+    if server.agentless and not orders:
+        return _view(Stage.ISSUANCE, StageStatus.WAITING, server.named_at, _own_order(server))
     if not orders:
         return _view(Stage.ISSUANCE, StageStatus.WAITING, server.named_at, "no order yet")
     latest: Order = orders[-1]
@@ -110,6 +134,14 @@ def _issuance(server: Server) -> StageView:
     return _view(Stage.ISSUANCE, StageStatus.WAITING, latest.created_at, f"order {latest.status}")
 
 
+def _own_order(server: Server) -> str:
+    """What the member's own ACME client waits for, before any probe has seen a certificate."""
+    if server.own_account_uri is None:
+        return "no CA may issue yet: the pool does not know your ACME account"
+    begin = agentless.may_order_at(server)
+    return "on the way into DNS" if begin is None else f"your client may order from {begin.isoformat()} on"
+
+
 def _score(server: Server, settings: Settings) -> StageView:
     holds = [hold for hold in server.holds if hold.lifted_at is None]
     if holds:
@@ -117,7 +149,7 @@ def _score(server: Server, settings: Settings) -> StageView:
         return _view(Stage.SCORE, StageStatus.FAILED, holds[0].set_at, reasons)
     if server.state is ServerState.ACTIVE:
         return _view(Stage.SCORE, StageStatus.MET, server.state_since)
-    proved = [row for row in server.addresses if row.proved_at]
+    proved = servers.publishable(server)
     probes = min((row.full_probes for row in proved), default=0)
     detail = f"{probes} of {settings.policy.admission_probes} full probes in a row"
     reasons = "; ".join(f"{row.address}: {row.step_reason}" for row in proved if row.step_reason)

@@ -47,7 +47,11 @@ def open_order(server: Server) -> Order | None:
 def want(server: Server, now: datetime) -> None:
     """Begin the order that has become due, unless one is under way."""
     server.order_due_at = None
-    if server.state in servers.NAMED_STATES and open_order(server) is None:
+    if server.agentless:
+        # The member's own client may order from now on: there will be something to be seen.
+        server.probe_due_at = server.probe_due_at or now
+        return
+    if _needs_certificate(server) and open_order(server) is None:
         server.orders.append(Order(server_id=server.id, status=OrderStatus.WANTED, created_at=now))
 
 
@@ -63,7 +67,15 @@ def start_anew(server: Server, now: datetime) -> None:
 
 def wants_csr(server: Server, order: Order) -> bool:
     """Whether the agent is asked for a signing request; not for a server that leaves."""
-    return order.status is OrderStatus.WANTED and server.state in servers.NAMED_STATES
+    return order.status is OrderStatus.WANTED and _needs_certificate(server)
+
+
+def _needs_certificate(server: Server) -> bool:
+    """One that leaves on a later day needs no other certificate, if it has one that lasts till then."""
+    if server.leave_at is not None:
+        ends = [order.not_after for order in server.orders if order.not_after is not None]
+        return bool(ends) and max(ends) < server.leave_at
+    return server.state in servers.NAMED_STATES
 
 
 def take_csr(settings: Settings, server: Server, order_id: int, pem: str, now: datetime) -> None:
@@ -182,8 +194,11 @@ async def _answer(
 ) -> Change:
     """The precheck from here on every published address, then the CA is told to look."""
     assert order.challenge_url is not None
+    addresses = servers.published_addresses(server)
+    if not addresses:
+        raise FetchError("no address is published")
     outbound = Outbound(settings)
-    for address in servers.published_addresses(server):
+    for address in addresses:
         url = f"{http_origin(address, settings.ports.http)}{ACME_PATH}{order.token}"
         answer = await outbound.get(
             url,

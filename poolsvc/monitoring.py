@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 import structlog
 from cryptography import x509
@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from nts_core.control import ProbeResult, ServerState, Stage, StageStatus
 from nts_core.tls import Trust
-from poolsvc import samples, scoring, servers
+from poolsvc import agentless, samples, scoring, servers
 from poolsvc.certificates import printable
 from poolsvc.config import Settings
 from poolsvc.db import Database
@@ -31,8 +31,9 @@ async def probe_server(
     """Probe every proved address of a server once, and record what was found."""
     async with database.transaction() as session:
         server = await servers.get(session, server_id)
-        addresses = [row.address for row in server.addresses if row.proved_at is not None]
-        worth_probing = server.state in servers.PROBED_STATES and _current(server) is not None
+        addresses = [row.address for row in servers.publishable(server)]
+        may_have_certificate = _current(server) is not None or agentless.may_order_at(server) is not None
+        worth_probing = server.state in servers.PROBED_STATES and may_have_certificate
     if not worth_probing:
         return
     trust = Trust.of(roots, now)
@@ -74,6 +75,9 @@ async def record(
         return
     _record_stages(server, results, now)
     published = servers.published_addresses(server)
+    _confirm(server, results, now)
+    if server.agentless:
+        _note_certificates(server, results, now)
     session.add_all(_score(server, settings, results, now))
     await _tell_withdrawn(session, server, published, now)
     if server.state is ServerState.VERIFIED and all(_is_ours(server, result) for result in results):
@@ -82,7 +86,7 @@ async def record(
             server,
             EventKind.CERTIFICATE_SEEN,
             actor=_ACTOR,
-            reason="every address serves the certificate that was ordered",
+            reason="every address serves a certificate that it should have",
             now=now,
         )
     if server.state is ServerState.CERTIFIED and _admissible(server, settings):
@@ -99,10 +103,48 @@ def _current(server: Server) -> Order | None:
 
 
 def _is_ours(server: Server, result: ProbeResult) -> bool:
+    """Whether the certificate is one that the server should have.
+
+    One of a server without an agent need only be valid for its name, which the probe has checked: CAA lets nobody
+    but the member's account have one.
+    """
+    if server.agentless:
+        return result.fingerprint is not None
     return result.fingerprint is not None and any(
         order.status is OrderStatus.ISSUED and order.fingerprint == result.fingerprint
         for order in server.orders
     )
+
+
+def _note_certificates(server: Server, results: Sequence[ProbeResult], now: datetime) -> None:
+    """What is seen of certificates that the registry did not order; it cannot revoke them, but tell when they end."""
+    for result in results:
+        known = {order.fingerprint for order in server.orders}
+        if result.fingerprint is None or result.fingerprint in known:
+            continue
+        order = Order(
+            server_id=server.id,
+            status=OrderStatus.ISSUED,
+            created_at=now,
+            issued_at=now,
+            fingerprint=result.fingerprint,
+            serial=result.serial,
+            not_before=_moment(result.not_before),
+            not_after=_moment(result.not_after),
+        )
+        server.orders.append(order)
+
+
+def _moment(seconds: int | None) -> datetime | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
+
+
+def _confirm(server: Server, results: Sequence[ProbeResult], now: datetime) -> None:
+    """Who has the certificate's key at an address has the address: as good as another proof."""
+    seen = {result.address for result in results if _is_ours(server, result)}
+    for row in server.addresses:
+        if row.address in seen:
+            row.confirmed_at = now
 
 
 def _record_stages(server: Server, results: Sequence[ProbeResult], now: datetime) -> None:
@@ -130,7 +172,11 @@ def _record_stages(server: Server, results: Sequence[ProbeResult], now: datetime
 def _score(
     server: Server, settings: Settings, results: Sequence[ProbeResult], now: datetime
 ) -> Iterator[SampleRecord]:
-    """Let each probe take effect on its address, and give what is kept of it."""
+    """Let each probe take effect on its address, and give what is kept of it.
+
+    During maintenance none of them counts against the server.
+    """
+    is_exempt = servers.held(server, HoldKind.MAINTENANCE) is not None
     by_address = {result.address: result for result in results}
     for row in server.addresses:
         result = by_address.get(row.address)
@@ -139,11 +185,11 @@ def _score(
         step = scoring.step(result, max_stratum=settings.policy.max_stratum)
         row.step_reason = printable(step.reason)[:200]
         if row.score is not None:
-            row.score = scoring.advance(row.score, step)
-        elif step.value >= scoring.FULL_STEP and result.failed is None:
-            row.full_probes += 1
-        else:
-            row.full_probes = 0
+            after = scoring.advance(row.score, step)
+            row.score = max(row.score, after) if is_exempt else after
+        elif not is_exempt:
+            is_full = step.value >= scoring.FULL_STEP and result.failed is None
+            row.full_probes = row.full_probes + 1 if is_full else 0
         yield samples.sample(row, result, step, now)
 
 
@@ -161,16 +207,15 @@ async def _tell_withdrawn(
 
 
 def _admissible(server: Server, settings: Settings) -> bool:
-    proved = [row for row in server.addresses if row.proved_at is not None]
+    proved = servers.publishable(server)
     held = any(hold.lifted_at is None for hold in server.holds)
     enough = all(row.full_probes >= settings.policy.admission_probes for row in proved)
     return bool(proved) and enough and not held
 
 
 async def _admit(session: AsyncSession, server: Server, settings: Settings, now: datetime) -> None:
-    for row in server.addresses:
-        if row.proved_at is not None:
-            row.score = scoring.ADMITTED
+    for row in servers.publishable(server):
+        row.score = scoring.ADMITTED
     await servers.apply(
         session,
         server,
@@ -183,7 +228,7 @@ async def _admit(session: AsyncSession, server: Server, settings: Settings, now:
 
 
 async def _hold_or_lift(session: AsyncSession, server: Server, settings: Settings, now: datetime) -> None:
-    scores = [row.score for row in server.addresses if row.score is not None]
+    scores = [row.score for row in servers.publishable(server) if row.score is not None]
     if scores and max(scores) < scoring.CUTOFF:
         if server.state is ServerState.SUSPENDED:
             return

@@ -24,6 +24,10 @@ RESERVED = frozenset(
     }
 )
 
+# What a hurried eye takes for each other; host names are shown in capitals too, where I is l.
+_LOOKS = str.maketrans("015i", "olsl")
+_PAIRS = (("rn", "m"), ("vv", "w"))
+
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
@@ -50,6 +54,27 @@ def check_name(name: str) -> str:
     if lowered in RESERVED:
         raise ReservedName(f"the name {lowered!r} is reserved", remedy="choose another name", field="name")
     return lowered
+
+
+def skeleton(name: str) -> str:
+    """Equal for names that look alike: what a server name and a forgery of it have in common.
+
+    0 is o, 1 and i are l, 5 is s; hyphens do not count; then rn is m and vv is w. (The idea of Unicode's UTS 39,
+    for the 37 characters of a label. Pairs such as cl for d are left out: they would refuse more honest names
+    than forgeries.)
+    """
+    text = name.lower().translate(_LOOKS).replace("-", "")
+    for pair, single in _PAIRS:
+        text = text.replace(pair, single)
+    return text
+
+
+def reserved_lookalike(name: str) -> str | None:
+    """The reserved name that a name looks like, if any."""
+    return _RESERVED_SKELETONS.get(skeleton(name))
+
+
+_RESERVED_SKELETONS = {skeleton(name): name for name in sorted(RESERVED)}
 
 
 def check_addresses(texts: Sequence[str], *, allow_private: bool) -> list[str]:

@@ -61,8 +61,16 @@ async def probe(
     except ClientError as error:
         _refuse_own_fault(error)
         return ProbeResult(address, _STAGE_OF[Failure(error.code)], error.message)
-    leaf = established.chain[0].public_bytes(Encoding.DER)
-    found = ProbeResult(address, None, "", fingerprint=hashlib.sha256(leaf).hexdigest())
+    leaf = established.chain[0]
+    found = ProbeResult(
+        address,
+        None,
+        "",
+        fingerprint=hashlib.sha256(leaf.public_bytes(Encoding.DER)).hexdigest(),
+        serial=f"{leaf.serial_number:x}",
+        not_before=int(leaf.not_valid_before_utc.timestamp()),
+        not_after=int(leaf.not_valid_after_utc.timestamp()),
+    )
     if (astray := _astray(established, own_addresses, guard)) is not None:
         return replace(found, failed=Stage.KE, detail=f"sends clients astray: {astray}")
     if len(established.result.cookies) < MAX_COOKIES:

@@ -2,11 +2,13 @@
 
 1. The agent calls from the address. Only that makes the registry connect, and at most a few times an hour.
 2. The registry connects back to the address, with a nonce in the path, following no redirect.
-3. The answer is the agent key's signature over nonce, pool, server and address.
+3. The answer is the agent key's signature over nonce, pool, server and address. Members without an agent put a
+   text there that only they were told, and that the path does not tell.
 """
 
 import base64
 import binascii
+import hmac
 import secrets
 from datetime import datetime, timedelta
 
@@ -15,11 +17,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from sqlalchemy import delete, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from nts_core.control import PROOF_PATH, ServerState, proof_statement
-from poolsvc import servers
+from nts_core.control import PROOF_PATH, proof_statement
+from poolsvc import addresses, servers
 from poolsvc.config import Settings
-from poolsvc.db import Database
-from poolsvc.errors import AddressMismatch, NotFound, TooManyRequests
+from poolsvc.db import Database, queue_for
+from poolsvc.errors import AddressMismatch, NotFound, TooManyRequests, WrongState
 from poolsvc.models import Address, ConnectBack, Server
 from poolsvc.names import check_address, prefix_of
 from poolsvc.outbound import FetchError, Outbound, http_origin
@@ -29,6 +31,8 @@ _HOUR = timedelta(hours=1)
 _FORGOTTEN = 20
 # A signature is 88 characters of base64; whoever sends more is not an agent.
 _MAX_ANSWER = 256
+# Octets of randomness: the agent's nonce; a file's name and content. As text both fit the nonce's column.
+_NONCE, _FILE_NAME, _FILE_CONTENT = 32, 16, 24
 # A row that is due later than this after a call is leased to a worker (`worker.claim` pushes it two minutes).
 _UNCLAIMED = timedelta(minutes=1)
 
@@ -43,24 +47,53 @@ async def call(
     row = next((row for row in server.addresses if row.address == text), None)
     if row is None:
         raise NotFound(f"{text} is not an address of {server.name}", field="address")
-    if settings.policy.require_source_address and _canonical(source) != row.address:
+    waived = server.waive_source or not settings.policy.require_source_address
+    if not waived and _canonical(source) != row.address:
         raise AddressMismatch(
             f"the call for {row.address} came from {source}",
             remedy="call from the address itself, or ask the operator to waive that for hosts behind NAT",
             field="address",
         )
     await _limit(session, settings, row.address, now)
-    row.nonce = secrets.token_urlsafe(32)
+    parts = (_FILE_NAME, _FILE_CONTENT) if server.agentless else (_NONCE,)
+    row.nonce = ".".join(map(secrets.token_urlsafe, parts))
     # The agent's next report says that it serves the answer (`note_serving`); if none comes, we look anyway.
-    row.proof_due_at = now + timedelta(seconds=settings.policy.proof_deadline)
+    row.proof_due_at = look_at(settings, now)
     return row.nonce
+
+
+def look_at(settings: Settings, now: datetime) -> datetime:
+    """When the registry connects back after a call, unless told earlier that the answer is there."""
+    return now + timedelta(seconds=settings.policy.proof_deadline)
+
+
+def file_of(nonce: str) -> tuple[str, str]:
+    """Name and content of the file that proves an address without an agent."""
+    name, _, content = nonce.partition(".")
+    return name, content
 
 
 def note_serving(server: Server, nonces: tuple[str, ...], now: datetime) -> None:
     """The agent says which nonces it answers: time to connect back, unless a worker is at it already."""
     for row in server.addresses:
-        if row.nonce in nonces and row.proof_due_at and now < row.proof_due_at <= now + _UNCLAIMED:
-            row.proof_due_at = now
+        if row.nonce in nonces:
+            _look_now(row, now)
+
+
+def ready(server: Server, address: str, now: datetime) -> Address:
+    """A member without an agent says that its answer is there. Raises NotFound or WrongState."""
+    row = next((row for row in server.addresses if row.address == address), None)
+    if row is None:
+        raise NotFound(f"{address} is not an address of {server.name}", field="address")
+    if row.nonce is None:
+        raise WrongState(f"no proof of {address} is under way", remedy="ask for one: POST .../proofs")
+    _look_now(row, now)
+    return row
+
+
+def _look_now(row: Address, now: datetime) -> None:
+    if row.proof_due_at and now < row.proof_due_at <= now + _UNCLAIMED:
+        row.proof_due_at = now
 
 
 def _canonical(source: str) -> str:
@@ -87,11 +120,10 @@ async def _limit(session: AsyncSession, settings: Settings, address: str, now: d
             )
 
 
-def wants_call(row: Address, now: datetime) -> bool:
+def wants_call(settings: Settings, row: Address, now: datetime) -> bool:
     """Whether the agent should call from this address now."""
-    return (
-        row.proved_at is None and row.nonce is None and (row.proof_due_at is None or row.proof_due_at <= now)
-    )
+    needed = row.proved_at is None or addresses.is_to_be_proved_again(row, settings, now)
+    return needed and row.nonce is None and (row.proof_due_at is None or row.proof_due_at <= now)
 
 
 async def prove(database: Database, settings: Settings, address_id: int, now: datetime) -> None:
@@ -100,11 +132,11 @@ async def prove(database: Database, settings: Settings, address_id: int, now: da
         row = await session.get(Address, address_id)
         if row is None:
             return
+        server = await servers.get(session, row.server_id)
         if row.nonce is None:
             # The wait after a failure is over: the agent may call again.
             row.proof_due_at = None
             return
-        server = await servers.get(session, row.server_id)
         try:
             await _limit(session, settings, row.address, now)
         except TooManyRequests as error:
@@ -114,14 +146,20 @@ async def prove(database: Database, settings: Settings, address_id: int, now: da
         session.add(ConnectBack(address=row.address, prefix=prefix_of(row.address), at=now))
         nonce, address, key = row.nonce, row.address, server.agent_key or ""
         name = server.name
-    failure = await _connect_back(settings, name, address, nonce, key)
+    if server.agentless:
+        failure = await _look_for_file(settings, name, address, nonce)
+    else:
+        failure = await _connect_back(settings, name, address, nonce, key)
     async with database.transaction() as session:
         server = await servers.get(session, row.server_id)
         current = next((entry for entry in server.addresses if entry.id == address_id), None)
         if current is None or current.nonce != nonce:
             return
-        if failure is None and await servers.taken_address(session, [address]) is not None:
-            failure = "the address belongs to another server of this pool"
+        if failure is None:
+            # Of two servers that answer for one address at the same moment, one has to be the first.
+            await queue_for(session, f"address {address}")
+            if await servers.taken_address(session, [address], besides=server.id) is not None:
+                failure = "the address belongs to another server of this pool"
         await _record(session, settings, server, current, failure, now)
 
 
@@ -138,16 +176,14 @@ async def _record(
     if failure is not None:
         row.proof_due_at = now + _HOUR / settings.policy.proofs_per_hour
         return
-    row.proved_at, row.proof_due_at = now, None
-    if server.state is ServerState.REGISTERED:
-        await servers.apply(
-            session,
-            server,
-            servers.EventKind.ADDRESS_PROVED,
-            actor="worker",
-            reason=f"{row.address} answered with the agent's signature",
-            now=now,
-        )
+    row.proved_at, row.confirmed_at, row.proof_due_at = row.proved_at or now, now, None
+    await addresses.settle(
+        session,
+        server,
+        actor="worker",
+        reason=f"{row.address} answered with {'the file' if server.agentless else 'a signature'} asked for",
+        now=now,
+    )
 
 
 async def _connect_back(settings: Settings, name: str, address: str, nonce: str, key: str) -> str | None:
@@ -166,4 +202,22 @@ async def _connect_back(settings: Settings, name: str, address: str, nonce: str,
         return "the answer is not a signature: another web server may answer on this address"
     except InvalidSignature:
         return "the answer is not signed by this server's agent"
+    return None
+
+
+async def _look_for_file(settings: Settings, name: str, address: str, nonce: str) -> str | None:
+    """As `_connect_back`, for a server without an agent."""
+    file, content = file_of(nonce)
+    try:
+        answer = await Outbound(settings).get(
+            f"{http_origin(address, settings.ports.http)}{PROOF_PATH}{file}",
+            host=settings.domain_of(name),
+            deadline=settings.policy.proof_deadline,
+            limit=_MAX_ANSWER,
+        )
+        body = answer.require_ok()
+    except FetchError as error:
+        return str(error)
+    if not hmac.compare_digest(body.strip(), content.encode("ascii")):
+        return "the answer is not the content that was asked for"
     return None

@@ -25,10 +25,10 @@ from itertools import islice
 import structlog
 from sqlalchemy import ColumnElement, delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import InstrumentedAttribute
+from sqlalchemy.orm import InstrumentedAttribute, selectinload
 
 from nts_core.control import ServerState
-from poolsvc import servers
+from poolsvc import scoring, servers
 from poolsvc.config import Settings, split_endpoint
 from poolsvc.db import Database
 from poolsvc.models import Address, Server, ZoneChange
@@ -66,20 +66,21 @@ class _Row:
     records: ServerRecords
     named: bool
     listed: bool
+    stays: bool  # it leaves on a later day
     withdrawn: bool
     broken: bool
 
     @property
     def published(self) -> ServerRecords:
-        """What belongs in DNS; a leaving server's addresses and CAA only until its SRV is out."""
-        if self.state is ServerState.LEAVING and self.withdrawn:
+        """What belongs in DNS; a leaving server's addresses and CAA only until its day, and its SRV is out."""
+        if self.state is ServerState.LEAVING and self.withdrawn and not self.stays:
             return replace(self.records, addresses=())
         return self.records
 
     def waits(self, *, is_open: bool) -> bool:
         """Whether the row has to learn something yet."""
         if self.state is ServerState.LEAVING:
-            return not (self.withdrawn and self.broken)
+            return not (self.withdrawn and (self.broken or self.stays))
         if self.state is not ServerState.ACTIVE and self.listed:
             return True
         if self.state is ServerState.ACTIVE and is_open and not self.listed:
@@ -268,20 +269,27 @@ class Publication:
         async with self._database.transaction() as session:
             await _burn(session, among, now)
             proved: dict[int, list[tuple[str, float | None]]] = {}
-            for server_id, address, score in await session.execute(
-                select(Address.server_id, Address.address, Address.score)
+            for server_id, address, score, ipv4, ipv6 in await session.execute(
+                select(Address.server_id, Address.address, Address.score, Server.ipv4, Server.ipv6)
+                .join(Server, Server.id == Address.server_id)
                 .where(among(Address.server_id), Address.proved_at.is_not(None))
                 .order_by(Address.id)
             ):
-                proved.setdefault(server_id, []).append((address, score))
+                if servers.is_wanted(address, ipv4=ipv4, ipv6=ipv6):
+                    proved.setdefault(server_id, []).append((address, score))
             found = await session.execute(
                 select(
                     Server.id,
                     Server.name,
                     Server.state,
                     Server.weight,
+                    Server.traffic_cap,
+                    Server.traffic,
                     Server.named_at.is_not(None).label("named"),
                     Server.listed_at.is_not(None).label("listed"),
+                    Server.agentless,
+                    Server.own_account_uri,
+                    Server.leave_at.is_not(None).label("stays"),
                     Server.srv_withdrawn_at.is_not(None).label("withdrawn"),
                     Server.name_broken_at.is_not(None).label("broken"),
                 ).where(among(Server.id), Server.state.in_(_STATES), Server.burnt_at.is_not(None))
@@ -293,10 +301,12 @@ class Publication:
                         name=row.name,
                         addresses=tuple(servers.without_failing(proved.get(row.id, []))),
                         listed=row.state is ServerState.ACTIVE,
-                        weight=row.weight,
+                        weight=scoring.sampling_weight(row.weight, row.traffic_cap, row.traffic),
+                        account_uri=(row.own_account_uri or "") if row.agentless else None,
                     ),
                     named=row.named,
                     listed=row.listed,
+                    stays=row.stays,
                     withdrawn=row.withdrawn,
                     broken=row.broken,
                 )
@@ -397,16 +407,33 @@ class Publication:
             noted: list[int] = []
             async with self._database.transaction() as session:
                 found = await session.scalars(
-                    select(Server).where(Server.id.in_(some)).order_by(Server.id).with_for_update()
+                    select(Server)
+                    .where(Server.id.in_(some))
+                    .order_by(Server.id)
+                    .options(selectinload(Server.orders))
+                    .with_for_update(of=Server)
                 )
                 for server in found:
                     # One that changed meanwhile has a row in the outbox: it is looked at again.
                     if server.state is self._rows[server.id].state:
                         for name, value in news[server.id].items():
                             setattr(server, name, value)
+                        if "named_at" in news[server.id]:
+                            server.order_due_at = self._first_order(server, now)
                         noted.append(server.id)
             for server_id in noted:
                 self._learn(server_id, news[server_id])
+
+    def _first_order(self, server: Server, now: datetime) -> datetime | None:
+        """When an order is due for a name that everybody shows: not before the last resolver forgot its absence.
+
+        Without an agent: nor the CAA that let nobody, or another account, order; that it is due means that the member
+        may. A certificate from before the addresses were lost is renewed in its time.
+        """
+        if server.agentless:
+            wait = max(self._negative_ttl, timedelta(seconds=self._settings.dns.address_ttl))
+            return None if server.own_account_uri is None else now + wait
+        return max(now + self._negative_ttl, servers.renewal_at(server) or now)
 
     def _news(self, row: _Row, zone: Zone, now: datetime) -> dict[str, datetime | None]:
         """The columns of a server's row that what was seen in DNS changes."""
@@ -424,7 +451,7 @@ class Publication:
         news = {}
         if not row.named and is_named and is_shown:
             # Resolvers may have cached that the name does not exist, or a whole gap of names around it.
-            news |= {"named_at": now, "order_due_at": now + self._negative_ttl}
+            news["named_at"] = now
         if row.state is not ServerState.ACTIVE and row.listed:
             news["listed_at"] = None
         elif row.state is ServerState.ACTIVE and not row.listed and self._service and is_service_right:

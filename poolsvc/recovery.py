@@ -78,7 +78,7 @@ async def _leave_again(session: AsyncSession, gone: Mapping[int, Entry], now: da
         if not entry.is_gone:
             continue
         server = await session.scalar(select(Server).where(Server.id == entry.server).options(*servers.WHOLE))
-        if server is None or server.name != entry.name or server.state in GONE:
+        if server is None or server.name != entry.name or _is_on_its_way(server, entry):
             continue
         reason = f"left on {entry.at.date().isoformat()}, after the copy that was restored was made"
         await servers.leave(session, server, actor=_ACTOR, reason=reason, now=now)
@@ -86,6 +86,13 @@ async def _leave_again(session: AsyncSession, gone: Mapping[int, Entry], now: da
         server.srv_withdrawn_at = server.srv_withdrawn_at or entry.at
         left.append(server.name)
     return left
+
+
+def _is_on_its_way(server: Server, entry: Entry) -> bool:
+    """Whether the copy knows of the removal already; one that was to leave later may have left at once since."""
+    if servers.may_stay(server):
+        return entry.at <= server.state_since
+    return server.state in GONE
 
 
 async def _burn(session: AsyncSession, gone: Mapping[int, Entry], now: datetime) -> list[str]:

@@ -1,7 +1,8 @@
 """Taking a server out for good: the CA's side of it, and the receipt. DNS's side is `poolsvc.publication`.
 
 The four steps do not wait for each other where they need not: a dead DNS server delays no revocation, and a
-dead CA delays no withdrawal. REMOVED is reached when each step has its time.
+dead CA delays no withdrawal. REMOVED is reached when each step has its time. A server without an agent has no steps at
+the CA: account, authorization and certificate are its member's.
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -9,13 +10,16 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import structlog
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from nts_core.control import ServerState
 from poolsvc import issuance, servers
 from poolsvc.acme import AcmeAccount, AcmeError
 from poolsvc.config import Settings
 from poolsvc.db import Database
-from poolsvc.models import Order, OrderStatus, Server
+from poolsvc.models import Hold, HoldKind, Notice, Order, OrderStatus, Server
+from poolsvc.notices import NoticeKind
 from poolsvc.servers import EventKind
 
 _log = structlog.get_logger()
@@ -48,7 +52,7 @@ def receipt(server: Server, settings: Settings) -> Receipt | None:
         removed_at=server.state_since if server.state is ServerState.REMOVED else None,
         last_certificate_ends_at=ends,
         error=server.removal_error,
-        exposure=_exposure(settings, ends),
+        exposure=_exposure(server, settings, ends),
     )
 
 
@@ -61,11 +65,14 @@ def _for_notice(made: Receipt | None, now: datetime) -> dict[str, Any]:
     }
 
 
-def _exposure(settings: Settings, ends: datetime | None) -> str:
+def _exposure(server: Server, settings: Settings, ends: datetime | None) -> str:
     cached = max(settings.dns.srv_ttl, settings.dns.address_ttl)
     text = f"resolvers may know the name for {cached} s after it was broken"
     if ends is not None:
         text += f"; a client that never looks at DNS or revocation may use its keys until {ends.isoformat()}"
+    if server.agentless:
+        until = f", and stays valid until {ends.isoformat()}" if ends is not None else ""
+        text += f"; its certificate is the member's own: it was not revoked{until}; CAA lets no CA renew it"
     return text
 
 
@@ -80,18 +87,18 @@ async def advance(
         server = await servers.get(session, server_id)
         if server.state is not ServerState.LEAVING:
             return
+        if server.leave_at is not None:
+            if now < server.leave_at:
+                server.removal_due_at = server.leave_at
+                return
+            servers.begin_removal(server, now)
     done = await _ca_steps(account, server, now)
     async with database.transaction() as session:
         server = await servers.get(session, server_id)
         for order in server.orders:
             _note(order, done, now)
-        ended = [order.deactivated_at for order in server.orders if order.authorization_url]
-        if None not in ended:
-            # Each order's authorization ends with its issue already: the receipt tells when the last one did.
-            last = server.authorization_deactivated_at or now
-            server.authorization_deactivated_at = max(filter(None, ended), default=last)
-        if not any(_must_be_revoked(order, now) for order in server.orders):
-            server.certificate_revoked_at = server.certificate_revoked_at or now
+        if not server.agentless:
+            _note_ca_steps(server, now)
         server.removal_error = done.error
         server.removal_due_at = now + timedelta(seconds=settings.policy.step_retry)
         if _is_complete(server):
@@ -110,16 +117,28 @@ async def advance(
             _log.info("server_removed", server=server.name)
 
 
+def _note_ca_steps(server: Server, now: datetime) -> None:
+    ended = [order.deactivated_at for order in server.orders if order.authorization_url]
+    if None not in ended:
+        # Each order's authorization ends with its issue already: the receipt tells when the last one did.
+        last = server.authorization_deactivated_at or now
+        server.authorization_deactivated_at = max(filter(None, ended), default=last)
+    if not any(_must_be_revoked(order, now) for order in server.orders):
+        server.certificate_revoked_at = server.certificate_revoked_at or now
+
+
 def _is_complete(server: Server) -> bool:
-    return None not in (
-        server.srv_withdrawn_at,
-        server.name_broken_at,
-        server.authorization_deactivated_at,
-        server.certificate_revoked_at,
-    )
+    steps = [server.srv_withdrawn_at, server.name_broken_at]
+    if not server.agentless:
+        # What a member's own account has is out of our reach; the receipt says so.
+        steps += [server.authorization_deactivated_at, server.certificate_revoked_at]
+    return None not in steps
 
 
 def _must_be_revoked(order: Order, now: datetime) -> bool:
+    """Whether a certificate is ours to revoke: of one that was only seen there is no chain."""
+    if order.chain is None:
+        return False
     return order.revoked_at is None and order.not_after is not None and order.not_after > now
 
 
@@ -170,3 +189,59 @@ def _note(order: Order, done: _Done, now: datetime) -> None:
     if order.status not in (OrderStatus.ISSUED, OrderStatus.FAILED):
         order.status, order.error = OrderStatus.FAILED, "the server leaves the pool"
     order.due_at = None
+
+
+# A server whose score holds it for so long is dead; its member is warned three times before it is taken out.
+DEAD_AFTER = timedelta(days=45)
+WARN_AFTER = (timedelta(days=15), timedelta(days=30), timedelta(days=40))
+# Between warnings, and from the last one to the end, also when the registry itself was away meanwhile.
+_LEAST_NOTICE = timedelta(days=5)
+_DEAD_AT_ONCE = 100
+
+
+async def bury_the_dead(database: Database, now: datetime) -> None:
+    """Warn the members of servers that are dead, and take out those for which all warnings were given."""
+    async with database.transaction() as session:
+        found = await session.scalars(
+            select(Hold.server_id)
+            .join(Server, Server.id == Hold.server_id)
+            .where(
+                Hold.kind == HoldKind.SCORE,
+                Hold.lifted_at.is_(None),
+                Hold.set_at <= now - WARN_AFTER[0],
+                Server.state == ServerState.SUSPENDED,
+            )
+            .order_by(Hold.set_at)
+            .limit(_DEAD_AT_ONCE)
+        )
+        dying = list(found)
+    for identifier in dying:
+        async with database.transaction() as session:
+            await _warn_or_remove(session, await servers.get(session, identifier), now)
+
+
+async def _warn_or_remove(session: AsyncSession, server: Server, now: datetime) -> None:
+    hold = servers.held(server, HoldKind.SCORE)
+    if server.state is not ServerState.SUSPENDED or hold is None:
+        return
+    if servers.held(server, HoldKind.MAINTENANCE) is not None:
+        return
+    warned = await session.scalar(
+        select(func.max(Notice.at)).where(
+            Notice.kind == NoticeKind.DEAD_WARNING, Notice.server_id == server.id, Notice.at >= hold.set_at
+        )
+    )
+    if warned is not None and now < warned + _LEAST_NOTICE:
+        return
+    dead_for = now - hold.set_at
+    if server.dead_warnings < len(WARN_AFTER):
+        if dead_for >= WARN_AFTER[server.dead_warnings]:
+            server.dead_warnings += 1
+            left = _LEAST_NOTICE * (len(WARN_AFTER) - server.dead_warnings + 1)
+            remove_at = max(hold.set_at + DEAD_AFTER, now + left).isoformat()
+            warning = NoticeKind.DEAD_WARNING
+            await servers.tell(session, server, warning, now=now, days=dead_for.days, remove_at=remove_at)
+    elif dead_for >= DEAD_AFTER:
+        reason = f"out of the answer for its score for {dead_for.days} days, after {len(WARN_AFTER)} warnings"
+        await servers.leave(session, server, actor="worker", reason=reason, now=now)
+        _log.warning("dead_server_leaves", server=server.name, days=dead_for.days)

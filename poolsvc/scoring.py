@@ -80,3 +80,12 @@ def _offset_step(offset: int) -> Step:
 def advance(score: float, found: Step) -> float:
     """The score after a step."""
     return max(-100.0, min(DECAY * score + found.value, found.cap))
+
+
+def sampling_weight(weight: int, cap: float | None, traffic: float | None) -> int:
+    """The share of a server in the answer, in tenths: as its member wants it, less what it cannot answer.
+
+    `cap` and `traffic` are requests a second. Tenths, so that not every flutter draws the answer anew.
+    """
+    answered = min(1.0, cap / traffic) if cap is not None and traffic else 1.0
+    return max(1, round(10 * weight * answered))

@@ -1,7 +1,8 @@
 """The life of a server: one table of transitions, and the only function that changes a state.
 
     REGISTERED -> VERIFIED -> CERTIFIED -> ACTIVE <-> SUSPENDED
-    any of these -> LEAVING -> REMOVED
+    without a proved address: REGISTERED again
+    any of these -> LEAVING -> REMOVED; LEAVING for a later day -> VERIFIED
 
 Rules:
 
@@ -20,17 +21,27 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import func, or_, select, text
+from sqlalchemy import and_, func, or_, select, text, true
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import selectinload
 
 from nts_core.control import ServerState, Stage, StageStatus
 from poolsvc import members, scoring
+from poolsvc.certificates import renew_at
 from poolsvc.config import Settings
-from poolsvc.errors import AddressTaken, LimitReached, NameTaken, NotFound, WrongState
-from poolsvc.models import Address, Event, Hold, HoldKind, Member, Pool, Server, StageRecord
-from poolsvc.names import check_addresses, check_name, is_label
+from poolsvc.db import queue_for
+from poolsvc.errors import (
+    AddressTaken,
+    ConfusableName,
+    InvalidDocument,
+    LimitReached,
+    NameTaken,
+    NotFound,
+    WrongState,
+)
+from poolsvc.models import Address, Event, Hold, HoldKind, Member, OrderStatus, Pool, Server, StageRecord
+from poolsvc.names import check_addresses, check_name, is_label, reserved_lookalike, skeleton
 from poolsvc.notices import NoticeKind, announce
 from poolsvc.outbound import Guard
 
@@ -40,11 +51,13 @@ class EventKind(StrEnum):
 
     REGISTERED = "registered"
     ADDRESS_PROVED = "address-proved"
+    ADDRESSES_LOST = "addresses-lost"
     CERTIFICATE_SEEN = "certificate-seen"
     NTS_CONFIRMED = "nts-confirmed"
     HOLD_SET = "hold-set"
     HOLDS_LIFTED = "holds-lifted"
     LEAVE = "leave"
+    LEAVE_CANCELLED = "leave-cancelled"
     CLOSED = "closed"
     EXPIRED = "expired"
 
@@ -58,9 +71,15 @@ TRANSITIONS: dict[tuple[ServerState, EventKind], ServerState] = {
     (_S.ACTIVE, _E.HOLD_SET): _S.SUSPENDED,
     (_S.SUSPENDED, _E.HOLDS_LIFTED): _S.ACTIVE,
     **{
+        (state, _E.ADDRESSES_LOST): _S.REGISTERED
+        for state in (_S.VERIFIED, _S.CERTIFIED, _S.ACTIVE, _S.SUSPENDED)
+    },
+    **{
         (state, _E.LEAVE): _S.LEAVING
         for state in (_S.REGISTERED, _S.VERIFIED, _S.CERTIFIED, _S.ACTIVE, _S.SUSPENDED)
     },
+    (_S.LEAVING, _E.LEAVE): _S.LEAVING,  # at once, instead of on a later day
+    (_S.LEAVING, _E.LEAVE_CANCELLED): _S.VERIFIED,
     (_S.LEAVING, _E.CLOSED): _S.REMOVED,
     (_S.REGISTERED, _E.EXPIRED): _S.REMOVED,
 }
@@ -70,7 +89,6 @@ NOTICES: Mapping[EventKind, NoticeKind] = {
     _E.NTS_CONFIRMED: NoticeKind.ADMITTED,
     _E.HOLD_SET: NoticeKind.SUSPENDED,
     _E.HOLDS_LIFTED: NoticeKind.RECOVERED,
-    _E.LEAVE: NoticeKind.LEAVING,
     _E.CLOSED: NoticeKind.REMOVED,
     _E.EXPIRED: NoticeKind.REMOVED,
 }
@@ -79,13 +97,19 @@ NOTICES: Mapping[EventKind, NoticeKind] = {
 NAMED_STATES = frozenset({_S.VERIFIED, _S.CERTIFIED, _S.ACTIVE, _S.SUSPENDED})
 # States from which a server does not come back.
 ENDED_STATES = frozenset({_S.LEAVING, _S.REMOVED})
+# Except those that leave on a later day: until then they may stay after all.
+LIVING = or_(
+    Server.state.not_in(ENDED_STATES), and_(Server.state == _S.LEAVING, Server.leave_at.is_not(None))
+)
 _EXPIRED = 200  # at a time
 _CENSUS_LIFE = 1.0
+# How far ahead leaving may be scheduled: time enough for clients to go, and not for ever.
+LEAVE_AHEAD = (timedelta(hours=3), timedelta(days=90))
 # States in which a server's addresses are probed; a suspended one is, or it could never come back.
 PROBED_STATES = NAMED_STATES
 
 # What `poolsvc.journal` writes outside the database, so that a restored one cannot forget it.
-_JOURNALLED = frozenset({_E.LEAVE, _E.CLOSED})
+_JOURNALLED = frozenset({_E.LEAVE, _E.LEAVE_CANCELLED, _E.CLOSED})
 
 
 async def apply(
@@ -143,14 +167,17 @@ async def register(
     now: datetime,
     *,
     actor: str,
+    agentless: bool = False,
 ) -> Server:
-    """A new server of a member. Raises InvalidName, NameTaken, InvalidAddress, AddressTaken, LimitReached."""
+    """A new server of a member.
+
+    Raises InvalidName, ConfusableName, NameTaken, InvalidAddress, AddressTaken, LimitReached.
+    """
     label = check_name(name)
-    checked = check_addresses(addresses, allow_private=settings.allow_private_addresses)
-    guard = Guard(settings)
-    for address in checked:
-        guard.check(address, settings.ports.http, settings.ports.ke)
-    await check_room(session, settings, await members.lock(session, member_id))
+    checked = checked_addresses(settings, addresses)
+    member = await members.lock(session, member_id)
+    await check_room(session, settings, member)
+    await _refuse_hoarding(session, settings, member)
     held = await session.scalar(
         select(Server).where(Server.name == label, Server.released_at.is_(None)).with_for_update()
     )
@@ -161,18 +188,20 @@ async def register(
             remedy="choose another name",
             field="name",
         )
-    if (taken := await taken_address(session, checked)) is not None:
-        raise AddressTaken(
-            f"{taken} belongs to another server of this pool",
-            remedy="list the addresses of this server only, or remove the other server first",
-            field="addresses",
-        )
+    await _refuse_lookalike(session, member_id, label)
+    await refuse_taken(session, checked)
     server = Server(
-        member_id=member_id, name=label, state=ServerState.REGISTERED, state_since=now, created_at=now
+        member_id=member_id,
+        name=label,
+        skeleton=skeleton(label),
+        agentless=agentless,
+        state=ServerState.REGISTERED,
+        state_since=now,
+        created_at=now,
     )
     session.add(server)
     await session.flush()
-    session.add_all(Address(server_id=server.id, address=address) for address in checked)
+    session.add_all(Address(server_id=server.id, address=address, confirmed_at=now) for address in checked)
     session.add(
         Event(
             server_id=server.id,
@@ -191,17 +220,72 @@ async def register(
 async def check_room(session: AsyncSession, settings: Settings, member: Member) -> None:
     """Raise LimitReached unless a member, which is locked, may have one more server."""
     limit = settings.policy.servers_per_member if member.max_servers is None else member.max_servers
-    living = select(func.count()).where(Server.member_id == member.id, Server.state.not_in(ENDED_STATES))
-    if (await session.scalar(living) or 0) >= limit:
+    count = await session.scalar(select(func.count()).where(Server.member_id == member.id, LIVING)) or 0
+    if count >= limit:
         raise LimitReached(
             f"a member like this has at most {limit} servers", remedy="remove one, or ask the pool's operator"
         )
 
 
-async def taken_address(session: AsyncSession, addresses: Sequence[str]) -> str | None:
-    """One of the addresses that a server of the pool has proved: it has one owner from then on.
+async def _refuse_hoarding(session: AsyncSession, settings: Settings, member: Member) -> None:
+    """Raise LimitReached for one more registration of a member, which is locked, while several lack a proof."""
+    limit = settings.policy.unproved_servers_per_member
+    unproved = select(func.count()).where(
+        Server.member_id == member.id, Server.state == ServerState.REGISTERED, Server.burnt_at.is_(None)
+    )
+    if (await session.scalar(unproved) or 0) >= limit:
+        raise LimitReached(
+            f"the member has {limit} registrations without a proved address, as many as are allowed",
+            remedy="prove an address of one of them, or remove it",
+        )
 
-    An unproved claim keeps nobody out.
+
+async def _refuse_lookalike(session: AsyncSession, member_id: int, label: str) -> None:
+    """Raise ConfusableName when people would take the name for the pool's own, or for another member's server.
+
+    A member may have `time1` and `time-1`; nobody is deceived but itself.
+    """
+    own = skeleton(label)
+    resembled = None if (reserved := reserved_lookalike(label)) is None else f"the reserved name {reserved!r}"
+    if resembled is None:
+        await queue_for(session, f"skeleton {own}")
+        others = select(Server.id).where(
+            Server.skeleton == own, Server.member_id != member_id, Server.released_at.is_(None)
+        )
+        if await session.scalar(others.limit(1)) is not None:
+            # Which one is not said: names of servers that are not public would be told.
+            resembled = "the name of another server"
+    if resembled is not None:
+        raise ConfusableName(
+            f"the name {label!r} looks like {resembled}", remedy="choose another name", field="name"
+        )
+
+
+def checked_addresses(settings: Settings, texts: Sequence[str]) -> list[str]:
+    """The addresses of one server, in canonical form, which the registry may dial. Raises InvalidAddress."""
+    checked = check_addresses(texts, allow_private=settings.allow_private_addresses)
+    guard = Guard(settings)
+    for address in checked:
+        guard.check(address, settings.ports.http, settings.ports.ke)
+    return checked
+
+
+async def refuse_taken(session: AsyncSession, addresses: Sequence[str]) -> None:
+    """Raise AddressTaken when one of these new addresses has an owner."""
+    if (taken := await taken_address(session, addresses)) is not None:
+        raise AddressTaken(
+            f"{taken} belongs to another server of this pool",
+            remedy="list the addresses of this server only, or remove the other server first",
+            field="addresses",
+        )
+
+
+async def taken_address(
+    session: AsyncSession, addresses: Sequence[str], *, besides: int | None = None
+) -> str | None:
+    """One of the addresses that a server of the pool, `besides` one, has proved: it has one owner from then on.
+
+    An unproved claim keeps nobody out. A server that is to leave on a later day may still change its mind.
     """
     return await session.scalar(
         select(Address.address)
@@ -209,7 +293,8 @@ async def taken_address(session: AsyncSession, addresses: Sequence[str]) -> str 
         .where(
             Address.address.in_(addresses),
             Address.proved_at.is_not(None),
-            Server.state.not_in(ENDED_STATES),
+            Server.id != besides if besides is not None else true(),
+            LIVING,
         )
         .limit(1)
     )
@@ -227,9 +312,16 @@ async def find(session: AsyncSession, name: str) -> Server:
 
 
 async def get(session: AsyncSession, server_id: int) -> Server:
-    """A server by id, with everything that `explain` reads, locked for a change."""
+    """A server by id, with everything that `explain` reads, locked for a change.
+
+    As it is once the lock is there, also when the session has seen it before.
+    """
     server = await session.scalar(
-        select(Server).where(Server.id == server_id).options(*WHOLE).with_for_update(of=Server)
+        select(Server)
+        .where(Server.id == server_id)
+        .options(*WHOLE)
+        .with_for_update(of=Server)
+        .execution_options(populate_existing=True)
     )
     if server is None:
         raise NotFound("there is no such server")
@@ -244,23 +336,41 @@ WHOLE = (
 )
 
 
+def publishable(server: Server) -> list[Address]:
+    """The proved addresses of the families that the member wants published."""
+    return [
+        row
+        for row in server.addresses
+        if row.proved_at is not None and is_wanted(row.address, ipv4=server.ipv4, ipv6=server.ipv6)
+    ]
+
+
+def is_wanted(address: str, *, ipv4: bool, ipv6: bool) -> bool:
+    """Whether an address is of a family that the member wants published."""
+    return ipv6 if ":" in address else ipv4
+
+
 def published_addresses(server: Server) -> list[str]:
-    """The addresses for DNS: the proved ones, without those that fail while another one serves."""
-    proved = [row for row in server.addresses if row.proved_at is not None]
-    return without_failing([(row.address, row.score) for row in proved])
+    """The addresses for DNS: the publishable ones, without those that fail while another one serves."""
+    return without_failing([(row.address, row.score) for row in publishable(server)])
 
 
 def without_failing(proved: Sequence[tuple[str, float | None]]) -> list[str]:
-    """Those of a server's proved addresses, with their scores, that are published: the good ones, else all."""
+    """Those of a server's publishable addresses, with their scores, that are published: the good ones, else all."""
     good = [address for address, score in proved if scoring.is_good(score)]
     return good or [address for address, _ in proved]
+
+
+def held(server: Server, kind: HoldKind) -> Hold | None:
+    """The hold of a kind that is set now."""
+    return next((hold for hold in server.holds if hold.kind is kind and hold.lifted_at is None), None)
 
 
 async def set_hold(
     session: AsyncSession, server: Server, kind: HoldKind, *, reason: str, actor: str, now: datetime
 ) -> None:
     """Suspend a server for one more reason; the same kind twice is one hold."""
-    if any(hold.kind is kind and hold.lifted_at is None for hold in server.holds):
+    if held(server, kind) is not None:
         return
     server.holds.append(Hold(server_id=server.id, kind=kind, reason=reason[:300], set_at=now))
     if server.state is ServerState.ACTIVE:
@@ -287,10 +397,12 @@ def first_failure(server: Server) -> StageRecord | None:
 async def lift_hold(
     session: AsyncSession, server: Server, kind: HoldKind, *, reason: str, actor: str, now: datetime
 ) -> None:
-    """Lift the holds of one kind; the server is ACTIVE again when none is left."""
-    for hold in server.holds:
-        if hold.kind is kind and hold.lifted_at is None:
-            hold.lifted_at = now
+    """Lift the hold of one kind; the server is ACTIVE again when none is left."""
+    if (hold := held(server, kind)) is None:
+        return
+    hold.lifted_at = now
+    if kind is HoldKind.SCORE:
+        server.dead_warnings = 0
     if server.state is ServerState.SUSPENDED and not any(hold.lifted_at is None for hold in server.holds):
         since = server.state_since.isoformat()
         await apply(
@@ -304,19 +416,109 @@ async def lift_hold(
         )
 
 
+def may_stay(server: Server) -> bool:
+    """Whether a server that leaves has its name until a later day, and may change its mind.
+
+    On that day the worker empties `leave_at`, before it does anything that cannot be undone.
+    """
+    return server.state is ServerState.LEAVING and server.leave_at is not None
+
+
+def renewal_at(server: Server) -> datetime | None:
+    """When the newest certificate is to be renewed; None without one."""
+    for order in reversed(server.orders):
+        if order.status is OrderStatus.ISSUED and order.not_before and order.not_after:
+            return renew_at(order.not_before, order.not_after)
+    return None
+
+
+def forget_scores(server: Server, now: datetime) -> None:
+    """Only probes raise the server again, from the beginning; a hold for scores that are forgotten is over."""
+    for row in server.addresses:
+        row.score, row.full_probes = None, 0
+    server.dead_warnings = 0
+    if (hold := held(server, HoldKind.SCORE)) is not None:
+        hold.lifted_at = now
+
+
 async def leave(session: AsyncSession, server: Server, *, actor: str, reason: str, now: datetime) -> None:
-    """Begin to take a server out for good. Repeating it changes nothing."""
+    """Begin to take a server out for good, also one that was to leave later. Repeating it changes nothing."""
+    if may_stay(server):
+        await apply(session, server, EventKind.LEAVE, actor=actor, reason=reason, now=now)
+        await tell(session, server, NoticeKind.LEAVING, now=now, reason=reason[:300])
+        begin_removal(server, now)
+        return
     if server.state in ENDED_STATES:
         return
-    await apply(session, server, EventKind.LEAVE, actor=actor, reason=reason, now=now)
-    server.leave_reason = reason[:300]
+    await _begin_to_leave(session, server, actor=actor, reason=reason, now=now)
+    await tell(session, server, NoticeKind.LEAVING, now=now, reason=reason[:300])
     server.removal_due_at = now
     if server.burnt_at is None:
         # It never was in DNS: there is nothing to take out.
         server.srv_withdrawn_at = server.name_broken_at = now
-    server.order_due_at = server.probe_due_at = None
+    server.order_due_at = None
+
+
+def begin_removal(server: Server, now: datetime) -> None:
+    """The day of a server that was to leave later has come, or its member waits no longer: it cannot stay any more."""
+    server.leave_at = server.order_due_at = None
+    server.removal_due_at = now
+
+
+async def schedule_leave(
+    session: AsyncSession, server: Server, *, at: datetime, actor: str, reason: str, now: datetime
+) -> None:
+    """Out of the answer at once; name and certificate live until `at`, for the clients that have them.
+
+    Raises InvalidDocument or WrongState.
+    """
+    least, most = LEAVE_AHEAD
+    if not least <= at - now <= most:
+        raise InvalidDocument(
+            f"leaving is scheduled {least // timedelta(hours=1)} hours to {most.days} days ahead",
+            remedy="leave the time out to leave at once",
+            field="at",
+        )
+    if server.state not in NAMED_STATES:
+        raise WrongState(
+            f"{server.name} is {server.state}: it has no clients who need time",
+            remedy="leave at once, or cancel what is scheduled first",
+        )
+    await _begin_to_leave(session, server, actor=actor, reason=reason, now=now)
+    server.leave_at = server.removal_due_at = at
+    scheduled = NoticeKind.LEAVING_SCHEDULED
+    await tell(session, server, scheduled, now=now, leave_at=at.isoformat(), reason=reason[:300])
+
+
+async def _begin_to_leave(
+    session: AsyncSession, server: Server, *, actor: str, reason: str, now: datetime
+) -> None:
+    await apply(session, server, EventKind.LEAVE, actor=actor, reason=reason, now=now)
+    server.leave_reason = reason[:300]
+    server.probe_due_at = None
     for address in server.addresses:
         address.nonce = address.proof_due_at = None
+
+
+async def cancel_leave(session: AsyncSession, server: Server, *, actor: str, now: datetime) -> None:
+    """Stay after all, while the name lives; only probes raise the server again. Raises WrongState."""
+    if not may_stay(server):
+        raise WrongState(
+            f"{server.name} is {server.state}, and is not to leave on a later day",
+            remedy="a removal that has begun is final; register another name",
+        )
+    announced = None if server.leave_at is None else server.leave_at.isoformat()
+    await apply(session, server, EventKind.LEAVE_CANCELLED, actor=actor, reason="it stays after all", now=now)
+    server.leave_at = server.leave_reason = server.removal_due_at = server.srv_withdrawn_at = None
+    forget_scores(server, now)
+    server.probe_due_at = now
+    for row in server.addresses:
+        # Nobody looked meanwhile: silence does not count.
+        row.confirmed_at = now
+    if server.named_at is not None:
+        # What fell due meanwhile was let go, if the certificate lasted till the end.
+        server.order_due_at = server.order_due_at or renewal_at(server) or now
+    await tell(session, server, NoticeKind.LEAVING_CANCELLED, now=now, leave_at=announced)
 
 
 async def expire_unfinished(session: AsyncSession, settings: Settings, now: datetime) -> bool:

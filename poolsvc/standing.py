@@ -92,7 +92,7 @@ async def close(
 
 async def _living(session: AsyncSession, member: Member) -> Sequence[Server]:
     """The servers of a member, which is locked, that have not left; locked, in order."""
-    found = select(Server.id).where(Server.member_id == member.id, Server.state.not_in(servers.ENDED_STATES))
+    found = select(Server.id).where(Server.member_id == member.id, servers.LIVING)
     ids = list(await session.scalars(found.order_by(Server.id)))
     return [await servers.get(session, identifier) for identifier in ids]
 

@@ -21,11 +21,13 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import InstrumentedAttribute
 
 from poolsvc import (
+    addresses,
     alarms,
     idempotency,
     issuance,
     journal,
     leases,
+    maintenance,
     monitoring,
     proofs,
     removal,
@@ -41,7 +43,7 @@ from poolsvc.db import Database
 from poolsvc.deliveries import Post
 from poolsvc.derived import RegistryKey
 from poolsvc.leader import Leader
-from poolsvc.models import Address, Channel, Delivery, Order, Server, Webhook
+from poolsvc.models import Address, Channel, Delivery, MaintenanceWindow, Order, Server, Webhook
 from poolsvc.outbound import Outbound
 
 _log = structlog.get_logger()
@@ -71,6 +73,7 @@ PROOFS = Kind(Address, Address.proof_due_at, batch=64, concurrency=16)
 PROBES = Kind(Server, Server.probe_due_at, batch=192, concurrency=64)
 NEW_ORDERS = Kind(Server, Server.order_due_at, batch=200, concurrency=1)
 ORDERS = Kind(Order, Order.due_at, batch=50, concurrency=16)
+WINDOWS = Kind(MaintenanceWindow, MaintenanceWindow.due_at, batch=50, concurrency=4)
 REMOVALS = Kind(Server, Server.removal_due_at, batch=50, concurrency=16)
 MAILS = Kind(Delivery, Delivery.due_at, batch=50, concurrency=16, only=Delivery.channel == Channel.MAIL)
 CALLS = Kind(Delivery, Delivery.due_at, batch=50, concurrency=16, only=Delivery.channel == Channel.WEBHOOK)
@@ -165,6 +168,7 @@ class Worker:
                     self._advance_orders,
                     self._probe,
                     self._remove,
+                    self._maintain,
                     self._expire,
                     self._journal,
                     self._keep_house,
@@ -270,6 +274,9 @@ class Worker:
 
         return await self._take(REMOVALS, now, advance)
 
+    async def _maintain(self, now: datetime) -> bool:
+        return await self._take(WINDOWS, now, lambda row: maintenance.turn(self._database, row, now))
+
     async def _expire(self, now: datetime) -> bool:
         async with self._database.transaction() as session:
             await teams.forget_expired(session, now)
@@ -280,6 +287,8 @@ class Worker:
     async def _keep_house(self, now: datetime) -> bool:
         if self._house_kept_at is not None and now - self._house_kept_at < _HOUSE_KEEPING:
             return False
+        await addresses.withdraw_stale(self._database, self._settings, now)
+        await removal.bury_the_dead(self._database, now)
         is_more = await samples.keep_house(self._database, self._settings, now)
         self._house_kept_at = None if is_more else now
         return is_more

@@ -11,7 +11,7 @@ import heapq
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import lru_cache
 from ipaddress import IPv4Address, ip_address
@@ -80,13 +80,15 @@ class ServerRecords:
     """What DNS needs to know of one server.
 
     `name` is the label, `addresses` the proved ones, `listed` whether it may be an SRV target, `weight`
-    its share of SRV answers relative to the others.
+    its share of SRV answers relative to the others. `account_uri` is the only account that may order for it, in
+    place of the pool's; empty while none may.
     """
 
     name: str
     addresses: tuple[str, ...]
     listed: bool
     weight: int = 1
+    account_uri: str | None = None
 
     def __post_init__(self) -> None:
         if LABEL.fullmatch(self.name) is None:
@@ -161,16 +163,27 @@ def records_of(server: ServerRecords, policy: ZonePolicy) -> Zone:
         else:
             texts.setdefault("AAAA", []).append(dns.ipv6.inet_ntoa(address.packed))
     found = {(owner, kind): RRset(policy.address_ttl, frozenset(some)) for kind, some in texts.items()}
-    return {(owner, "CAA"): _issuers(policy), **found}
+    return {(owner, "CAA"): _caa(server, policy), **found}
+
+
+def _caa(server: ServerRecords, policy: ZonePolicy) -> RRset:
+    if server.account_uri is None:
+        return _issuers(policy)
+    own = (replace(one, account_uri=server.account_uri) for one in policy.caa if server.account_uri)
+    return _caa_of(own, policy)
 
 
 @lru_cache(maxsize=4)
 def _issuers(policy: ZonePolicy) -> RRset:
-    """The CAA that every live name has: one RRset, shared by all."""
+    """The CAA that every live name with an agent has: one RRset, shared by all."""
+    return _caa_of(policy.caa, policy)
+
+
+def _caa_of(issuers: Iterable[CaaIssuer], policy: ZonePolicy) -> RRset:
     texts = [
         f'0 issue "{issuer.identity}; accounturi={issuer.account_uri}; '
         f'validationmethods={",".join(issuer.validation_methods)}"'
-        for issuer in policy.caa
+        for issuer in issuers
     ]
     return RRset.of(policy.address_ttl, "CAA", texts or [CLOSED])
 

@@ -1,13 +1,16 @@
 """The JSON API, version 1. Requests and answers are documents; decisions live in the modules behind it."""
 
 from poolsvc.api import (
+    absence,
     accounts,
     agent,
+    agentless,
     history,
     members,
     notices,
     pool,
     servers,
+    settings,
     sign_in,
     staff,
     teams,
@@ -20,5 +23,20 @@ __all__ = ["ROUTERS", "Limits", "Services"]
 
 ROUTERS = tuple(
     part.router
-    for part in (pool, sign_in, accounts, members, teams, notices, servers, transfers, staff, history, agent)
+    for part in (
+        pool,
+        sign_in,
+        accounts,
+        members,
+        teams,
+        notices,
+        servers,
+        settings,
+        absence,
+        agentless,
+        transfers,
+        staff,
+        history,
+        agent,
+    )
 )

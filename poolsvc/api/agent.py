@@ -34,11 +34,13 @@ from poolsvc.db import act_as
 from poolsvc.derived import Purpose
 from poolsvc.errors import Gone, InvalidDocument, NotFound, Unauthenticated
 from poolsvc.explain import explain, why_not
-from poolsvc.models import Server, Token, TokenKind
+from poolsvc.models import Address, Server, Token, TokenKind
 from poolsvc.notices import NoticeKind
 
 router = APIRouter(prefix="/v1")
 _REJOIN_LIFE = timedelta(minutes=2)
+# Requests a second: more than any wire carries. Comparisons with it also fail for what is not a number.
+_MAX_TRAFFIC = 1e9
 # Ed25519 points of small order: one constant signature of theirs fits every statement.
 _SMALL_ORDER = frozenset(
     map(
@@ -190,11 +192,17 @@ async def sync(
     server.agent_clock = _clean(report.clock, 300)
     problem = _clean(report.problem, 1000) if report.problem else None
     await troubles.note_report(session, server, problem, now)
+    server.traffic_cap, server.traffic = _figure(report.traffic_cap), _figure(report.traffic)
     if report.csr is not None:
         issuance.take_csr(settings, server, report.csr.order, report.csr.pem, now)
     issuance.note_serving(server, report.serving, now)
     proofs.note_serving(server, report.serving, now)
     return await _assignment(session, services, server, now)
+
+
+def _figure(value: float | None) -> float | None:
+    """Requests a second, as an agent says; None when it cannot be."""
+    return value if value is not None and 0 <= value <= _MAX_TRAFFIC else None
 
 
 def _clean(text: str, limit: int) -> str:
@@ -207,7 +215,9 @@ async def _assignment(session: AsyncSession, services: Services, server: Server,
     order = issuance.open_order(server)
     pool = await servers.the_pool(session, settings)
     views = explain(server, pool, settings, active=await servers.count_until_open(session, pool, settings))
-    busy = order is not None or server.state in (ServerState.REGISTERED, ServerState.LEAVING)
+    is_new = server.state is ServerState.REGISTERED and server.burnt_at is None
+    leaves_now = server.state is ServerState.LEAVING and not servers.may_stay(server)
+    busy = order is not None or is_new or leaves_now
     interval = _interval(settings, (await services.counts.census(session)).reporting)
     return Assignment(
         pool=settings.pool,
@@ -215,7 +225,7 @@ async def _assignment(session: AsyncSession, services: Services, server: Server,
         domain=settings.domain_of(server.name),
         state=server.state,
         addresses=tuple(
-            AddressAssignment(row.address, row.proved_at is not None, proofs.wants_call(row, now))
+            AddressAssignment(row.address, row.proved_at is not None, _calls(settings, server, row, now))
             for row in server.addresses
         ),
         http_port=settings.ports.http,
@@ -236,3 +246,7 @@ def _interval(settings: Settings, servers_reporting: int) -> float:
     policy = settings.policy
     fair = servers_reporting / policy.agent_requests_per_second
     return max(policy.agent_interval, fair) * random.uniform(1, 1.1)  # noqa: S311 - nobody gains by guessing it
+
+
+def _calls(settings: Settings, server: Server, row: Address, now: datetime) -> bool:
+    return server.state is not ServerState.LEAVING and proofs.wants_call(settings, row, now)

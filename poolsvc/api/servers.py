@@ -9,7 +9,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from nts_core.control import ServerState
-from poolsvc import auth, removal, samples, servers, terms
+from poolsvc import addresses, agentless, auth, removal, samples, servers, terms
 from poolsvc.api.idempotent import idempotent
 from poolsvc.api.paging import Page, PagingDep
 from poolsvc.api.request import (
@@ -21,11 +21,11 @@ from poolsvc.api.request import (
     SessionDep,
     TextQuery,
 )
-from poolsvc.auth import Operation
+from poolsvc.auth import Operation, Principal
 from poolsvc.config import Settings
-from poolsvc.errors import Gone
+from poolsvc.errors import Gone, WrongState
 from poolsvc.explain import StageView, explain, why_not
-from poolsvc.models import Server, Token, TokenKind
+from poolsvc.models import Address, Server, Token, TokenKind
 from poolsvc.removal import Receipt
 
 router = APIRouter(prefix="/v1")
@@ -35,6 +35,9 @@ class ServerRequest(Document):
     name: str = Field(max_length=200, description="one host label, such as alice")
     member: int | None = Field(None, description="whose it is to be; needed by those who act for several")
     addresses: list[str] = Field(max_length=64, description="the server's IPv4 and IPv6 addresses")
+    agentless: bool = Field(
+        False, description="the member runs an ACME client and a server of its own choice"
+    )
 
 
 class JoinToken(Document):
@@ -57,6 +60,7 @@ class AddressView(Document):
     address: str
     proved_at: datetime | None
     proof_error: str | None
+    proof_ends_at: datetime | None = Field(description="unless probes, or a proof, confirm it until then")
     score: float | None
 
 
@@ -65,6 +69,8 @@ class AgentView(Document):
     engine: str
     clock: str
     problem: str | None
+    traffic_cap: float | None = Field(description="NTP requests a second that it answers at most")
+    traffic: float | None = Field(description="and how many come, as the agent says")
 
 
 class ServerView(Document):
@@ -74,11 +80,15 @@ class ServerView(Document):
     domain: str
     state: ServerState
     state_since: datetime
+    leave_at: datetime | None = Field(description="until when the name of a server that leaves lives")
     in_dns: bool = Field(description="whether the SRV answer may hold it now")
     why: str = Field(description="why it is not in DNS: the first stage that is not met; empty when it is")
     stages: list[StageView]
     addresses: list[AddressView]
     agent: AgentView
+    agentless: bool
+    acme_account: str | None = Field(description="the member's own account that may order, without an agent")
+    may_order_at: datetime | None = Field(description="from when on it may; empty while that is not known")
     certificates: list[CertificateView]
     receipt: Receipt | None
 
@@ -97,7 +107,7 @@ class ServerSummary(Document):
 
 class ServerCreated(Document):
     server: ServerView
-    join: JoinToken
+    join: JoinToken | None = Field(description="for the agent; none for a server without one")
 
 
 @router.get("/servers")
@@ -146,9 +156,16 @@ async def register_server(
     member_id = principal.member_for(Operation.REGISTER_SERVER, body.member)
     await terms.require(session, services.settings, principal.user_id)
     server = await servers.register(
-        session, services.settings, member_id, body.name, body.addresses, now, actor=principal.actor
+        session,
+        services.settings,
+        member_id,
+        body.name,
+        body.addresses,
+        now,
+        actor=principal.actor,
+        agentless=body.agentless,
     )
-    join = await new_join_token(session, services.settings, server, now)
+    join = None if server.agentless else await new_join_token(session, services.settings, server, now)
     return ServerCreated(server=await view_of(session, services.settings, server.id), join=join)
 
 
@@ -170,9 +187,14 @@ async def remove_server(
     found = await servers.find(session, name)
     principal.may(Operation.REMOVE_SERVER, server=found)
     server = await servers.get(session, found.id)
-    by = "member" if server.member_id in principal.members else "operator"
-    await servers.leave(session, server, actor=principal.actor, reason=f"removed by its {by}", now=now)
+    reason = removal_reason(server, principal)
+    await servers.leave(session, server, actor=principal.actor, reason=reason, now=now)
     return await view_of(session, services.settings, server.id)
+
+
+def removal_reason(server: Server, principal: Principal) -> str:
+    """The reason of a removal for which none was given."""
+    return f"removed by its {'member' if server.member_id in principal.members else 'operator'}"
 
 
 @router.post("/servers/{name}/join-token", status_code=201)
@@ -184,6 +206,8 @@ async def renew_join_token(
     server = await servers.find(session, name)
     principal.may(Operation.CHANGE_SERVER, server=server)
     refuse_gone(server)
+    if server.agentless:
+        raise WrongState(f"{server.name} was registered to have no agent", remedy="register another name")
     await auth.revoke(session, now, Token.server_id == server.id, Token.kind == TokenKind.JOIN)
     return await new_join_token(session, services.settings, server, now)
 
@@ -229,6 +253,9 @@ async def read_samples(
 
 
 def refuse_gone(server: Server) -> None:
+    """Raise Gone for a server that is out for good, WrongState for one that is to leave on a later day."""
+    if servers.may_stay(server):
+        raise WrongState(f"{server.name} is to leave", remedy="cancel that first: DELETE .../leaving")
     if server.state in servers.ENDED_STATES:
         raise Gone(f"{server.name} is {server.state}", remedy="register another name")
 
@@ -246,6 +273,16 @@ async def new_join_token(
     return JoinToken(join_token=token, expires_at=expires, command=command)
 
 
+def address_view(settings: Settings, row: Address) -> AddressView:
+    return AddressView(
+        address=row.address,
+        proved_at=row.proved_at,
+        proof_error=row.proof_error,
+        proof_ends_at=addresses.proof_ends_at(row, settings),
+        score=row.score,
+    )
+
+
 async def view_of(session: AsyncSession, settings: Settings, server_id: int) -> ServerView:
     server = await servers.get(session, server_id)
     await session.refresh(server, ["addresses", "orders", "holds", "stages"])
@@ -256,16 +293,22 @@ async def view_of(session: AsyncSession, settings: Settings, server_id: int) -> 
         domain=settings.domain_of(server.name),
         state=server.state,
         state_since=server.state_since,
+        leave_at=server.leave_at,
         in_dns=is_in_dns(server),
         why=why_not(views, server),
         stages=views,
-        addresses=[AddressView.model_validate(row) for row in server.addresses],
+        addresses=[address_view(settings, row) for row in server.addresses],
         agent=AgentView(
             seen_at=server.agent_seen_at,
             engine=server.agent_engine,
             clock=server.agent_clock,
             problem=server.agent_problem,
+            traffic_cap=server.traffic_cap,
+            traffic=server.traffic,
         ),
+        agentless=server.agentless,
+        acme_account=server.own_account_uri,
+        may_order_at=agentless.may_order_at(server),
         certificates=[CertificateView.model_validate(order) for order in server.orders],
         receipt=removal.receipt(server, settings),
     )

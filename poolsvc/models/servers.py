@@ -164,7 +164,7 @@ class Address(Base):
     proved_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     confirmed_at: Mapped[datetime | None] = mapped_column(
         UtcDateTime
-    )  # last proof, or probe with our certificate
+    )  # last proof, or probe with our certificate; when it was listed, until then
     full_probes: Mapped[int] = mapped_column(default=0)  # in a row, before admission
     score: Mapped[float | None] = mapped_column()  # None until admitted
     step_reason: Mapped[str] = mapped_column(String(200), default="")  # why the last probe was not a full one

@@ -14,7 +14,8 @@ from poolsvc import scoring
 from poolsvc.db import Base, RecordedSession
 from poolsvc.models.servers import Address, Server
 
-_SERVER = ("state", "name", "weight", "ipv4", "ipv6", "own_account_uri", "srv_withdrawn_at")
+_SERVER = ("state", "name", "weight", "ipv4", "ipv6", "own_account_uri", "leave_at", "srv_withdrawn_at")
+_TRAFFIC = ("traffic_cap", "traffic")
 _ADDRESS = ("address", "proved_at")
 
 
@@ -40,7 +41,7 @@ def _changed(session: Session) -> Iterator[int]:
         if isinstance(row, Address) and row.proved_at is not None:
             yield row.server_id
     for row in session.dirty:
-        if isinstance(row, Server) and _any_changed(row, _SERVER):
+        if isinstance(row, Server) and (_any_changed(row, _SERVER) or _share_changed(row)):
             yield row.id
         elif isinstance(row, Address) and (_any_changed(row, _ADDRESS) or _crossed(row)):
             yield row.server_id
@@ -52,6 +53,17 @@ def _changed(session: Session) -> Iterator[int]:
 def _any_changed(row: Base, names: tuple[str, ...]) -> bool:
     attributes = inspect(row).attrs
     return any(attributes[name].history.has_changes() for name in names)
+
+
+def _share_changed(row: Server) -> bool:
+    """Whether what an agent says of its traffic, which is something else each time, makes a difference."""
+    if not _any_changed(row, _TRAFFIC):
+        return False
+    histories = (inspect(row).attrs[name].history for name in _TRAFFIC)
+    before = [(history.deleted or history.unchanged or [None])[0] for history in histories]
+    return scoring.sampling_weight(row.weight, *before) != scoring.sampling_weight(
+        row.weight, row.traffic_cap, row.traffic
+    )
 
 
 def _crossed(row: Address) -> bool:

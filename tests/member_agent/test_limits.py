@@ -17,9 +17,10 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from lab.processes import free_port, wait_until
 from lab.programs import AgentServer, run, scrape
-from member_agent.config import Limits
-from member_agent.errors import ExitStatus
+from member_agent.config import Limits, load_settings
+from member_agent.errors import AgentError, ExitStatus
 from member_agent.ke_server import MAX_RECEIVED, RESERVED_DESCRIPTORS, KeListeners
+from member_agent.ntp_server import Meter, NtpListeners
 from member_agent.sockets import Endpoint
 from nts_core import records
 from nts_core.association import Association
@@ -732,3 +733,33 @@ def test_a_variable_sets_a_limit(pair, monkeypatch):
     done = run("pool-agent", "serve", f"--cert={pair.cert}", f"--key={pair.key}", f"--ke={HOST}:0")
     assert done.status == ExitStatus.CONFIGURATION
     assert "limits.ntp_burst" in done.stderr
+
+
+def test_beyond_the_cap_nobody_is_answered_whoever_asks(tmp_path, pair):
+    """One request in 100 s: of two clients only the first one is answered."""
+    with serving(tmp_path, pair, toml="[limits]\ntraffic_cap = 0.01\n") as server:
+        assert plain_answer(server.ntp_port, "127.0.0.2") is not None
+        assert plain_answer(server.ntp_port, "127.0.0.3", patience=0.5) is None
+        assert ntp_count(server, "over-cap") >= 1
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "2e9", '"much"'])
+def test_a_cap_that_is_none_is_refused(tmp_path, value):
+    (tmp_path / "agent.toml").write_text(f"[limits]\ntraffic_cap = {value}\n")
+    with pytest.raises(AgentError, match="traffic_cap"):
+        load_settings(tmp_path, {})
+
+
+def test_a_meter_tells_the_mean_of_ten_seconds_or_more():
+    meter = Meter()
+    assert meter.read(1000, 50.0) is None
+    assert meter.read(1500, 59.9) is None, "too short a time"
+    assert meter.read(1600, 62.0) == 50.0
+    assert meter.read(9999, 65.0) == 50.0, "the last mean holds until there is another"
+    assert meter.read(1600, 82.0) == 0.0
+
+
+def test_what_comes_is_counted_answered_or_not():
+    listeners = NtpListeners(None, Keyring.new(0, secrets.token_bytes), Limits())
+    listeners.counters.update({"plain": 3, "rate-limited": 4, "send-error": 2, "receive-error": 1})
+    assert listeners.requests == 7

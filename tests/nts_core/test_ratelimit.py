@@ -12,6 +12,7 @@ from nts_core.ratelimit import (
     WIDE_FACTOR,
     AccessList,
     Admission,
+    Cap,
     NoSlot,
     RateLimiter,
     RatePolicy,
@@ -307,3 +308,30 @@ def test_what_is_given_back_can_be_taken_again(steps, length):
     for who in held:
         shared.give_back(who)
     assert (shared.taken, shared._held) == (0, Counter())
+
+
+def test_a_cap_lets_so_many_through_in_a_second_and_no_debt_is_run_up():
+    cap, answered = Cap(100), 0
+    for now in range(0, 10 * SECOND, SECOND // 1000):
+        answered += cap.take(now)
+    assert 1000 <= answered <= 1021
+    assert cap.take(10 * SECOND + SECOND // 100)
+
+
+def test_a_cap_of_less_than_one_in_a_second_lets_one_through():
+    cap = Cap(0.5)
+    assert [cap.take(seconds * SECOND) for seconds in range(5)] == [True, False, True, False, True]
+
+
+def test_what_the_lists_drop_takes_nothing_from_the_cap():
+    denied = AccessList(deny=[ipaddress.ip_network("192.0.2.0/24")])
+    admission = Admission(secrets.token_bytes, access=denied, cap=Cap(0.01))
+    other = address("198.51.100.1")
+    verdicts = [admission.judge(source, 0) for source in (V4, V4, other, other, V4)]
+    assert verdicts == [
+        Verdict.DENIED,
+        Verdict.DENIED,
+        Verdict.ANSWER,
+        Verdict.OVER_CAP,
+        Verdict.DENIED,
+    ]

@@ -217,12 +217,21 @@ class Registry:
             _, token = await auth.issue(session, TokenKind.SESSION, now=NOW, user_id=user.id)
             return Person(user.id, token)
 
-    async def server(self, name="alice", *addresses, state=ServerState.REGISTERED, member=None) -> int:
+    async def server(
+        self, name="alice", *addresses, state=ServerState.REGISTERED, member=None, agentless=False
+    ) -> int:
         """The id of a new server; `addresses` are proved in all states but REGISTERED."""
         member = member or await self.member(f"member of {name}")
         async with self.database.transaction("test") as session:
             made = await servers.register(
-                session, self.settings, member, name, addresses or ("198.18.0.1",), NOW, actor="test"
+                session,
+                self.settings,
+                member,
+                name,
+                addresses or ("198.18.0.1",),
+                NOW,
+                actor="test",
+                agentless=agentless,
             )
         async with self.change(made.id) as (session, server):
             await _bring(session, server, state)

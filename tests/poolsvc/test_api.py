@@ -671,3 +671,31 @@ async def test_an_answer_is_sent_only_after_its_transaction_has_ended(alice):
             names = set(await session.scalars(select(Member.name)))
         assert f"member {number}" in names
     assert issuance.open_order(await alice.registry.get(alice.server)) is None
+
+
+@pytest.mark.parametrize("figure", [None, 0, 12.5, 1e9])
+async def test_what_an_agent_says_of_its_traffic_is_kept(registry, client, figure):
+    server, token = await _agent(registry)
+    async with client(token) as http:
+        body = {"engine": "builtin", "traffic_cap": figure, "traffic": figure}
+        assert (await http.post("/v1/agent/sync", json=body)).status_code == 200
+    found = await registry.get(server)
+    assert (found.traffic_cap, found.traffic) == (figure, figure)
+
+
+@pytest.mark.parametrize("figure", ["NaN", "Infinity", "-Infinity", "-1", "1e300"])
+async def test_figures_that_cannot_be_are_not_kept(registry, client, figure):
+    server, token = await _agent(registry)
+    text = f'{{"engine": "builtin", "traffic_cap": {figure}, "traffic": {figure}}}'
+    async with client(token) as http:
+        answer = await http.post("/v1/agent/sync", content=text, headers={"Content-Type": "application/json"})
+        assert answer.status_code in {200, 422}
+    found = await registry.get(server)
+    assert (found.traffic_cap, found.traffic) == (None, None)
+
+
+async def _agent(registry):
+    server = await registry.server("alice", "198.18.0.1")
+    async with registry.database.transaction() as session:
+        _, token = await auth.issue(session, TokenKind.AGENT, now=NOW, server_id=server)
+    return server, token

@@ -29,6 +29,8 @@ from poolsvc.models import (
 from poolsvc.notices import NoticeKind
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+SOON = (datetime.now(UTC) + timedelta(days=1)).isoformat()
+LATER = (datetime.now(UTC) + timedelta(days=30)).isoformat()
 KEY = base64.b64encode(bytes(range(32))).decode()
 
 # Written out once more, so that a slip in the table is seen.
@@ -163,6 +165,8 @@ async def world(registry):
     server = await registry.server("alice", state=ServerState.REGISTERED, member=owner)
     foreigner = await registry.member("Foreigner")
     foreign = await registry.owner_token(foreigner)
+    await registry.server("bob", "198.18.6.6", state=ServerState.ACTIVE, member=owner)
+    await registry.server("erin", "198.18.0.1", state=ServerState.VERIFIED, member=owner, agentless=True)
     colleague = await registry.person(owner, MemberRole.TECHNICIAN)
     numbers = await offers(registry, owner, foreigner, colleague.id)
     async with registry.database.transaction() as session:
@@ -232,6 +236,11 @@ async def offers(registry, owner, foreigner, colleague):
         ]
     assert accepted == INVITATION
     return {
+        "/v1/servers/{name}/maintenance/{window}": {"window": 1},
+        "/v1/servers/{name}/leaving": {"name": "bob"},
+        "/v1/servers/{name}/proofs": {"name": "erin"},
+        "/v1/servers/{name}/proofs/{address}/ready": {"name": "erin", "address": "198.18.0.1"},
+        "/v1/servers/{name}/acme-account": {"name": "erin"},
         "/v1/transfers/{transfer}/accept": {"transfer": taken},
         "/v1/transfers/{transfer}/decline": {"transfer": declined},
         "/v1/members/{member}/invitations/{invitation}": {"invitation": own},
@@ -299,6 +308,23 @@ ENDPOINTS = [
     ("GET", "/v1/servers/{name}", None, Operation.READ_SERVER),
     ("GET", "/v1/servers/{name}/events", None, Operation.READ_SERVER),
     ("GET", "/v1/servers/{name}/samples", None, Operation.READ_SERVER),
+    ("GET", "/v1/servers/{name}/settings", None, Operation.READ_SERVER),
+    ("PATCH", "/v1/servers/{name}/settings", {"weight": 2}, Operation.CHANGE_SERVER),
+    ("GET", "/v1/servers/{name}/maintenance", None, Operation.READ_SERVER),
+    ("POST", "/v1/servers/{name}/maintenance", {"ends_at": SOON}, Operation.CHANGE_SERVER),
+    ("DELETE", "/v1/servers/{name}/maintenance/{window}", None, Operation.CHANGE_SERVER),
+    ("PUT", "/v1/servers/{name}/hold", REASON, Operation.JUDGE_SERVER),
+    ("DELETE", "/v1/servers/{name}/hold", None, Operation.JUDGE_SERVER),
+    ("POST", "/v1/servers/{name}/proofs", {"address": "198.18.0.1"}, Operation.PROVE_ADDRESS),
+    ("POST", "/v1/servers/{name}/proofs/{address}/ready", None, Operation.PROVE_ADDRESS),
+    (
+        "PUT",
+        "/v1/servers/{name}/acme-account",
+        {"account_uri": "https://ca.example/1"},
+        Operation.CHANGE_SERVER,
+    ),
+    ("POST", "/v1/servers/{name}/leaving", {"at": LATER}, Operation.REMOVE_SERVER),
+    ("DELETE", "/v1/servers/{name}/leaving", None, Operation.REMOVE_SERVER),
     ("POST", "/v1/servers/{name}/join-token", None, Operation.CHANGE_SERVER),
     ("POST", "/v1/servers/{name}/transfer", {"to": OPAQUE}, Operation.OFFER_SERVER),
     ("DELETE", "/v1/servers/{name}/transfer", None, Operation.OFFER_SERVER),
@@ -421,7 +447,7 @@ async def test_a_foreign_member_reaches_nothing_of_a_member_or_its_server(world,
 
 async def test_an_agents_token_reaches_its_own_server_only(world, registry, client):
     """An agent names no server: the token does."""
-    other = await registry.server("bob", "198.18.0.2")
+    other = await registry.server("dave", "198.18.0.2")
     async with client(world.tokens[Role.AGENT], source="198.18.0.2") as http:
         answer = await http.post("/v1/agent/sync", json={"engine": "builtin"})
         assert answer.json()["server"] == "alice"

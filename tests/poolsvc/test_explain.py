@@ -24,6 +24,7 @@ def make_pool(*, opened=True):
 def make_server(state=S.REGISTERED, *, addresses=1, **values):
     """A server as far as its state says, without a database."""
     path = list(S)[: list(S).index(state) + 1]
+    values = {"ipv4": True, "ipv6": True} | values
     server = Server(name="alice", state=state, created_at=NOW, state_since=at(9), **values)
     for number in range(addresses):
         row = Address(address=f"198.18.0.{number}", full_probes=0)

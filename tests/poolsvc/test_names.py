@@ -15,6 +15,8 @@ from poolsvc.names import (
     check_addresses,
     check_name,
     prefix_of,
+    reserved_lookalike,
+    skeleton,
 )
 
 
@@ -165,3 +167,48 @@ def test_whatever_is_accepted_is_global_unicast_and_stays_itself(address):
 def test_a_prefix_is_a_24_or_a_48():
     assert prefix_of("8.8.8.8") == "8.8.8.0/24"
     assert prefix_of("2001:4860:4860::8888") == "2001:4860:4860::/48"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        *(
+            ("alice", "a1ice"),
+            ("alice", "allce"),
+            ("alice", "AL1CE"),
+            ("clock0", "clocko"),
+            ("time5", "times"),
+        ),
+        *(("alice", "al-ice"), ("modern", "modem"), ("modern", "mode-rn"), ("vvest", "west"), ("a-1", "ai")),
+    ],
+)
+def test_names_that_look_alike_have_one_skeleton(one, other):
+    assert skeleton(one) == skeleton(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("alice", "alices"), ("ntp2", "ntp3"), ("clive", "dive"), ("north", "south"), ("m", "w")],
+)
+def test_names_that_are_told_apart_have_not(one, other):
+    assert skeleton(one) != skeleton(other)
+
+
+@given(st.from_regex(r"[a-z0-9]([a-z0-9-]{0,34}[a-z0-9])?", fullmatch=True))
+def test_a_skeleton_fits_its_column_and_hyphens_and_capitals_do_not_change_it(name):
+    found = skeleton(name)
+    assert 1 <= len(found) <= 72
+    assert skeleton(name.upper()) == skeleton(name.replace("-", "")) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "reserved"),
+    [("rnail", "mail"), ("vvww", "www"), ("t1me", "time"), ("n-t-p", "ntp"), ("nsi", "ns1")],
+)
+def test_a_name_that_looks_like_a_reserved_one_is_told_which(name, reserved):
+    assert check_name(name) == name
+    assert reserved_lookalike(name) == reserved
+
+
+def test_an_honest_name_looks_like_nothing_reserved():
+    assert reserved_lookalike("alice") is None

@@ -156,22 +156,24 @@ async def test_after_a_failure_the_agent_is_asked_to_call_again_when_the_wait_is
     wait = timedelta(hours=1) / alice.settings.policy.proofs_per_hour
     assert row.proof_error is not None
     assert row.proof_due_at == NOW + wait
-    assert not wants_call(row, NOW + wait / 2)
+    assert not wants_call(alice.settings, row, NOW + wait / 2)
     due = NOW + wait
     for identifier in await worker.claim(alice.database, worker.PROOFS, due):
         await proofs.prove(alice.database, alice.settings, identifier, due)
     for minutes in (0, 1, 3, 60):
-        assert wants_call((await alice.get(alice.alice)).addresses[0], due + timedelta(minutes=minutes))
+        assert wants_call(
+            alice.settings, (await alice.get(alice.alice)).addresses[0], due + timedelta(minutes=minutes)
+        )
 
 
 async def test_an_address_is_wanted_once_until_its_proof_is_decided(alice):
     row = (await alice.get(alice.alice)).addresses[0]
-    assert wants_call(row, NOW)
+    assert wants_call(alice.settings, row, NOW)
     await call(alice, alice.alice)
     row = (await alice.get(alice.alice)).addresses[0]
-    assert not wants_call(row, NOW)
+    assert not wants_call(alice.settings, row, NOW)
     row.nonce, row.proof_due_at, row.proved_at = None, None, NOW
-    assert not wants_call(row, NOW)
+    assert not wants_call(alice.settings, row, NOW)
 
 
 async def due(registry):

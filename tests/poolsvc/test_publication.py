@@ -314,6 +314,28 @@ class TestOutbox:
             await session.execute(delete(ZoneChange))
             return found
 
+    @pytest.mark.parametrize(
+        ("traffic", "is_noted"), [(50.0, False), (101.0, False), (200.0, True), (None, False)]
+    )
+    async def test_traffic_is_none_of_dns_until_it_changes_a_servers_share(self, registry, traffic, is_noted):
+        alice = await registry.server(state=S.ACTIVE)
+        async with registry.change(alice) as (_, server):
+            server.traffic_cap, server.traffic = 100.0, 10.0
+        await self.changes(registry)
+        async with registry.change(alice) as (_, server):
+            server.traffic = traffic
+        assert await self.changes(registry) == [alice] * is_noted
+
+    async def test_a_day_on_which_a_server_leaves_is_noted_when_it_is_set_and_when_it_has_come(
+        self, registry
+    ):
+        alice = await registry.server(state=S.LEAVING)
+        for day in (NOW + timedelta(days=1), None):
+            await self.changes(registry)
+            async with registry.change(alice) as (_, server):
+                server.leave_at = day
+            assert await self.changes(registry) == [alice]
+
     async def test_a_registration_is_none_of_dns_and_a_proved_address_is(self, registry):
         alice = await registry.server(state=S.REGISTERED)
         assert await self.changes(registry) == []

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nts_core.control import ProbeResult, Stage
-from poolsvc.scoring import ADMITTED, CUTOFF, MAX_SCORE, Step, advance, step
+from poolsvc.scoring import ADMITTED, CUTOFF, MAX_SCORE, Step, advance, sampling_weight, step
 
 MS = 1_000_000
 SECOND = 1000 * MS
@@ -158,3 +158,21 @@ def test_a_better_step_is_never_worth_less(one, other, score):
 def test_whatever_is_less_than_a_full_step_has_its_reason(found):
     assert bool(found.reason) is (found.value < 1)
     assert len(found.reason) <= 200
+
+
+@pytest.mark.parametrize(
+    ("weight", "cap", "traffic", "share"),
+    [
+        (1, None, None, 10),
+        (1, None, 5000.0, 10),
+        (1, 100.0, None, 10),
+        (1, 100.0, 0.0, 10),
+        (7, 100.0, 99.0, 70),
+        (7, 100.0, 100.0, 70),
+        (7, 100.0, 200.0, 35),
+        (1000, 1.0, 1e9, 1),
+        (1, 0.0, 50.0, 1),
+    ],
+)
+def test_who_cannot_answer_all_that_comes_has_a_smaller_share(weight, cap, traffic, share):
+    assert sampling_weight(weight, cap, traffic) == share

@@ -22,8 +22,16 @@ from sqlalchemy import select
 from nts_core.control import ServerState
 from poolsvc import removal, servers
 from poolsvc.db import Database
-from poolsvc.errors import AddressTaken, NameTaken, NotFound, WrongState
-from poolsvc.models import Event, Hold, HoldKind
+from poolsvc.errors import (
+    AddressTaken,
+    ConfusableName,
+    InvalidDocument,
+    LimitReached,
+    NameTaken,
+    NotFound,
+    WrongState,
+)
+from poolsvc.models import Event, Hold, HoldKind, Member
 from poolsvc.publication import Publication
 from poolsvc.servers import TRANSITIONS, EventKind
 
@@ -45,13 +53,18 @@ def states(entry):
 
 
 def test_the_table_is_the_one_of_the_design():
-    """REGISTERED, VERIFIED, CERTIFIED, ACTIVE <-> SUSPENDED; any of these LEAVING; then REMOVED for good."""
+    """REGISTERED, VERIFIED, CERTIFIED, ACTIVE <-> SUSPENDED; without addresses REGISTERED again; LEAVING; REMOVED."""
     ways = {(before, after) for (before, _), after in TRANSITIONS.items()}
     onward = {(S.REGISTERED, S.VERIFIED), (S.VERIFIED, S.CERTIFIED), (S.CERTIFIED, S.ACTIVE)}
     living = {S.REGISTERED, S.VERIFIED, S.CERTIFIED, S.ACTIVE, S.SUSPENDED}
     holds = {(S.ACTIVE, S.SUSPENDED), (S.SUSPENDED, S.ACTIVE)}
     leaving = {(state, S.LEAVING) for state in living}
-    assert ways == onward | holds | leaving | {(S.LEAVING, S.REMOVED), (S.REGISTERED, S.REMOVED)}
+    lost = {(state, S.REGISTERED) for state in living - {S.REGISTERED}}
+    stays = {(S.LEAVING, S.VERIFIED), (S.LEAVING, S.LEAVING)}
+    assert ways == onward | holds | leaving | stays | lost | {
+        (S.LEAVING, S.REMOVED),
+        (S.REGISTERED, S.REMOVED),
+    }
     assert not any(before is S.REMOVED for before, _ in ways)
 
 
@@ -173,6 +186,87 @@ async def test_a_name_that_was_in_dns_is_never_given_again(owned):
     await owned.server("alice", state=S.REMOVED)
     with pytest.raises(NameTaken, match="never given again"):
         await register(owned, "alice", "198.18.0.2")
+
+
+async def test_a_name_like_that_of_another_members_server_is_refused_and_ones_own_is_not(owned):
+    await register(owned, "modern", "198.18.0.1")
+    await register(owned, "modem", "198.18.0.2")
+    other = await owned.member("other")
+    for name in ("modern", "m0dern", "mod-ern"):
+        with pytest.raises((ConfusableName, NameTaken)) as caught:
+            await owned.server(name, "198.18.0.3", member=other)
+        assert caught.value.field == "name"
+        if name != "modern":
+            assert caught.value.code == "confusable-name"
+            assert "another server" in caught.value.detail
+
+
+async def test_a_name_like_a_burnt_one_is_refused_and_one_like_a_released_one_is_not(registry):
+    await registry.server("alice", state=S.REMOVED)
+    with pytest.raises(ConfusableName):
+        await registry.server("a1ice", "198.18.0.2")
+    freed = await registry.server("bobby", "198.18.0.3")
+    async with registry.change(freed) as (_, server):
+        server.released_at = NOW
+    await registry.server("bo-bby", "198.18.0.4")
+
+
+async def test_a_name_like_a_reserved_one_is_refused_and_told_so(registry):
+    with pytest.raises(ConfusableName, match="looks like the reserved name 'mail'"):
+        await registry.server("rnail")
+
+
+async def test_of_two_names_alike_that_come_at_once_one_is_registered(postgresql, settings, registry_of):
+    registry = registry_of(postgresql, settings)
+    owners = [await registry.member(f"member {number}") for number in range(2)]
+    names = ("alice", "a1ice")
+    outcomes = await asyncio.gather(
+        *(
+            registry.server(name, f"198.18.0.{number}", member=owners[number])
+            for number, name in enumerate(names)
+        ),
+        return_exceptions=True,
+    )
+    assert sorted(isinstance(outcome, ConfusableName) for outcome in outcomes) == [False, True], outcomes
+
+
+async def test_a_member_has_so_many_servers_without_a_proof_and_no_more(owned):
+    first = await register(owned, "one", "198.18.0.1")
+    await register(owned, "two", "198.18.0.2")
+    with pytest.raises(LimitReached, match="2 registrations without a proved address") as caught:
+        await register(owned, "three", "198.18.0.3")
+    assert caught.value.remedy
+    async with owned.change(first) as (session, server):
+        await servers.apply(session, server, E.ADDRESS_PROVED, actor="test", reason="", now=NOW)
+    await register(owned, "three", "198.18.0.3")
+
+
+@pytest.mark.parametrize(("own", "allowed"), [(None, 3), (1, 1), (4, 4), (0, 0)])
+async def test_a_members_own_number_of_servers_comes_before_the_pools(registry, tuned, own, allowed):
+    registry.settings = tuned(servers_per_member=3, unproved_servers_per_member=9)
+    owner = await registry.member()
+    async with registry.database.transaction() as session:
+        (await session.get_one(Member, owner)).max_servers = own
+    # What is removed does not count.
+    if allowed:
+        await registry.server("gone", "198.18.3.1", state=S.REMOVED, member=owner)
+    for number in range(allowed):
+        await registry.server(f"s{number}-x", f"198.18.2.{number}", member=owner, state=S.ACTIVE)
+    with pytest.raises(LimitReached, match=f"at most {allowed} servers"):
+        await registry.server("more", "198.18.0.9", member=owner)
+
+
+async def test_of_two_registrations_at_once_only_as_many_as_allowed_succeed(
+    postgresql, settings, registry_of
+):
+    registry = registry_of(postgresql, settings)
+    owner = await registry.member()
+    outcomes = await asyncio.gather(
+        *(registry.server(f"{name}-x", f"198.18.0.{ord(name)}", member=owner) for name in "abdefgh"),
+        return_exceptions=True,
+    )
+    assert sum(isinstance(outcome, int) for outcome in outcomes) == 2
+    assert sum(isinstance(outcome, LimitReached) for outcome in outcomes) == 5
 
 
 async def test_a_proved_address_has_one_owner_and_an_unproved_claim_keeps_nobody_out(owned):
@@ -343,7 +437,8 @@ class Life(RuleBasedStateMachine):
 
     @rule(identifier=ids, kind=strategies.sampled_from(EventKind))
     def anything(self, identifier, kind):
-        if kind not in (E.EXPIRED, E.HOLD_SET, E.HOLDS_LIFTED, E.LEAVE, E.CLOSED):  # more than an event
+        more_than_an_event = (E.EXPIRED, E.HOLD_SET, E.HOLDS_LIFTED, E.LEAVE, E.LEAVE_CANCELLED, E.CLOSED)
+        if kind not in more_than_an_event:
             self.apply(identifier, kind)
 
     @rule(identifier=ids, kind=strategies.sampled_from(HoldKind), lift=strategies.booleans())
@@ -354,6 +449,48 @@ class Life(RuleBasedStateMachine):
                     return
                 change = servers.lift_hold if lift else servers.set_hold
                 await change(session, server, kind, reason="", actor="test", now=self.clock)
+
+        self.run(work())
+
+    @rule(identifier=ids)
+    def lose(self, identifier):
+        self.apply(identifier, E.ADDRESSES_LOST)
+
+    @rule(identifier=ids, hours=strategies.sampled_from([1, 3, 90, 9000]))
+    def leave_later(self, identifier, hours):
+        async def work():
+            async with self.registry.change(identifier) as (session, server):
+                before, at = server.state, self.clock + timedelta(hours=hours)
+                possible = before in servers.NAMED_STATES and hours in (3, 90)
+                try:
+                    await servers.schedule_leave(
+                        session, server, at=at, actor="test", reason="", now=self.clock
+                    )
+                except (WrongState, InvalidDocument):
+                    assert not possible
+                    assert server.state is before
+                else:
+                    assert possible
+                    assert (server.state, server.leave_at) == (S.LEAVING, at)
+
+        self.run(work())
+
+    @rule(identifier=ids)
+    def stay(self, identifier):
+        async def work():
+            async with self.registry.change(identifier) as (session, server):
+                before = server.state
+                possible = (
+                    before is S.LEAVING and server.leave_at is not None and self.clock < server.leave_at
+                )
+                try:
+                    await servers.cancel_leave(session, server, actor="test", now=self.clock)
+                except WrongState:
+                    assert not possible
+                    assert server.state is before
+                else:
+                    assert possible
+                    assert (server.state, server.leave_at, server.removal_due_at) == (S.VERIFIED, None, None)
 
         self.run(work())
 
@@ -373,11 +510,17 @@ class Life(RuleBasedStateMachine):
 
         async def work():
             async with self.registry.change(identifier) as (_, server):
+                lives = server.leave_at is not None and self.clock < server.leave_at
                 if server.state is S.LEAVING:
-                    server.srv_withdrawn_at = server.name_broken_at = self.clock
+                    server.srv_withdrawn_at = self.clock
+                    server.name_broken_at = None if lives else self.clock
             await removal.advance(
                 self.registry.database, self.registry.settings, None, identifier, self.clock
             )
+            if lives:
+                assert (await self.registry.get(identifier)).state is S.LEAVING, (
+                    "the name lives until its day"
+                )
 
         self.run(work())
 
@@ -420,16 +563,21 @@ class Life(RuleBasedStateMachine):
         assert len(held) == len(set(held))
         if server.state in (S.ACTIVE, S.SUSPENDED):
             assert bool(held) is (server.state is S.SUSPENDED)
+        if server.state is S.LEAVING:
+            assert server.removal_due_at is not None, "somebody goes on with the removal"
+        elif server.state is not S.REMOVED:
+            assert (server.leave_at, server.removal_due_at, server.srv_withdrawn_at) == (None, None, None)
         if server.burnt_at is not None:
             assert server.released_at is None, "a burnt name is never given again"
 
 
-def test_the_life_of_servers_in_any_order(database_url, settings, registry_of):
+def test_the_life_of_servers_in_any_order(database_url, tuned, registry_of):
     profile = hypothesis.settings(
         max_examples=12, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
     )
     with asyncio.Runner() as runner:
         database = Database(database_url)
+        settings = tuned(servers_per_member=1000, unproved_servers_per_member=1000)
         Life.registry, Life.run = registry_of(database, settings), staticmethod(runner.run)
 
         async def prepare():

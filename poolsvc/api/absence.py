@@ -1,0 +1,157 @@
+"""Times in which a server is not in the answer though it might be: maintenance, an operator's hold, leaving."""
+
+from datetime import datetime
+from typing import Annotated
+
+from fastapi import APIRouter, Path
+from pydantic import AwareDatetime, Field
+
+from poolsvc import maintenance, servers
+from poolsvc.api.request import Document, IdPath, NamePath, NowDep, PrincipalDep, ServicesDep, SessionDep
+from poolsvc.api.servers import ServerView, refuse_gone, removal_reason, view_of
+from poolsvc.auth import Operation
+from poolsvc.models import HoldKind
+
+router = APIRouter(prefix="/v1")
+Reason = Annotated[
+    str, Field(max_length=200, description="why, for other people of the member and operators")
+]
+
+
+class WindowRequest(Document):
+    starts_at: AwareDatetime | None = Field(None, description="now, unless told when")
+    ends_at: AwareDatetime = Field(description="at most 30 days later")
+    reason: Reason = ""
+
+
+class WindowView(Document):
+    id: int
+    starts_at: datetime
+    ends_at: datetime
+    reason: str
+    cancelled_at: datetime | None
+
+
+class LeaveRequest(Document):
+    at: AwareDatetime | None = Field(None, description="3 hours to 90 days ahead; at once without")
+    reason: Reason = ""
+
+
+class HoldRequest(Document):
+    reason: Annotated[Reason, Field(min_length=1)]
+
+
+@router.get("/servers/{name}/maintenance")
+async def list_maintenance(name: NamePath, principal: PrincipalDep, session: SessionDep) -> list[WindowView]:
+    """The server's maintenance windows, those that begin last first; fifty at most."""
+    server = await servers.find(session, name)
+    principal.may(Operation.READ_SERVER, server=server)
+    return [WindowView.model_validate(window) for window in await maintenance.newest(session, server)]
+
+
+@router.post("/servers/{name}/maintenance", status_code=201)
+async def add_maintenance(
+    name: NamePath, body: WindowRequest, principal: PrincipalDep, session: SessionDep, now: NowDep
+) -> WindowView:
+    """Announce maintenance: the server is out of the answer then, and nothing counts against it."""
+    found = await servers.find(session, name)
+    principal.may(Operation.CHANGE_SERVER, server=found)
+    server = await servers.get(session, found.id)
+    refuse_gone(server)
+    window = await maintenance.add(
+        session,
+        server,
+        starts_at=body.starts_at,
+        ends_at=body.ends_at,
+        reason=body.reason,
+        actor=principal.actor,
+        now=now,
+    )
+    return WindowView.model_validate(window)
+
+
+@router.delete("/servers/{name}/maintenance/{window}")
+async def cancel_maintenance(
+    name: NamePath,
+    window: Annotated[IdPath, Path(description="the window's id")],
+    principal: PrincipalDep,
+    session: SessionDep,
+    now: NowDep,
+) -> WindowView:
+    """End maintenance before its time, or before it began."""
+    found = await servers.find(session, name)
+    principal.may(Operation.CHANGE_SERVER, server=found)
+    server = await servers.get(session, found.id)
+    cancelled = await maintenance.cancel(session, server, window, actor=principal.actor, now=now)
+    return WindowView.model_validate(cancelled)
+
+
+@router.put("/servers/{name}/hold")
+async def hold_server(
+    name: NamePath,
+    body: HoldRequest,
+    principal: PrincipalDep,
+    services: ServicesDep,
+    session: SessionDep,
+    now: NowDep,
+) -> ServerView:
+    """Keep a server out of the answer until the hold is lifted; for operators. Its member sees the reason."""
+    found = await servers.find(session, name)
+    principal.may(Operation.JUDGE_SERVER, server=found)
+    server = await servers.get(session, found.id)
+    refuse_gone(server)
+    if (hold := servers.held(server, HoldKind.OPERATOR)) is not None:
+        hold.reason = body.reason
+    await servers.set_hold(
+        session, server, HoldKind.OPERATOR, reason=body.reason, actor=principal.actor, now=now
+    )
+    return await view_of(session, services.settings, server.id)
+
+
+@router.delete("/servers/{name}/hold")
+async def lift_hold(
+    name: NamePath, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
+) -> ServerView:
+    """Lift the operator's hold; others stay."""
+    found = await servers.find(session, name)
+    principal.may(Operation.JUDGE_SERVER, server=found)
+    server = await servers.get(session, found.id)
+    await servers.lift_hold(
+        session, server, HoldKind.OPERATOR, reason="lifted by an operator", actor=principal.actor, now=now
+    )
+    return await view_of(session, services.settings, server.id)
+
+
+@router.post("/servers/{name}/leaving", status_code=202)
+async def leave(
+    name: NamePath,
+    body: LeaveRequest,
+    principal: PrincipalDep,
+    services: ServicesDep,
+    session: SessionDep,
+    now: NowDep,
+) -> ServerView:
+    """Leave the pool: at once and for good, or out of the answer now and for good on a later day."""
+    found = await servers.find(session, name)
+    principal.may(Operation.REMOVE_SERVER, server=found)
+    server = await servers.get(session, found.id)
+    reason = body.reason or removal_reason(server, principal)
+    if body.at is None:
+        await servers.leave(session, server, actor=principal.actor, reason=reason, now=now)
+    else:
+        await servers.schedule_leave(
+            session, server, at=body.at, actor=principal.actor, reason=reason, now=now
+        )
+    return await view_of(session, services.settings, server.id)
+
+
+@router.delete("/servers/{name}/leaving")
+async def stay(
+    name: NamePath, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
+) -> ServerView:
+    """Cancel what was to come on a later day. The server is in the answer again after good probes."""
+    found = await servers.find(session, name)
+    principal.may(Operation.REMOVE_SERVER, server=found)
+    server = await servers.get(session, found.id)
+    await servers.cancel_leave(session, server, actor=principal.actor, now=now)
+    return await view_of(session, services.settings, server.id)

@@ -1,0 +1,115 @@
+"""What a member may choose of its server, as one document with a tag."""
+
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import APIRouter, Response
+from pydantic import Field
+
+from poolsvc import addresses, servers
+from poolsvc.api.etags import IfMatch, IfNoneMatch, etag_of, is_known, require_match
+from poolsvc.api.request import Document, NamePath, NowDep, PrincipalDep, ServicesDep, SessionDep
+from poolsvc.api.servers import refuse_gone
+from poolsvc.auth import Operation
+from poolsvc.models import Server
+
+router = APIRouter(prefix="/v1")
+MAX_WEIGHT = 1000
+
+
+class SettingsView(Document):
+    """A server's settings. The answer's `ETag` names this very state of them."""
+
+    weight: int = Field(description="the share of clients, relative to other servers")
+    ipv4: bool = Field(description="whether addresses of this family are published")
+    ipv6: bool
+    public: bool = Field(description="whether everybody may see the server's page")
+    addresses: list[str]
+    waive_source: bool = Field(description="proof calls may come from elsewhere (NAT); the operator's to set")
+    traffic_cap: float | None = Field(
+        description="NTP requests a second that it answers at most; the agent's to set, [limits] traffic_cap"
+    )
+
+
+class SettingsChange(Document):
+    """What is to be different; what is left out stays. `addresses` is the whole list."""
+
+    weight: int | None = Field(None, ge=1, le=MAX_WEIGHT, strict=True)
+    ipv4: bool | None = Field(None, strict=True)
+    ipv6: bool | None = Field(None, strict=True)
+    public: bool | None = Field(None, strict=True)
+    addresses: list[str] | None = Field(None, max_length=64)
+    waive_source: bool | None = Field(None, strict=True)
+
+
+def _view(server: Server) -> SettingsView:
+    return SettingsView(
+        weight=server.weight,
+        ipv4=server.ipv4,
+        ipv6=server.ipv6,
+        public=server.public,
+        addresses=[row.address for row in server.addresses],
+        waive_source=server.waive_source,
+        traffic_cap=server.traffic_cap,
+    )
+
+
+_NOT_MODIFIED: dict[int | str, dict[str, Any]] = {304: {"description": "it is as `If-None-Match` says"}}
+
+
+@router.get("/servers/{name}/settings", response_model=SettingsView, responses=_NOT_MODIFIED)
+async def read_settings(
+    name: NamePath,
+    principal: PrincipalDep,
+    session: SessionDep,
+    response: Response,
+    if_none_match: IfNoneMatch = None,
+) -> SettingsView | Response:
+    """A server's settings, with their tag."""
+    server = await servers.find(session, name)
+    principal.may(Operation.READ_SERVER, server=server)
+    view = _view(server)
+    tag = etag_of(view)
+    if is_known(if_none_match, tag):
+        return Response(status_code=HTTPStatus.NOT_MODIFIED, headers={"ETag": tag})
+    response.headers["ETag"] = tag
+    return view
+
+
+@router.patch("/servers/{name}/settings")
+async def change_settings(
+    name: NamePath,
+    body: SettingsChange,
+    principal: PrincipalDep,
+    services: ServicesDep,
+    session: SessionDep,
+    now: NowDep,
+    response: Response,
+    if_match: IfMatch = None,
+) -> SettingsView:
+    """Change some settings; with `If-Match` only if they still are what the caller has read."""
+    found = await servers.find(session, name)
+    principal.may(Operation.CHANGE_SERVER, server=found)
+    server = await servers.get(session, found.id)
+    refuse_gone(server)
+    require_match(if_match, etag_of(_view(server)))
+    if body.waive_source is not None and body.waive_source != server.waive_source:
+        principal.may(Operation.JUDGE_SERVER, server=server)
+        server.waive_source = body.waive_source
+    if body.weight is not None:
+        server.weight = body.weight
+    if body.public is not None:
+        server.public = body.public
+    await addresses.change(
+        session,
+        services.settings,
+        server,
+        listed=body.addresses,
+        ipv4=server.ipv4 if body.ipv4 is None else body.ipv4,
+        ipv6=server.ipv6 if body.ipv6 is None else body.ipv6,
+        actor=principal.actor,
+        now=now,
+    )
+    view = _view(server)
+    response.headers["ETag"] = etag_of(view)
+    return view
