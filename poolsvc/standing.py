@@ -65,6 +65,18 @@ async def unblock(session: AsyncSession, member_id: int, now: datetime, *, actor
     return member
 
 
+async def release(session: AsyncSession, server: Server, now: datetime, *, actor: str) -> None:
+    """Lift the operator's hold of one server. While its member is blocked, that of the block takes its place."""
+    member = await members.get(session, server.member_id)
+    hold = servers.held(server, HoldKind.OPERATOR)
+    if member.status is MemberStatus.BLOCKED and hold is not None:
+        hold.reason = BLOCK_HOLD
+        return
+    await servers.lift_hold(
+        session, server, HoldKind.OPERATOR, reason="lifted by an operator", actor=actor, now=now
+    )
+
+
 async def close(
     session: AsyncSession, member_id: int, now: datetime, *, actor: str, by: str, remove_servers: bool
 ) -> Member:

@@ -6,7 +6,7 @@ from typing import Annotated
 from fastapi import APIRouter, Path
 from pydantic import AwareDatetime, Field
 
-from poolsvc import maintenance, servers
+from poolsvc import maintenance, servers, standing
 from poolsvc.api.request import Document, IdPath, NamePath, NowDep, PrincipalDep, ServicesDep, SessionDep
 from poolsvc.api.servers import ServerView, refuse_gone, removal_reason, view_of
 from poolsvc.auth import Operation
@@ -112,13 +112,11 @@ async def hold_server(
 async def lift_hold(
     name: NamePath, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
 ) -> ServerView:
-    """Lift the operator's hold; others stay."""
+    """Lift the operator's hold; others stay, and so does that of a member who is blocked."""
     found = await servers.find(session, name)
     principal.may(Operation.JUDGE_SERVER, server=found)
     server = await servers.get(session, found.id)
-    await servers.lift_hold(
-        session, server, HoldKind.OPERATOR, reason="lifted by an operator", actor=principal.actor, now=now
-    )
+    await standing.release(session, server, now, actor=principal.actor)
     return await view_of(session, services.settings, server.id)
 
 
