@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import selectinload
+from sqlalchemy.orm import joinedload
 
 from poolsvc.models import Channel, Delivery, DeliveryStatus, Membership, Notice, User, Webhook
 
@@ -73,25 +73,24 @@ async def announce(
     **data: Any,
 ) -> Notice:
     """Tell all people of a member, and its webhooks. `data` is what the text needs, as JSON."""
-    notice = Notice(at=now, kind=kind, member_id=member_id, server_id=server_id, data=data)
-    session.add(notice)
-    await session.flush()
     people = await session.scalars(
         select(Membership)
         .where(Membership.member_id == member_id)
-        .options(selectinload(Membership.user))
+        .options(joinedload(Membership.user))
         .order_by(Membership.id)
     )
-    for membership in people:
-        session.add(_by_mail(notice, membership, now))
-    hooks = select(Webhook).where(
-        Webhook.member_id == member_id,
-        Webhook.enabled_at.is_not(None),
-        Webhook.disabled_at.is_(None),
-        Webhook.deleted_at.is_(None),
+    hooks = await session.scalars(
+        select(Webhook).where(
+            Webhook.member_id == member_id,
+            Webhook.enabled_at.is_not(None),
+            Webhook.disabled_at.is_(None),
+            Webhook.deleted_at.is_(None),
+        )
     )
-    for hook in await session.scalars(hooks):
-        session.add(_by_webhook(notice, hook, now))
+    notice = Notice(at=now, kind=kind, member_id=member_id, server_id=server_id, data=data)
+    session.add(notice)
+    session.add_all(_by_mail(notice, membership, now) for membership in people)
+    session.add_all(_by_webhook(notice, hook, now) for hook in hooks)
     await session.flush()
     return notice
 
@@ -99,16 +98,14 @@ async def announce(
 async def try_out(session: AsyncSession, hook: Webhook, now: datetime) -> Notice:
     """A notice of no meaning, to one webhook only."""
     notice = Notice(at=now, kind=NoticeKind.WEBHOOK_TEST, member_id=hook.member_id, data={})
-    session.add(notice)
-    await session.flush()
-    session.add(_by_webhook(notice, hook, now))
+    session.add_all((notice, _by_webhook(notice, hook, now)))
     await session.flush()
     return notice
 
 
 def _by_webhook(notice: Notice, hook: Webhook, now: datetime) -> Delivery:
     return Delivery(
-        notice_id=notice.id,
+        notice=notice,
         channel=Channel.WEBHOOK,
         webhook_id=hook.id,
         status=DeliveryStatus.PENDING,
@@ -130,7 +127,7 @@ def why_no_mail(kind: NoticeKind, user: User, membership: Membership | None) -> 
 def _by_mail(notice: Notice, membership: Membership, now: datetime) -> Delivery:
     reason = why_no_mail(NoticeKind(notice.kind), membership.user, membership)
     return Delivery(
-        notice_id=notice.id,
+        notice=notice,
         channel=Channel.MAIL,
         user_id=membership.user_id,
         status=DeliveryStatus.PENDING if reason is None else DeliveryStatus.SUPPRESSED,

@@ -156,7 +156,8 @@ _TEXTS: Mapping[NoticeKind, _Words] = {
     ),
     _K.ADDRESS_WITHDRAWN: _words(
         "{server}: {address} is withdrawn",
-        "The address {address} of {server} is out of DNS since {at}. The server's other addresses go on.",
+        "The address {address} of {server} is out of DNS since {at}.",
+        "The server's other addresses go on. Without any it is out of the pool until one is proved.",
         _REASON,
         "What to do: repair the address. One with a bad score comes back by itself when that is good again.",
     ),
