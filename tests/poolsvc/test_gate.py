@@ -276,7 +276,7 @@ async def not_ready(app):
 
 async def test_who_stops_is_not_ready(running):
     with structlog.testing.capture_logs() as logs:
-        running.state.services.health.stopping.set()
+        running.state.metrics.health.stopping.set()
         assert "stopping" in await not_ready(running)
     assert not [entry for entry in logs if entry["event"] == "request_failed"]
 

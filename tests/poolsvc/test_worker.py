@@ -16,7 +16,7 @@ from poolsvc.acme import AcmeError
 from poolsvc.db import Database
 from poolsvc.derived import RegistryKey
 from poolsvc.errors import NotFound
-from poolsvc.models import Invitation, Order, OrderStatus, Server
+from poolsvc.models import Address, Invitation, Order, OrderStatus, Server
 from poolsvc.worker import ORDERS, Health, Worker, claim
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -310,6 +310,7 @@ async def test_due_orders_become_wanted_orders(start, registry):
     unproved = await registry.server("bob", "198.18.0.2")
     async with registry.database.transaction() as session:
         await session.execute(update(Server).values(order_due_at=NOW))
+        await session.execute(update(Address).values(confirmed_at=datetime.now(UTC)))
     start()
     end = time.monotonic() + 10
     while not (orders := (await registry.get(named)).orders):
