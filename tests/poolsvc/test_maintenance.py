@@ -1,6 +1,7 @@
 """Maintenance windows and the operator's hold: when a server is held, and what counts against it meanwhile."""
 
 from datetime import timedelta
+from itertools import count
 
 import pytest
 
@@ -42,9 +43,11 @@ async def state(registry, server_id):
     return (await registry.get(server_id)).state
 
 
-async def probe(registry, server_id, result, after=HOUR):
+async def probe(registry, server_id, result, after=HOUR, ticks=count()):  # noqa: B008 - one for all tests
+    """One round, each at another moment soon after that time; the address then."""
+    now = registry.now + after + timedelta(seconds=next(ticks))
     async with registry.change(server_id) as (session, server):
-        await monitoring.record(session, registry.settings, server, [result], registry.now + after)
+        await monitoring.record(session, registry.settings, server, [result], now)
         return server.addresses[0]
 
 
