@@ -189,7 +189,8 @@ class Bench:
                 },
             }
             for part, process in running.items():
-                self.figures[f"{part}_cores"] = (_cpu(process.pid) - cpu[part]) / seconds
+                spent = _cpu(process.pid) - cpu[part]
+                self.figures[f"{part}_cpu_ms_a_request"] = 1000 * spent / len(answers)
                 self.figures[f"{part}_rss_mib"] = _rss_mib(process.pid)
 
 
