@@ -4,6 +4,7 @@ Network I/O never happens inside a transaction. Times are aware UTC; a naive one
 """
 
 import os
+import secrets
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,7 +13,7 @@ from enum import StrEnum
 from functools import partial
 from typing import Any
 
-from sqlalchemy import DateTime, Dialect, Enum, MetaData, event, func, select, text
+from sqlalchemy import BigInteger, DateTime, Dialect, Enum, Integer, MetaData, event, func, select, text
 from sqlalchemy.engine import Connection
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DisconnectionError
@@ -23,7 +24,7 @@ from sqlalchemy.ext.asyncio import (
     async_sessionmaker,
     create_async_engine,
 )
-from sqlalchemy.orm import DeclarativeBase, Session
+from sqlalchemy.orm import DeclarativeBase, Session, mapped_column
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.types import TypeDecorator
 
@@ -55,6 +56,21 @@ class UtcDateTime(TypeDecorator[datetime]):
         if value is None:
             return None
         return value.replace(tzinfo=UTC) if dialect.name == "sqlite" else value.astimezone(UTC)
+
+
+# What JSON's readers take for a whole number, and what a key of SQLite's rows can be.
+RANDOM_KEY = BigInteger().with_variant(Integer, "sqlite")
+_RANDOM_BITS = 52
+
+
+def random_key() -> Any:
+    """A primary key that never comes again, not even in a restored database.
+
+    Secrets are derived from the keys of such rows: with a counted key, an old secret would open a new row.
+    """
+    return mapped_column(
+        RANDOM_KEY, primary_key=True, autoincrement=False, default=lambda: secrets.randbits(_RANDOM_BITS) + 1
+    )
 
 
 def text_enum(kind: type[StrEnum], name: str) -> Enum:

@@ -19,7 +19,7 @@ from nts_core.shell import replace_file
 
 _KEY_LENGTH = 32
 _TAG_LENGTH = 24
-_MAX_DIGITS = 12
+_MAX_DIGITS = 16
 
 
 class Purpose(StrEnum):
@@ -77,7 +77,7 @@ class RegistryKey:
         return hmac.digest(self._key, message, hashlib.sha256)
 
     def token(self, purpose: Purpose, identifier: int) -> str:
-        """A text that proves having been told of a row: its id, and a tag."""
+        """A text that proves having been told of a row: its key, and a tag. Only for keys that never come again."""
         tag = self.secret(purpose, identifier)[:_TAG_LENGTH]
         return f"{identifier}.{base64.urlsafe_b64encode(tag).decode()}"
 

@@ -7,7 +7,7 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import op
 
-from poolsvc.db import UtcDateTime
+from poolsvc.db import RANDOM_KEY, UtcDateTime
 
 revision = "4a054848f497"
 down_revision = "6c55726924fc"
@@ -235,7 +235,7 @@ def upgrade() -> None:
 
     op.create_table(
         "invitations",
-        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("id", RANDOM_KEY, autoincrement=False, nullable=False),
         sa.Column("member_id", sa.Integer(), nullable=True),
         sa.Column("email", sa.String(length=254), nullable=True),
         sa.Column(
@@ -278,7 +278,7 @@ def upgrade() -> None:
 
     op.create_table(
         "sign_ins",
-        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("id", RANDOM_KEY, autoincrement=False, nullable=False),
         sa.Column(
             "kind",
             sa.Enum(
@@ -302,7 +302,7 @@ def upgrade() -> None:
 
     op.create_table(
         "webhooks",
-        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("id", RANDOM_KEY, autoincrement=False, nullable=False),
         sa.Column("member_id", sa.Integer(), nullable=True),
         sa.Column("url", sa.String(length=500), nullable=False),
         sa.Column("generation", sa.Integer(), nullable=False),
@@ -418,7 +418,7 @@ def upgrade() -> None:
             nullable=False,
         ),
         sa.Column("user_id", sa.Integer(), nullable=True),
-        sa.Column("webhook_id", sa.Integer(), nullable=True),
+        sa.Column("webhook_id", RANDOM_KEY, nullable=True),
         sa.Column("email", sa.String(length=254), nullable=True),
         sa.Column(
             "status",

@@ -12,7 +12,7 @@ from sqlalchemy.orm import selectinload
 from poolsvc import deliveries, members, webhooks
 from poolsvc.api.idempotent import idempotent
 from poolsvc.api.paging import Page, PagingDep
-from poolsvc.api.request import Document, IdPath, NowDep, PrincipalDep, ServicesDep, SessionDep
+from poolsvc.api.request import Document, IdPath, NowDep, PrincipalDep, RandomIdPath, ServicesDep, SessionDep
 from poolsvc.auth import Operation
 from poolsvc.config import Settings
 from poolsvc.errors import NotFound, WrongState
@@ -94,7 +94,7 @@ async def create_webhook(
 
 @router.delete("/members/{member}/webhooks/{hook}")
 async def delete_webhook(
-    member: IdPath, hook: IdPath, principal: PrincipalDep, session: SessionDep, now: NowDep
+    member: IdPath, hook: RandomIdPath, principal: PrincipalDep, session: SessionDep, now: NowDep
 ) -> WebhookView:
     """End a webhook for good."""
     found = await _find(session, principal, member, hook)
@@ -106,7 +106,7 @@ async def delete_webhook(
 @idempotent
 async def rotate_webhook(
     member: IdPath,
-    hook: IdPath,
+    hook: RandomIdPath,
     principal: PrincipalDep,
     services: ServicesDep,
     session: SessionDep,
@@ -120,7 +120,7 @@ async def rotate_webhook(
 
 @router.post("/members/{member}/webhooks/{hook}/enable", status_code=202)
 async def enable_webhook(
-    member: IdPath, hook: IdPath, principal: PrincipalDep, session: SessionDep, now: NowDep
+    member: IdPath, hook: RandomIdPath, principal: PrincipalDep, session: SessionDep, now: NowDep
 ) -> WebhookView:
     """Send the challenge again, to a webhook that is not enabled."""
     found = await _find(session, principal, member, hook)
@@ -130,7 +130,7 @@ async def enable_webhook(
 
 @router.post("/members/{member}/webhooks/{hook}/test", status_code=202)
 async def try_webhook(
-    member: IdPath, hook: IdPath, principal: PrincipalDep, session: SessionDep, now: NowDep
+    member: IdPath, hook: RandomIdPath, principal: PrincipalDep, session: SessionDep, now: NowDep
 ) -> WebhookView:
     """Send a notice of no meaning; what came of it is shown among the member's notices."""
     found = await _find(session, principal, member, hook)

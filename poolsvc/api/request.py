@@ -92,6 +92,7 @@ async def _caller(
 CallerDep = Annotated[Principal, Depends(_caller)]
 NamePath = Annotated[str, Path(max_length=64)]
 IdPath = Annotated[int, Path(ge=1, le=2**31 - 1)]
+RandomIdPath = Annotated[int, Path(ge=1, le=2**53 - 1)]
 # Without control characters: PostgreSQL takes no NUL, and people read these in one line.
 _LINE = r"^[^\x00-\x1f\x7f]*$"
 TextQuery = Annotated[str | None, Query(max_length=100, pattern=_LINE)]

@@ -10,7 +10,7 @@ from sqlalchemy.orm import selectinload
 from poolsvc import teams
 from poolsvc.api.idempotent import idempotent
 from poolsvc.api.paging import Page, PagingDep
-from poolsvc.api.request import Document, IdPath, NowDep, PrincipalDep, ServicesDep, SessionDep
+from poolsvc.api.request import Document, IdPath, NowDep, PrincipalDep, RandomIdPath, ServicesDep, SessionDep
 from poolsvc.auth import Operation, Principal
 from poolsvc.derived import Purpose
 from poolsvc.errors import Forbidden, NotFound
@@ -164,16 +164,16 @@ async def invite_to_member(
 async def list_invitations_of_member(
     member: IdPath, principal: PrincipalDep, session: SessionDep, paging: PagingDep
 ) -> Page[InvitationView]:
-    """The member's invitations, the newest first, with those that are over."""
+    """The member's invitations, with those that are over."""
     principal.may(Operation.MANAGE_USERS, member=member)
     found = select(Invitation).where(Invitation.member_id == member)
-    rows, further = await paging.rows(session, found, Invitation.id, newest_first=True)
+    rows, further = await paging.rows(session, found, Invitation.id)
     return Page(items=[InvitationView.model_validate(row) for row in rows], next=further)
 
 
 @router.delete("/members/{member}/invitations/{invitation}", status_code=204)
 async def revoke_invitation_to_member(
-    member: IdPath, invitation: IdPath, principal: PrincipalDep, session: SessionDep, now: NowDep
+    member: IdPath, invitation: RandomIdPath, principal: PrincipalDep, session: SessionDep, now: NowDep
 ) -> None:
     """Make an invitation useless."""
     principal.may(Operation.MANAGE_USERS, member=member)
@@ -199,16 +199,16 @@ async def invite_to_pool(
 async def list_invitations_to_pool(
     principal: PrincipalDep, session: SessionDep, paging: PagingDep
 ) -> Page[InvitationView]:
-    """The invitations to the pool, the newest first, with those that are over."""
+    """The invitations to the pool, with those that are over."""
     principal.may(Operation.INVITE)
     found = select(Invitation).where(Invitation.member_id.is_(None))
-    rows, further = await paging.rows(session, found, Invitation.id, newest_first=True)
+    rows, further = await paging.rows(session, found, Invitation.id)
     return Page(items=[InvitationView.model_validate(row) for row in rows], next=further)
 
 
 @router.delete("/invitations/{invitation}", status_code=204)
 async def revoke_invitation_to_pool(
-    invitation: IdPath, principal: PrincipalDep, session: SessionDep, now: NowDep
+    invitation: RandomIdPath, principal: PrincipalDep, session: SessionDep, now: NowDep
 ) -> None:
     """Make an invitation useless."""
     principal.may(Operation.INVITE)

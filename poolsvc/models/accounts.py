@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import JSON, ForeignKey, String, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
-from poolsvc.db import Base, UtcDateTime, text_enum
+from poolsvc.db import Base, UtcDateTime, random_key, text_enum
 
 
 class StaffRole(StrEnum):
@@ -123,7 +123,7 @@ class Invitation(Base):
 
     __tablename__ = "invitations"
 
-    id: Mapped[int] = mapped_column(primary_key=True)
+    id: Mapped[int] = random_key()
     member_id: Mapped[int | None] = mapped_column(ForeignKey("members.id"), index=True)
     email: Mapped[str | None] = mapped_column(String(254))  # None once it is over: nobody's address is kept
     role: Mapped[MemberRole | None] = mapped_column(text_enum(MemberRole, "role"))
@@ -169,7 +169,7 @@ class SignIn(Base):
 
     __tablename__ = "sign_ins"
 
-    id: Mapped[int] = mapped_column(primary_key=True)
+    id: Mapped[int] = random_key()
     kind: Mapped[SignInKind] = mapped_column(text_enum(SignInKind, "kind"))
     email: Mapped[str | None] = mapped_column(String(254), index=True)
     user_id: Mapped[int | None] = mapped_column(ForeignKey("users.id"))

@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import JSON, ForeignKey, String, Text
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
-from poolsvc.db import Base, UtcDateTime, text_enum
+from poolsvc.db import RANDOM_KEY, Base, UtcDateTime, random_key, text_enum
 from poolsvc.models.accounts import User
 
 
@@ -32,7 +32,7 @@ class Webhook(Base):
 
     __tablename__ = "webhooks"
 
-    id: Mapped[int] = mapped_column(primary_key=True)
+    id: Mapped[int] = random_key()
     member_id: Mapped[int | None] = mapped_column(
         ForeignKey("members.id"), index=True
     )  # None: the pool's own
@@ -73,7 +73,7 @@ class Delivery(Base):
     notice_id: Mapped[int] = mapped_column(ForeignKey("notices.id"), index=True)
     channel: Mapped[Channel] = mapped_column(text_enum(Channel, "channel"))
     user_id: Mapped[int | None] = mapped_column(ForeignKey("users.id"))
-    webhook_id: Mapped[int | None] = mapped_column(ForeignKey("webhooks.id"))
+    webhook_id: Mapped[int | None] = mapped_column(RANDOM_KEY, ForeignKey("webhooks.id"))
     email: Mapped[str | None] = mapped_column(String(254))  # of nobody with an account; emptied at the end
     status: Mapped[DeliveryStatus] = mapped_column(text_enum(DeliveryStatus, "status"))
     due_at: Mapped[datetime | None] = mapped_column(UtcDateTime, index=True)

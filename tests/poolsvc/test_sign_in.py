@@ -549,3 +549,18 @@ async def test_no_secret_of_a_link_is_in_the_database(client, people):
         for row in await people.all(model):
             assert secret not in str(vars(row))
     assert [row.status for row in await people.all(Delivery)] == [DeliveryStatus.PENDING]
+
+
+async def test_an_old_link_never_opens_a_later_attempt(database, settings, people):
+    """Attempts are forgotten after an hour: a key that came again would make an old secret a new one's."""
+    settings = settings.model_copy(update={"sign_up": SignUp.OPEN, "terms": ()})
+    seen = set()
+    for hour in range(40):
+        start = now() + timedelta(hours=2 * hour)
+        async with database.transaction() as session:
+            await sign_in.request_link(session, settings, f"{hour}@example.org", start)
+            (row,) = await session.scalars(select(SignIn))
+            seen.add(row.id)
+            await sign_in.expire(session, start + timedelta(hours=1, minutes=1))
+            assert await session.scalar(select(SignIn)) is None
+    assert len(seen) == 40
