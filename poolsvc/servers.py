@@ -101,7 +101,7 @@ ENDED_STATES = frozenset({_S.LEAVING, _S.REMOVED})
 LIVING = or_(
     Server.state.not_in(ENDED_STATES), and_(Server.state == _S.LEAVING, Server.leave_at.is_not(None))
 )
-_EXPIRED = 200  # at a time
+_EXPIRED = 50  # at a time
 _CENSUS_LIFE = 1.0
 # How far ahead leaving may be scheduled: time enough for clients to go, and not for ever.
 LEAVE_AHEAD = (timedelta(hours=3), timedelta(days=90))

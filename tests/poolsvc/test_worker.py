@@ -24,7 +24,7 @@ LEASE = timedelta(minutes=2)
 MINUTE = timedelta(minutes=1)
 
 
-async def until(condition, seconds=10.0):
+async def until(condition, seconds=30.0):
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "not in time"
@@ -229,12 +229,12 @@ async def test_unfinished_registrations_expire_in_bounded_numbers(start, registr
                 state_since=long_ago,
                 created_at=NOW,
             )
-            for n in range(450)
+            for n in range(120)
         )
     async with registry.database.transaction() as session:
         assert await servers.expire_unfinished(session, registry.settings, NOW)
         left = select(func.count()).where(Server.state == ServerState.REGISTERED)
-        assert await session.scalar(left) == 250
+        assert await session.scalar(left) == 70
     start()
     end = time.monotonic() + 30
     while True:
@@ -251,7 +251,7 @@ async def test_a_worker_says_what_it_sees_and_that_it_ends(start, registry):
             return await alarms.current(session, datetime.now(UTC))
 
     worker = start()
-    end = time.monotonic() + 10
+    end = time.monotonic() + 30
     while not any(alarm.startswith("CA: ") for alarm in await shown()):
         assert time.monotonic() < end
         await asyncio.sleep(0.02)
@@ -273,7 +273,7 @@ async def test_a_database_that_goes_away_and_comes_back_is_worked_on_again(start
     server = await registry.server()
     async with registry.database.transaction() as session:
         await session.execute(update(Server).values(state_since=NOW - timedelta(days=900)))
-    end = time.monotonic() + 10
+    end = time.monotonic() + 30
     while (await registry.get(server)).state is not ServerState.REMOVED:
         assert time.monotonic() < end
         await asyncio.sleep(0.02)
@@ -299,7 +299,7 @@ async def test_a_ca_that_is_away_is_told_and_holds_up_nothing_else(start, regist
         await session.execute(update(Server).values(state_since=NOW - timedelta(days=900)))
     worker = start()
     await until(lambda: worker.health.ca)
-    end = time.monotonic() + 10
+    end = time.monotonic() + 30
     while (await registry.get(server)).state is not ServerState.REMOVED:
         assert time.monotonic() < end
         await asyncio.sleep(0.02)
@@ -312,7 +312,7 @@ async def test_due_orders_become_wanted_orders(start, registry):
         await session.execute(update(Server).values(order_due_at=NOW))
         await session.execute(update(Address).values(confirmed_at=datetime.now(UTC)))
     start()
-    end = time.monotonic() + 10
+    end = time.monotonic() + 30
     while not (orders := (await registry.get(named)).orders):
         assert time.monotonic() < end
         await asyncio.sleep(0.02)
