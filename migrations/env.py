@@ -1,9 +1,11 @@
 """Runs migrations over the application's own async engine; the URL comes from the settings or alembic.ini."""
 
 import asyncio
+from typing import Any
 
 from alembic import context
-from sqlalchemy import Connection, text
+from alembic.util.exc import CommandError
+from sqlalchemy import Connection, event, text
 
 import poolsvc.models  # noqa: F401 - makes the tables known
 from poolsvc.db import Base, Database
@@ -35,12 +37,23 @@ def _run(connection: Connection) -> None:
     )
     with context.begin_transaction():
         context.run_migrations()
+    if connection.dialect.name == "sqlite":
+        broken = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
+        if broken:
+            raise CommandError(f"{len(broken)} rows refer to rows that are not there")
+
+
+def _let_tables_be_replaced(connection: Any, _record: object) -> None:
+    """SQLite changes a table by making it anew, which its own references forbid; they are checked at the end."""
+    connection.execute("PRAGMA foreign_keys=OFF").close()
 
 
 async def _run_online() -> None:
     config = context.config
     url: str = config.attributes.get("url") or config.get_main_option("sqlalchemy.url") or ""
     database = Database(url)
+    if database.engine.dialect.name == "sqlite":
+        event.listen(database.engine.sync_engine, "connect", _let_tables_be_replaced)
     try:
         async with database.engine.connect() as connection:
             await connection.run_sync(_run)

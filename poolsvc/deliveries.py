@@ -7,6 +7,7 @@
 4. The secret of a link exists in the mail only: it is derived when it is sent, and in no error.
 """
 
+import re
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -61,6 +62,7 @@ _SINGLES = 3
 _FOR_LINKS = 5
 # Calls to one webhook follow each other; they end well before the lease does.
 _CALLS_BUDGET = 60.0
+_ADDRESS = re.compile(r"[^\s<>]*@[^\s<>]*")
 _LINKS = {NoticeKind.SIGN_IN: Purpose.SIGN_IN, NoticeKind.INVITATION: Purpose.INVITATION}
 # The data of a link's notice has the id of its row under this name.
 _LINK_ID = {NoticeKind.SIGN_IN: "sign_in", NoticeKind.INVITATION: "invitation"}
@@ -204,7 +206,7 @@ class Post:
         except MailError as error:
             failure = error
         reason = "" if failure is None else _reason(letter, failure)
-        self._note_mail_server(None if failure is None or failure.permanent else reason)
+        self._note_mail_server(None if failure is None or failure.permanent else _trouble(failure))
         async with self._database.transaction() as session:
             for row in await _pending(session, letter.deliveries):
                 if failure is None:
@@ -366,7 +368,14 @@ def _try_again(row: Delivery, waits: Sequence[timedelta], reason: str, now: date
 
 
 def _reason(letter: Letter, failure: MailError) -> str:
-    """Why a mail failed. A server's own words may repeat what it was given: not those about a link."""
+    """Why a mail failed. A server's own words may repeat what it was given: no link and no address is kept."""
     if letter.is_link and failure.code is not None:
+        return _trouble(failure)
+    return _ADDRESS.sub("(address)", failure.detail)
+
+
+def _trouble(failure: MailError) -> str:
+    """Why no mail goes out, for an alarm that everybody may read."""
+    if failure.code is not None:
         return f"the mail server answered {failure.code}"
-    return failure.detail
+    return _ADDRESS.sub("(address)", failure.detail)

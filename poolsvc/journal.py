@@ -143,16 +143,19 @@ def _parse(line: bytes) -> Entry:
     )
 
 
-def latest(files: Sequence[Path], pool: str) -> dict[int, Entry]:
-    """The newest entry of each server in all the files, by the server's id. Raises OSError, JournalError."""
-    found: dict[int, Entry] = {}
+def latest(files: Sequence[Path], pool: str) -> dict[tuple[int, str], Entry]:
+    """The newest entry of each server in all the files. Raises OSError, JournalError.
+
+    By id and name: after a restore an id that only the lost database knew is given again.
+    """
+    found: dict[tuple[int, str], Entry] = {}
     for file in files:
         for entry in read(file):
             if entry.pool != pool:
                 raise JournalError(
                     f"{file}: the journal of the pool {entry.pool}, not of {pool}", remedy="give this pool's"
                 )
-            known = found.get(entry.server)
-            if known is None or entry.at >= known.at:
-                found[entry.server] = entry
+            key = entry.server, entry.name
+            if key not in found or entry.at >= found[key].at:
+                found[key] = entry
     return found

@@ -199,7 +199,7 @@ async def _tell_withdrawn(
     """Tell of each address that its score takes out of DNS while another one serves."""
     left = servers.published_addresses(server)
     for row in server.addresses:
-        if row.address in published and row.address not in left:
+        if row.address in published and row.address not in left and row.score is not None:
             reason = f"score {row.score:.1f}, {row.step_reason}"
             await servers.tell(
                 session, server, NoticeKind.ADDRESS_WITHDRAWN, now=now, address=row.address, reason=reason
@@ -228,24 +228,26 @@ async def _admit(session: AsyncSession, server: Server, settings: Settings, now:
 
 
 async def _hold_or_lift(session: AsyncSession, server: Server, settings: Settings, now: datetime) -> None:
-    scores = [row.score for row in servers.publishable(server) if row.score is not None]
-    if scores and max(scores) < scoring.CUTOFF:
+    for row in server.addresses:
+        # An address proved after the server's admission is admitted by itself.
+        if row.score is None and row.full_probes >= settings.policy.admission_probes:
+            row.score = scoring.ADMITTED
+    # What was never admitted speaks for nobody: a member could change to a dead address otherwise.
+    best = max((row.score for row in servers.publishable(server) if row.score is not None), default=None)
+    if best is None or best < scoring.CUTOFF:
         if server.state is ServerState.SUSPENDED:
             return
         # Scores alone never shrink the answer below the pool's opening size: that is an alarm instead.
         least = settings.policy.opening_size
         if await servers.count_active(session, limit=least + 1) <= least:
-            _log.error("pool_alarm_too_few_servers", server=server.name, score=max(scores))
+            _log.error("pool_alarm_too_few_servers", server=server.name, score=best)
             return
         failed = servers.first_failure(server)
-        reason = f"score {max(scores):.1f}" + (f", {failed.stage}: {failed.detail}" if failed else "")
+        reason = "no address is admitted yet" if best is None else f"score {best:.1f}"
+        reason += f", {failed.stage}: {failed.detail}" if failed else ""
         await servers.set_hold(session, server, HoldKind.SCORE, reason=reason, actor=_ACTOR, now=now)
         _log.warning("server_suspended", server=server.name, reason=reason)
     elif server.state is ServerState.SUSPENDED:
         await servers.lift_hold(
             session, server, HoldKind.SCORE, reason="the score is good again", actor=_ACTOR, now=now
         )
-    for row in server.addresses:
-        # An address proved after the server's admission is admitted by itself.
-        if row.score is None and row.full_probes >= settings.policy.admission_probes:
-            row.score = scoring.ADMITTED

@@ -471,7 +471,10 @@ def _primary_errors() -> Iterator[None]:
         raise Rejected(f"TSIG with the primary failed: {error}") from None
     except dns.xfr.TransferError as error:
         raise _refusal(error.rcode) from None
-    except (OSError, EOFError, dns.exception.Timeout) as error:
+    except OSError as error:
+        # Without the peer's address: alarms are public, and a primary may be hidden.
+        raise Unreachable(error.strerror or type(error).__name__) from error
+    except (EOFError, dns.exception.Timeout) as error:
         raise Unreachable(str(error) or type(error).__name__) from error
     except dns.exception.DNSException as error:
         raise Unreachable(f"not a usable answer: {error}") from error

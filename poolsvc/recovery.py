@@ -23,7 +23,8 @@ from poolsvc.backup import BackupError
 from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.journal import GONE, Entry
-from poolsvc.models import Event, Member, MemberStatus, Server, SignIn
+from poolsvc.models import Event, Member, MemberStatus, Server, SignIn, User
+from poolsvc.names import is_label, skeleton
 from poolsvc.publication import Publication
 from poolsvc.zone import Change, diff
 
@@ -57,7 +58,11 @@ async def restore(
                 f"the backup is of the pool {manifest.pool}, not of {settings.pool}", "check the settings"
             )
         left = await _leave_again(session, gone, now)
-        burnt = await _burn(session, gone, now)
+        names = {entry.name: entry.at for entry in gone.values() if entry.burnt}
+        burnt = await _burn(session, names, now, why="known from the journal of removals only")
+        # Who was dismissed since the copy would run the pool once more: operators are made anew.
+        for user in await session.scalars(select(User).where(User.staff.is_not(None))):
+            user.staff = None
         # Agents get new ones by their keys, people sign in again, programs need new ones.
         revoked = await auth.revoke(session, now)
         for attempt in await session.scalars(select(SignIn).where(SignIn.used_at.is_(None))):
@@ -71,14 +76,22 @@ async def restore(
     return Restored(manifest.created_at, rows, tuple(left), tuple(burnt), revoked)
 
 
-async def _leave_again(session: AsyncSession, gone: Mapping[int, Entry], now: datetime) -> list[str]:
-    """Take out what has left since the copy was made."""
+async def _leave_again(
+    session: AsyncSession, gone: Mapping[tuple[int, str], Entry], now: datetime
+) -> list[str]:
+    """Take out what has left since the copy was made, and let stay what was taken back."""
     left = []
     for entry in gone.values():
-        if not entry.is_gone:
-            continue
         server = await session.scalar(select(Server).where(Server.id == entry.server).options(*servers.WHOLE))
-        if server is None or server.name != entry.name or _is_on_its_way(server, entry):
+        if server is None or server.name != entry.name:
+            continue
+        if not entry.is_gone:
+            if servers.may_stay(server) and entry.at > server.state_since:
+                await servers.cancel_leave(session, server, actor=_ACTOR, now=now)
+            continue
+        if entry.burnt:
+            server.burnt_at = server.burnt_at or entry.at
+        if _is_on_its_way(server, entry):
             continue
         reason = f"left on {entry.at.date().isoformat()}, after the copy that was restored was made"
         await servers.leave(session, server, actor=_ACTOR, reason=reason, now=now)
@@ -95,23 +108,24 @@ def _is_on_its_way(server: Server, entry: Entry) -> bool:
     return server.state in GONE
 
 
-async def _burn(session: AsyncSession, gone: Mapping[int, Entry], now: datetime) -> list[str]:
-    """Keep names that were in DNS, and that the copy does not know, from ever being given again."""
+async def _burn(
+    session: AsyncSession, names: Mapping[str, datetime], now: datetime, *, why: str
+) -> list[str]:
+    """Keep names that were in DNS, and that the database does not know, from ever being given again."""
     burnt: list[str] = []
-    keeper: Member | None = None
-    for entry in sorted(gone.values(), key=lambda entry: entry.server):
-        if not entry.burnt or await _is_held(session, entry.name):
+    for name, at in names.items():
+        if await _is_held(session, name):
             continue
-        if keeper is None:
-            keeper = await _keeper(session, now)
+        keeper = await _keeper(session, now)
         server = Server(
             member_id=keeper.id,
-            name=entry.name,
+            name=name,
+            skeleton=skeleton(name),
             state=ServerState.REMOVED,
             state_since=now,
             created_at=now,
-            burnt_at=entry.at,
-            leave_reason="known from the journal of removals only",
+            burnt_at=at,
+            leave_reason=why,
         )
         session.add(server)
         await session.flush()
@@ -123,10 +137,10 @@ async def _burn(session: AsyncSession, gone: Mapping[int, Entry], now: datetime)
                 kind="burnt",
                 subject=f"server {server.id}",
                 after={"state": ServerState.REMOVED},
-                reason="known from the journal of removals only",
+                reason=why,
             )
         )
-        burnt.append(entry.name)
+        burnt.append(name)
     return burnt
 
 
@@ -137,7 +151,7 @@ async def _is_held(session: AsyncSession, name: str) -> bool:
 
 async def _keeper(session: AsyncSession, now: datetime) -> Member:
     """The member that keeps names of servers whose members the copy does not know."""
-    name = "Servers known from the journal only"
+    name = "Servers of lost records"
     member = await session.scalar(select(Member).where(Member.name == name))
     if member is None:
         member = Member(name=name, status=MemberStatus.CLOSED, created_at=now, opaque_id=secrets.token_hex(8))
@@ -153,6 +167,7 @@ class Outlook:
     frozen_at: datetime | None
     epoch: int | None  # the zone's
     changes: tuple[Change, ...]
+    unknown: tuple[str, ...]  # names in the zone that no server has
     servers: Mapping[ServerState, int]
 
 
@@ -164,17 +179,26 @@ async def look(database: Database, settings: Settings, now: datetime) -> Outlook
         pool = await servers.the_pool(session, settings)
         states = await servers.count_by_state(session)
     if not is_ready:
-        return Outlook(pool.frozen_at, None, (), states)
+        return Outlook(pool.frozen_at, None, (), (), states)
     seen = await publication.publisher.observe()
     epoch = int(seen.epoch) if seen.epoch is not None and seen.epoch.isdecimal() else None
-    return Outlook(pool.frozen_at, epoch, diff(publication.whole(), seen.zone), states)
+    below = f".{settings.servers_domain}."
+    names = {owner.removesuffix(below) for owner, _ in seen.zone if owner.endswith(below)}
+    async with database.transaction() as session:
+        unknown = [name for name in sorted(names) if is_label(name) and not await _is_held(session, name)]
+    return Outlook(pool.frozen_at, epoch, diff(publication.whole(), seen.zone), tuple(unknown), states)
 
 
-async def thaw(database: Database, settings: Settings, epoch: int | None) -> None:
-    """Let the registry publish again, with an epoch above the zone's."""
+async def thaw(database: Database, settings: Settings, outlook: Outlook, now: datetime) -> None:
+    """Let the registry publish again what was looked at, with an epoch above the zone's.
+
+    Names in the zone that no server has are burnt: their certificates may still be good.
+    """
     async with database.transaction("console") as session:
+        names = dict.fromkeys(outlook.unknown, now)
+        await _burn(session, names, now, why="it was in the zone when the registry was restored")
         pool = await servers.the_pool(session, settings, lock=True)
-        pool.epoch = max(pool.epoch, epoch or 0)
+        pool.epoch = max(pool.epoch, outlook.epoch or 0)
         pool.frozen_at = None
 
 

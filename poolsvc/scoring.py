@@ -21,8 +21,8 @@ _MS = 1_000_000
 
 
 def is_good(score: float | None) -> bool:
-    """Whether an address with that score may be in the answer beside others; None is one not judged yet."""
-    return score is None or score >= CUTOFF
+    """Whether an address with that score may be in DNS beside others; None is one that was not admitted yet."""
+    return score is not None and score >= CUTOFF
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,14 @@
 
 import json
 import secrets
+from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
 from alembic import op
 
 from poolsvc.db import RANDOM_KEY, UtcDateTime
+from poolsvc.names import skeleton
 
 revision = "4a054848f497"
 down_revision = "6c55726924fc"
@@ -100,6 +102,24 @@ def _name_members() -> None:
             sa.text("UPDATE members SET opaque_id = :name WHERE id = :id"),
             {"name": secrets.token_hex(8), "id": identifier},
         )
+
+
+def _fill_servers() -> None:
+    """Rules that are new begin with the servers that are there: looks, proofs from today on, the journal."""
+    connection, now = op.get_bind(), datetime.now(UTC)
+    servers, addresses = (
+        sa.table(
+            "servers",
+            *map(sa.column, ("id", "name", "skeleton", "state")),
+            sa.column("journal_due_at", UtcDateTime()),
+        ),
+        sa.table("addresses", sa.column("confirmed_at", UtcDateTime())),
+    )
+    for identifier, name in list(connection.execute(sa.select(servers.c.id, servers.c.name))):
+        connection.execute(servers.update().where(servers.c.id == identifier).values(skeleton=skeleton(name)))
+    gone = servers.c.state.in_(("leaving", "removed"))
+    connection.execute(servers.update().where(gone).values(journal_due_at=now))
+    connection.execute(addresses.update().values(confirmed_at=now))
 
 
 def _give_tokens_to_people() -> None:
@@ -547,6 +567,7 @@ def upgrade() -> None:
         batch_op.create_foreign_key(batch_op.f("fk_tokens_user_id_users"), "users", ["user_id"], ["id"])
         batch_op.drop_constraint(op.f("ck_tokens_kind"), type_="check")
     _give_tokens_to_people()
+    _fill_servers()
     with op.batch_alter_table("tokens", schema=None) as batch_op:
         batch_op.create_check_constraint(op.f("ck_tokens_kind"), _one_of("session", "api", "join", "agent"))
 

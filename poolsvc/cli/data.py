@@ -83,6 +83,8 @@ def restore(
     typer.echo(f"taken out again: {', '.join(done.left_again) or 'none'}")
     typer.echo(f"names burnt by the journal alone: {', '.join(done.burnt) or 'none'}")
     typer.echo(f"{done.tokens_revoked} tokens revoked: people sign in again, agents come back by themselves")
+    typer.echo("nobody is staff: `poolsvc operator create` makes the first operator, who appoints the others")
+    typer.echo("people who were removed, blocked or erased since the copy are back: do it once more")
     typer.echo("Nothing is published until `poolsvc thaw`.")
 
 
@@ -100,7 +102,7 @@ def thaw(
     _show(outlook)
     if not yes and not typer.confirm("Publish this?"):
         raise typer.Exit(ExitStatus.OK)
-    _run(settings, lambda database: recovery.thaw(database, settings, outlook.epoch))
+    _run(settings, lambda database: recovery.thaw(database, settings, outlook, datetime.now(UTC)))
     typer.echo("the registry publishes from now on")
 
 
@@ -114,6 +116,8 @@ def _show(outlook: Outlook) -> None:
     if len(outlook.changes) > _SHOWN:
         typer.echo(f"... and {len(outlook.changes) - _SHOWN} more")
     typer.echo(f"{len(outlook.changes)} RRsets of the zone would change")
+    if outlook.unknown:
+        typer.echo(f"in the zone and unknown here, never to be given again: {', '.join(outlook.unknown)}")
 
 
 def move(

@@ -137,14 +137,14 @@ async def test_without_a_mail_server_every_delivery_says_so(people):
 
 
 async def test_a_greylisted_mail_comes_again_with_the_same_message_id(people, mail_server):
-    mail_server.to_messages.append("451 greylisted")
+    mail_server.to_messages.append("451 greylisted <somebody@example.org>, come again")
     await people.tell()
     worker = people.worker(mail_server.port)
     await worker._mail(NOW)
     (row,) = await people.deliveries()
     assert (row.status, row.attempts, row.due_at) == (S.PENDING, 1, NOW + MINUTE)
-    assert "451 greylisted" in row.error
-    assert "451 greylisted" in people.health.mail
+    assert "451 greylisted (address), come again" in row.error.replace("<(address)>", "(address)")
+    assert people.health.mail == "the mail server answered 451"
     await worker._mail(NOW + MINUTE - timedelta(seconds=1))
     assert mail_server.received == []
     await worker._mail(NOW + MINUTE)

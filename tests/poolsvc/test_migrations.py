@@ -1,5 +1,6 @@
 """The migrations on both engines: up, down, up, and that they make what the models describe."""
 
+import asyncio
 import subprocess
 import sys
 import threading
@@ -11,10 +12,26 @@ from alembic import command
 from sqlalchemy.exc import IntegrityError, StatementError
 
 from nts_core.control import ServerState, Stage, StageStatus
-from poolsvc import schema
+from poolsvc import auth, schema
 from poolsvc.db import Database
 from poolsvc.errors import NotFound
-from poolsvc.models import Base, Hold, HoldKind, Member, Order, OrderStatus, StageRecord, Token, TokenKind
+from poolsvc.models import (
+    Address,
+    Base,
+    Event,
+    Hold,
+    HoldKind,
+    Member,
+    MemberRole,
+    Order,
+    OrderStatus,
+    Server,
+    StaffRole,
+    StageRecord,
+    Token,
+    TokenKind,
+)
+from poolsvc.names import skeleton
 from poolsvc.schema import DatabaseUnusable
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -209,3 +226,58 @@ async def test_another_process_sees_a_committed_row_and_no_other(database_url):
     finally:
         await first.close()
         await second.close()
+
+
+OLD = """
+INSERT INTO members (id, name, created_at) VALUES (1, 'Club', '2026-01-01 00:00:00');
+INSERT INTO tokens (id, kind, sha256, member_id, created_at)
+  VALUES (1, 'operator', '{operator}', NULL, '2026-01-01 00:00:00'), (2, 'member', '{member}', 1, '2026-01-01 00:00:00');
+INSERT INTO servers (id, member_id, name, state, state_since, created_at, weight, agent_engine, agent_clock,
+  order_failures) VALUES (1, 1, 'a1ice', 'active', '2026-01-01 00:00:00', '2026-01-01 00:00:00', 1, '', '', 0),
+  (2, 1, 'gone', 'removed', '2026-01-01 00:00:00', '2026-01-01 00:00:00', 1, '', '', 0);
+INSERT INTO addresses (id, server_id, address, full_probes, step_reason) VALUES (1, 1, '192.0.2.1', 0, '');
+INSERT INTO events (id, server_id, at, actor, kind, before, after, reason) VALUES
+  (1, 1, '2026-01-01 00:00:00', 'member 1', 'registered', NULL, 'registered', ''),
+  (2, 1, '2026-01-01 00:00:01', 'worker', 'address-proved', 'registered', 'verified', 'why')
+"""
+
+
+def test_what_the_version_before_kept_is_there_and_works(empty_url, alembic):
+    """Tokens belong to people, events are the beginning of the log, and new rules know old servers."""
+    config = alembic(empty_url)
+    command.upgrade(config, "6c55726924fc")
+    secrets = {"operator": "tc_operator_x", "member": "tc_member_x"}
+    hashes = {name: auth.hash_secret(secret) for name, secret in secrets.items()}
+    engine = sa.create_engine(empty_url.replace("+aiosqlite", ""), poolclass=sa.NullPool)
+    with engine.begin() as connection:
+        for statement in OLD.format(**hashes).split(";"):
+            connection.execute(sa.text(statement))
+    command.upgrade(config, "head")
+
+    async def look():
+        database = Database(empty_url)
+        try:
+            async with database.transaction() as session:
+                found = [await auth.authenticate(session, secret, NOW) for secret in secrets.values()]
+                events = list(await session.scalars(sa.select(Event).order_by(Event.id)))
+                servers = list(await session.scalars(sa.select(Server).order_by(Server.id)))
+                address = (await session.scalars(sa.select(Address))).one()
+                member = (await session.scalars(sa.select(Member))).one()
+                session.add(Event(at=NOW, actor="a", kind="k", subject="s", reason=""))
+            return found, events, servers, address, member
+        finally:
+            await database.close()
+
+    (operator, person), events, (alice, gone), address, member = asyncio.run(look())
+    assert operator.staff is StaffRole.OPERATOR
+    assert (person.staff, person.members) == (None, {1: MemberRole.OWNER})
+    operator.may(auth.Operation.CREATE_MEMBER)
+    person.may(auth.Operation.REGISTER_SERVER, member=1)
+    assert [(entry.kind, entry.before, entry.after) for entry in events] == [
+        ("registered", None, {"state": "registered"}),
+        ("address-proved", {"state": "registered"}, {"state": "verified"}),
+    ]
+    assert (alice.skeleton, alice.journal_due_at) == (skeleton("alice"), None)
+    assert gone.journal_due_at is not None
+    assert address.confirmed_at is not None
+    assert len(member.opaque_id) == 16

@@ -263,6 +263,33 @@ async def test_an_address_proved_after_the_admission_is_admitted_by_itself(regis
     assert found[OTHER] == scoring.ADMITTED
 
 
+async def changed_its_address(registry, state):
+    """A server whose only scored address was exchanged for one that was proved and never probed."""
+    server = await registry.server("alice", OTHER, state=state)
+    async with registry.database.transaction() as session:
+        await session.execute(update(Address).values(score=None))
+    for number in range(5):
+        await registry.server(f"s{number}", f"198.18.7.{number + 1}", state=S.ACTIVE)
+    return server
+
+
+async def test_a_server_that_moves_to_a_dead_address_is_suspended_by_the_first_probe(registry, rounds):
+    server = await changed_its_address(registry, S.ACTIVE)
+    assert await rounds(server, bad(Stage.NTP_KE_COOKIE, OTHER)) is S.SUSPENDED
+    (why,) = [reason for kind, _, reason in await reasons(registry, server) if kind == "hold-set"]
+    assert why.startswith("score: no address is admitted yet, ntp-ke-cookie")
+
+
+async def test_no_failed_probe_of_a_new_address_lifts_the_hold_of_an_old_score(registry, rounds):
+    server = await changed_its_address(registry, S.ACTIVE)
+    async with registry.change(server) as (session, row):
+        await servers.set_hold(session, row, HoldKind.SCORE, reason="", actor="test", now=NOW)
+    for _ in range(10):
+        assert await rounds(server, bad(address=OTHER)) is S.SUSPENDED
+    states = [await rounds(server, good(OTHER)) for _ in range(3)]
+    assert states == [S.SUSPENDED, S.SUSPENDED, S.ACTIVE]
+
+
 @pytest.mark.parametrize("state", [S.REGISTERED, S.LEAVING, S.REMOVED])
 async def test_probes_of_a_server_that_is_out_of_the_answer_change_nothing(registry, rounds, state):
     server = await registry.server(state=state)

@@ -10,11 +10,11 @@ from hypothesis import given, settings, strategies
 from sqlalchemy import func, select
 
 from nts_core.control import ServerState
-from poolsvc import backup, journal, members, recovery, servers, teams, transfers
+from poolsvc import backup, journal, members, recovery, removal, servers, teams, transfers
 from poolsvc.auth import authenticate
 from poolsvc.backup import BackupError
 from poolsvc.db import Base, Database
-from poolsvc.errors import NameTaken, Unauthenticated
+from poolsvc.errors import ConfusableName, NameTaken, Unauthenticated
 from poolsvc.journal import Entry, JournalError
 from poolsvc.models import (
     DailyCount,
@@ -26,7 +26,9 @@ from poolsvc.models import (
     Token,
     TokenKind,
     Transfer,
+    User,
 )
+from poolsvc.recovery import Outlook
 
 S = ServerState
 
@@ -223,10 +225,15 @@ async def test_a_restore_resurrects_nobody(pool, other, tmp_path):
         assert set(await session.scalars(select(Token.revoked_at))) == {later}
         with pytest.raises(NameTaken, match="never given again"):
             await servers.register(session, settings, 1, "shortlived", ["198.18.7.8"], later, actor="test")
-    await recovery.thaw(other, settings, 41)
+    outlook = Outlook(later, 41, (), ("late",), {})
+    await recovery.thaw(other, settings, outlook, later)
     async with other.transaction() as session:
         pool_row = await servers.the_pool(session, settings)
         assert (pool_row.frozen_at, pool_row.epoch) == (None, 41)
+        for name in ("late", "1ate"):
+            with pytest.raises((NameTaken, ConfusableName)):
+                await servers.register(session, settings, 1, name, ["198.18.7.9"], later, actor="test")
+        assert (await session.scalars(select(User.staff).distinct())).all() == [None]
 
 
 async def test_a_server_that_was_taken_back_in_the_journal_stays(pool, other, tmp_path):
@@ -336,3 +343,43 @@ def test_a_journal_of_another_pool_is_refused(tmp_path, registry):
     journal.append(file, [Entry(registry.now, "other.example", 1, "a", 1, S.REMOVED, burnt=True, reason="")])
     with pytest.raises(JournalError, match=r"other\.example"):
         journal.latest([file], "pool.example")
+
+
+async def restored(pool, other, tmp_path, entries):
+    """The registry restored from a copy of now, with these entries in the journal since."""
+    registry, settings = pool.registry, pool.registry.settings
+    file = tmp_path / "pool.backup"
+    await backup.dump(registry.database, file, "pool.example", registry.now)
+    journal.append(settings.journal_file, entries)
+    return await recovery.restore(other, settings, file, [settings.journal_file], registry.now)
+
+
+def entry(pool, hours, server, name, state, *, burnt=True):
+    at = pool.registry.now + timedelta(hours=hours)
+    return Entry(at, "pool.example", server, name, 1, state, burnt=burnt, reason="")
+
+
+async def test_a_name_that_entered_dns_after_the_copy_stays_burnt(pool, other, tmp_path):
+    """The copy knows s1 as never published; since then it was, and was taken out."""
+    await restored(pool, other, tmp_path, [entry(pool, 1, 1, "s1", S.REMOVED)])
+    async with other.transaction() as session:
+        assert (await servers.find(session, "s1")).burnt_at is not None
+    await removal.advance(other, pool.registry.settings, None, 1, pool.registry.now)
+    async with other.transaction() as session:
+        assert (await servers.find(session, "s1")).released_at is None
+
+
+async def test_leaving_that_was_cancelled_after_the_copy_is_cancelled_again(pool, other, tmp_path):
+    registry = pool.registry
+    async with registry.change(4) as (session, server):
+        at = registry.now + timedelta(days=9)
+        await servers.schedule_leave(session, server, at=at, actor="test", reason="", now=registry.now)
+    done = await restored(pool, other, tmp_path, [entry(pool, 1, 4, "s4", S.VERIFIED)])
+    assert done.left_again == ()
+    assert await state_of(other, "s4") is S.VERIFIED
+
+
+async def test_an_id_that_came_again_after_an_earlier_restore_hides_no_name(pool, other, tmp_path):
+    lost, later = entry(pool, 1, 102, "dave", S.REMOVED), entry(pool, 9, 102, "erin", S.VERIFIED)
+    done = await restored(pool, other, tmp_path, [lost, later])
+    assert done.burnt == ("dave", "erin")

@@ -301,7 +301,8 @@ async def test_a_database_serves_one_pool_for_ever(registry):
     ("scores", "published"),
     [
         ((None, None), [0, 1]),
-        ((12.0, None), [0, 1]),
+        ((12.0, None), [0]),
+        ((9.9, None), [0, 1]),
         ((10.0, 9.9), [0]),
         ((-100.0, 20.0), [1]),
         ((9.9, -100.0), [0, 1]),
