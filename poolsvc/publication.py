@@ -281,6 +281,7 @@ class Publication:
                 select(
                     Server.id,
                     Server.name,
+                    Server.member_id,
                     Server.state,
                     Server.weight,
                     Server.traffic_cap,
@@ -299,6 +300,7 @@ class Publication:
                     state=row.state,
                     records=ServerRecords(
                         name=row.name,
+                        member=row.member_id,
                         addresses=tuple(servers.without_failing(proved.get(row.id, []))),
                         listed=row.state is ServerState.ACTIVE,
                         weight=scoring.sampling_weight(row.weight, row.traffic_cap, row.traffic),

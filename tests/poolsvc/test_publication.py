@@ -336,6 +336,13 @@ class TestOutbox:
                 server.leave_at = day
             assert await self.changes(registry) == [alice]
 
+    async def test_a_server_that_changes_hands_is_noted(self, registry):
+        alice, other = await registry.server(state=S.ACTIVE), await registry.member("Other")
+        await self.changes(registry)
+        async with registry.change(alice) as (_, server):
+            server.member_id = other
+        assert await self.changes(registry) == [alice]
+
     async def test_a_registration_is_none_of_dns_and_a_proved_address_is(self, registry):
         alice = await registry.server(state=S.REGISTERED)
         assert await self.changes(registry) == []
