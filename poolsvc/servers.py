@@ -171,11 +171,13 @@ async def register(
 ) -> Server:
     """A new server of a member.
 
-    Raises InvalidName, ConfusableName, NameTaken, InvalidAddress, AddressTaken, LimitReached.
+    Raises InvalidName, ConfusableName, NameTaken, InvalidAddress, AddressTaken, LimitReached, and WrongState for a
+    member that was blocked or closed meanwhile.
     """
     label = check_name(name)
     checked = checked_addresses(settings, addresses)
     member = await members.lock(session, member_id)
+    members.must_be_active(member)
     await check_room(session, settings, member)
     await _refuse_hoarding(session, settings, member)
     held = await session.scalar(
@@ -466,9 +468,18 @@ def begin_removal(server: Server, now: datetime) -> None:
 
 
 async def schedule_leave(
-    session: AsyncSession, server: Server, *, at: datetime, actor: str, reason: str, now: datetime
+    session: AsyncSession,
+    server: Server,
+    *,
+    at: datetime,
+    actor: str,
+    reason: str,
+    now: datetime,
+    by_operator: bool = False,
 ) -> None:
     """Out of the answer at once; name and certificate live until `at`, for the clients that have them.
+
+    One that an operator scheduled is the operators' to cancel.
 
     Raises InvalidDocument or WrongState.
     """
