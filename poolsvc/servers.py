@@ -497,6 +497,7 @@ async def schedule_leave(
         )
     await _begin_to_leave(session, server, actor=actor, reason=reason, now=now)
     server.leave_at = server.removal_due_at = at
+    server.leave_by_operator = by_operator
     scheduled = NoticeKind.LEAVING_SCHEDULED
     await tell(session, server, scheduled, now=now, leave_at=at.isoformat(), reason=reason[:300])
 
@@ -521,6 +522,7 @@ async def cancel_leave(session: AsyncSession, server: Server, *, actor: str, now
     announced = None if server.leave_at is None else server.leave_at.isoformat()
     await apply(session, server, EventKind.LEAVE_CANCELLED, actor=actor, reason="it stays after all", now=now)
     server.leave_at = server.leave_reason = server.removal_due_at = server.srv_withdrawn_at = None
+    server.leave_by_operator = False
     forget_scores(server, now)
     server.probe_due_at = now
     for row in server.addresses:
