@@ -221,6 +221,7 @@ class PolicySettings(_Section):
         description="reports of all idle agents together; with many of them each reports less often",
     )
     samples_days: int = Field(15, ge=1, le=400, description="how long what probes measured is kept")
+    notices_days: int = Field(400, ge=60, description="how long notices and what became of them are kept")
     proof_deadline: float = Field(10, gt=0, le=60, description="for one connection back to an address")
     proofs_per_hour: int = Field(5, ge=1, description="connections back to an address")
     proofs_per_hour_and_prefix: int = Field(5, ge=1, description="connections back to a /24 or /48")

@@ -150,6 +150,9 @@ class Post:
                 Membership.member_id == row.notice.member_id, Membership.user_id == row.user_id
             )
         )
+        is_farewell = kind is NoticeKind.USER_LEFT and row.notice.data["user"] == row.user_id
+        if membership is None and row.notice.member_id is not None and not is_farewell:
+            return "they act for this member no longer"
         return notices.why_no_mail(kind, row.user, membership)
 
     async def _letter(

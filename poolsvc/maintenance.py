@@ -1,6 +1,11 @@
 """Maintenance windows: times in which a member works on its server. Then it is held, and nothing counts against it.
 
-The hold is derived: it is set while a window is open that was not cancelled, and lifted when none is.
+Rules:
+
+1. The hold is set while a window is open that was not cancelled.
+2. Time raises no status: from the end of the last window on probes count again, and the first full one lifts the hold
+   (`poolsvc.monitoring`). A server whose score falls below the cutoff instead is held for that from then on.
+3. A server that is not suspended has no status to win, and its hold is lifted at once.
 """
 
 from collections.abc import Sequence
@@ -107,10 +112,14 @@ def _next_turn(starts_at: datetime, ends_at: datetime, now: datetime) -> datetim
     return next((turn for turn in (starts_at, ends_at) if now < turn), None)
 
 
-async def _settle(session: AsyncSession, server: Server, *, actor: str, now: datetime) -> None:
-    if server.state is ServerState.REMOVED:
-        return
-    window = await session.scalar(
+async def is_under_way(session: AsyncSession, server: Server, now: datetime) -> bool:
+    """Whether a window is open, in which nothing counts against the server."""
+    return await _open_window(session, server, now) is not None
+
+
+async def _open_window(session: AsyncSession, server: Server, now: datetime) -> MaintenanceWindow | None:
+    """Of the windows that are open now the one that ends last."""
+    return await session.scalar(
         select(MaintenanceWindow)
         .where(
             MaintenanceWindow.server_id == server.id,
@@ -121,10 +130,22 @@ async def _settle(session: AsyncSession, server: Server, *, actor: str, now: dat
         .order_by(MaintenanceWindow.ends_at.desc())
         .limit(1)
     )
-    if window is None:
+
+
+async def _settle(session: AsyncSession, server: Server, *, actor: str, now: datetime) -> None:
+    if server.state is ServerState.REMOVED:
+        return
+    hold, window = servers.held(server, HoldKind.MAINTENANCE), await _open_window(session, server, now)
+    if window is not None:
+        reason = f"until {window.ends_at:%Y-%m-%d %H:%M} UTC" + (
+            f": {window.reason}" if window.reason else ""
+        )
+        if hold is not None:
+            hold.reason = reason[:300]
+        await servers.set_hold(session, server, HoldKind.MAINTENANCE, reason=reason, actor=actor, now=now)
+    elif server.state is not ServerState.SUSPENDED:
         await servers.lift_hold(
             session, server, HoldKind.MAINTENANCE, reason="the maintenance is over", actor=actor, now=now
         )
-        return
-    reason = f"until {window.ends_at:%Y-%m-%d %H:%M} UTC" + (f": {window.reason}" if window.reason else "")
-    await servers.set_hold(session, server, HoldKind.MAINTENANCE, reason=reason, actor=actor, now=now)
+    elif hold is not None:
+        hold.reason, server.probe_due_at = "it is over, and waits for a good probe", now

@@ -145,6 +145,12 @@ async def lock(session: AsyncSession, member_id: int) -> Member:
     return member
 
 
+def must_be_active(member: Member) -> None:
+    """Raise WrongState for a member, which is locked, that waits for approval, is blocked or closed."""
+    if member.status is not MemberStatus.ACTIVE:
+        raise WrongState(f"the member is {member.status}", remedy="ask the pool's operator")
+
+
 async def change(
     session: AsyncSession,
     member_id: int,

@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from nts_core.control import ProbeResult, ServerState, Stage, StageStatus
 from nts_core.tls import Trust
-from poolsvc import agentless, samples, scoring, servers
+from poolsvc import agentless, maintenance, samples, scoring, servers
 from poolsvc.certificates import printable
 from poolsvc.config import Settings
 from poolsvc.db import Database
@@ -78,8 +78,11 @@ async def record(
     _confirm(server, results, now)
     if server.agentless:
         _note_certificates(server, results, now)
-    session.add_all(_score(server, settings, results, now))
+    is_exempt = await maintenance.is_under_way(session, server, now)
+    session.add_all(_score(server, settings, results, now, is_exempt=is_exempt))
     await _tell_withdrawn(session, server, published, now)
+    if not is_exempt and servers.held(server, HoldKind.MAINTENANCE) is not None:
+        await _end_maintenance(session, server, settings, results, now)
     if server.state is ServerState.VERIFIED and all(_is_ours(server, result) for result in results):
         await servers.apply(
             session,
@@ -170,13 +173,12 @@ def _record_stages(server: Server, results: Sequence[ProbeResult], now: datetime
 
 
 def _score(
-    server: Server, settings: Settings, results: Sequence[ProbeResult], now: datetime
+    server: Server, settings: Settings, results: Sequence[ProbeResult], now: datetime, *, is_exempt: bool
 ) -> Iterator[SampleRecord]:
     """Let each probe take effect on its address, and give what is kept of it.
 
-    During maintenance none of them counts against the server.
+    One that is exempt, during maintenance, does not count against the server.
     """
-    is_exempt = servers.held(server, HoldKind.MAINTENANCE) is not None
     by_address = {result.address: result for result in results}
     for row in server.addresses:
         result = by_address.get(row.address)
@@ -188,9 +190,12 @@ def _score(
             after = scoring.advance(row.score, step)
             row.score = max(row.score, after) if is_exempt else after
         elif not is_exempt:
-            is_full = step.value >= scoring.FULL_STEP and result.failed is None
-            row.full_probes = row.full_probes + 1 if is_full else 0
+            row.full_probes = row.full_probes + 1 if _is_full(result, step) else 0
         yield samples.sample(row, result, step, now)
+
+
+def _is_full(result: ProbeResult, step: scoring.Step) -> bool:
+    return step.value >= scoring.FULL_STEP and result.failed is None
 
 
 async def _tell_withdrawn(
@@ -227,6 +232,27 @@ async def _admit(session: AsyncSession, server: Server, settings: Settings, now:
     _log.info("server_admitted", server=server.name)
 
 
+async def _end_maintenance(
+    session: AsyncSession, server: Server, settings: Settings, results: Sequence[ProbeResult], now: datetime
+) -> None:
+    """After maintenance: a server whose score is bad is held for that, one with a full probe for nothing any more."""
+    scores = [row.score for row in servers.publishable(server) if row.score is not None]
+    steps = [(result, scoring.step(result, max_stratum=settings.policy.max_stratum)) for result in results]
+    if scores and max(scores) < scoring.CUTOFF:
+        reason = _why_low(server, max(scores))
+        await servers.set_hold(session, server, HoldKind.SCORE, reason=reason, actor=_ACTOR, now=now)
+    elif not any(_is_full(result, step) for result, step in steps):
+        return
+    over = "the maintenance is over"
+    await servers.lift_hold(session, server, HoldKind.MAINTENANCE, reason=over, actor=_ACTOR, now=now)
+
+
+def _why_low(server: Server, score: float | None) -> str:
+    failed = servers.first_failure(server)
+    low = "no address is admitted yet" if score is None else f"score {score:.1f}"
+    return low + (f", {failed.stage}: {failed.detail}" if failed else "")
+
+
 async def _hold_or_lift(session: AsyncSession, server: Server, settings: Settings, now: datetime) -> None:
     for row in server.addresses:
         # An address proved after the server's admission is admitted by itself.
@@ -242,9 +268,7 @@ async def _hold_or_lift(session: AsyncSession, server: Server, settings: Setting
         if await servers.count_active(session, limit=least + 1) <= least:
             _log.error("pool_alarm_too_few_servers", server=server.name, score=best)
             return
-        failed = servers.first_failure(server)
-        reason = "no address is admitted yet" if best is None else f"score {best:.1f}"
-        reason += f", {failed.stage}: {failed.detail}" if failed else ""
+        reason = _why_low(server, best)
         await servers.set_hold(session, server, HoldKind.SCORE, reason=reason, actor=_ACTOR, now=now)
         _log.warning("server_suspended", server=server.name, reason=reason)
     elif server.state is ServerState.SUSPENDED:

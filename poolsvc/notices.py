@@ -3,14 +3,15 @@
 Nothing is dropped in silence: who cannot or does not want to be told has a delivery that says so.
 """
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import joinedload
 
+from poolsvc.config import Settings
 from poolsvc.models import Channel, Delivery, DeliveryStatus, Membership, Notice, User, Webhook
 
 
@@ -56,6 +57,8 @@ class Letter(StrEnum):
     NEW_ADDRESS = "new-address"  # here is the link that gives your account this address; open it signed in
     NO_ACCOUNT = "no-account"  # you have none, and this is how to sign up; no link
 
+
+_FORGOTTEN = 1000  # notices at a time
 
 # Nobody can turn these off: who could would not learn of a theft.
 ALWAYS = frozenset(
@@ -162,3 +165,15 @@ async def write_to(
     )
     await session.flush()
     return notice
+
+
+async def forget_old(session: AsyncSession, settings: Settings, now: datetime) -> bool:
+    """Delete old notices and their deliveries, a bounded number; whether there may be more."""
+    oldest = now - timedelta(days=settings.policy.notices_days)
+    found = await session.scalars(
+        select(Notice.id).where(Notice.at <= oldest).order_by(Notice.at).limit(_FORGOTTEN)
+    )
+    old = list(found)
+    await session.execute(delete(Delivery).where(Delivery.notice_id.in_(old)))
+    await session.execute(delete(Notice).where(Notice.id.in_(old)))
+    return len(old) == _FORGOTTEN

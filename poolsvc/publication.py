@@ -281,6 +281,7 @@ class Publication:
                 select(
                     Server.id,
                     Server.name,
+                    Server.member_id,
                     Server.state,
                     Server.weight,
                     Server.traffic_cap,
@@ -299,10 +300,11 @@ class Publication:
                     state=row.state,
                     records=ServerRecords(
                         name=row.name,
+                        member=row.member_id,
                         addresses=tuple(servers.without_failing(proved.get(row.id, []))),
                         listed=row.state is ServerState.ACTIVE,
                         weight=scoring.sampling_weight(row.weight, row.traffic_cap, row.traffic),
-                        account_uri=(row.own_account_uri or "") if row.agentless else None,
+                        account_uri=_own_account(row.own_account_uri, agentless=row.agentless),
                     ),
                     named=row.named,
                     listed=row.listed,
@@ -415,7 +417,9 @@ class Publication:
                 )
                 for server in found:
                     # One that changed meanwhile has a row in the outbox: it is looked at again.
-                    if server.state is self._rows[server.id].state:
+                    row = self._rows[server.id]
+                    account = _own_account(server.own_account_uri, agentless=server.agentless)
+                    if (server.state, account) == (row.state, row.records.account_uri):
                         for name, value in news[server.id].items():
                             setattr(server, name, value)
                         if "named_at" in news[server.id]:
@@ -501,6 +505,11 @@ async def _burn(session: AsyncSession, among: _Among, now: datetime) -> None:
     for server in fresh:
         server.burnt_at = now
     await session.flush()
+
+
+def _own_account(uri: str | None, *, agentless: bool) -> str | None:
+    """The account that a server's CAA names in place of the pool's."""
+    return (uri or "") if agentless else None
 
 
 def _batches(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -10,8 +10,9 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import structlog
-from sqlalchemy import func, select
+from sqlalchemy import Select, and_, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import aliased
 
 from nts_core.control import ServerState
 from poolsvc import issuance, servers
@@ -199,49 +200,66 @@ _LEAST_NOTICE = timedelta(days=5)
 _DEAD_AT_ONCE = 100
 
 
-async def bury_the_dead(database: Database, now: datetime) -> None:
-    """Warn the members of servers that are dead, and take out those for which all warnings were given."""
+async def bury_the_dead(database: Database, now: datetime) -> bool:
+    """Warn the members of servers that are dead, and take out those for which all warnings were given.
+
+    A bounded number of those whose next step is due; whether there may be more of them.
+    """
     async with database.transaction() as session:
-        found = await session.scalars(
-            select(Hold.server_id)
-            .join(Server, Server.id == Hold.server_id)
-            .where(
-                Hold.kind == HoldKind.SCORE,
-                Hold.lifted_at.is_(None),
-                Hold.set_at <= now - WARN_AFTER[0],
-                Server.state == ServerState.SUSPENDED,
-            )
-            .order_by(Hold.set_at)
-            .limit(_DEAD_AT_ONCE)
-        )
+        found = await session.scalars(_dying(now).order_by(Hold.set_at, Hold.id).limit(_DEAD_AT_ONCE))
         dying = list(found)
     for identifier in dying:
         async with database.transaction() as session:
             await _warn_or_remove(session, await servers.get(session, identifier), now)
+    return len(dying) == _DEAD_AT_ONCE
+
+
+def _dying(now: datetime) -> Select[int]:
+    """The ids of servers that are to be warned or taken out now; maintenance and a late warning give them time."""
+    under_work = aliased(Hold)
+    in_maintenance = select(under_work.id).where(
+        under_work.server_id == Server.id,
+        under_work.kind == HoldKind.MAINTENANCE,
+        under_work.lifted_at.is_(None),
+    )
+    warned_lately = select(Notice.id).where(
+        Notice.server_id == Server.id,
+        Notice.kind == NoticeKind.DEAD_WARNING,
+        Notice.at >= Hold.set_at,
+        Notice.at > now - _LEAST_NOTICE,
+    )
+    is_time = or_(
+        *(
+            and_(Server.dead_warnings == warnings, Hold.set_at <= now - after)
+            for warnings, after in enumerate((*WARN_AFTER, DEAD_AFTER))
+        )
+    )
+    return (
+        select(Server.id)
+        .join(Hold, Hold.server_id == Server.id)
+        .where(
+            Server.state == ServerState.SUSPENDED,
+            Hold.kind == HoldKind.SCORE,
+            Hold.lifted_at.is_(None),
+            is_time,
+            ~in_maintenance.exists(),
+            ~warned_lately.exists(),
+        )
+    )
 
 
 async def _warn_or_remove(session: AsyncSession, server: Server, now: datetime) -> None:
     hold = servers.held(server, HoldKind.SCORE)
-    if server.state is not ServerState.SUSPENDED or hold is None:
-        return
-    if servers.held(server, HoldKind.MAINTENANCE) is not None:
-        return
-    warned = await session.scalar(
-        select(func.max(Notice.at)).where(
-            Notice.kind == NoticeKind.DEAD_WARNING, Notice.server_id == server.id, Notice.at >= hold.set_at
-        )
-    )
-    if warned is not None and now < warned + _LEAST_NOTICE:
+    if hold is None or await session.scalar(_dying(now).where(Server.id == server.id)) is None:
         return
     dead_for = now - hold.set_at
     if server.dead_warnings < len(WARN_AFTER):
-        if dead_for >= WARN_AFTER[server.dead_warnings]:
-            server.dead_warnings += 1
-            left = _LEAST_NOTICE * (len(WARN_AFTER) - server.dead_warnings + 1)
-            remove_at = max(hold.set_at + DEAD_AFTER, now + left).isoformat()
-            warning = NoticeKind.DEAD_WARNING
-            await servers.tell(session, server, warning, now=now, days=dead_for.days, remove_at=remove_at)
-    elif dead_for >= DEAD_AFTER:
-        reason = f"out of the answer for its score for {dead_for.days} days, after {len(WARN_AFTER)} warnings"
-        await servers.leave(session, server, actor="worker", reason=reason, now=now)
-        _log.warning("dead_server_leaves", server=server.name, days=dead_for.days)
+        server.dead_warnings += 1
+        left = _LEAST_NOTICE * (len(WARN_AFTER) - server.dead_warnings + 1)
+        remove_at = max(hold.set_at + DEAD_AFTER, now + left).isoformat()
+        warning = NoticeKind.DEAD_WARNING
+        await servers.tell(session, server, warning, now=now, days=dead_for.days, remove_at=remove_at)
+        return
+    reason = f"out of the answer for its score for {dead_for.days} days, after {len(WARN_AFTER)} warnings"
+    await servers.leave(session, server, actor="worker", reason=reason, now=now)
+    _log.warning("dead_server_leaves", server=server.name, days=dead_for.days)

@@ -171,11 +171,13 @@ async def register(
 ) -> Server:
     """A new server of a member.
 
-    Raises InvalidName, ConfusableName, NameTaken, InvalidAddress, AddressTaken, LimitReached.
+    Raises InvalidName, ConfusableName, NameTaken, InvalidAddress, AddressTaken, LimitReached, and WrongState for a
+    member that was blocked or closed meanwhile.
     """
     label = check_name(name)
     checked = checked_addresses(settings, addresses)
     member = await members.lock(session, member_id)
+    members.must_be_active(member)
     await check_room(session, settings, member)
     await _refuse_hoarding(session, settings, member)
     held = await session.scalar(
@@ -466,9 +468,18 @@ def begin_removal(server: Server, now: datetime) -> None:
 
 
 async def schedule_leave(
-    session: AsyncSession, server: Server, *, at: datetime, actor: str, reason: str, now: datetime
+    session: AsyncSession,
+    server: Server,
+    *,
+    at: datetime,
+    actor: str,
+    reason: str,
+    now: datetime,
+    by_operator: bool = False,
 ) -> None:
     """Out of the answer at once; name and certificate live until `at`, for the clients that have them.
+
+    One that an operator scheduled is the operators' to cancel.
 
     Raises InvalidDocument or WrongState.
     """
@@ -486,6 +497,7 @@ async def schedule_leave(
         )
     await _begin_to_leave(session, server, actor=actor, reason=reason, now=now)
     server.leave_at = server.removal_due_at = at
+    server.leave_by_operator = by_operator
     scheduled = NoticeKind.LEAVING_SCHEDULED
     await tell(session, server, scheduled, now=now, leave_at=at.isoformat(), reason=reason[:300])
 
@@ -510,6 +522,7 @@ async def cancel_leave(session: AsyncSession, server: Server, *, actor: str, now
     announced = None if server.leave_at is None else server.leave_at.isoformat()
     await apply(session, server, EventKind.LEAVE_CANCELLED, actor=actor, reason="it stays after all", now=now)
     server.leave_at = server.leave_reason = server.removal_due_at = server.srv_withdrawn_at = None
+    server.leave_by_operator = False
     forget_scores(server, now)
     server.probe_due_at = now
     for row in server.addresses:

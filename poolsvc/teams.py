@@ -108,7 +108,7 @@ async def invite(
     address = members.check_email(email)
     if member_id is not None:
         member = await members.lock(session, member_id)
-        _must_be_active(member)
+        members.must_be_active(member)
         await _check_limits(session, settings, member, now)
     invitation = Invitation(
         member_id=member_id,
@@ -163,7 +163,7 @@ async def accept(
     member = await members.lock(session, member_id)
     invitation = await _get_invitation(session, invitation_id, lock=True)
     _must_be_open(invitation, now)
-    _must_be_active(member)
+    members.must_be_active(member)
     people = list(await session.scalars(select(Membership.user_id).where(Membership.member_id == member_id)))
     if user_id in people:
         raise WrongState("you act for this member already", remedy="ask one of its owners for another role")
@@ -218,8 +218,3 @@ def _must_be_open(invitation: Invitation, now: datetime) -> None:
     }
     if how := [word for word, is_so in over.items() if is_so]:
         raise OfferOver(f"the invitation is {how[0]}", remedy="ask for a new one")
-
-
-def _must_be_active(member: Member) -> None:
-    if member.status is not MemberStatus.ACTIVE:
-        raise WrongState(f"the member is {member.status}", remedy="ask the pool's operator")

@@ -256,7 +256,7 @@ _LETTERS: Mapping[Letter, _Words] = {
 _HOLD_REMEDIES = {
     HoldKind.SCORE: REMEDIES[Stage.SCORE],
     HoldKind.CERTIFICATE: REMEDIES[Stage.CERTIFICATE],
-    HoldKind.MAINTENANCE: "nothing: it comes back by itself when the maintenance is over",
+    HoldKind.MAINTENANCE: "nothing: it comes back by itself with the first good probe after the maintenance",
     HoldKind.OPERATOR: "ask the pool's operator",
 }
 

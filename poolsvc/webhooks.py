@@ -19,7 +19,7 @@ import httpx
 from sqlalchemy import func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from poolsvc import notices
+from poolsvc import members, notices
 from poolsvc.certificates import printable
 from poolsvc.config import Settings
 from poolsvc.db import Database
@@ -72,6 +72,8 @@ async def create(
 ) -> Webhook:
     """A webhook that is challenged at once. Raises InvalidUrl, LimitReached, TooManyRequests."""
     checked = check_url(settings, url)
+    # Locked, so that many requests at once do not make more than one after the other could.
+    await members.lock(session, member_id)
     recent = select(func.count()).where(Webhook.member_id == member_id, Webhook.created_at > now - _HOUR)
     if (await session.scalar(recent) or 0) >= _CREATED_PER_HOUR:
         raise TooManyRequests(f"{_CREATED_PER_HOUR} webhooks within an hour", remedy="wait an hour")

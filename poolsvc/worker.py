@@ -29,6 +29,7 @@ from poolsvc import (
     leases,
     maintenance,
     monitoring,
+    notices,
     proofs,
     removal,
     samples,
@@ -288,8 +289,11 @@ class Worker:
         if self._house_kept_at is not None and now - self._house_kept_at < _HOUSE_KEEPING:
             return False
         await addresses.withdraw_stale(self._database, self._settings, now)
-        await removal.bury_the_dead(self._database, now)
-        is_more = await samples.keep_house(self._database, self._settings, now)
+        more_dead = await removal.bury_the_dead(self._database, now)
+        more_samples = await samples.keep_house(self._database, self._settings, now)
+        async with self._database.transaction() as session:
+            more_notices = await notices.forget_old(session, self._settings, now)
+        is_more = more_dead or more_samples or more_notices
         self._house_kept_at = None if is_more else now
         return is_more
 

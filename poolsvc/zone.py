@@ -79,12 +79,13 @@ class ZonePolicy:
 class ServerRecords:
     """What DNS needs to know of one server.
 
-    `name` is the label, `addresses` the proved ones, `listed` whether it may be an SRV target, `weight`
-    its share of SRV answers relative to the others. `account_uri` is the only account that may order for it, in
-    place of the pool's; empty while none may.
+    `name` is the label, `member` a number that it shares with the other servers of its member, `addresses` the
+    proved ones, `listed` whether it may be an SRV target, `weight` its share of SRV answers relative to the others.
+    `account_uri` is the only account that may order for it, in place of the pool's; empty while none may.
     """
 
     name: str
+    member: int
     addresses: tuple[str, ...]
     listed: bool
     weight: int = 1
@@ -200,16 +201,25 @@ def service_of(listed: Iterable[ServerRecords], policy: ZonePolicy, *, draw: int
 def sample(servers: Iterable[ServerRecords], count: int, *, draw: int) -> list[ServerRecords]:
     """At most `count` servers, by weight and without replacement (Efraimidis and Spirakis 2006).
 
-    The random source is a hash of draw and name, so that one server's coming or going displaces at most
-    one other within a draw.
+    Of a member one, while there are others; the places that are left then go to the rest. The random source is a
+    hash of draw and name, so that one server's coming or going displaces at most one other within a draw.
     """
 
-    def waiting_time(server: ServerRecords) -> tuple[float, str]:
+    def waiting_time(server: ServerRecords) -> float:
         digest = hashlib.sha256(f"{draw} {server.name}".encode()).digest()
         uniform = (int.from_bytes(digest[:6], "big") + 0.5) / 2**48
-        return -math.log(uniform) / server.weight, server.name
+        return -math.log(uniform) / server.weight
 
-    return heapq.nsmallest(count, servers, key=waiting_time)
+    # A name is one server's only, so servers themselves are never compared.
+    queue = [(waiting_time(server), server.name, server) for server in servers]
+    heapq.heapify(queue)
+    first: dict[int, ServerRecords] = {}
+    rest: list[ServerRecords] = []
+    while queue and len(first) < count:
+        *_, server = heapq.heappop(queue)
+        if first.setdefault(server.member, server) is not server:
+            rest.append(server)
+    return [*first.values(), *rest[: count - len(first)]]
 
 
 class _Turn(IntEnum):

@@ -401,6 +401,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_notices")),
     )
     with op.batch_alter_table("notices", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_notices_at"), ["at"], unique=False)
         batch_op.create_index(batch_op.f("ix_notices_member_id"), ["member_id"], unique=False)
         batch_op.create_index(batch_op.f("ix_notices_server_id"), ["server_id"], unique=False)
 
@@ -468,6 +469,8 @@ def upgrade() -> None:
     with op.batch_alter_table("deliveries", schema=None) as batch_op:
         batch_op.create_index(batch_op.f("ix_deliveries_due_at"), ["due_at"], unique=False)
         batch_op.create_index(batch_op.f("ix_deliveries_notice_id"), ["notice_id"], unique=False)
+        batch_op.create_index(batch_op.f("ix_deliveries_user_id"), ["user_id"], unique=False)
+        batch_op.create_index(batch_op.f("ix_deliveries_webhook_id"), ["webhook_id"], unique=False)
 
     op.create_table(
         "sent_mails",
@@ -551,6 +554,9 @@ def upgrade() -> None:
         batch_op.add_column(sa.Column("traffic", sa.Double(), nullable=True))
         batch_op.add_column(sa.Column("silent_told_at", UtcDateTime(), nullable=True))
         batch_op.add_column(sa.Column("leave_at", UtcDateTime(), nullable=True))
+        batch_op.add_column(
+            sa.Column("leave_by_operator", sa.Boolean(), nullable=False, server_default=sa.false())
+        )
         batch_op.add_column(sa.Column("journal_due_at", UtcDateTime(), nullable=True))
         batch_op.create_index(batch_op.f("ix_servers_journal_due_at"), ["journal_due_at"], unique=False)
         batch_op.add_column(sa.Column("dead_warnings", sa.Integer(), nullable=False, server_default="0"))
@@ -564,6 +570,7 @@ def upgrade() -> None:
         batch_op.add_column(sa.Column("scopes", sa.JSON(), nullable=False, server_default="[]"))
         batch_op.add_column(sa.Column("last_used_at", UtcDateTime(), nullable=True))
         batch_op.create_index(batch_op.f("ix_tokens_user_id"), ["user_id"], unique=False)
+        batch_op.create_index("ix_tokens_kind_expires_at", ["kind", "expires_at"], unique=False)
         batch_op.create_foreign_key(batch_op.f("fk_tokens_user_id_users"), "users", ["user_id"], ["id"])
         batch_op.drop_constraint(op.f("ck_tokens_kind"), type_="check")
     _give_tokens_to_people()
@@ -583,6 +590,7 @@ def downgrade() -> None:
             op.f("ck_tokens_kind"), _one_of("operator", "member", "join", "agent")
         )
         batch_op.drop_constraint(batch_op.f("fk_tokens_user_id_users"), type_="foreignkey")
+        batch_op.drop_index("ix_tokens_kind_expires_at")
         batch_op.drop_index(batch_op.f("ix_tokens_user_id"))
         batch_op.drop_column("last_used_at")
         batch_op.drop_column("scopes")
@@ -596,6 +604,7 @@ def downgrade() -> None:
         batch_op.drop_column("dead_warnings")
         batch_op.drop_index(batch_op.f("ix_servers_journal_due_at"))
         batch_op.drop_column("journal_due_at")
+        batch_op.drop_column("leave_by_operator")
         batch_op.drop_column("leave_at")
         batch_op.drop_column("silent_told_at")
         batch_op.drop_column("traffic")
@@ -633,6 +642,8 @@ def downgrade() -> None:
 
     _restore_events()
     with op.batch_alter_table("deliveries", schema=None) as batch_op:
+        batch_op.drop_index(batch_op.f("ix_deliveries_webhook_id"))
+        batch_op.drop_index(batch_op.f("ix_deliveries_user_id"))
         batch_op.drop_index(batch_op.f("ix_deliveries_notice_id"))
         batch_op.drop_index(batch_op.f("ix_deliveries_due_at"))
 
@@ -651,6 +662,7 @@ def downgrade() -> None:
     with op.batch_alter_table("notices", schema=None) as batch_op:
         batch_op.drop_index(batch_op.f("ix_notices_server_id"))
         batch_op.drop_index(batch_op.f("ix_notices_member_id"))
+        batch_op.drop_index(batch_op.f("ix_notices_at"))
 
     op.drop_table("notices")
     with op.batch_alter_table("maintenance_windows", schema=None) as batch_op:

@@ -138,7 +138,13 @@ async def leave(
         await servers.leave(session, server, actor=principal.actor, reason=reason, now=now)
     else:
         await servers.schedule_leave(
-            session, server, at=body.at, actor=principal.actor, reason=reason, now=now
+            session,
+            server,
+            at=body.at,
+            actor=principal.actor,
+            reason=reason,
+            now=now,
+            by_operator=server.member_id not in principal.acts_for,
         )
     return await view_of(session, services.settings, server.id)
 
@@ -147,9 +153,14 @@ async def leave(
 async def stay(
     name: NamePath, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
 ) -> ServerView:
-    """Cancel what was to come on a later day. The server is in the answer again after good probes."""
+    """Cancel what was to come on a later day. The server is in the answer again after good probes.
+
+    What an operator scheduled, only operators cancel.
+    """
     found = await servers.find(session, name)
-    principal.may(Operation.REMOVE_SERVER, server=found)
+    principal.may(Operation.CHANGE_SERVER, server=found)
     server = await servers.get(session, found.id)
+    if server.leave_by_operator:
+        principal.may(Operation.JUDGE_SERVER)
     await servers.cancel_leave(session, server, actor=principal.actor, now=now)
     return await view_of(session, services.settings, server.id)

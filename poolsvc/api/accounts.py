@@ -131,7 +131,7 @@ async def view_of(session: AsyncSession, settings: Settings, user_id: int) -> Se
     )
 
 
-def _whole(principal: Principal, operation: Operation) -> int:
+def whole_account(principal: Principal, operation: Operation) -> int:
     """The user. A token for one member is not for all of its user's account. Raises Forbidden."""
     principal.may(operation)
     if principal.member_id is not None:
@@ -145,9 +145,13 @@ def _whole(principal: Principal, operation: Operation) -> int:
 
 @router.get("")
 async def read_self(principal: PrincipalDep, services: ServicesDep, session: SessionDep) -> SelfView:
-    """The account that the token belongs to."""
+    """The account that the token belongs to; to a token for one member, what concerns that member."""
     principal.may(Operation.READ_SELF)
-    return await view_of(session, services.settings, principal.user_id or 0)
+    shown = await view_of(session, services.settings, principal.user_id or 0)
+    if principal.member_id is None:
+        return shown
+    own = [row for row in shown.memberships if row.member == principal.member_id]
+    return shown.model_copy(update={"email": None, "staff": None, "memberships": own})
 
 
 @router.patch("", status_code=202)
@@ -155,7 +159,7 @@ async def change_self(
     body: SelfChange, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
 ) -> SelfView:
     """Change the name at once; and the address once the link in a mail to it was opened: POST /v1/me/email."""
-    user = await session.get_one(User, _whole(principal, Operation.CHANGE_SELF))
+    user = await session.get_one(User, whole_account(principal, Operation.CHANGE_SELF))
     if body.name is not None:
         user.name = members.check_display_name(body.name) if body.name else ""
     if body.email is not None:
@@ -169,7 +173,7 @@ async def change_email(
     body: TokenRequest, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
 ) -> SelfView:
     """Take the new address, with the token that was mailed to it. The old address is told."""
-    user = await session.get_one(User, _whole(principal, Operation.CHANGE_IDENTITY))
+    user = await session.get_one(User, whole_account(principal, Operation.CHANGE_IDENTITY))
     await sign_in.change_address(session, services.key, user, body.token, now)
     return await view_of(session, services.settings, user.id)
 
@@ -177,19 +181,19 @@ async def change_email(
 @router.delete("", status_code=204)
 async def erase_self(principal: PrincipalDep, session: SessionDep, now: NowDep) -> None:
     """Erase the account for good; everything that it could be entered with ends."""
-    await people.erase(session, _whole(principal, Operation.CHANGE_IDENTITY), now)
+    await people.erase(session, whole_account(principal, Operation.CHANGE_IDENTITY), now)
 
 
 @router.get("/export")
 async def export_self(principal: PrincipalDep, session: SessionDep) -> dict[str, Any]:
     """All that is kept about oneself; of events and mails the newest 10,000."""
-    return await people.export(session, _whole(principal, Operation.READ_SELF))
+    return await people.export(session, whole_account(principal, Operation.READ_SELF))
 
 
 @router.get("/sessions")
 async def list_sessions(principal: PrincipalDep, session: SessionDep, now: NowDep) -> list[SessionView]:
     """Where one is signed in."""
-    _whole(principal, Operation.READ_SELF)
+    whole_account(principal, Operation.READ_SELF)
     return [
         SessionView(
             id=row.id,
@@ -205,7 +209,7 @@ async def list_sessions(principal: PrincipalDep, session: SessionDep, now: NowDe
 @router.delete("/sessions", status_code=204)
 async def end_other_sessions(principal: PrincipalDep, session: SessionDep, now: NowDep) -> None:
     """Sign out everywhere but here."""
-    user_id = _whole(principal, Operation.CHANGE_SELF)
+    user_id = whole_account(principal, Operation.CHANGE_SELF)
     await auth.revoke(
         session,
         now,
@@ -218,7 +222,7 @@ async def end_other_sessions(principal: PrincipalDep, session: SessionDep, now: 
 @router.delete("/sessions/{session_id}", status_code=204)
 async def end_session(session_id: IdPath, principal: PrincipalDep, session: SessionDep, now: NowDep) -> None:
     """Sign out somewhere."""
-    _whole(principal, Operation.CHANGE_SELF)
+    whole_account(principal, Operation.CHANGE_SELF)
     await people.end_token(session, principal, TokenKind.SESSION, session_id, now)
 
 
@@ -290,16 +294,16 @@ async def accept_terms(
     body: AcceptRequest, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
 ) -> list[TermsStateView]:
     """Accept the current terms, each with its version."""
-    principal.may(Operation.CHANGE_SELF)
+    user_id = whole_account(principal, Operation.CHANGE_SELF)
     given = [(entry.document, entry.version) for entry in body.accept]
-    await terms.accept(session, services.settings, principal.user_id or 0, given, now)
+    await terms.accept(session, services.settings, user_id, given, now)
     return await read_terms(principal, services, session)
 
 
 @router.get("/identities")
 async def list_identities(principal: PrincipalDep, session: SessionDep) -> list[IdentityView]:
     """The providers' identities that sign one in."""
-    return await _identities(session, _whole(principal, Operation.READ_SELF))
+    return await _identities(session, whole_account(principal, Operation.READ_SELF))
 
 
 async def _identities(session: AsyncSession, user_id: int) -> list[IdentityView]:
@@ -312,7 +316,7 @@ async def begin_link(
     body: IdentityRequest, caller: CallerDep, services: ServicesDep, now: NowDep
 ) -> BeginView:
     """Where to go to link an identity of a provider."""
-    user_id = _whole(caller, Operation.CHANGE_IDENTITY)
+    user_id = whole_account(caller, Operation.CHANGE_IDENTITY)
     provider = provider_named(services, body.provider)
     async with services.database.transaction(caller.actor) as session:
         detour = await sign_in.begin_detour(session, services.key, provider.issuer, now, user_id=user_id)
@@ -324,7 +328,7 @@ async def finish_link(
     body: ComeBackRequest, caller: CallerDep, services: ServicesDep, now: NowDep
 ) -> list[IdentityView]:
     """Link the identity that one came back with. All people of one's members are told."""
-    user_id = _whole(caller, Operation.CHANGE_IDENTITY)
+    user_id = whole_account(caller, Operation.CHANGE_IDENTITY)
     _, claims = await identify(services, body, now, user_id=user_id)
     async with services.database.transaction(caller.actor) as session:
         await sign_in.link(session, await session.get_one(User, user_id), claims, now)
@@ -334,5 +338,5 @@ async def finish_link(
 @router.delete("/identities/{identity_id}", status_code=204)
 async def unlink(identity_id: IdPath, principal: PrincipalDep, session: SessionDep, now: NowDep) -> None:
     """Unlink an identity. All people of one's members are told."""
-    user = await session.get_one(User, _whole(principal, Operation.CHANGE_IDENTITY))
+    user = await session.get_one(User, whole_account(principal, Operation.CHANGE_IDENTITY))
     await sign_in.unlink(session, user, identity_id, now)

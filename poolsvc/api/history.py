@@ -10,6 +10,7 @@ from sqlalchemy import Select, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from poolsvc import history, servers
+from poolsvc.api.accounts import whole_account
 from poolsvc.api.paging import Page, Paging, PagingDep
 from poolsvc.api.request import Document, IdPath, NamePath, PrincipalDep, SessionDep, TextQuery
 from poolsvc.auth import Operation, Principal
@@ -92,9 +93,9 @@ async def list_events_of_server(
 @router.get("/me/events")
 async def list_own_events(principal: PrincipalDep, session: SessionDep, paging: PagingDep) -> Page[EventView]:
     """What happened to one's own account, the newest first."""
-    principal.may(Operation.READ_SELF)
-    found = select(Event).where(Event.user_id == principal.user_id)
-    return await _page(session, paging, found, principal, [principal.user_id or 0])
+    user_id = whole_account(principal, Operation.READ_SELF)
+    found = select(Event).where(Event.user_id == user_id)
+    return await _page(session, paging, found, principal, [user_id])
 
 
 async def _page(

@@ -8,6 +8,7 @@ from pydantic import Field
 from sqlalchemy import func, select
 
 from poolsvc import auth, members, standing
+from poolsvc.api.accounts import whole_account
 from poolsvc.api.idempotent import idempotent
 from poolsvc.api.paging import Page, PagingDep
 from poolsvc.api.request import (
@@ -95,12 +96,10 @@ async def create_member(
 ) -> MemberCreated:
     """Operators make a member with a new first owner. Others found one of their own, which waits for approval."""
     if Role.OPERATOR not in principal.roles():
-        principal.may(Operation.FOUND_MEMBER)
+        user_id = whole_account(principal, Operation.FOUND_MEMBER)
         if body.email is not None:
             raise InvalidDocument("you are the first owner", remedy="leave `email` out", field="email")
-        found = await members.found(
-            session, services.settings, principal.user_id or 0, body.name, body.kind, now
-        )
+        found = await members.found(session, services.settings, user_id, body.name, body.kind, now)
         return MemberCreated(id=found.id, name=found.name, status=found.status, token=None)
     principal.may(Operation.CREATE_MEMBER)
     owner = await members.create_user(session, now, email=body.email)

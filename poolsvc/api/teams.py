@@ -8,6 +8,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import selectinload
 
 from poolsvc import teams
+from poolsvc.api.accounts import whole_account
 from poolsvc.api.idempotent import idempotent
 from poolsvc.api.paging import Page, PagingDep
 from poolsvc.api.request import Document, IdPath, NowDep, PrincipalDep, RandomIdPath, ServicesDep, SessionDep
@@ -221,9 +222,9 @@ async def accept_invitation(
     body: AcceptRequest, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
 ) -> JoinedView:
     """Act for a member from now on. The account's address need not be the one that got the mail."""
-    principal.may(Operation.CHANGE_SELF)
+    user_id = whole_account(principal, Operation.CHANGE_SELF)
     invitation = services.key.read(Purpose.INVITATION, body.token)
     if invitation is None:
         raise NotFound("there is no such invitation", remedy="copy the whole link", field="token")
-    membership = await teams.accept(session, services.settings, invitation, principal.user_id or 0, now)
+    membership = await teams.accept(session, services.settings, invitation, user_id, now)
     return JoinedView(member=membership.member_id, role=membership.role)

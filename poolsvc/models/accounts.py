@@ -4,7 +4,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import JSON, ForeignKey, String, UniqueConstraint
+from sqlalchemy import JSON, ForeignKey, Index, String, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from poolsvc.db import Base, UtcDateTime, random_key, text_enum
@@ -184,6 +184,7 @@ class Token(Base):
     """A bearer token; only its SHA-256 is kept, and a few letters by which people recognise it."""
 
     __tablename__ = "tokens"
+    __table_args__ = (Index("ix_tokens_kind_expires_at", "kind", "expires_at"),)
 
     id: Mapped[int] = mapped_column(primary_key=True)
     kind: Mapped[TokenKind] = mapped_column(text_enum(TokenKind, "kind"))

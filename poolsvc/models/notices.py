@@ -55,7 +55,7 @@ class Notice(Base):
     __tablename__ = "notices"
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    at: Mapped[datetime] = mapped_column(UtcDateTime)
+    at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
     kind: Mapped[str] = mapped_column(String(50))
     member_id: Mapped[int | None] = mapped_column(ForeignKey("members.id"), index=True)
     server_id: Mapped[int | None] = mapped_column(ForeignKey("servers.id"), index=True)
@@ -72,8 +72,8 @@ class Delivery(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     notice_id: Mapped[int] = mapped_column(ForeignKey("notices.id"), index=True)
     channel: Mapped[Channel] = mapped_column(text_enum(Channel, "channel"))
-    user_id: Mapped[int | None] = mapped_column(ForeignKey("users.id"))
-    webhook_id: Mapped[int | None] = mapped_column(RANDOM_KEY, ForeignKey("webhooks.id"))
+    user_id: Mapped[int | None] = mapped_column(ForeignKey("users.id"), index=True)
+    webhook_id: Mapped[int | None] = mapped_column(RANDOM_KEY, ForeignKey("webhooks.id"), index=True)
     email: Mapped[str | None] = mapped_column(String(254))  # of nobody with an account; emptied at the end
     status: Mapped[DeliveryStatus] = mapped_column(text_enum(DeliveryStatus, "status"))
     due_at: Mapped[datetime | None] = mapped_column(UtcDateTime, index=True)

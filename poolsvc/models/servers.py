@@ -122,6 +122,7 @@ class Server(Base):
 
     leave_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # scheduled: the name lives until then
     leave_reason: Mapped[str | None] = mapped_column(String(300))
+    leave_by_operator: Mapped[bool] = mapped_column(default=False)  # who scheduled it may cancel it
     srv_withdrawn_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     name_broken_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     authorization_deactivated_at: Mapped[datetime | None] = mapped_column(UtcDateTime)

@@ -14,7 +14,17 @@ from poolsvc import scoring
 from poolsvc.db import Base, RecordedSession
 from poolsvc.models.servers import Address, Server
 
-_SERVER = ("state", "name", "weight", "ipv4", "ipv6", "own_account_uri", "leave_at", "srv_withdrawn_at")
+_SERVER = (
+    "member_id",
+    "state",
+    "name",
+    "weight",
+    "ipv4",
+    "ipv6",
+    "own_account_uri",
+    "leave_at",
+    "srv_withdrawn_at",
+)
 _TRAFFIC = ("traffic_cap", "traffic")
 _ADDRESS = ("address", "proved_at")
 

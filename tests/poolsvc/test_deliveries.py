@@ -6,12 +6,12 @@ import ssl
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from sqlalchemy import func, select, update
+from sqlalchemy import delete, func, select, update
 
 from lab.certificates import Authority
 from lab.processes import free_port
 from lab.smtp import MailServer
-from poolsvc import deliveries, members
+from poolsvc import deliveries, members, teams
 from poolsvc.config import MailSettings
 from poolsvc.db import Database
 from poolsvc.deliveries import MAIL_WAITS
@@ -349,6 +349,30 @@ async def test_mails_turned_off_meanwhile_are_not_sent(people, mail_server):
     await people.change(update(Membership).values(mail=False))
     await people.worker(mail_server.port)._mail(NOW)
     assert await people.statuses() == [S.SUPPRESSED, S.SENT], "a removal is always told"
+
+
+async def test_who_has_left_the_member_gets_its_farewell_and_nothing_else(people, mail_server):
+    left = await people.add("left@example.org")
+    await people.tell()
+    await people.tell(kind=NoticeKind.REMOVED)
+    async with people.database.transaction("test") as session:
+        await teams.remove(session, people.member, left, NOW)
+    await people.worker(mail_server.port)._mail(NOW)
+    mine = [(row.status, row.error) for row in await people.deliveries() if row.user_id == left]
+    assert mine == [(S.SUPPRESSED, "they act for this member no longer")] * 2 + [(S.SENT, None)]
+    assert sum(received.recipients == ["left@example.org"] for received in mail_server.received) == 1
+
+
+async def test_what_was_given_up_does_not_follow_who_has_left(people, mail_server):
+    left = await people.add("left@example.org")
+    await people.tell()
+    await people.change(update(Delivery).values(status=S.FAILED, due_at=None))
+    await people.change(delete(Membership).where(Membership.user_id == left))
+    async with people.database.transaction("test") as session:
+        for row in await session.scalars(select(Delivery)):
+            assert deliveries.send_again(row, NOW)
+    await people.worker(mail_server.port)._mail(NOW)
+    assert await people.statuses() == [S.SENT, S.SUPPRESSED]
 
 
 async def test_an_address_that_cannot_be_one_fails_and_holds_up_nobody(people, mail_server):

@@ -1,14 +1,14 @@
 """Leaving on a later day and staying after all, and what becomes of servers that are dead for long."""
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from sqlalchemy import select
 
 from nts_core.control import ServerState
-from poolsvc import addresses, issuance, removal, servers
+from poolsvc import addresses, issuance, members, removal, servers, standing
 from poolsvc.errors import AddressTaken, InvalidDocument, WrongState
-from poolsvc.models import HoldKind, MaintenanceWindow, Notice, Order, OrderStatus
+from poolsvc.models import Hold, HoldKind, MaintenanceWindow, Notice, Order, OrderStatus, Server
 from poolsvc.notices import NoticeKind
 from poolsvc.publication import Publication
 
@@ -282,3 +282,67 @@ async def test_nobody_is_buried_during_maintenance_or_for_another_hold(dying):
         )
     assert await look(dying, 44) == ([], S.SUSPENDED)
     assert (await dying.get(other)).state is S.SUSPENDED
+
+
+async def test_those_in_maintenance_hide_nobody_and_one_look_takes_a_hundred(registry):
+    member = await registry.member()
+    async with registry.database.transaction("test") as session:
+        for number in range(250):
+            at = registry.now + number * SECOND
+            server = Server(
+                member_id=member,
+                name=f"dead{number}",
+                state=S.SUSPENDED,
+                state_since=at,
+                created_at=at,
+                holds=[Hold(kind=HoldKind.SCORE, reason="", set_at=at)],
+            )
+            if number < 100:
+                server.holds.append(Hold(kind=HoldKind.MAINTENANCE, reason="", set_at=at))
+            session.add(server)
+
+    async def warned(day):
+        is_more = await removal.bury_the_dead(registry.database, registry.now + day * DAY + HOUR)
+        return is_more, {int(data["server"][4:]) for data in await said(registry, NoticeKind.DEAD_WARNING)}
+
+    assert await warned(15) == (True, set(range(100, 200)))
+    assert await warned(15) == (False, set(range(100, 250)))
+    assert len(await said(registry, NoticeKind.DEAD_WARNING)) == 150
+    await warned(16)
+    assert len(await said(registry, NoticeKind.DEAD_WARNING)) == 150, "they were told not long ago"
+
+
+@pytest.mark.parametrize("by_operator", [True, False])
+async def test_what_an_operator_scheduled_only_operators_cancel(alice, client, by_operator):
+    owner = (await alice.get(alice.alice)).member_id
+    async with alice.database.transaction("test") as session:
+        _, operator = await members.create_operator(session, alice.now)
+    token, at = await alice.owner_token(owner), (datetime.now(UTC) + 10 * DAY).isoformat()
+    async with client(operator if by_operator else token) as http:
+        assert (await http.post("/v1/servers/alice/leaving", json={"at": at})).status_code == 202
+    async with client(token) as http:
+        answer = await http.delete("/v1/servers/alice/leaving")
+    if not by_operator:
+        assert (answer.status_code, answer.json()["state"]) == (200, "verified")
+        return
+    assert (answer.status_code, answer.json()["code"]) == (403, "forbidden")
+    assert answer.json()["remedy"] == "it takes operator"
+    assert (await alice.get(alice.alice)).state is S.LEAVING
+    async with client(operator) as http:
+        assert (await http.delete("/v1/servers/alice/leaving")).json()["state"] == "verified"
+    # What the member decides later is the member's again.
+    async with client(token) as http:
+        assert (await http.post("/v1/servers/alice/leaving", json={"at": at})).status_code == 202
+        assert (await http.delete("/v1/servers/alice/leaving")).status_code == 200
+
+
+async def test_a_blocked_member_leaves_and_does_not_come_back_by_itself(alice, client):
+    owner = (await alice.get(alice.alice)).member_id
+    token, at = await alice.owner_token(owner), (datetime.now(UTC) + 10 * DAY).isoformat()
+    async with alice.database.transaction("test") as session:
+        await standing.block(session, owner, "abuse", alice.now, actor="user 1")
+    async with client(token) as http:
+        assert (await http.post("/v1/servers/alice/leaving", json={"at": at})).status_code == 202
+        answer = await http.delete("/v1/servers/alice/leaving")
+    assert (answer.status_code, answer.json()["code"]) == (403, "member-blocked")
+    assert (await alice.get(alice.alice)).state is S.LEAVING

@@ -6,7 +6,7 @@ from itertools import count
 import pytest
 
 from nts_core.control import ProbeResult, ServerState, Stage
-from poolsvc import maintenance, members, monitoring, worker
+from poolsvc import maintenance, members, monitoring, scoring, worker
 from poolsvc.errors import InvalidDocument, LimitReached, NotFound
 from poolsvc.models import HoldKind, MaintenanceWindow
 
@@ -45,7 +45,7 @@ async def state(registry, server_id):
 
 async def probe(registry, server_id, result, after=HOUR, ticks=count()):  # noqa: B008 - one for all tests
     """One round, each at another moment soon after that time; the address then."""
-    now = registry.now + after + timedelta(seconds=next(ticks))
+    now = registry.now + after + timedelta(milliseconds=next(ticks))
     async with registry.change(server_id) as (session, server):
         await monitoring.record(session, registry.settings, server, [result], now)
         return server.addresses[0]
@@ -60,6 +60,10 @@ async def test_a_window_that_begins_now_holds_at_once_and_ends_by_itself(registr
     await work(registry, 2 * HOUR - timedelta(seconds=1))
     assert await state(registry, server) is S.SUSPENDED
     await work(registry, 2 * HOUR)
+    found = await registry.get(server)
+    assert (found.state, found.probe_due_at) == (S.SUSPENDED, registry.now + 2 * HOUR)
+    assert found.holds[0].reason == "it is over, and waits for a good probe"
+    await probe(registry, server, GOOD, 2 * HOUR)
     assert await state(registry, server) is S.ACTIVE
     async with registry.database.transaction() as session:
         assert (await session.get_one(MaintenanceWindow, 1)).due_at is None
@@ -70,6 +74,7 @@ async def test_a_window_of_later_begins_and_ends_at_its_times(registry):
     await add(registry, server, HOUR, 2 * HOUR)
     for after, expected in ((0.9, S.ACTIVE), (1, S.SUSPENDED), (1.9, S.SUSPENDED), (2, S.ACTIVE)):
         await work(registry, after * HOUR)
+        await probe(registry, server, GOOD, after * HOUR)
         assert await state(registry, server) is expected, after
 
 
@@ -87,6 +92,7 @@ async def test_of_two_windows_that_overlap_the_later_end_counts(registry):
     await add(registry, server, HOUR, 3 * HOUR)
     for after, expected in ((1, S.SUSPENDED), (2, S.SUSPENDED), (3, S.ACTIVE)):
         await work(registry, after * HOUR)
+        await probe(registry, server, GOOD, after * HOUR)
         assert await state(registry, server) is expected, after
 
 
@@ -97,6 +103,7 @@ async def test_a_cancelled_window_ends_at_once_and_another_one_still_holds(regis
     for window, expected in ((second, S.SUSPENDED), (first, S.ACTIVE), (first, S.ACTIVE)):
         async with registry.change(server) as (session, row):
             await maintenance.cancel(session, row, window, actor="user 1", now=registry.now)
+        await probe(registry, server, GOOD)
         assert await state(registry, server) is expected
     await work(registry, 5 * HOUR)
     assert await state(registry, server) is S.ACTIVE
@@ -117,6 +124,7 @@ async def test_the_end_of_maintenance_lifts_no_other_hold(registry):
     server = await registry.server(state=S.SUSPENDED)
     await add(registry, server, None, HOUR)
     await work(registry, HOUR)
+    await probe(registry, server, GOOD)
     found = await registry.get(server)
     assert found.state is S.SUSPENDED
     assert [hold.kind for hold in found.holds if hold.lifted_at is None] == [HoldKind.OPERATOR]
@@ -180,6 +188,47 @@ async def test_a_score_that_is_bad_holds_once_the_maintenance_is_over(registry):
     for _ in range(3):
         await probe(registry, server, BAD, DAY + HOUR)
     assert [hold.kind for hold in (await registry.get(server)).holds if hold.lifted_at is None] == ["score"]
+
+
+async def test_a_server_that_fails_when_the_maintenance_ends_is_not_in_the_answer(registry):
+    """Its score is as good as it was before; the clock alone lifts nothing."""
+    server = await registry.server(state=S.ACTIVE)
+    async with registry.change(server) as (_, row):
+        row.addresses[0].score = 20.0
+    await add(registry, server, None, HOUR)
+    await probe(registry, server, GOOD, HOUR / 2)
+    assert await state(registry, server) is S.SUSPENDED, "a good probe ends no window"
+    await work(registry, HOUR)
+    before = (await registry.get(server)).addresses[0].score
+    after = (await probe(registry, server, BAD)).score
+    assert before > after > scoring.CUTOFF, "probes count again"
+    assert await state(registry, server) is S.SUSPENDED
+    await probe(registry, server, GOOD)
+    assert await state(registry, server) is S.ACTIVE
+
+
+async def test_a_server_that_does_not_come_back_is_held_for_its_score_as_any_other(registry):
+    """And so is warned, and taken out in the end."""
+    server = await registry.server(state=S.ACTIVE)
+    await add(registry, server, None, HOUR)
+    await work(registry, HOUR)
+    for _ in range(4):
+        await probe(registry, server, BAD)
+    held = {hold.kind for hold in (await registry.get(server)).holds if hold.lifted_at is None}
+    assert (held, await state(registry, server)) == ({HoldKind.SCORE}, S.SUSPENDED)
+    for _ in range(40):
+        await probe(registry, server, GOOD)
+    assert await state(registry, server) is S.ACTIVE
+
+
+@pytest.mark.parametrize("before", [S.REGISTERED, S.VERIFIED, S.CERTIFIED])
+async def test_a_server_that_has_no_status_to_win_is_let_go_at_once(registry, before):
+    server = await registry.server(state=before)
+    await add(registry, server, None, HOUR)
+    await work(registry, HOUR)
+    found = await registry.get(server)
+    assert found.state is before
+    assert [hold.lifted_at for hold in found.holds] == [registry.now + HOUR]
 
 
 @pytest.fixture

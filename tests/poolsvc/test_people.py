@@ -162,7 +162,16 @@ class TestTokens:
         await api_token(people, user, label="whole")
         _, limited = await api_token(people, user, member_id=mine, label="limited")
         body = {"label": "x", "scopes": ["read"]}
+        bodies = {
+            "/v1/me": {},
+            "/v1/me/terms": {"accept": []},
+            "/v1/invitations/accept": {"token": "x"},
+            "/v1/members": {"name": "D"},
+        }
         async with client(limited) as http:
+            shown = (await http.get("/v1/me")).json()
+            assert [row["member"] for row in shown["memberships"]] == [mine]
+            assert (shown["id"], shown["email"], shown["staff"]) == (user.id, None, None)
             for member, status in ((mine, 201), (other, 403), (None, 403), (foreign, 403)):
                 answer = await http.post("/v1/me/tokens", json={**body, "member": member})
                 assert answer.status_code == status
@@ -173,14 +182,20 @@ class TestTokens:
                 ("GET", "/v1/me/sessions"),
                 ("GET", "/v1/me/identities"),
                 ("DELETE", "/v1/me/sessions"),
+                ("GET", "/v1/me/events"),
                 ("PATCH", "/v1/me"),
+                ("POST", "/v1/me/terms"),
+                ("POST", "/v1/invitations/accept"),
+                ("POST", "/v1/members"),
             ):
-                refused = await http.request(method, path, json={} if method == "PATCH" else None)
+                refused = await http.request(method, path, json=bodies.get(path))
                 assert (refused.status_code, refused.json()["code"]) == (403, "forbidden"), path
             whole = await people.all(Token, Token.label == "whole")
             assert (await http.delete(f"/v1/me/tokens/{whole[0].id}")).status_code == 404
         async with client(await people.session(user)) as http:
             assert (await http.post("/v1/me/tokens", json={**body, "member": foreign})).status_code == 403
+            shown = (await http.get("/v1/me")).json()
+            assert (len(shown["memberships"]), shown["email"]) == (2, user.email)
 
     async def test_there_are_fifty_at_most_even_when_many_are_made_at_once(self, client, people):
         user = await people.make()

@@ -12,7 +12,7 @@ from sqlalchemy import delete, select, update
 
 from lab.processes import free_port
 from nts_core.control import ServerState
-from poolsvc import servers
+from poolsvc import agentless, servers
 from poolsvc.models import Address, HoldKind, Server, ZoneChange
 from poolsvc.publication import Publication
 from poolsvc.servers import EventKind
@@ -207,6 +207,25 @@ async def test_a_row_that_changed_during_the_pass_learns_nothing_of_it(world):
     assert world.ask(owner("alice"), "A") == []
 
 
+async def test_an_account_that_changes_during_the_pass_is_not_taken_for_the_one_that_was_seen(world):
+    """Else its member would be told to order while CAA lets another account do so."""
+    identifier = await world.registry.server("alice", "192.0.2.1", state=S.VERIFIED, agentless=True)
+    first, second = (f"{world.registry.settings.ca.directory_url}/acct/{number}" for number in (1, 2))
+    async with world.registry.change(identifier) as (_, server):
+        agentless.set_account(world.registry.settings, server, first)
+    await world.publication.look(NOW)
+    async with world.registry.change(identifier) as (_, server):
+        agentless.set_account(world.registry.settings, server, second)
+    await world.publication.publish(1, NOW)
+    found = await world.registry.get(identifier)
+    assert first in world.ask(owner("alice"), "CAA")[0]
+    assert (found.named_at, found.order_due_at) == (None, None)
+    await world.passes(2)
+    found = await world.registry.get(identifier)
+    assert second in world.ask(owner("alice"), "CAA")[0]
+    assert None not in (found.named_at, found.order_due_at)
+
+
 async def test_a_hand_on_a_record_that_changes_is_found_in_the_same_pass(world):
     alice = await world.server("alice", "192.0.2.1")
     await world.server("bob", "192.0.2.2")
@@ -335,6 +354,13 @@ class TestOutbox:
             async with registry.change(alice) as (_, server):
                 server.leave_at = day
             assert await self.changes(registry) == [alice]
+
+    async def test_a_server_that_changes_hands_is_noted(self, registry):
+        alice, other = await registry.server(state=S.ACTIVE), await registry.member("Other")
+        await self.changes(registry)
+        async with registry.change(alice) as (_, server):
+            server.member_id = other
+        assert await self.changes(registry) == [alice]
 
     async def test_a_registration_is_none_of_dns_and_a_proved_address_is(self, registry):
         alice = await registry.server(state=S.REGISTERED)

@@ -45,6 +45,7 @@ def pool(*names, unlisted=(), **options):
     some = [
         ServerRecords(
             name,
+            number,
             (f"198.18.{number // 256}.{number % 256}", f"2001:db8::{number:x}"),
             listed=name not in unlisted,
         )

@@ -31,7 +31,7 @@ from poolsvc.errors import (
     NotFound,
     WrongState,
 )
-from poolsvc.models import Event, Hold, HoldKind, Member
+from poolsvc.models import Event, Hold, HoldKind, Member, MemberStatus
 from poolsvc.publication import Publication
 from poolsvc.servers import TRANSITIONS, EventKind
 
@@ -267,6 +267,16 @@ async def test_of_two_registrations_at_once_only_as_many_as_allowed_succeed(
     )
     assert sum(isinstance(outcome, int) for outcome in outcomes) == 2
     assert sum(isinstance(outcome, LimitReached) for outcome in outcomes) == 5
+
+
+@pytest.mark.parametrize("status", [MemberStatus.PENDING, MemberStatus.BLOCKED, MemberStatus.CLOSED])
+async def test_a_member_that_is_not_active_any_more_registers_nothing(registry, status):
+    """Whoever asked may have been let in before the member was blocked or closed."""
+    owner = await registry.member()
+    async with registry.database.transaction() as session:
+        (await session.get_one(Member, owner)).status = status
+    with pytest.raises(WrongState, match=f"the member is {status}"):
+        await registry.server("alice", member=owner)
 
 
 async def test_a_proved_address_has_one_owner_and_an_unproved_claim_keeps_nobody_out(owned):

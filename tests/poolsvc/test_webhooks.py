@@ -16,6 +16,7 @@ from lab.web import WebServer, http
 from poolsvc import webhooks
 from poolsvc.deliveries import WEBHOOK_WAITS
 from poolsvc.derived import RegistryKey
+from poolsvc.errors import LimitReached
 from poolsvc.models import Channel, Delivery, DeliveryStatus, Notice, Webhook
 from poolsvc.notices import NoticeKind, announce
 from poolsvc.worker import Health, Worker
@@ -466,3 +467,16 @@ async def test_a_delivery_that_was_given_up_is_tried_again_by_its_member_only(ho
     await hooks.worker._call_webhooks(datetime.now(UTC))
     (row,) = await hooks.deliveries()
     assert row.status is S.SENT
+
+
+async def test_many_webhooks_at_once_keep_the_limit(postgresql, settings, registry_of):
+    registry = registry_of(postgresql, settings)
+    member = await registry.member()
+
+    async def create():
+        async with registry.database.transaction() as session:
+            await webhooks.create(session, settings, member, "https://hooks.example.org/", NOW)
+
+    outcomes = await asyncio.gather(*(create() for _ in range(8)), return_exceptions=True)
+    assert sum(outcome is None for outcome in outcomes) == webhooks.MAX_WEBHOOKS
+    assert sum(isinstance(outcome, LimitReached) for outcome in outcomes) == 3

@@ -41,7 +41,7 @@ addresses = st.lists(
 ).map(tuple)
 labels = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,6}[a-z0-9])?", fullmatch=True)
 servers = st.lists(
-    st.builds(ServerRecords, labels, addresses, st.booleans(), st.integers(1, 10)),
+    st.builds(ServerRecords, labels, st.integers(1, 6), addresses, st.booleans(), st.integers(1, 10)),
     max_size=14,
     unique_by=lambda server: server.name,
 )
@@ -67,7 +67,7 @@ def test_every_form_of_an_address_reads_as_seen_on_a_primary(text):
     (rrset,) = (
         rrset
         for (_, kind), rrset in wanted(
-            [ServerRecords("alice", (text,), listed=False)], POLICY, is_open=False, draw=0
+            [ServerRecords("alice", 1, (text,), listed=False)], POLICY, is_open=False, draw=0
         ).items()
         if kind == "AAAA"
     )
@@ -83,7 +83,7 @@ def resolvable(zone: Zone, owner: str) -> bool:
 
 
 def test_one_server_of_an_open_pool():
-    server = ServerRecords("alice", ("192.0.2.1", "2001:DB8::1", "192.0.2.2"), listed=True)
+    server = ServerRecords("alice", 1, ("192.0.2.1", "2001:DB8::1", "192.0.2.2"), listed=True)
     alice = "alice.servers.pool.example."
     assert wanted([server], POLICY, is_open=True, draw=0) == {
         ("servers.pool.example.", "CAA"): RRset(300, frozenset({'0 issue ";"'})),
@@ -103,16 +103,16 @@ def test_one_server_of_an_open_pool():
 
 
 def test_a_pool_that_is_not_open_has_no_srv_but_its_servers_have_addresses():
-    zone = wanted([ServerRecords("alice", ("192.0.2.1",), listed=True)], POLICY, is_open=False, draw=0)
+    zone = wanted([ServerRecords("alice", 1, ("192.0.2.1",), listed=True)], POLICY, is_open=False, draw=0)
     assert SERVICE not in zone
     assert resolvable(zone, "alice.servers.pool.example.")
 
 
 def test_a_server_that_is_not_listed_or_has_no_address_is_no_target():
     some = [
-        ServerRecords("alice", ("192.0.2.1",), listed=True),
-        ServerRecords("bob", ("192.0.2.2",), listed=False),
-        ServerRecords("carol", (), listed=True),
+        ServerRecords("alice", 1, ("192.0.2.1",), listed=True),
+        ServerRecords("bob", 2, ("192.0.2.2",), listed=False),
+        ServerRecords("carol", 3, (), listed=True),
     ]
     zone = wanted(some, POLICY, is_open=True, draw=0)
     assert targets(zone) == ["alice.servers.pool.example."]
@@ -122,7 +122,10 @@ def test_a_server_that_is_not_listed_or_has_no_address_is_no_target():
 
 def test_without_an_issuer_a_server_is_closed():
     zone = wanted(
-        [ServerRecords("alice", ("192.0.2.1",), listed=False)], replace(POLICY, caa=()), is_open=True, draw=0
+        [ServerRecords("alice", 1, ("192.0.2.1",), listed=False)],
+        replace(POLICY, caa=()),
+        is_open=True,
+        draw=0,
     )
     assert zone["alice.servers.pool.example.", "CAA"].rdatas == {'0 issue ";"'}
 
@@ -136,12 +139,12 @@ def test_words_that_would_change_the_meaning_of_a_caa_are_refused(word):
 @pytest.mark.parametrize("name", ["", "a.b", "Alice", "-a", "a-", "_tcp", "*", "a" * 64])
 def test_names_that_are_not_one_label_are_refused(name):
     with pytest.raises(ValueError, match="server name"):
-        ServerRecords(name, (), listed=False)
+        ServerRecords(name, 1, (), listed=False)
 
 
 def test_a_weight_of_zero_is_refused():
     with pytest.raises(ValueError, match="weight"):
-        ServerRecords("alice", (), listed=False, weight=0)
+        ServerRecords("alice", 1, (), listed=False, weight=0)
 
 
 @given(zones)
@@ -210,9 +213,13 @@ def test_ttl_alone_is_a_difference():
     assert (change.before, change.after) == (rrset, replace(rrset, ttl=300))
 
 
+def target(name, member, *, weight=1):
+    return ServerRecords(name, member, ("192.0.2.1",), listed=True, weight=weight)
+
+
 def test_the_share_of_a_server_follows_its_weight():
     """One of many small servers is drawn about in proportion: weights 1, 2 and 4 for one place of one."""
-    three = [ServerRecords(f"s{weight}", ("192.0.2.1",), listed=True, weight=weight) for weight in (1, 2, 4)]
+    three = [target(f"s{weight}", weight, weight=weight) for weight in (1, 2, 4)]
     share = Counter(server.weight for draw in range(7000) for server in sample(three, 1, draw=draw))
     for weight in (1, 2, 4):
         # The standard deviation is at most sqrt(7000 * 4/7 * 3/7), about 41.
@@ -220,7 +227,7 @@ def test_the_share_of_a_server_follows_its_weight():
 
 
 def test_a_draw_repeats_and_another_rotates():
-    many = [ServerRecords(f"s{number}", ("192.0.2.1",), listed=True) for number in range(40)]
+    many = [target(f"s{number}", number) for number in range(40)]
     chosen = [targets(wanted(many, POLICY, is_open=True, draw=draw)) for draw in range(60)]
     assert targets(wanted(many[::-1], POLICY, is_open=True, draw=7)) == targets(
         wanted(many, POLICY, is_open=True, draw=7)
@@ -229,9 +236,47 @@ def test_a_draw_repeats_and_another_rotates():
     assert len({target for some in chosen for target in some}) == 40
 
 
-@given(st.lists(labels, min_size=10, max_size=30, unique=True), st.integers(0, 100))
-def test_a_leaving_server_displaces_at_most_one_other(names, draw):
-    many = [ServerRecords(name, ("192.0.2.1",), listed=True) for name in names]
-    before = {server.name for server in sample(many, 8, draw=draw)}
-    after = {server.name for server in sample(many[1:], 8, draw=draw)}
-    assert len(after - before) <= 1
+pools = st.lists(
+    st.tuples(labels, st.integers(1, 20), st.integers(1, 5)),
+    max_size=40,
+    unique_by=lambda server: server[0],
+).map(lambda rows: [target(name, member, weight=weight) for name, member, weight in rows])
+
+
+@given(pools, st.integers(0, 1000))
+def test_a_member_has_one_target_while_other_members_have_none(some, draw):
+    chosen = sample(some, 8, draw=draw)
+    assert len({server.name for server in chosen}) == len(chosen) == min(8, len(some))
+    assert set(chosen) <= set(some)
+    members = {server.member for server in some}
+    by_member = Counter(server.member for server in chosen)
+    assert len(by_member) == min(8, len(members))
+    if len(members) >= 8:
+        assert set(by_member.values()) == {1}
+
+
+@given(pools, st.integers(0, 1000), st.randoms(use_true_random=False))
+def test_a_choice_does_not_depend_on_the_order_of_the_servers(some, draw, random):
+    shuffled = random.sample(some, len(some))
+    assert sample(shuffled, 8, draw=draw) == sample(some, 8, draw=draw)
+
+
+def test_a_pool_of_one_member_has_as_many_targets_as_any_other():
+    alone = [target(f"s{number}", 1) for number in range(12)]
+    assert [len(sample(alone[:size], 8, draw=3)) for size in (0, 1, 7, 8, 12)] == [0, 1, 7, 8, 8]
+
+
+def test_many_servers_give_a_member_no_more_than_one_place_and_its_servers_take_turns():
+    big = [target(f"big{number}", 1) for number in range(30)]
+    small = [target(f"s{number}", number + 2) for number in range(10)]
+    chosen = [[one for one in sample(big + small, 8, draw=draw) if one.member == 1] for draw in range(400)]
+    assert max(map(len, chosen)) == 1
+    assert {server for some in chosen for server in some} == set(big)
+
+
+@given(pools.filter(len), st.integers(0, 100))
+def test_a_servers_coming_or_going_displaces_at_most_one_other(some, draw):
+    gone, *others = some
+    with_it, without = (set(sample(each, 8, draw=draw)) for each in (some, others))
+    assert len(without - with_it) <= 1
+    assert len(with_it - {gone} - without) == 0
