@@ -7,21 +7,28 @@ from fastapi import APIRouter, Path
 from pydantic import AwareDatetime, Field
 
 from poolsvc import maintenance, servers, standing
-from poolsvc.api.request import Document, IdPath, NamePath, NowDep, PrincipalDep, ServicesDep, SessionDep
+from poolsvc.api.request import (
+    Document,
+    IdPath,
+    NamePath,
+    NowDep,
+    PrincipalDep,
+    Reason,
+    ReasonText,
+    ServicesDep,
+    SessionDep,
+)
 from poolsvc.api.servers import ServerView, refuse_gone, removal_reason, view_of
 from poolsvc.auth import Operation
 from poolsvc.models import HoldKind
 
 router = APIRouter(prefix="/v1")
-Reason = Annotated[
-    str, Field(max_length=200, description="why, for other people of the member and operators")
-]
 
 
 class WindowRequest(Document):
     starts_at: AwareDatetime | None = Field(None, description="now, unless told when")
     ends_at: AwareDatetime = Field(description="at most 30 days later")
-    reason: Reason = ""
+    reason: ReasonText = ""
 
 
 class WindowView(Document):
@@ -34,11 +41,7 @@ class WindowView(Document):
 
 class LeaveRequest(Document):
     at: AwareDatetime | None = Field(None, description="3 hours to 90 days ahead; at once without")
-    reason: Reason = ""
-
-
-class HoldRequest(Document):
-    reason: Annotated[Reason, Field(min_length=1)]
+    reason: ReasonText = ""
 
 
 @router.get("/servers/{name}/maintenance")
@@ -89,7 +92,7 @@ async def cancel_maintenance(
 @router.put("/servers/{name}/hold")
 async def hold_server(
     name: NamePath,
-    body: HoldRequest,
+    body: Reason,
     principal: PrincipalDep,
     services: ServicesDep,
     session: SessionDep,

@@ -15,6 +15,8 @@ from poolsvc.api.request import (
     CallerDep,
     Document,
     IdPath,
+    Line,
+    MailedToken,
     NowDep,
     PrincipalDep,
     ServicesDep,
@@ -54,14 +56,10 @@ class SelfView(Document):
 class SelfChange(Document):
     """What is left out stays as it is."""
 
-    name: str | None = Field(
+    name: Line | None = Field(
         None, max_length=200, description="display name, not a mail address; may be empty"
     )
-    email: str | None = Field(None, max_length=254, description="takes effect by the link in a mail to it")
-
-
-class TokenRequest(Document):
-    token: str = Field(max_length=200, description="from the mail")
+    email: Line | None = Field(None, max_length=254, description="takes effect by the link in a mail to it")
 
 
 class SessionView(Document):
@@ -73,7 +71,7 @@ class SessionView(Document):
 
 
 class NewApiToken(Document):
-    label: str = Field(max_length=200, description="what it is for")
+    label: Line = Field(max_length=200, description="what it is for")
     scopes: set[Scope] = Field(min_length=1)
     member: int | None = Field(None, description="if it is to be good for this member only")
     expires_at: AwareDatetime | None = Field(None, description="within a year; in 90 days if left out")
@@ -95,16 +93,16 @@ class ApiTokenCreated(ApiTokenView):
 
 
 class Accepted(Document):
-    document: str = Field(max_length=50)
-    version: str = Field(max_length=50)
+    document: Line = Field(max_length=50)
+    version: Line = Field(max_length=50)
 
 
-class AcceptRequest(Document):
+class TermsAcceptance(Document):
     accept: list[Accepted] = Field(max_length=16, description="all current terms: GET /v1/me/terms")
 
 
 class IdentityRequest(Document):
-    provider: str = Field(max_length=64, description="from GET /v1/oidc")
+    provider: Line = Field(max_length=64, description="from GET /v1/oidc")
 
 
 class IdentityView(Document):
@@ -166,7 +164,7 @@ async def change_self(
 
 @router.post("/email")
 async def change_email(
-    body: TokenRequest, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
+    body: MailedToken, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
 ) -> SelfView:
     """Take the new address, with the token that was mailed to it. The old address is told."""
     user = await session.get_one(User, _whole(principal, Operation.CHANGE_IDENTITY))
@@ -287,7 +285,7 @@ async def read_terms(
 
 @router.post("/terms")
 async def accept_terms(
-    body: AcceptRequest, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
+    body: TermsAcceptance, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
 ) -> list[TermsStateView]:
     """Accept the current terms, each with its version."""
     principal.may(Operation.CHANGE_SELF)

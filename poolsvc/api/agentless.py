@@ -1,14 +1,23 @@
 """What members without our agent do by hand, or by a program of their own: prove addresses, name an ACME account."""
 
 from datetime import datetime
-from typing import Annotated
 
-from fastapi import APIRouter, Path, Request
+from fastapi import APIRouter
 from pydantic import Field
 
 from nts_core.control import PROOF_PATH
 from poolsvc import agentless, proofs, servers
-from poolsvc.api.request import Document, NamePath, NowDep, PrincipalDep, ServicesDep, SessionDep
+from poolsvc.api.request import (
+    AddressPath,
+    Document,
+    Line,
+    NamePath,
+    NowDep,
+    PrincipalDep,
+    ServicesDep,
+    SessionDep,
+    SourceDep,
+)
 from poolsvc.api.servers import AddressView, ServerView, address_view, refuse_gone, view_of
 from poolsvc.auth import Operation
 
@@ -16,7 +25,7 @@ router = APIRouter(prefix="/v1")
 
 
 class ProofWish(Document):
-    address: str = Field(max_length=45, description="the address that the request comes from")
+    address: Line = Field(max_length=45, description="the address that the request comes from")
 
 
 class ProofFile(Document):
@@ -31,14 +40,14 @@ class ProofFile(Document):
 
 
 class AccountWish(Document):
-    account_uri: str = Field(max_length=1000, description="the account at the pool's CA that is to order")
+    account_uri: Line = Field(max_length=1000, description="the account at the pool's CA that is to order")
 
 
 @router.post("/servers/{name}/proofs", status_code=201)
 async def begin_proof(
     name: NamePath,
     body: ProofWish,
-    request: Request,
+    source: SourceDep,
     principal: PrincipalDep,
     services: ServicesDep,
     session: SessionDep,
@@ -50,7 +59,6 @@ async def begin_proof(
     server = await servers.get(session, found.id)
     agentless.require(server)
     refuse_gone(server)
-    source = request.client.host if request.client else ""
     nonce = await proofs.call(session, services.settings, server, body.address, source, now)
     name_of_file, content = proofs.file_of(nonce)
     return ProofFile(
@@ -64,7 +72,7 @@ async def begin_proof(
 @router.post("/servers/{name}/proofs/{address}/ready", status_code=202)
 async def end_proof(
     name: NamePath,
-    address: Annotated[str, Path(max_length=45)],
+    address: AddressPath,
     principal: PrincipalDep,
     services: ServicesDep,
     session: SessionDep,

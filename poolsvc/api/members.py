@@ -13,6 +13,7 @@ from poolsvc.api.paging import Page, PagingDep
 from poolsvc.api.request import (
     Document,
     IdPath,
+    Line,
     NowDep,
     PrincipalDep,
     Reason,
@@ -42,9 +43,9 @@ class MemberView(Document):
 
 
 class MemberRequest(Document):
-    name: str = Field(max_length=200, description="display name; may be shown publicly")
+    name: Line = Field(max_length=200, description="display name; may be shown publicly")
     kind: MemberKind = MemberKind.PERSON
-    email: str | None = Field(
+    email: Line | None = Field(
         None, max_length=254, description="of its first owner, when an operator makes the member"
     )
 
@@ -61,7 +62,7 @@ class MemberCreated(Document):
 class MemberChange(Document):
     """What is left out stays as it is."""
 
-    name: str | None = Field(None, max_length=200)
+    name: Line | None = Field(None, max_length=200)
     kind: MemberKind | None = None
     public: bool | None = Field(None, description="whether everybody may see its name")
     max_servers: int | None = Field(None, ge=0, le=100_000, description="for operators; null: the policy's")

@@ -12,7 +12,16 @@ from sqlalchemy.orm import selectinload
 from poolsvc import deliveries, members, webhooks
 from poolsvc.api.idempotent import idempotent
 from poolsvc.api.paging import Page, PagingDep
-from poolsvc.api.request import Document, IdPath, NowDep, PrincipalDep, RandomIdPath, ServicesDep, SessionDep
+from poolsvc.api.request import (
+    Document,
+    IdPath,
+    Line,
+    NowDep,
+    PrincipalDep,
+    RandomIdPath,
+    ServicesDep,
+    SessionDep,
+)
 from poolsvc.auth import Operation
 from poolsvc.config import Settings
 from poolsvc.errors import NotFound, WrongState
@@ -22,7 +31,7 @@ router = APIRouter(prefix="/v1")
 
 
 class WebhookRequest(Document):
-    url: str = Field(max_length=webhooks.MAX_URL, description="https://HOST/PATH")
+    url: Line = Field(max_length=webhooks.MAX_URL, description="https://HOST/PATH")
 
 
 class WebhookView(Document):

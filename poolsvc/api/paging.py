@@ -15,7 +15,7 @@ from sqlalchemy import Select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute
 
-from poolsvc.api.request import Document
+from poolsvc.api.request import Document, Line
 from poolsvc.errors import InvalidCursor
 
 T = TypeVar("T")
@@ -74,7 +74,7 @@ def _read(cursor: str) -> int:
 
 def _paging(
     limit: Annotated[int, Query(ge=1, le=MAX_LIMIT, description="rows in a page")] = 50,
-    cursor: Annotated[str | None, Query(max_length=40, description="`next` of the page before")] = None,
+    cursor: Annotated[Line | None, Query(max_length=40, description="`next` of the page before")] = None,
 ) -> Paging:
     return Paging(limit, None if cursor is None else _read(cursor))
 

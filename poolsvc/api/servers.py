@@ -14,6 +14,7 @@ from poolsvc.api.idempotent import idempotent
 from poolsvc.api.paging import Page, PagingDep
 from poolsvc.api.request import (
     Document,
+    Line,
     NamePath,
     NowDep,
     PrincipalDep,
@@ -32,9 +33,9 @@ router = APIRouter(prefix="/v1")
 
 
 class ServerRequest(Document):
-    name: str = Field(max_length=200, description="one host label, such as alice")
+    name: Line = Field(max_length=200, description="one host label, such as alice")
     member: int | None = Field(None, description="whose it is to be; needed by those who act for several")
-    addresses: list[str] = Field(max_length=64, description="the server's IPv4 and IPv6 addresses")
+    addresses: list[Line] = Field(max_length=64, description="the server's IPv4 and IPv6 addresses")
     agentless: bool = Field(
         False, description="the member runs an ACME client and a server of its own choice"
     )

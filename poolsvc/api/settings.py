@@ -8,7 +8,7 @@ from pydantic import Field
 
 from poolsvc import addresses, servers
 from poolsvc.api.etags import IfMatch, IfNoneMatch, etag_of, is_known, require_match
-from poolsvc.api.request import Document, NamePath, NowDep, PrincipalDep, ServicesDep, SessionDep
+from poolsvc.api.request import Document, Line, NamePath, NowDep, PrincipalDep, ServicesDep, SessionDep
 from poolsvc.api.servers import refuse_gone
 from poolsvc.auth import Operation
 from poolsvc.models import Server
@@ -38,7 +38,7 @@ class SettingsChange(Document):
     ipv4: bool | None = Field(None, strict=True)
     ipv6: bool | None = Field(None, strict=True)
     public: bool | None = Field(None, strict=True)
-    addresses: list[str] | None = Field(None, max_length=64)
+    addresses: list[Line] | None = Field(None, max_length=64)
     waive_source: bool | None = Field(None, strict=True)
 
 
