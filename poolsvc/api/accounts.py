@@ -3,14 +3,16 @@
 from datetime import datetime
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 from pydantic import AwareDatetime, Field
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from poolsvc import auth, members, people, sign_in, terms
 from poolsvc.api.detours import BeginView, ComeBackRequest, identify, provider_named
+from poolsvc.api.etags import NOT_MODIFIED, IfMatch, IfNoneMatch, etag_of, require_match, tagged
 from poolsvc.api.idempotent import idempotent
+from poolsvc.api.paging import Page, Paging, PagingDep
 from poolsvc.api.request import (
     CallerDep,
     Document,
@@ -141,25 +143,45 @@ def _whole(principal: Principal, operation: Operation) -> int:
     return principal.user_id
 
 
-@router.get("")
-async def read_self(principal: PrincipalDep, services: ServicesDep, session: SessionDep) -> SelfView:
-    """The account that the token belongs to."""
+@router.get("", response_model=SelfView, responses=NOT_MODIFIED)
+async def read_self(
+    principal: PrincipalDep,
+    services: ServicesDep,
+    session: SessionDep,
+    response: Response,
+    if_none_match: IfNoneMatch = None,
+) -> SelfView | Response:
+    """The account that the token belongs to, with its tag."""
     principal.may(Operation.READ_SELF)
-    return await view_of(session, services.settings, principal.user_id or 0)
+    view = await view_of(session, services.settings, principal.user_id or 0)
+    return tagged(view, response, if_none_match)
 
 
 @router.patch("", status_code=202)
 async def change_self(
-    body: SelfChange, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
+    body: SelfChange,
+    principal: PrincipalDep,
+    services: ServicesDep,
+    session: SessionDep,
+    now: NowDep,
+    response: Response,
+    if_match: IfMatch = None,
 ) -> SelfView:
-    """Change the name at once; and the address once the link in a mail to it was opened: POST /v1/me/email."""
-    user = await session.get_one(User, _whole(principal, Operation.CHANGE_SELF))
+    """Change the name at once; and the address once the link in a mail to it was opened: POST /v1/me/email.
+
+    With `If-Match` only if the account still is what the caller has read.
+    """
+    user_id = _whole(principal, Operation.CHANGE_SELF)
+    user = await session.get_one(User, user_id, with_for_update={"key_share": True}, populate_existing=True)
+    require_match(if_match, etag_of(await view_of(session, services.settings, user_id)))
     if body.name is not None:
         user.name = members.check_display_name(body.name) if body.name else ""
     if body.email is not None:
         principal.may(Operation.CHANGE_IDENTITY)
         await sign_in.request_address(session, services.settings, user, body.email, now)
-    return await view_of(session, services.settings, user.id)
+    view = await view_of(session, services.settings, user.id)
+    response.headers["ETag"] = etag_of(view)
+    return view
 
 
 @router.post("/email")
@@ -185,10 +207,14 @@ async def export_self(principal: PrincipalDep, session: SessionDep) -> dict[str,
 
 
 @router.get("/sessions")
-async def list_sessions(principal: PrincipalDep, session: SessionDep, now: NowDep) -> list[SessionView]:
-    """Where one is signed in."""
+async def list_sessions(
+    principal: PrincipalDep, session: SessionDep, now: NowDep, paging: PagingDep
+) -> Page[SessionView]:
+    """Where one is signed in, the newest first."""
     _whole(principal, Operation.READ_SELF)
-    return [
+    found = people.tokens(principal, TokenKind.SESSION, now)
+    rows, further = await paging.rows(session, found, Token.id, newest_first=True)
+    items = [
         SessionView(
             id=row.id,
             created_at=row.created_at,
@@ -196,8 +222,9 @@ async def list_sessions(principal: PrincipalDep, session: SessionDep, now: NowDe
             expires_at=row.expires_at,
             current=row.id == principal.token_id,
         )
-        for row in await people.tokens(session, principal, TokenKind.SESSION, now)
+        for row in rows
     ]
+    return Page(items=items, next=further)
 
 
 @router.delete("/sessions", status_code=204)
@@ -228,10 +255,14 @@ async def sign_out(principal: PrincipalDep, session: SessionDep, now: NowDep) ->
 
 
 @router.get("/tokens")
-async def list_tokens(principal: PrincipalDep, session: SessionDep, now: NowDep) -> list[ApiTokenView]:
-    """The tokens of one's programs."""
+async def list_tokens(
+    principal: PrincipalDep, session: SessionDep, now: NowDep, paging: PagingDep
+) -> Page[ApiTokenView]:
+    """The tokens of one's programs, the newest first."""
     principal.may(Operation.READ_SELF)
-    return [_token(row) for row in await people.tokens(session, principal, TokenKind.API, now)]
+    found = people.tokens(principal, TokenKind.API, now)
+    rows, further = await paging.rows(session, found, Token.id, newest_first=True)
+    return Page(items=[_token(row) for row in rows], next=further)
 
 
 def _token(row: Token) -> ApiTokenView:
@@ -295,14 +326,17 @@ async def accept_terms(
 
 
 @router.get("/identities")
-async def list_identities(principal: PrincipalDep, session: SessionDep) -> list[IdentityView]:
+async def list_identities(
+    principal: PrincipalDep, session: SessionDep, paging: PagingDep
+) -> Page[IdentityView]:
     """The providers' identities that sign one in."""
-    return await _identities(session, _whole(principal, Operation.READ_SELF))
+    return await _identities(session, _whole(principal, Operation.READ_SELF), paging)
 
 
-async def _identities(session: AsyncSession, user_id: int) -> list[IdentityView]:
-    found = await session.scalars(select(Identity).where(Identity.user_id == user_id).order_by(Identity.id))
-    return [IdentityView.model_validate(row) for row in found]
+async def _identities(session: AsyncSession, user_id: int, paging: Paging) -> Page[IdentityView]:
+    found = select(Identity).where(Identity.user_id == user_id)
+    rows, further = await paging.rows(session, found, Identity.id)
+    return Page(items=[IdentityView.model_validate(row) for row in rows], next=further)
 
 
 @router.post("/identities")
@@ -320,13 +354,13 @@ async def begin_link(
 @router.post("/identities/finish")
 async def finish_link(
     body: ComeBackRequest, caller: CallerDep, services: ServicesDep, now: NowDep
-) -> list[IdentityView]:
-    """Link the identity that one came back with. All people of one's members are told."""
+) -> Page[IdentityView]:
+    """Link the identity that one came back with; the answer is the list's first page. All people of one's members are told."""
     user_id = _whole(caller, Operation.CHANGE_IDENTITY)
     _, claims = await identify(services, body, now, user_id=user_id)
     async with services.database.transaction(caller.actor) as session:
         await sign_in.link(session, await session.get_one(User, user_id), claims, now)
-        return await _identities(session, user_id)
+        return await _identities(session, user_id, Paging())
 
 
 @router.delete("/identities/{identity_id}", status_code=204)

@@ -30,6 +30,7 @@ from nts_core.control import (
     rejoin_statement,
 )
 from poolsvc import auth, issuance, proofs, servers, troubles
+from poolsvc.api.lookup import refuse_gone
 from poolsvc.api.request import (
     CredentialsDep,
     NowDep,
@@ -39,13 +40,13 @@ from poolsvc.api.request import (
     SessionDep,
     SourceDep,
 )
-from poolsvc.api.servers import refuse_gone
+from poolsvc.api.servers import stages_of
 from poolsvc.auth import Operation
 from poolsvc.config import Settings
 from poolsvc.db import act_as
 from poolsvc.derived import Purpose
 from poolsvc.errors import Gone, InvalidDocument, NotFound, Unauthenticated
-from poolsvc.explain import explain, why_not
+from poolsvc.explain import why_not
 from poolsvc.models import Address, Server, Token, TokenKind
 from poolsvc.notices import NoticeKind
 
@@ -241,8 +242,6 @@ def _clean(text: str, limit: int) -> str:
 async def _assignment(session: AsyncSession, services: Services, server: Server, now: datetime) -> Assignment:
     settings = services.settings
     order = issuance.open_order(server)
-    pool = await servers.the_pool(session, settings)
-    views = explain(server, pool, settings, active=await servers.count_until_open(session, pool, settings))
     is_new = server.state is ServerState.REGISTERED and server.burnt_at is None
     leaves_now = server.state is ServerState.LEAVING and not servers.may_stay(server)
     busy = order is not None or is_new or leaves_now
@@ -262,7 +261,7 @@ async def _assignment(session: AsyncSession, services: Services, server: Server,
         csr_for=order.id if order is not None and issuance.wants_csr(server, order) else None,
         challenges=issuance.challenges(server),
         certificate=issuance.newest(server),
-        why=why_not(views, server),
+        why=why_not(await stages_of(session, settings, server), server),
     )
 
 

@@ -6,7 +6,9 @@ from fastapi import APIRouter
 from pydantic import Field
 
 from nts_core.control import PROOF_PATH
-from poolsvc import agentless, proofs, servers
+from poolsvc import agentless, proofs
+from poolsvc.api.idempotent import idempotent
+from poolsvc.api.lookup import server_for
 from poolsvc.api.request import (
     AddressPath,
     Document,
@@ -18,7 +20,7 @@ from poolsvc.api.request import (
     SessionDep,
     SourceDep,
 )
-from poolsvc.api.servers import AddressView, ServerView, address_view, refuse_gone, view_of
+from poolsvc.api.servers import AddressView, ServerView, address_view, view_of
 from poolsvc.auth import Operation
 
 router = APIRouter(prefix="/v1")
@@ -44,6 +46,7 @@ class AccountWish(Document):
 
 
 @router.post("/servers/{name}/proofs", status_code=201)
+@idempotent
 async def begin_proof(
     name: NamePath,
     body: ProofWish,
@@ -54,11 +57,8 @@ async def begin_proof(
     now: NowDep,
 ) -> ProofFile:
     """Prove an address, from that address: the registry then connects to it and expects the content at the path."""
-    found = await servers.find(session, name)
-    principal.may(Operation.PROVE_ADDRESS, server=found)
-    server = await servers.get(session, found.id)
+    server = await server_for(session, principal, name, Operation.PROVE_ADDRESS, staying=True)
     agentless.require(server)
-    refuse_gone(server)
     nonce = await proofs.call(session, services.settings, server, body.address, source, now)
     name_of_file, content = proofs.file_of(nonce)
     return ProofFile(
@@ -79,11 +79,8 @@ async def end_proof(
     now: NowDep,
 ) -> AddressView:
     """The content is there: the registry looks at once."""
-    found = await servers.find(session, name)
-    principal.may(Operation.PROVE_ADDRESS, server=found)
-    server = await servers.get(session, found.id)
+    server = await server_for(session, principal, name, Operation.PROVE_ADDRESS, staying=True)
     agentless.require(server)
-    refuse_gone(server)
     return address_view(services.settings, proofs.ready(server, address, now))
 
 
@@ -96,10 +93,7 @@ async def name_account(
     session: SessionDep,
 ) -> ServerView:
     """The account at the CA that may order for the server's name; `may_order_at` then says from when on."""
-    found = await servers.find(session, name)
-    principal.may(Operation.CHANGE_SERVER, server=found)
-    server = await servers.get(session, found.id)
+    server = await server_for(session, principal, name, Operation.CHANGE_SERVER, staying=True)
     agentless.require(server)
-    refuse_gone(server)
     agentless.set_account(services.settings, server, body.account_uri)
     return await view_of(session, services.settings, server.id)

@@ -3,11 +3,12 @@
 from datetime import datetime
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Response
 from pydantic import Field
 from sqlalchemy import func, select
 
 from poolsvc import auth, members, standing
+from poolsvc.api.etags import NOT_MODIFIED, IfMatch, IfNoneMatch, etag_of, require_match, tagged
 from poolsvc.api.idempotent import idempotent
 from poolsvc.api.paging import Page, PagingDep
 from poolsvc.api.request import (
@@ -112,26 +113,43 @@ async def create_member(
     return MemberCreated(id=member.id, name=member.name, status=member.status, token=token)
 
 
-@router.get("/members/{member}")
-async def read_member(member: IdPath, principal: PrincipalDep, session: SessionDep) -> MemberView:
-    """One member."""
+@router.get("/members/{member}", response_model=MemberView, responses=NOT_MODIFIED)
+async def read_member(
+    member: IdPath,
+    principal: PrincipalDep,
+    session: SessionDep,
+    response: Response,
+    if_none_match: IfNoneMatch = None,
+) -> MemberView | Response:
+    """One member, with its tag."""
     principal.may(Operation.READ_MEMBER, member=member)
-    return MemberView.model_validate(await members.get(session, member))
+    return tagged(MemberView.model_validate(await members.get(session, member)), response, if_none_match)
 
 
 @router.patch("/members/{member}")
 async def change_member(
-    member: IdPath, body: MemberChange, principal: PrincipalDep, session: SessionDep
+    member: IdPath,
+    body: MemberChange,
+    principal: PrincipalDep,
+    session: SessionDep,
+    response: Response,
+    if_match: IfMatch = None,
 ) -> MemberView:
-    """Change a member's name, kind, whether it is public, and, as an operator, how many servers it may have."""
+    """Change a member's name, kind, whether it is public, and, as an operator, how many servers it may have.
+
+    With `If-Match` only if it still is what the caller has read.
+    """
     principal.may(Operation.CHANGE_MEMBER, member=member)
     limits = "max_servers" in body.model_fields_set
     if limits:
         principal.may(Operation.JUDGE_MEMBER)
+    require_match(if_match, etag_of(MemberView.model_validate(await members.lock(session, member))))
     row = await members.change(session, member, name=body.name, kind=body.kind, public=body.public)
     if limits:
         row.max_servers = body.max_servers
-    return MemberView.model_validate(row)
+    view = MemberView.model_validate(row)
+    response.headers["ETag"] = etag_of(view)
+    return view
 
 
 @router.delete("/members/{member}")

@@ -81,8 +81,8 @@ async def list_webhooks(
     """The webhooks of a member."""
     await _check(session, principal, Operation.READ_MEMBER, member)
     found = select(Webhook).where(Webhook.member_id == member, Webhook.deleted_at.is_(None))
-    rows, after = await paging.rows(session, found, Webhook.id)
-    return Page(items=[_webhook(hook) for hook in rows], next=after)
+    rows, further = await paging.rows(session, found, Webhook.id)
+    return Page(items=[_webhook(hook) for hook in rows], next=further)
 
 
 @router.post("/members/{member}/webhooks", status_code=201)
@@ -138,6 +138,7 @@ async def enable_webhook(
 
 
 @router.post("/members/{member}/webhooks/{hook}/test", status_code=202)
+@idempotent
 async def try_webhook(
     member: IdPath, hook: RandomIdPath, principal: PrincipalDep, session: SessionDep, now: NowDep
 ) -> WebhookView:
@@ -154,8 +155,8 @@ async def list_notices(
     """What a member was told, newest first, with what came of each delivery."""
     await _check(session, principal, Operation.READ_MEMBER, member)
     found = select(Notice).where(Notice.member_id == member).options(selectinload(Notice.deliveries))
-    rows, after = await paging.rows(session, found, Notice.id, newest_first=True)
-    return Page(items=[_notice(services.settings, row) for row in rows], next=after)
+    rows, further = await paging.rows(session, found, Notice.id, newest_first=True)
+    return Page(items=[_notice(services.settings, row) for row in rows], next=further)
 
 
 @router.post("/deliveries/{delivery}/retry", status_code=202)
