@@ -42,6 +42,7 @@ class Operation(StrEnum):
     MANAGE_USERS = "manage-users"
     MANAGE_WEBHOOKS = "manage-webhooks"
     CLOSE_MEMBER = "close-member"
+    EXPORT_MEMBER = "export-member"
     # a server
     REGISTER_SERVER = "register-server"
     READ_SERVER = "read-server"
@@ -92,6 +93,7 @@ PERMISSIONS: Mapping[Operation, Permission] = {
     _O.MANAGE_USERS: _permission("operator owner", Scope.ACCOUNT),
     _O.MANAGE_WEBHOOKS: _permission(f"operator {_TEAM}", Scope.ACCOUNT),
     _O.CLOSE_MEMBER: _permission("operator owner", Scope.ACCOUNT, when_blocked=True),
+    _O.EXPORT_MEMBER: _permission("operator owner", Scope.ACCOUNT, when_blocked=True),
     _O.REGISTER_SERVER: _permission(_TEAM, Scope.SERVERS),
     _O.READ_SERVER: _permission(f"{_STAFF} {_TEAM}", Scope.READ, when_blocked=True),
     _O.CHANGE_SERVER: _permission(f"operator {_TEAM}", Scope.SERVERS),

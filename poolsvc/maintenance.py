@@ -8,7 +8,6 @@ Rules:
 3. A server that is not suspended has no status to win, and its hold is lifted at once.
 """
 
-from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 from sqlalchemy import func, select
@@ -23,7 +22,6 @@ from poolsvc.models import HoldKind, MaintenanceWindow, Server
 MAX_LENGTH = timedelta(days=30)
 MAX_AHEAD = timedelta(days=366)
 MAX_OPEN = 10
-_SHOWN = 50
 # A clock that is a little ahead of ours means "now".
 _SLACK = timedelta(minutes=5)
 
@@ -84,17 +82,6 @@ async def cancel(
         await session.flush()
         await _settle(session, server, actor=actor, now=now)
     return window
-
-
-async def newest(session: AsyncSession, server: Server) -> Sequence[MaintenanceWindow]:
-    """The windows of a server, those that begin last first."""
-    found = await session.scalars(
-        select(MaintenanceWindow)
-        .where(MaintenanceWindow.server_id == server.id)
-        .order_by(MaintenanceWindow.starts_at.desc(), MaintenanceWindow.id.desc())
-        .limit(_SHOWN)
-    )
-    return found.all()
 
 
 async def turn(database: Database, window_id: int, now: datetime) -> None:

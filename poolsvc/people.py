@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, delete, func, or_, select, update
+from sqlalchemy import ColumnElement, Select, delete, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import selectinload
 
@@ -33,6 +33,8 @@ MAX_TOKEN_LIFE = timedelta(days=365)
 MAX_TOKENS = 50
 # Of an export: an operator of many years has made more changes than one document can hold.
 MAX_EVENTS = 10_000
+# A token's hash, what is to be served for a proof, and what answers the CA.
+_SECRET = frozenset({"sha256", "nonce", "token", "key_authorization"})
 
 
 def _own(principal: Principal, kind: TokenKind, now: datetime) -> Sequence[Any]:
@@ -48,12 +50,9 @@ def _own(principal: Principal, kind: TokenKind, now: datetime) -> Sequence[Any]:
     return found
 
 
-async def tokens(
-    session: AsyncSession, principal: Principal, kind: TokenKind, now: datetime
-) -> Sequence[Token]:
-    """The bearer's tokens of a kind that are in use, the newest first."""
-    found = select(Token).where(*_own(principal, kind, now)).order_by(Token.id.desc())
-    return (await session.scalars(found)).all()
+def tokens(principal: Principal, kind: TokenKind, now: datetime) -> Select[Token]:
+    """The bearer's tokens of a kind that are in use."""
+    return select(Token).where(*_own(principal, kind, now))
 
 
 async def make_token(
@@ -124,7 +123,7 @@ async def export(session: AsyncSession, user_id: int) -> dict[str, Any]:
 
     async def rows(model: Any, *conditions: Any) -> list[dict[str, Any]]:
         found = await session.scalars(select(model).where(*conditions).order_by(model.id))
-        return [_plain(row) for row in found]
+        return [plain(row) for row in found]
 
     user = await session.get_one(User, user_id)
     memberships = await session.scalars(
@@ -143,26 +142,27 @@ async def export(session: AsyncSession, user_id: int) -> dict[str, Any]:
         .limit(MAX_EVENTS)
     )
     return {
-        "account": _plain(user),
-        "memberships": [{**_plain(row), "member": row.member.name} for row in memberships],
+        "account": plain(user),
+        "memberships": [{**plain(row), "member": row.member.name} for row in memberships],
         "acceptances": await rows(Acceptance, Acceptance.user_id == user_id),
         "identities": await rows(Identity, Identity.user_id == user_id),
         "tokens": await rows(Token, Token.user_id == user_id),
         "sign_ins": await rows(SignIn, SignIn.user_id == user_id),
         "invitations": [] if user.email is None else await rows(Invitation, Invitation.email == user.email),
-        "events": [_plain(row) for row in events],
+        "events": [plain(row) for row in events],
         "events_in_all": await session.scalar(select(func.count()).select_from(Event).where(concerns)),
         "deliveries": [
-            {**_plain(row), "kind": row.notice.kind, "data": row.notice.data} for row in deliveries
+            {**plain(row), "kind": row.notice.kind, "data": row.notice.data} for row in deliveries
         ],
     }
 
 
-def _plain(row: Any) -> dict[str, Any]:
+def plain(row: Any) -> dict[str, Any]:
+    """A row as an export has it: without what proves something to somebody."""
     return {
         column.key: getattr(row, column.key)
         for column in row.__mapper__.column_attrs
-        if column.key != "sha256"
+        if column.key not in _SECRET
     }
 
 

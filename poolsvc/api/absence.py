@@ -5,23 +5,34 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path
 from pydantic import AwareDatetime, Field
+from sqlalchemy import select
 
 from poolsvc import maintenance, servers, standing
-from poolsvc.api.request import Document, IdPath, NamePath, NowDep, PrincipalDep, ServicesDep, SessionDep
-from poolsvc.api.servers import ServerView, refuse_gone, removal_reason, view_of
+from poolsvc.api.idempotent import idempotent
+from poolsvc.api.lookup import server_for, server_to_read
+from poolsvc.api.paging import Page, PagingDep
+from poolsvc.api.request import (
+    Document,
+    IdPath,
+    NamePath,
+    NowDep,
+    PrincipalDep,
+    Reason,
+    ReasonText,
+    ServicesDep,
+    SessionDep,
+)
+from poolsvc.api.servers import ServerView, removal_reason, view_of
 from poolsvc.auth import Operation
-from poolsvc.models import HoldKind
+from poolsvc.models import HoldKind, MaintenanceWindow
 
 router = APIRouter(prefix="/v1")
-Reason = Annotated[
-    str, Field(max_length=200, description="why, for other people of the member and operators")
-]
 
 
 class WindowRequest(Document):
     starts_at: AwareDatetime | None = Field(None, description="now, unless told when")
     ends_at: AwareDatetime = Field(description="at most 30 days later")
-    reason: Reason = ""
+    reason: ReasonText = ""
 
 
 class WindowView(Document):
@@ -34,30 +45,27 @@ class WindowView(Document):
 
 class LeaveRequest(Document):
     at: AwareDatetime | None = Field(None, description="3 hours to 90 days ahead; at once without")
-    reason: Reason = ""
-
-
-class HoldRequest(Document):
-    reason: Annotated[Reason, Field(min_length=1)]
+    reason: ReasonText = ""
 
 
 @router.get("/servers/{name}/maintenance")
-async def list_maintenance(name: NamePath, principal: PrincipalDep, session: SessionDep) -> list[WindowView]:
-    """The server's maintenance windows, those that begin last first; fifty at most."""
-    server = await servers.find(session, name)
-    principal.may(Operation.READ_SERVER, server=server)
-    return [WindowView.model_validate(window) for window in await maintenance.newest(session, server)]
+async def list_maintenance(
+    name: NamePath, principal: PrincipalDep, session: SessionDep, paging: PagingDep
+) -> Page[WindowView]:
+    """The server's maintenance windows, those that were announced last first."""
+    server = await server_to_read(session, principal, name)
+    found = select(MaintenanceWindow).where(MaintenanceWindow.server_id == server.id)
+    rows, further = await paging.rows(session, found, MaintenanceWindow.id, newest_first=True)
+    return Page(items=[WindowView.model_validate(row) for row in rows], next=further)
 
 
 @router.post("/servers/{name}/maintenance", status_code=201)
+@idempotent
 async def add_maintenance(
     name: NamePath, body: WindowRequest, principal: PrincipalDep, session: SessionDep, now: NowDep
 ) -> WindowView:
     """Announce maintenance: the server is out of the answer then, and nothing counts against it."""
-    found = await servers.find(session, name)
-    principal.may(Operation.CHANGE_SERVER, server=found)
-    server = await servers.get(session, found.id)
-    refuse_gone(server)
+    server = await server_for(session, principal, name, Operation.CHANGE_SERVER, staying=True)
     window = await maintenance.add(
         session,
         server,
@@ -79,9 +87,7 @@ async def cancel_maintenance(
     now: NowDep,
 ) -> WindowView:
     """End maintenance before its time, or before it began."""
-    found = await servers.find(session, name)
-    principal.may(Operation.CHANGE_SERVER, server=found)
-    server = await servers.get(session, found.id)
+    server = await server_for(session, principal, name, Operation.CHANGE_SERVER)
     cancelled = await maintenance.cancel(session, server, window, actor=principal.actor, now=now)
     return WindowView.model_validate(cancelled)
 
@@ -89,17 +95,14 @@ async def cancel_maintenance(
 @router.put("/servers/{name}/hold")
 async def hold_server(
     name: NamePath,
-    body: HoldRequest,
+    body: Reason,
     principal: PrincipalDep,
     services: ServicesDep,
     session: SessionDep,
     now: NowDep,
 ) -> ServerView:
     """Keep a server out of the answer until the hold is lifted; for operators. Its member sees the reason."""
-    found = await servers.find(session, name)
-    principal.may(Operation.JUDGE_SERVER, server=found)
-    server = await servers.get(session, found.id)
-    refuse_gone(server)
+    server = await server_for(session, principal, name, Operation.JUDGE_SERVER, staying=True)
     if (hold := servers.held(server, HoldKind.OPERATOR)) is not None:
         hold.reason = body.reason
     await servers.set_hold(
@@ -113,14 +116,13 @@ async def lift_hold(
     name: NamePath, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
 ) -> ServerView:
     """Lift the operator's hold; others stay, and so does that of a member who is blocked."""
-    found = await servers.find(session, name)
-    principal.may(Operation.JUDGE_SERVER, server=found)
-    server = await servers.get(session, found.id)
+    server = await server_for(session, principal, name, Operation.JUDGE_SERVER)
     await standing.release(session, server, now, actor=principal.actor)
     return await view_of(session, services.settings, server.id)
 
 
 @router.post("/servers/{name}/leaving", status_code=202)
+@idempotent
 async def leave(
     name: NamePath,
     body: LeaveRequest,
@@ -130,9 +132,7 @@ async def leave(
     now: NowDep,
 ) -> ServerView:
     """Leave the pool: at once and for good, or out of the answer now and for good on a later day."""
-    found = await servers.find(session, name)
-    principal.may(Operation.REMOVE_SERVER, server=found)
-    server = await servers.get(session, found.id)
+    server = await server_for(session, principal, name, Operation.REMOVE_SERVER)
     reason = body.reason or removal_reason(server, principal)
     if body.at is None:
         await servers.leave(session, server, actor=principal.actor, reason=reason, now=now)
@@ -157,9 +157,7 @@ async def stay(
 
     What an operator scheduled, only operators cancel.
     """
-    found = await servers.find(session, name)
-    principal.may(Operation.CHANGE_SERVER, server=found)
-    server = await servers.get(session, found.id)
+    server = await server_for(session, principal, name, Operation.CHANGE_SERVER)
     if server.leave_by_operator:
         principal.may(Operation.JUDGE_SERVER)
     await servers.cancel_leave(session, server, actor=principal.actor, now=now)

@@ -3,18 +3,22 @@
 from datetime import datetime
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 from pydantic import AwareDatetime, Field
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from poolsvc import auth, members, people, sign_in, terms
 from poolsvc.api.detours import BeginView, ComeBackRequest, identify, provider_named
+from poolsvc.api.etags import NOT_MODIFIED, IfMatch, IfNoneMatch, etag_of, require_match, tagged
 from poolsvc.api.idempotent import idempotent
+from poolsvc.api.paging import Page, Paging, PagingDep
 from poolsvc.api.request import (
     CallerDep,
     Document,
     IdPath,
+    Line,
+    MailedToken,
     NowDep,
     PrincipalDep,
     ServicesDep,
@@ -54,14 +58,10 @@ class SelfView(Document):
 class SelfChange(Document):
     """What is left out stays as it is."""
 
-    name: str | None = Field(
+    name: Line | None = Field(
         None, max_length=200, description="display name, not a mail address; may be empty"
     )
-    email: str | None = Field(None, max_length=254, description="takes effect by the link in a mail to it")
-
-
-class TokenRequest(Document):
-    token: str = Field(max_length=200, description="from the mail")
+    email: Line | None = Field(None, max_length=254, description="takes effect by the link in a mail to it")
 
 
 class SessionView(Document):
@@ -73,7 +73,7 @@ class SessionView(Document):
 
 
 class NewApiToken(Document):
-    label: str = Field(max_length=200, description="what it is for")
+    label: Line = Field(max_length=200, description="what it is for")
     scopes: set[Scope] = Field(min_length=1)
     member: int | None = Field(None, description="if it is to be good for this member only")
     expires_at: AwareDatetime | None = Field(None, description="within a year; in 90 days if left out")
@@ -95,16 +95,16 @@ class ApiTokenCreated(ApiTokenView):
 
 
 class Accepted(Document):
-    document: str = Field(max_length=50)
-    version: str = Field(max_length=50)
+    document: Line = Field(max_length=50)
+    version: Line = Field(max_length=50)
 
 
-class AcceptRequest(Document):
+class TermsAcceptance(Document):
     accept: list[Accepted] = Field(max_length=16, description="all current terms: GET /v1/me/terms")
 
 
 class IdentityRequest(Document):
-    provider: str = Field(max_length=64, description="from GET /v1/oidc")
+    provider: Line = Field(max_length=64, description="from GET /v1/oidc")
 
 
 class IdentityView(Document):
@@ -143,34 +143,53 @@ def whole_account(principal: Principal, operation: Operation) -> int:
     return principal.user_id
 
 
-@router.get("")
-async def read_self(principal: PrincipalDep, services: ServicesDep, session: SessionDep) -> SelfView:
-    """The account that the token belongs to; to a token for one member, what concerns that member."""
+@router.get("", response_model=SelfView, responses=NOT_MODIFIED)
+async def read_self(
+    principal: PrincipalDep,
+    services: ServicesDep,
+    session: SessionDep,
+    response: Response,
+    if_none_match: IfNoneMatch = None,
+) -> SelfView | Response:
+    """The account that the token belongs to, with its tag; to a token for one member, what concerns that member."""
     principal.may(Operation.READ_SELF)
-    shown = await view_of(session, services.settings, principal.user_id or 0)
-    if principal.member_id is None:
-        return shown
-    own = [row for row in shown.memberships if row.member == principal.member_id]
-    return shown.model_copy(update={"email": None, "staff": None, "memberships": own})
+    view = await view_of(session, services.settings, principal.user_id or 0)
+    if principal.member_id is not None:
+        own = [row for row in view.memberships if row.member == principal.member_id]
+        view = view.model_copy(update={"email": None, "staff": None, "memberships": own})
+    return tagged(view, response, if_none_match)
 
 
 @router.patch("", status_code=202)
 async def change_self(
-    body: SelfChange, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
+    body: SelfChange,
+    principal: PrincipalDep,
+    services: ServicesDep,
+    session: SessionDep,
+    now: NowDep,
+    response: Response,
+    if_match: IfMatch = None,
 ) -> SelfView:
-    """Change the name at once; and the address once the link in a mail to it was opened: POST /v1/me/email."""
-    user = await session.get_one(User, whole_account(principal, Operation.CHANGE_SELF))
+    """Change the name at once; and the address once the link in a mail to it was opened: POST /v1/me/email.
+
+    With `If-Match` only if the account still is what the caller has read.
+    """
+    user_id = whole_account(principal, Operation.CHANGE_SELF)
+    user = await session.get_one(User, user_id, with_for_update={"key_share": True}, populate_existing=True)
+    require_match(if_match, etag_of(await view_of(session, services.settings, user_id)))
     if body.name is not None:
         user.name = members.check_display_name(body.name) if body.name else ""
     if body.email is not None:
         principal.may(Operation.CHANGE_IDENTITY)
         await sign_in.request_address(session, services.settings, user, body.email, now)
-    return await view_of(session, services.settings, user.id)
+    view = await view_of(session, services.settings, user.id)
+    response.headers["ETag"] = etag_of(view)
+    return view
 
 
 @router.post("/email")
 async def change_email(
-    body: TokenRequest, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
+    body: MailedToken, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
 ) -> SelfView:
     """Take the new address, with the token that was mailed to it. The old address is told."""
     user = await session.get_one(User, whole_account(principal, Operation.CHANGE_IDENTITY))
@@ -191,10 +210,14 @@ async def export_self(principal: PrincipalDep, session: SessionDep) -> dict[str,
 
 
 @router.get("/sessions")
-async def list_sessions(principal: PrincipalDep, session: SessionDep, now: NowDep) -> list[SessionView]:
-    """Where one is signed in."""
+async def list_sessions(
+    principal: PrincipalDep, session: SessionDep, now: NowDep, paging: PagingDep
+) -> Page[SessionView]:
+    """Where one is signed in, the newest first."""
     whole_account(principal, Operation.READ_SELF)
-    return [
+    found = people.tokens(principal, TokenKind.SESSION, now)
+    rows, further = await paging.rows(session, found, Token.id, newest_first=True)
+    items = [
         SessionView(
             id=row.id,
             created_at=row.created_at,
@@ -202,8 +225,9 @@ async def list_sessions(principal: PrincipalDep, session: SessionDep, now: NowDe
             expires_at=row.expires_at,
             current=row.id == principal.token_id,
         )
-        for row in await people.tokens(session, principal, TokenKind.SESSION, now)
+        for row in rows
     ]
+    return Page(items=items, next=further)
 
 
 @router.delete("/sessions", status_code=204)
@@ -234,10 +258,14 @@ async def sign_out(principal: PrincipalDep, session: SessionDep, now: NowDep) ->
 
 
 @router.get("/tokens")
-async def list_tokens(principal: PrincipalDep, session: SessionDep, now: NowDep) -> list[ApiTokenView]:
-    """The tokens of one's programs."""
+async def list_tokens(
+    principal: PrincipalDep, session: SessionDep, now: NowDep, paging: PagingDep
+) -> Page[ApiTokenView]:
+    """The tokens of one's programs, the newest first."""
     principal.may(Operation.READ_SELF)
-    return [_token(row) for row in await people.tokens(session, principal, TokenKind.API, now)]
+    found = people.tokens(principal, TokenKind.API, now)
+    rows, further = await paging.rows(session, found, Token.id, newest_first=True)
+    return Page(items=[_token(row) for row in rows], next=further)
 
 
 def _token(row: Token) -> ApiTokenView:
@@ -291,7 +319,7 @@ async def read_terms(
 
 @router.post("/terms")
 async def accept_terms(
-    body: AcceptRequest, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
+    body: TermsAcceptance, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
 ) -> list[TermsStateView]:
     """Accept the current terms, each with its version."""
     user_id = whole_account(principal, Operation.CHANGE_SELF)
@@ -301,14 +329,17 @@ async def accept_terms(
 
 
 @router.get("/identities")
-async def list_identities(principal: PrincipalDep, session: SessionDep) -> list[IdentityView]:
+async def list_identities(
+    principal: PrincipalDep, session: SessionDep, paging: PagingDep
+) -> Page[IdentityView]:
     """The providers' identities that sign one in."""
-    return await _identities(session, whole_account(principal, Operation.READ_SELF))
+    return await _identities(session, whole_account(principal, Operation.READ_SELF), paging)
 
 
-async def _identities(session: AsyncSession, user_id: int) -> list[IdentityView]:
-    found = await session.scalars(select(Identity).where(Identity.user_id == user_id).order_by(Identity.id))
-    return [IdentityView.model_validate(row) for row in found]
+async def _identities(session: AsyncSession, user_id: int, paging: Paging) -> Page[IdentityView]:
+    found = select(Identity).where(Identity.user_id == user_id)
+    rows, further = await paging.rows(session, found, Identity.id)
+    return Page(items=[IdentityView.model_validate(row) for row in rows], next=further)
 
 
 @router.post("/identities")
@@ -326,13 +357,13 @@ async def begin_link(
 @router.post("/identities/finish")
 async def finish_link(
     body: ComeBackRequest, caller: CallerDep, services: ServicesDep, now: NowDep
-) -> list[IdentityView]:
-    """Link the identity that one came back with. All people of one's members are told."""
+) -> Page[IdentityView]:
+    """Link the identity that one came back with; the answer is the list's first page. All people of one's members are told."""
     user_id = whole_account(caller, Operation.CHANGE_IDENTITY)
     _, claims = await identify(services, body, now, user_id=user_id)
     async with services.database.transaction(caller.actor) as session:
         await sign_in.link(session, await session.get_one(User, user_id), claims, now)
-        return await _identities(session, user_id)
+        return await _identities(session, user_id, Paging())
 
 
 @router.delete("/identities/{identity_id}", status_code=204)

@@ -2,12 +2,16 @@
 
 import base64
 import binascii
+import json
 import random
+from dataclasses import asdict
 from datetime import datetime, timedelta
+from typing import Annotated, Any, TypeVar
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
+from pydantic import AfterValidator
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from nts_core.control import (
@@ -26,14 +30,23 @@ from nts_core.control import (
     rejoin_statement,
 )
 from poolsvc import auth, issuance, proofs, servers, troubles
-from poolsvc.api.request import CredentialsDep, NowDep, PrincipalDep, Services, ServicesDep, SessionDep
-from poolsvc.api.servers import refuse_gone
+from poolsvc.api.lookup import refuse_gone
+from poolsvc.api.request import (
+    CredentialsDep,
+    NowDep,
+    PrincipalDep,
+    Services,
+    ServicesDep,
+    SessionDep,
+    SourceDep,
+)
+from poolsvc.api.servers import stages_of
 from poolsvc.auth import Operation
 from poolsvc.config import Settings
 from poolsvc.db import act_as
 from poolsvc.derived import Purpose
 from poolsvc.errors import Gone, InvalidDocument, NotFound, Unauthenticated
-from poolsvc.explain import explain, why_not
+from poolsvc.explain import why_not
 from poolsvc.models import Address, Server, Token, TokenKind
 from poolsvc.notices import NoticeKind
 
@@ -58,9 +71,20 @@ _SMALL_ORDER = frozenset(
 )
 
 
+def _whole(document: Any) -> Any:
+    """Refuse half a character (a lone surrogate): JSON can name one, and nothing can write it down."""
+    json.dumps(asdict(document), ensure_ascii=False).encode()
+    return document
+
+
+T = TypeVar("T")
+# A document as agents send it. They are dataclasses that know nothing of what a text may hold.
+Said = Annotated[T, AfterValidator(_whole)]
+
+
 @router.post("/agent/join")
 async def join(
-    body: JoinRequest,
+    body: Said[JoinRequest],
     principal: PrincipalDep,
     credentials: CredentialsDep,
     services: ServicesDep,
@@ -82,9 +106,13 @@ async def join(
         server.agent_key, server.joined_at = body.public_key, now
         issuance.start_anew(server, now)
         await servers.tell(session, server, NoticeKind.JOINED, now=now)
+    return await _let_in(session, services.settings, server, now)
+
+
+async def _let_in(session: AsyncSession, settings: Settings, server: Server, now: datetime) -> JoinAnswer:
+    """A new token for the server's agent; those before it are useless from now on."""
     await auth.revoke(session, now, Token.server_id == server.id, Token.kind == TokenKind.AGENT)
     _, token = await auth.issue(session, TokenKind.AGENT, now=now, server_id=server.id)
-    settings = services.settings
     return JoinAnswer(
         token=token, pool=settings.pool, server=server.name, domain=settings.domain_of(server.name)
     )
@@ -118,14 +146,16 @@ def _check_public_key(text: str) -> None:
 
 
 @router.post("/agent/rejoin-challenge")
-async def ask_to_rejoin(body: RejoinQuestion, services: ServicesDep, now: NowDep) -> RejoinChallenge:
+async def ask_to_rejoin(body: Said[RejoinQuestion], services: ServicesDep, now: NowDep) -> RejoinChallenge:
     """Something to sign for an agent whose token is good no more. Says nothing of whether there is such a server."""
     name = body.server[:64].lower()
     return RejoinChallenge(services.key.challenge(Purpose.REJOIN, name, now + _REJOIN_LIFE))
 
 
 @router.post("/agent/rejoin")
-async def rejoin(body: RejoinRequest, services: ServicesDep, session: SessionDep, now: NowDep) -> JoinAnswer:
+async def rejoin(
+    body: Said[RejoinRequest], services: ServicesDep, session: SessionDep, now: NowDep
+) -> JoinAnswer:
     """A new token for the agent that holds the key which joined; its certificate and orders stay.
 
     So a registry that was restored, and has revoked every token, is joined again without hands.
@@ -140,11 +170,7 @@ async def rejoin(body: RejoinRequest, services: ServicesDep, session: SessionDep
     if server.state is ServerState.REMOVED:
         raise Gone(f"{server.name} has left the pool", remedy="the agent can be stopped and removed")
     act_as(session, f"agent {server.id}")
-    await auth.revoke(session, now, Token.server_id == server.id, Token.kind == TokenKind.AGENT)
-    _, token = await auth.issue(session, TokenKind.AGENT, now=now, server_id=server.id)
-    return JoinAnswer(
-        token=token, pool=settings.pool, server=server.name, domain=settings.domain_of(server.name)
-    )
+    return await _let_in(session, settings, server, now)
 
 
 async def _server_of_key(
@@ -161,8 +187,8 @@ async def _server_of_key(
 
 @router.post("/agent/proof")
 async def request_proof(
-    body: ProofRequest,
-    request: Request,
+    body: Said[ProofRequest],
+    source: SourceDep,
     principal: PrincipalDep,
     services: ServicesDep,
     session: SessionDep,
@@ -172,14 +198,17 @@ async def request_proof(
     principal.may(Operation.AGENT)
     server = await servers.get(session, principal.server_id or 0)
     refuse_gone(server)
-    source = request.client.host if request.client else ""
     nonce = await proofs.call(session, services.settings, server, body.address, source, now)
     return ProofAnswer(address=body.address, nonce=nonce)
 
 
 @router.post("/agent/sync")
 async def sync(
-    report: AgentReport, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
+    report: Said[AgentReport],
+    principal: PrincipalDep,
+    services: ServicesDep,
+    session: SessionDep,
+    now: NowDep,
 ) -> Assignment:
     """The agent reports, and learns what the registry wants of it. Its word raises no status."""
     principal.may(Operation.AGENT)
@@ -213,8 +242,6 @@ def _clean(text: str, limit: int) -> str:
 async def _assignment(session: AsyncSession, services: Services, server: Server, now: datetime) -> Assignment:
     settings = services.settings
     order = issuance.open_order(server)
-    pool = await servers.the_pool(session, settings)
-    views = explain(server, pool, settings, active=await servers.count_until_open(session, pool, settings))
     is_new = server.state is ServerState.REGISTERED and server.burnt_at is None
     leaves_now = server.state is ServerState.LEAVING and not servers.may_stay(server)
     busy = order is not None or is_new or leaves_now
@@ -234,7 +261,7 @@ async def _assignment(session: AsyncSession, services: Services, server: Server,
         csr_for=order.id if order is not None and issuance.wants_csr(server, order) else None,
         challenges=issuance.challenges(server),
         certificate=issuance.newest(server),
-        why=why_not(views, server),
+        why=why_not(await stages_of(session, settings, server), server),
     )
 
 

@@ -1,22 +1,33 @@
 """What members without our agent do by hand, or by a program of their own: prove addresses, name an ACME account."""
 
 from datetime import datetime
-from typing import Annotated
 
-from fastapi import APIRouter, Path, Request
+from fastapi import APIRouter
 from pydantic import Field
 
 from nts_core.control import PROOF_PATH
-from poolsvc import agentless, proofs, servers
-from poolsvc.api.request import Document, NamePath, NowDep, PrincipalDep, ServicesDep, SessionDep
-from poolsvc.api.servers import AddressView, ServerView, address_view, refuse_gone, view_of
+from poolsvc import agentless, proofs
+from poolsvc.api.idempotent import idempotent
+from poolsvc.api.lookup import server_for
+from poolsvc.api.request import (
+    AddressPath,
+    Document,
+    Line,
+    NamePath,
+    NowDep,
+    PrincipalDep,
+    ServicesDep,
+    SessionDep,
+    SourceDep,
+)
+from poolsvc.api.servers import AddressView, ServerView, address_view, view_of
 from poolsvc.auth import Operation
 
 router = APIRouter(prefix="/v1")
 
 
 class ProofWish(Document):
-    address: str = Field(max_length=45, description="the address that the request comes from")
+    address: Line = Field(max_length=45, description="the address that the request comes from")
 
 
 class ProofFile(Document):
@@ -31,26 +42,23 @@ class ProofFile(Document):
 
 
 class AccountWish(Document):
-    account_uri: str = Field(max_length=1000, description="the account at the pool's CA that is to order")
+    account_uri: Line = Field(max_length=1000, description="the account at the pool's CA that is to order")
 
 
 @router.post("/servers/{name}/proofs", status_code=201)
+@idempotent
 async def begin_proof(
     name: NamePath,
     body: ProofWish,
-    request: Request,
+    source: SourceDep,
     principal: PrincipalDep,
     services: ServicesDep,
     session: SessionDep,
     now: NowDep,
 ) -> ProofFile:
     """Prove an address, from that address: the registry then connects to it and expects the content at the path."""
-    found = await servers.find(session, name)
-    principal.may(Operation.PROVE_ADDRESS, server=found)
-    server = await servers.get(session, found.id)
+    server = await server_for(session, principal, name, Operation.PROVE_ADDRESS, staying=True)
     agentless.require(server)
-    refuse_gone(server)
-    source = request.client.host if request.client else ""
     nonce = await proofs.call(session, services.settings, server, body.address, source, now)
     name_of_file, content = proofs.file_of(nonce)
     return ProofFile(
@@ -64,18 +72,15 @@ async def begin_proof(
 @router.post("/servers/{name}/proofs/{address}/ready", status_code=202)
 async def end_proof(
     name: NamePath,
-    address: Annotated[str, Path(max_length=45)],
+    address: AddressPath,
     principal: PrincipalDep,
     services: ServicesDep,
     session: SessionDep,
     now: NowDep,
 ) -> AddressView:
     """The content is there: the registry looks at once."""
-    found = await servers.find(session, name)
-    principal.may(Operation.PROVE_ADDRESS, server=found)
-    server = await servers.get(session, found.id)
+    server = await server_for(session, principal, name, Operation.PROVE_ADDRESS, staying=True)
     agentless.require(server)
-    refuse_gone(server)
     return address_view(services.settings, proofs.ready(server, address, now))
 
 
@@ -88,10 +93,7 @@ async def name_account(
     session: SessionDep,
 ) -> ServerView:
     """The account at the CA that may order for the server's name; `may_order_at` then says from when on."""
-    found = await servers.find(session, name)
-    principal.may(Operation.CHANGE_SERVER, server=found)
-    server = await servers.get(session, found.id)
+    server = await server_for(session, principal, name, Operation.CHANGE_SERVER, staying=True)
     agentless.require(server)
-    refuse_gone(server)
     agentless.set_account(services.settings, server, body.account_uri)
     return await view_of(session, services.settings, server.id)

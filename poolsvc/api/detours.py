@@ -5,7 +5,7 @@ from datetime import datetime
 from pydantic import Field
 
 from poolsvc import sign_in
-from poolsvc.api.request import Document, Services
+from poolsvc.api.request import Document, Line, Services
 from poolsvc.errors import NotFound
 from poolsvc.models import SignIn
 from poolsvc.oidc import Claims, Provider
@@ -19,10 +19,10 @@ class BeginView(Document):
 class ComeBackRequest(Document):
     """What the provider adds to the address that it sends people back to, and what was kept."""
 
-    state: str = Field(max_length=200)
-    code: str = Field(max_length=4096)
-    iss: str | None = Field(None, max_length=255, description="if the provider says it")
-    binding: str = Field(max_length=200, description="from the answer of `begin`")
+    state: Line = Field(max_length=200)
+    code: Line = Field(max_length=4096)
+    iss: Line | None = Field(None, max_length=255, description="if the provider says it")
+    binding: Line = Field(max_length=200, description="from the answer of `begin`")
 
 
 def provider_named(services: Services, name: str) -> Provider:

@@ -3,15 +3,19 @@
 import hashlib
 import json
 import re
-from typing import Annotated
+from http import HTTPStatus
+from typing import Annotated, Any, TypeVar
 
-from fastapi import Header
+from fastapi import Header, Response
 from pydantic import BaseModel
 
 from poolsvc.errors import PreconditionFailed
 
 IfMatch = Annotated[str | None, Header(max_length=1000, description="the tag that the change is meant for")]
 IfNoneMatch = Annotated[str | None, Header(max_length=1000, description="the tag that is known already")]
+# What an endpoint that answers with `tagged` may answer besides its document.
+NOT_MODIFIED: dict[int | str, dict[str, Any]] = {304: {"description": "it is as `If-None-Match` says"}}
+D = TypeVar("D", bound=BaseModel)
 _TAG = re.compile(r'(W/)?("[!#-~]*")')
 
 
@@ -31,6 +35,15 @@ def require_match(header: str | None, current: str) -> None:
             remedy="read it again, and repeat your change on what you find",
             field="If-Match",
         )
+
+
+def tagged(document: D, response: Response, if_none_match: str | None) -> D | Response:
+    """The document with its tag; or, for a caller that has it, nothing but the tag."""
+    tag = etag_of(document)
+    if is_known(if_none_match, tag):
+        return Response(status_code=HTTPStatus.NOT_MODIFIED, headers={"ETag": tag})
+    response.headers["ETag"] = tag
+    return document
 
 
 def is_known(header: str | None, current: str) -> bool:

@@ -9,8 +9,9 @@ from pydantic import AwareDatetime, Field
 from sqlalchemy import Select, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from poolsvc import history, servers
+from poolsvc import history
 from poolsvc.api.accounts import whole_account
+from poolsvc.api.lookup import server_to_read
 from poolsvc.api.paging import Page, Paging, PagingDep
 from poolsvc.api.request import Document, IdPath, NamePath, PrincipalDep, SessionDep, TextQuery
 from poolsvc.auth import Operation, Principal
@@ -83,8 +84,7 @@ async def list_events_of_server(
     name: NamePath, principal: PrincipalDep, session: SessionDep, paging: PagingDep
 ) -> Page[EventView]:
     """What happened to a server, under each member that had it, the newest first."""
-    server = await servers.find(session, name)
-    principal.may(Operation.READ_SERVER, server=server)
+    server = await server_to_read(session, principal, name)
     known = await history.team(session, server.member_id)
     found = select(Event).where(Event.server_id == server.id)
     return await _page(session, paging, found, principal, known)

@@ -3,17 +3,19 @@
 from datetime import datetime
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Response
 from pydantic import Field
 from sqlalchemy import func, select
 
 from poolsvc import auth, members, standing
 from poolsvc.api.accounts import whole_account
+from poolsvc.api.etags import NOT_MODIFIED, IfMatch, IfNoneMatch, etag_of, require_match, tagged
 from poolsvc.api.idempotent import idempotent
 from poolsvc.api.paging import Page, PagingDep
 from poolsvc.api.request import (
     Document,
     IdPath,
+    Line,
     NowDep,
     PrincipalDep,
     Reason,
@@ -43,9 +45,9 @@ class MemberView(Document):
 
 
 class MemberRequest(Document):
-    name: str = Field(max_length=200, description="display name; may be shown publicly")
+    name: Line = Field(max_length=200, description="display name; may be shown publicly")
     kind: MemberKind = MemberKind.PERSON
-    email: str | None = Field(
+    email: Line | None = Field(
         None, max_length=254, description="of its first owner, when an operator makes the member"
     )
 
@@ -62,7 +64,7 @@ class MemberCreated(Document):
 class MemberChange(Document):
     """What is left out stays as it is."""
 
-    name: str | None = Field(None, max_length=200)
+    name: Line | None = Field(None, max_length=200)
     kind: MemberKind | None = None
     public: bool | None = Field(None, description="whether everybody may see its name")
     max_servers: int | None = Field(None, ge=0, le=100_000, description="for operators; null: the policy's")
@@ -110,26 +112,43 @@ async def create_member(
     return MemberCreated(id=member.id, name=member.name, status=member.status, token=token)
 
 
-@router.get("/members/{member}")
-async def read_member(member: IdPath, principal: PrincipalDep, session: SessionDep) -> MemberView:
-    """One member."""
+@router.get("/members/{member}", response_model=MemberView, responses=NOT_MODIFIED)
+async def read_member(
+    member: IdPath,
+    principal: PrincipalDep,
+    session: SessionDep,
+    response: Response,
+    if_none_match: IfNoneMatch = None,
+) -> MemberView | Response:
+    """One member, with its tag."""
     principal.may(Operation.READ_MEMBER, member=member)
-    return MemberView.model_validate(await members.get(session, member))
+    return tagged(MemberView.model_validate(await members.get(session, member)), response, if_none_match)
 
 
 @router.patch("/members/{member}")
 async def change_member(
-    member: IdPath, body: MemberChange, principal: PrincipalDep, session: SessionDep
+    member: IdPath,
+    body: MemberChange,
+    principal: PrincipalDep,
+    session: SessionDep,
+    response: Response,
+    if_match: IfMatch = None,
 ) -> MemberView:
-    """Change a member's name, kind, whether it is public, and, as an operator, how many servers it may have."""
+    """Change a member's name, kind, whether it is public, and, as an operator, how many servers it may have.
+
+    With `If-Match` only if it still is what the caller has read.
+    """
     principal.may(Operation.CHANGE_MEMBER, member=member)
     limits = "max_servers" in body.model_fields_set
     if limits:
         principal.may(Operation.JUDGE_MEMBER)
+    require_match(if_match, etag_of(MemberView.model_validate(await members.lock(session, member))))
     row = await members.change(session, member, name=body.name, kind=body.kind, public=body.public)
     if limits:
         row.max_servers = body.max_servers
-    return MemberView.model_validate(row)
+    view = MemberView.model_validate(row)
+    response.headers["ETag"] = etag_of(view)
+    return view
 
 
 @router.delete("/members/{member}")

@@ -12,7 +12,16 @@ from sqlalchemy.orm import selectinload
 from poolsvc import deliveries, members, webhooks
 from poolsvc.api.idempotent import idempotent
 from poolsvc.api.paging import Page, PagingDep
-from poolsvc.api.request import Document, IdPath, NowDep, PrincipalDep, RandomIdPath, ServicesDep, SessionDep
+from poolsvc.api.request import (
+    Document,
+    IdPath,
+    Line,
+    NowDep,
+    PrincipalDep,
+    RandomIdPath,
+    ServicesDep,
+    SessionDep,
+)
 from poolsvc.auth import Operation
 from poolsvc.config import Settings
 from poolsvc.errors import NotFound, WrongState
@@ -22,7 +31,7 @@ router = APIRouter(prefix="/v1")
 
 
 class WebhookRequest(Document):
-    url: str = Field(max_length=webhooks.MAX_URL, description="https://HOST/PATH")
+    url: Line = Field(max_length=webhooks.MAX_URL, description="https://HOST/PATH")
 
 
 class WebhookView(Document):
@@ -72,8 +81,8 @@ async def list_webhooks(
     """The webhooks of a member."""
     await _check(session, principal, Operation.READ_MEMBER, member)
     found = select(Webhook).where(Webhook.member_id == member, Webhook.deleted_at.is_(None))
-    rows, after = await paging.rows(session, found, Webhook.id)
-    return Page(items=[_webhook(hook) for hook in rows], next=after)
+    rows, further = await paging.rows(session, found, Webhook.id)
+    return Page(items=[_webhook(hook) for hook in rows], next=further)
 
 
 @router.post("/members/{member}/webhooks", status_code=201)
@@ -129,6 +138,7 @@ async def enable_webhook(
 
 
 @router.post("/members/{member}/webhooks/{hook}/test", status_code=202)
+@idempotent
 async def try_webhook(
     member: IdPath, hook: RandomIdPath, principal: PrincipalDep, session: SessionDep, now: NowDep
 ) -> WebhookView:
@@ -145,8 +155,8 @@ async def list_notices(
     """What a member was told, newest first, with what came of each delivery."""
     await _check(session, principal, Operation.READ_MEMBER, member)
     found = select(Notice).where(Notice.member_id == member).options(selectinload(Notice.deliveries))
-    rows, after = await paging.rows(session, found, Notice.id, newest_first=True)
-    return Page(items=[_notice(services.settings, row) for row in rows], next=after)
+    rows, further = await paging.rows(session, found, Notice.id, newest_first=True)
+    return Page(items=[_notice(services.settings, row) for row in rows], next=further)
 
 
 @router.post("/deliveries/{delivery}/retry", status_code=202)

@@ -8,6 +8,7 @@ import base64
 import binascii
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Generic, TypeVar
 
 from fastapi import Depends, Query
@@ -15,11 +16,12 @@ from sqlalchemy import Select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute
 
-from poolsvc.api.request import Document
+from poolsvc.api.request import Document, Line
 from poolsvc.errors import InvalidCursor
 
 T = TypeVar("T")
-MAX_LIMIT = 200
+DEFAULT_LIMIT, MAX_LIMIT = 50, 200
+_EPOCH, _TICK = datetime(1970, 1, 1, tzinfo=UTC), timedelta(microseconds=1)
 _MAX_DIGITS = 18  # what both engines can compare with an id
 
 
@@ -34,7 +36,7 @@ class Page(Document, Generic[T]):
 class Paging:
     """Which page is asked for: so many rows beyond an id."""
 
-    limit: int
+    limit: int = DEFAULT_LIMIT
     after: int | None = None
 
     async def rows(
@@ -53,6 +55,21 @@ class Paging:
         more = len(rows) > self.limit
         return rows[: self.limit], _cursor(getattr(rows[self.limit - 1], key.key)) if more else None
 
+    @property
+    def before(self) -> datetime | None:
+        """The moment that is the cursor of a list by time."""
+        if self.after is None:
+            return None
+        try:
+            return _EPOCH + self.after * _TICK
+        except OverflowError:
+            raise _no_cursor() from None
+
+
+def cursor_of(at: datetime) -> str:
+    """The cursor of a list by time: the page after has what was before this moment."""
+    return _cursor((at - _EPOCH) // _TICK)
+
 
 def _cursor(key: int) -> str:
     return base64.urlsafe_b64encode(str(key).encode()).decode().rstrip("=")
@@ -64,17 +81,21 @@ def _read(cursor: str) -> int:
     except (binascii.Error, ValueError):
         text = b""
     if not text.isdigit() or len(text) > _MAX_DIGITS or _cursor(int(text)) != cursor:
-        raise InvalidCursor(
-            "the cursor is none of this registry's",
-            remedy="give `next` of the page before, or none for the first page",
-            field="cursor",
-        )
+        raise _no_cursor()
     return int(text)
 
 
+def _no_cursor() -> InvalidCursor:
+    return InvalidCursor(
+        "the cursor is none of this registry's",
+        remedy="give `next` of the page before, or none for the first page",
+        field="cursor",
+    )
+
+
 def _paging(
-    limit: Annotated[int, Query(ge=1, le=MAX_LIMIT, description="rows in a page")] = 50,
-    cursor: Annotated[str | None, Query(max_length=40, description="`next` of the page before")] = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_LIMIT, description="rows in a page")] = DEFAULT_LIMIT,
+    cursor: Annotated[Line | None, Query(max_length=40, description="`next` of the page before")] = None,
 ) -> Paging:
     return Paging(limit, None if cursor is None else _read(cursor))
 

@@ -12,6 +12,7 @@ from nts_core.control import ServerState
 from poolsvc import alarms, samples, servers
 from poolsvc.api.paging import Page, PagingDep
 from poolsvc.api.request import Document, NowDep, ServicesDep, SessionDep
+from poolsvc.api.servers import is_in_dns
 from poolsvc.config import Settings
 from poolsvc.models import Server
 
@@ -90,8 +91,8 @@ async def list_public_servers(
         .where(Server.public, Server.state.in_(servers.NAMED_STATES))
         .options(selectinload(Server.addresses), selectinload(Server.member))
     )
-    rows, following = await paging.rows(session, shown, Server.id)
-    return Page(items=[_public(services.settings, row) for row in rows], next=following)
+    rows, further = await paging.rows(session, shown, Server.id)
+    return Page(items=[_public(services.settings, row) for row in rows], next=further)
 
 
 def _public(settings: Settings, server: Server) -> PublicServerView:
@@ -100,7 +101,7 @@ def _public(settings: Settings, server: Server) -> PublicServerView:
         domain=settings.domain_of(server.name),
         state=server.state,
         state_since=server.state_since,
-        in_dns=server.state is ServerState.ACTIVE and server.listed_at is not None,
+        in_dns=is_in_dns(server),
         addresses=servers.published_addresses(server),
         member=server.member.name if server.member.public else None,
         operator_id=server.member.opaque_id,

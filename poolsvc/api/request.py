@@ -33,10 +33,18 @@ class Services:
 
 
 # Not plain functions: FastAPI would send each through a thread.
-async def _services(request: Request) -> Services:
+async def _source(request: Request) -> str:
+    return request.client.host if request.client else ""
+
+
+# The address that a request comes from; empty when that is not known.
+SourceDep = Annotated[str, Depends(_source)]
+
+
+async def _services(request: Request, source: SourceDep) -> Services:
     services: Services = request.app.state.services
-    if request.client is not None:
-        services.limits.take_for_address(request.client.host)
+    if source:
+        services.limits.take_for_address(source)
     return services
 
 
@@ -59,8 +67,6 @@ async def _now() -> datetime:
 
 NowDep = Annotated[datetime, Depends(_now)]
 _bearer = HTTPBearer(auto_error=False, description="a session's, API, agent's or join token")
-
-
 CredentialsDep = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
 
@@ -82,7 +88,7 @@ PrincipalDep = Annotated[Principal, Depends(_principal)]
 async def _caller(
     services: ServicesDep,
     now: NowDep,
-    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+    credentials: CredentialsDep,
 ) -> Principal:
     async with services.database.transaction("anybody") as session:
         return await _principal(session, now, services, credentials)
@@ -90,12 +96,23 @@ async def _caller(
 
 # For endpoints that ask somebody else: the transaction that found who is asking has ended.
 CallerDep = Annotated[Principal, Depends(_caller)]
-NamePath = Annotated[str, Path(max_length=64)]
-IdPath = Annotated[int, Path(ge=1, le=2**31 - 1)]
-RandomIdPath = Annotated[int, Path(ge=1, le=2**53 - 1)]
 # Without control characters: PostgreSQL takes no NUL, and people read these in one line.
 _LINE = r"^[^\x00-\x1f\x7f]*$"
+# All that is said in words: every text of a request is one, so that none reaches a statement with a NUL.
+Line = Annotated[str, Field(pattern=_LINE)]
+NamePath = Annotated[str, Path(max_length=64, pattern=_LINE)]
+AddressPath = Annotated[str, Path(max_length=45, pattern=_LINE)]
+IdPath = Annotated[int, Path(ge=1, le=2**31 - 1)]
+RandomIdPath = Annotated[int, Path(ge=1, le=2**53 - 1)]
 TextQuery = Annotated[str | None, Query(max_length=100, pattern=_LINE)]
+# 200: what is made of it, such as "until 2026-03-01 18:00 UTC: new disk", has room where 300 have.
+ReasonText = Annotated[
+    Line,
+    Field(
+        max_length=200,
+        description="shown to whom it concerns, and kept in the log: without names or addresses of people",
+    ),
+]
 
 
 class Document(BaseModel):
@@ -107,9 +124,10 @@ class Document(BaseModel):
 class Reason(Document):
     """Why something is decided about somebody."""
 
-    reason: str = Field(
-        min_length=1,
-        max_length=300,
-        pattern=_LINE,
-        description="shown to whom it concerns, and kept in the log: without names or addresses of people",
-    )
+    reason: ReasonText = Field(min_length=1)
+
+
+class MailedToken(Document):
+    """What proves that a mail was read."""
+
+    token: Line = Field(max_length=200, description="from the mail")

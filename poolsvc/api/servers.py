@@ -1,6 +1,7 @@
 """Servers of the pool as their members and the operators see them, and what these may do with them."""
 
-from datetime import datetime
+from collections.abc import Sequence
+from datetime import datetime, timedelta
 from typing import Annotated
 
 from fastapi import APIRouter, Query
@@ -11,9 +12,11 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from nts_core.control import ServerState
 from poolsvc import addresses, agentless, auth, removal, samples, servers, terms
 from poolsvc.api.idempotent import idempotent
-from poolsvc.api.paging import Page, PagingDep
+from poolsvc.api.lookup import server_for, server_to_read
+from poolsvc.api.paging import MAX_LIMIT, Page, PagingDep, cursor_of
 from poolsvc.api.request import (
     Document,
+    Line,
     NamePath,
     NowDep,
     PrincipalDep,
@@ -23,18 +26,18 @@ from poolsvc.api.request import (
 )
 from poolsvc.auth import Operation, Principal
 from poolsvc.config import Settings
-from poolsvc.errors import Gone, WrongState
+from poolsvc.errors import WrongState
 from poolsvc.explain import StageView, explain, why_not
-from poolsvc.models import Address, Server, Token, TokenKind
+from poolsvc.models import Address, SampleRecord, Server, Token, TokenKind
 from poolsvc.removal import Receipt
 
 router = APIRouter(prefix="/v1")
 
 
 class ServerRequest(Document):
-    name: str = Field(max_length=200, description="one host label, such as alice")
+    name: Line = Field(max_length=200, description="one host label, such as alice")
     member: int | None = Field(None, description="whose it is to be; needed by those who act for several")
-    addresses: list[str] = Field(max_length=64, description="the server's IPv4 and IPv6 addresses")
+    addresses: list[Line] = Field(max_length=64, description="the server's IPv4 and IPv6 addresses")
     agentless: bool = Field(
         False, description="the member runs an ACME client and a server of its own choice"
     )
@@ -174,8 +177,7 @@ async def read_server(
     name: NamePath, principal: PrincipalDep, services: ServicesDep, session: SessionDep
 ) -> ServerView:
     """A server with its stages and why it is, or is not, in DNS; a removed one with its receipt."""
-    server = await servers.find(session, name)
-    principal.may(Operation.READ_SERVER, server=server)
+    server = await server_to_read(session, principal, name)
     return await view_of(session, services.settings, server.id)
 
 
@@ -184,9 +186,7 @@ async def remove_server(
     name: NamePath, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
 ) -> ServerView:
     """Take a server out for good. The receipt fills as the steps are done; repeating changes nothing."""
-    found = await servers.find(session, name)
-    principal.may(Operation.REMOVE_SERVER, server=found)
-    server = await servers.get(session, found.id)
+    server = await server_for(session, principal, name, Operation.REMOVE_SERVER)
     reason = removal_reason(server, principal)
     await servers.leave(session, server, actor=principal.actor, reason=reason, now=now)
     return await view_of(session, services.settings, server.id)
@@ -203,9 +203,7 @@ async def renew_join_token(
     name: NamePath, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
 ) -> JoinToken:
     """A new join token, after the old one expired or the server was installed again."""
-    server = await servers.find(session, name)
-    principal.may(Operation.CHANGE_SERVER, server=server)
-    refuse_gone(server)
+    server = await server_for(session, principal, name, Operation.CHANGE_SERVER, staying=True)
     if server.agentless:
         raise WrongState(f"{server.name} was registered to have no agent", remedy="register another name")
     await auth.revoke(session, now, Token.server_id == server.id, Token.kind == TokenKind.JOIN)
@@ -230,14 +228,18 @@ async def read_samples(
     name: NamePath,
     principal: PrincipalDep,
     session: SessionDep,
+    paging: PagingDep,
     since: AwareDatetime | None = None,
     until: AwareDatetime | None = None,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-) -> list[SampleView]:
-    """What the last probes of a server measured, the newest first, within `since` and before `until`."""
-    server = await servers.find(session, name)
-    principal.may(Operation.READ_SERVER, server=server)
-    return [
+) -> Page[SampleView]:
+    """What the last probes of a server measured, the newest first, within `since` and before `until`.
+
+    A page is longer than `limit` by what was measured at its last moment: a cursor of this list names a moment.
+    """
+    server = await server_to_read(session, principal, name)
+    before = min((end for end in (until, paging.before) if end is not None), default=None)
+    rows, further = await _samples(session, server, since, before, paging.limit)
+    items = [
         SampleView(
             address=address,
             at=row.at,
@@ -248,16 +250,23 @@ async def read_samples(
             offset_ns=row.offset_ns,
             delay_ns=row.delay_ns,
         )
-        for address, row in await samples.read(session, server.id, since=since, until=until, limit=limit)
+        for address, row in rows
     ]
+    return Page(items=items, next=further)
 
 
-def refuse_gone(server: Server) -> None:
-    """Raise Gone for a server that is out for good, WrongState for one that is to leave on a later day."""
-    if servers.may_stay(server):
-        raise WrongState(f"{server.name} is to leave", remedy="cancel that first: DELETE .../leaving")
-    if server.state in servers.ENDED_STATES:
-        raise Gone(f"{server.name} is {server.state}", remedy="register another name")
+async def _samples(
+    session: AsyncSession, server: Server, since: datetime | None, until: datetime | None, limit: int
+) -> tuple[Sequence[tuple[str, SampleRecord]], str | None]:
+    """A page that ends with a whole moment, and the cursor of the next."""
+    rows = await samples.read(session, server.id, since=since, until=until, limit=limit + 1)
+    if len(rows) <= limit:
+        return rows, None
+    last = rows[limit - 1][1].at
+    moment = await samples.read(
+        session, server.id, since=last, until=last + timedelta(microseconds=1), limit=MAX_LIMIT
+    )
+    return [*(entry for entry in rows if entry[1].at > last), *moment], cursor_of(last)
 
 
 def is_in_dns(server: Server) -> bool:
@@ -283,11 +292,16 @@ def address_view(settings: Settings, row: Address) -> AddressView:
     )
 
 
+async def stages_of(session: AsyncSession, settings: Settings, server: Server) -> list[StageView]:
+    """What `explain` says of a server in its pool."""
+    pool = await servers.the_pool(session, settings)
+    return explain(server, pool, settings, active=await servers.count_until_open(session, pool, settings))
+
+
 async def view_of(session: AsyncSession, settings: Settings, server_id: int) -> ServerView:
     server = await servers.get(session, server_id)
     await session.refresh(server, ["addresses", "orders", "holds", "stages"])
-    pool = await servers.the_pool(session, settings)
-    views = explain(server, pool, settings, active=await servers.count_until_open(session, pool, settings))
+    views = await stages_of(session, settings, server)
     return ServerView(
         name=server.name,
         domain=settings.domain_of(server.name),

@@ -1,15 +1,12 @@
 """What a member may choose of its server, as one document with a tag."""
 
-from http import HTTPStatus
-from typing import Any
-
 from fastapi import APIRouter, Response
 from pydantic import Field
 
-from poolsvc import addresses, servers
-from poolsvc.api.etags import IfMatch, IfNoneMatch, etag_of, is_known, require_match
-from poolsvc.api.request import Document, NamePath, NowDep, PrincipalDep, ServicesDep, SessionDep
-from poolsvc.api.servers import refuse_gone
+from poolsvc import addresses
+from poolsvc.api.etags import NOT_MODIFIED, IfMatch, IfNoneMatch, etag_of, require_match, tagged
+from poolsvc.api.lookup import server_for, server_to_read
+from poolsvc.api.request import Document, Line, NamePath, NowDep, PrincipalDep, ServicesDep, SessionDep
 from poolsvc.auth import Operation
 from poolsvc.models import Server
 
@@ -38,7 +35,7 @@ class SettingsChange(Document):
     ipv4: bool | None = Field(None, strict=True)
     ipv6: bool | None = Field(None, strict=True)
     public: bool | None = Field(None, strict=True)
-    addresses: list[str] | None = Field(None, max_length=64)
+    addresses: list[Line] | None = Field(None, max_length=64)
     waive_source: bool | None = Field(None, strict=True)
 
 
@@ -54,10 +51,7 @@ def _view(server: Server) -> SettingsView:
     )
 
 
-_NOT_MODIFIED: dict[int | str, dict[str, Any]] = {304: {"description": "it is as `If-None-Match` says"}}
-
-
-@router.get("/servers/{name}/settings", response_model=SettingsView, responses=_NOT_MODIFIED)
+@router.get("/servers/{name}/settings", response_model=SettingsView, responses=NOT_MODIFIED)
 async def read_settings(
     name: NamePath,
     principal: PrincipalDep,
@@ -66,14 +60,8 @@ async def read_settings(
     if_none_match: IfNoneMatch = None,
 ) -> SettingsView | Response:
     """A server's settings, with their tag."""
-    server = await servers.find(session, name)
-    principal.may(Operation.READ_SERVER, server=server)
-    view = _view(server)
-    tag = etag_of(view)
-    if is_known(if_none_match, tag):
-        return Response(status_code=HTTPStatus.NOT_MODIFIED, headers={"ETag": tag})
-    response.headers["ETag"] = tag
-    return view
+    server = await server_to_read(session, principal, name)
+    return tagged(_view(server), response, if_none_match)
 
 
 @router.patch("/servers/{name}/settings")
@@ -88,10 +76,7 @@ async def change_settings(
     if_match: IfMatch = None,
 ) -> SettingsView:
     """Change some settings; with `If-Match` only if they still are what the caller has read."""
-    found = await servers.find(session, name)
-    principal.may(Operation.CHANGE_SERVER, server=found)
-    server = await servers.get(session, found.id)
-    refuse_gone(server)
+    server = await server_for(session, principal, name, Operation.CHANGE_SERVER, staying=True)
     require_match(if_match, etag_of(_view(server)))
     if body.waive_source is not None and body.waive_source != server.waive_source:
         principal.may(Operation.JUDGE_SERVER, server=server)

@@ -9,7 +9,16 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from poolsvc import sign_in, terms
 from poolsvc.api.accounts import Accepted, SelfView, view_of
 from poolsvc.api.detours import BeginView, ComeBackRequest, identify, provider_named
-from poolsvc.api.request import Document, NamePath, NowDep, Services, ServicesDep, SessionDep
+from poolsvc.api.request import (
+    Document,
+    Line,
+    MailedToken,
+    NamePath,
+    NowDep,
+    Services,
+    ServicesDep,
+    SessionDep,
+)
 from poolsvc.config import SignUp
 from poolsvc.errors import InvalidDocument
 from poolsvc.models import MemberKind, User
@@ -39,11 +48,7 @@ class SignUpView(Document):
 
 
 class LinkRequest(Document):
-    email: str = Field(max_length=254)
-
-
-class ConfirmRequest(Document):
-    token: str = Field(max_length=200, description="from the mail")
+    email: Line = Field(max_length=254)
 
 
 class SignedIn(Document):
@@ -53,23 +58,23 @@ class SignedIn(Document):
 
 
 class NewMember(Document):
-    name: str = Field(max_length=200, description="display name; may be shown publicly")
+    name: Line = Field(max_length=200, description="display name; may be shown publicly")
     kind: MemberKind = MemberKind.PERSON
 
 
 class NewAccount(Document):
-    name: str = Field("", max_length=200, description="your own display name, not a mail address")
+    name: Line = Field("", max_length=200, description="your own display name, not a mail address")
     member: NewMember | None = Field(
         None, description="who gives the servers; needed but for who is invited to a member"
     )
     accept: list[Accepted] = Field(
         default=[], max_length=16, description="all current terms: GET /v1/sign-up"
     )
-    invitation: str | None = Field(None, max_length=200, description="the token of an invitation")
+    invitation: Line | None = Field(None, max_length=200, description="the token of an invitation")
 
 
 class SignUpRequest(NewAccount):
-    email: str = Field(max_length=254)
+    email: Line = Field(max_length=254)
 
 
 class ProviderView(Document):
@@ -132,7 +137,7 @@ async def request_link(body: LinkRequest, services: ServicesDep, session: Sessio
 
 
 @router.post("/sign-in/confirm")
-async def confirm(body: ConfirmRequest, services: ServicesDep, session: SessionDep, now: NowDep) -> SignedIn:
+async def confirm(body: MailedToken, services: ServicesDep, session: SessionDep, now: NowDep) -> SignedIn:
     """Open a session with the token of a link."""
     user, token = await sign_in.confirm(session, services.settings, services.key, body.token, now)
     return await _signed_in(session, services, user, token, now)

@@ -11,7 +11,17 @@ from poolsvc import teams
 from poolsvc.api.accounts import whole_account
 from poolsvc.api.idempotent import idempotent
 from poolsvc.api.paging import Page, PagingDep
-from poolsvc.api.request import Document, IdPath, NowDep, PrincipalDep, RandomIdPath, ServicesDep, SessionDep
+from poolsvc.api.request import (
+    Document,
+    IdPath,
+    Line,
+    MailedToken,
+    NowDep,
+    PrincipalDep,
+    RandomIdPath,
+    ServicesDep,
+    SessionDep,
+)
 from poolsvc.auth import Operation, Principal
 from poolsvc.derived import Purpose
 from poolsvc.errors import Forbidden, NotFound
@@ -39,7 +49,7 @@ class PersonChange(Document):
 
 
 class PoolInvitationRequest(Document):
-    email: str = Field(max_length=254, description="where the invitation is mailed")
+    email: Line = Field(max_length=254, description="where the invitation is mailed")
 
 
 class InvitationRequest(PoolInvitationRequest):
@@ -55,10 +65,6 @@ class InvitationView(Document):
     expires_at: datetime
     accepted_at: datetime | None
     revoked_at: datetime | None
-
-
-class AcceptRequest(Document):
-    token: str = Field(max_length=200, description="from the mail")
 
 
 class JoinedView(Document):
@@ -219,7 +225,7 @@ async def revoke_invitation_to_pool(
 @router.post("/invitations/accept")
 @idempotent
 async def accept_invitation(
-    body: AcceptRequest, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
+    body: MailedToken, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
 ) -> JoinedView:
     """Act for a member from now on. The account's address need not be the one that got the mail."""
     user_id = whole_account(principal, Operation.CHANGE_SELF)

@@ -8,8 +8,9 @@ from pydantic import Field
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from poolsvc import servers, transfers
+from poolsvc import transfers
 from poolsvc.api.idempotent import idempotent
+from poolsvc.api.lookup import server_for
 from poolsvc.api.paging import Page, PagingDep
 from poolsvc.api.request import Document, IdPath, NamePath, NowDep, PrincipalDep, ServicesDep, SessionDep
 from poolsvc.auth import Operation
@@ -48,8 +49,7 @@ async def offer_server(
     now: NowDep,
 ) -> TransferView:
     """Offer a server to another member; it moves when an owner there accepts."""
-    server = await servers.find(session, name)
-    principal.may(Operation.OFFER_SERVER, server=server)
+    server = await server_for(session, principal, name, Operation.OFFER_SERVER)
     return await _view(session, await transfers.offer(session, services.settings, server.id, body.to, now))
 
 
@@ -58,8 +58,7 @@ async def take_back_server(
     name: NamePath, principal: PrincipalDep, session: SessionDep, now: NowDep
 ) -> TransferView:
     """Take the open offer of a server back."""
-    server = await servers.find(session, name)
-    principal.may(Operation.OFFER_SERVER, server=server)
+    server = await server_for(session, principal, name, Operation.OFFER_SERVER)
     return await _view(session, await transfers.take_back(session, server.id, now))
 
 
@@ -71,7 +70,7 @@ async def list_transfers(
     principal.may(Operation.READ_MEMBER, member=member)
     found = select(Transfer).where(transfers.concerns(member))
     rows, further = await paging.rows(session, found, Transfer.id, newest_first=True)
-    return Page(items=await _views(session, rows), next=further)
+    return Page(items=await views_of(session, rows), next=further)
 
 
 @router.post("/transfers/{transfer}/accept")
@@ -97,11 +96,11 @@ async def decline_server(
 
 
 async def _view(session: AsyncSession, row: Transfer) -> TransferView:
-    (view,) = await _views(session, [row])
+    (view,) = await views_of(session, [row])
     return view
 
 
-async def _views(session: AsyncSession, rows: Sequence[Transfer]) -> list[TransferView]:
+async def views_of(session: AsyncSession, rows: Sequence[Transfer]) -> list[TransferView]:
     of_servers = select(Server.id, Server.name).where(Server.id.in_({row.server_id for row in rows}))
     both = {member for row in rows for member in (row.from_member_id, row.to_member_id)}
     of_members = select(Member.id, Member.opaque_id).where(Member.id.in_(both))

@@ -44,6 +44,7 @@ ROLES = {
     "manage-users": "operator owner",
     "manage-webhooks": "operator owner technician",
     "close-member": "operator owner",
+    "export-member": "operator owner",
     "register-server": "owner technician",
     "read-server": "operator support owner technician",
     "change-server": "operator owner technician",
@@ -67,6 +68,7 @@ WHEN_BLOCKED = {
     "change-identity",
     "read-member",
     "close-member",
+    "export-member",
     "read-server",
     "remove-server",
 }
@@ -274,6 +276,7 @@ ENDPOINTS = [
     ("PUT", MEMBER + "/block", REASON, Operation.JUDGE_MEMBER),
     ("DELETE", MEMBER + "/block", None, Operation.JUDGE_MEMBER),
     ("GET", MEMBER + "/events", None, Operation.READ_MEMBER),
+    ("GET", MEMBER + "/export", None, Operation.EXPORT_MEMBER),
     ("POST", HOOKS, HOOK, Operation.MANAGE_WEBHOOKS),
     ("GET", HOOKS, None, Operation.READ_MEMBER),
     ("POST", HOOKS + "/{hook}/rotate", None, Operation.MANAGE_WEBHOOKS),

@@ -1,16 +1,17 @@
 """Requests that come twice: one effect, one answer, no secret in the database; and how often one may ask."""
 
 import asyncio
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import httpx
 import pytest
 from sqlalchemy import func, select, update
 
+from nts_core.control import ServerState
 from poolsvc.app import create_app
 from poolsvc.derived import RegistryKey
 from poolsvc.idempotency import LIFE, forget_old
-from poolsvc.models import IdempotencyKey, Server
+from poolsvc.models import ConnectBack, Event, IdempotencyKey, MaintenanceWindow, Notice, Server, Webhook
 
 KEY = {"Idempotency-Key": "8e03978e-40d5-43dd-bc93-6894a57f9324"}
 BODY = {"name": "alice", "addresses": ["198.18.0.1"]}
@@ -19,7 +20,7 @@ BODY = {"name": "alice", "addresses": ["198.18.0.1"]}
 @pytest.fixture
 async def owner(registry, client):
     registry.owner = await registry.member("Owner")
-    async with client(await registry.owner_token(registry.owner)) as http:
+    async with client(await registry.owner_token(registry.owner), source="198.18.0.2") as http:
         yield http
 
 
@@ -41,6 +42,36 @@ async def test_a_repeated_request_has_one_effect_and_the_same_answer(owner, regi
     assert await count(registry, Server) == 1
     plain = await owner.post("/v1/servers", json=BODY)
     assert (plain.status_code, plain.json()["code"]) == (409, "name-taken")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("servers/alice/maintenance", {"ends_at": (datetime.now(UTC) + timedelta(days=1)).isoformat()}),
+        ("servers/alice/leaving", {"at": (datetime.now(UTC) + timedelta(days=9)).isoformat()}),
+        ("servers/erin/proofs", {"address": "198.18.0.2"}),
+        ("members/{member}/webhooks/{hook}/test", None),
+    ],
+)
+async def test_what_is_begun_is_begun_once(owner, registry, path, body):
+    await registry.server("alice", state=ServerState.ACTIVE, member=registry.owner)
+    await registry.server("erin", "198.18.0.2", member=registry.owner, agentless=True)
+    async with registry.database.transaction() as session:
+        hook = Webhook(
+            member_id=registry.owner,
+            url="https://example.org/",
+            created_at=registry.now,
+            enabled_at=registry.now,
+        )
+        session.add(hook)
+    url = "/v1/" + path.format(member=registry.owner, hook=hook.id)
+    first = await owner.post(url, json=body, headers=KEY)
+    assert first.status_code in {201, 202}, first.text
+    tables = (Notice, MaintenanceWindow, ConnectBack, Event)
+    before = [await count(registry, table) for table in tables]
+    again = await owner.post(url, json=body, headers=KEY)
+    assert (again.json(), again.headers["Idempotency-Replayed"]) == (first.json(), "true")
+    assert [await count(registry, table) for table in tables] == before
 
 
 async def test_the_secret_in_the_answer_is_not_in_the_database(owner, registry):

@@ -119,7 +119,7 @@ class ApiLife(RuleBasedStateMachine):
     @precondition(lambda self: "maintenance" in self.holds and self.state is S.SUSPENDED)
     @rule()
     def end_maintenance(self):
-        for window in self.call("owner", "GET", f"/{self.name}/maintenance").json():
+        for window in self.call("owner", "GET", f"/{self.name}/maintenance").json()["items"]:
             if window["cancelled_at"] is None:
                 answer = self.call("owner", "DELETE", f"/{self.name}/maintenance/{window['id']}")
                 assert answer.status_code in {200, 409}, answer.text

@@ -251,7 +251,7 @@ async def test_a_member_announces_looks_and_cancels(alice, client):
         assert (refused.status_code, refused.json()["field"]) == (422, "ends_at")
         naive = await http.post(f"{URL}/maintenance", json={"ends_at": "2026-01-01T00:00:00"})
         assert (naive.status_code, naive.json()["field"]) == (422, "ends_at")
-        assert (await http.get(f"{URL}/maintenance")).json() == []
+        assert (await http.get(f"{URL}/maintenance")).json()["items"] == []
 
 
 async def test_an_operators_hold_has_a_reason_that_the_member_sees_and_is_lifted_alone(alice, client):

@@ -112,7 +112,7 @@ class TestRealProvider:
         assert user.confirmed_at is not None
         assert [row.name for row in await people.all(Member)] == ["Ann's clocks"]
         async with visitor.client(made.json()["token"], app=visitor.app) as http:
-            shown = (await http.get("/v1/me/identities")).json()
+            shown = (await http.get("/v1/me/identities")).json()["items"]
             assert [(row["issuer"], row["subject"]) for row in shown] == [(visitor.real.issuer, "s-ann")]
             assert [row["name"] for row in (await http.get("/v1/oidc")).json()] == ["lab"]
 
@@ -154,13 +154,13 @@ class TestRealProvider:
         user = await people.make("other@example.org", staff=StaffRole.OPERATOR)
         token = await people.session(user)
         linked = await visitor.link("s-dan", token)
-        assert [row["subject"] for row in linked.json()] == ["s-dan"]
+        assert [row["subject"] for row in linked.json()["items"]] == ["s-dan"]
         assert (await visitor.sign_in("s-dan")).json()["account"]["id"] == user.id
         async with visitor.client(token, app=visitor.app) as http:
-            path = f"/v1/me/identities/{linked.json()[0]['id']}"
+            path = f"/v1/me/identities/{linked.json()['items'][0]['id']}"
             assert (await http.delete(path)).status_code == 204
             assert (await http.delete(path)).status_code == 404
-            assert (await http.get("/v1/me/identities")).json() == []
+            assert (await http.get("/v1/me/identities")).json()["items"] == []
         assert (await visitor.sign_in("s-dan")).json()["code"] == "sign-up-needed"
         assert [mail.what for mail in await people.mails()] == ["identity-linked", "identity-unlinked"]
 
@@ -170,7 +170,7 @@ class TestRealProvider:
         answer = await visitor.link("s-cat", stranger)
         assert (answer.status_code, answer.json()["code"]) == (409, "identity-taken")
         async with visitor.client(made["token"], app=visitor.app) as http:
-            (own,) = (await http.get("/v1/me/identities")).json()
+            (own,) = (await http.get("/v1/me/identities")).json()["items"]
             answer = await http.delete(f"/v1/me/identities/{own['id']}")
         assert (answer.status_code, answer.json()["code"]) == (409, "identity-taken")
 

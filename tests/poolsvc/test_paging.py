@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+from datetime import timedelta
 
 import hypothesis
 import pytest
@@ -9,10 +10,13 @@ from hypothesis import strategies
 from sqlalchemy import delete, select
 
 from nts_core.control import ServerState
+from poolsvc import auth
 from poolsvc.api.paging import MAX_LIMIT, Paging, _cursor, _read
 from poolsvc.db import Database
 from poolsvc.errors import InvalidCursor
-from poolsvc.models import ConnectBack, StaffRole
+from poolsvc.models import ConnectBack, Identity, MaintenanceWindow, Scope, StaffRole, TokenKind
+
+MAINTENANCE = "/v1/servers/alice/maintenance"
 
 
 def row(number, now):
@@ -122,6 +126,31 @@ async def test_every_list_has_the_same_pages_and_refusals(call, registry, staff,
     for wrong in ({"limit": 0}, {"limit": MAX_LIMIT + 1}, {"limit": "x"}, {"cursor": "M" * 41}):
         answer = await call(staff, "GET", path, params=wrong)
         assert (answer.status_code, answer.json()["code"]) == (422, "invalid-document")
+
+
+@pytest.mark.parametrize("path", ["/v1/me/sessions", "/v1/me/tokens", "/v1/me/identities", MAINTENANCE])
+async def test_ones_own_things_come_in_pages(call, registry, path):
+    member = await registry.member("Owner")
+    person, server = await registry.person(member), await registry.server("alice", member=member)
+    async with registry.database.transaction() as session:
+        for number in range(3):
+            for kind in (TokenKind.SESSION, TokenKind.API):
+                await auth.issue(session, kind, now=registry.now, user_id=person.id, scopes={Scope.READ})
+            start = registry.now + timedelta(days=number)
+            window = {"starts_at": start, "ends_at": start + timedelta(hours=1), "created_at": registry.now}
+            session.add(MaintenanceWindow(server_id=server, **window))
+            issuer = f"https://i{number}.example"
+            session.add(Identity(user_id=person.id, issuer=issuer, subject="s", created_at=registry.now))
+    full = (await call(person.token, "GET", path)).json()
+    ids = [entry["id"] for entry in full["items"]]
+    assert (len(ids) >= 3, full["next"]) == (True, None)
+    assert ids == sorted(ids, reverse="identities" not in path)
+    seen, cursor = [], {}
+    while cursor is not None:
+        page = (await call(person.token, "GET", path, params={"limit": 1, **cursor})).json()
+        seen += page["items"]
+        cursor = page["next"] and {"cursor": page["next"]}
+    assert [entry["id"] for entry in seen] == ids
 
 
 async def test_servers_are_listed_by_state_member_and_name_each_to_its_own(call, registry, staff):

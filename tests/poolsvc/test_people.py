@@ -65,7 +65,7 @@ class TestSessions:
         mine, second, third = [await people.session(user) for _ in range(3)]
         foreign = await people.session(other)
         async with client(mine) as http:
-            shown = (await http.get("/v1/me/sessions")).json()
+            shown = (await http.get("/v1/me/sessions")).json()["items"]
             assert [entry["current"] for entry in shown] == [False, False, True]
             assert shown[2]["last_used_at"] is not None
             assert (await http.delete(f"/v1/me/sessions/{shown[0]['id']}")).status_code == 204
@@ -104,7 +104,7 @@ class TestTokens:
             assert made.status_code == 201
             view = made.json()
             text = view.pop("token")
-            assert (await http.get("/v1/me/tokens")).json() == [view]
+            assert (await http.get("/v1/me/tokens")).json()["items"] == [view]
         assert text.startswith(f"tc_api_{view['hint']}")
         days = (datetime.fromisoformat(view["expires_at"]) - now()).total_seconds() / 86400
         assert 89.9 < days < 90.1
@@ -112,10 +112,10 @@ class TestTokens:
             assert (await http.get("/v1/me")).status_code == 200
             assert (await http.patch("/v1/me", json={"name": "B"})).status_code == 403
         async with client(await people.session(user)) as http:
-            shown = (await http.get("/v1/me/tokens")).json()
+            shown = (await http.get("/v1/me/tokens")).json()["items"]
             assert shown[0]["last_used_at"] is not None
             assert (await http.delete(f"/v1/me/tokens/{view['id']}")).status_code == 204
-            assert (await http.get("/v1/me/tokens")).json() == []
+            assert (await http.get("/v1/me/tokens")).json()["items"] == []
         async with client(text) as http:
             assert (await http.get("/v1/me")).status_code == 401
 
@@ -175,7 +175,10 @@ class TestTokens:
             for member, status in ((mine, 201), (other, 403), (None, 403), (foreign, 403)):
                 answer = await http.post("/v1/me/tokens", json={**body, "member": member})
                 assert answer.status_code == status
-            assert {entry["label"] for entry in (await http.get("/v1/me/tokens")).json()} == {"limited", "x"}
+            assert {entry["label"] for entry in (await http.get("/v1/me/tokens")).json()["items"]} == {
+                "limited",
+                "x",
+            }
             # What is not about the member alone is not its business.
             for method, path in (
                 ("GET", "/v1/me/export"),

@@ -1,6 +1,7 @@
 """What probes measured, how long it is kept, and the pool day by day; on both engines."""
 
 import asyncio
+import base64
 from datetime import UTC, date, datetime, timedelta
 
 import pytest
@@ -194,19 +195,36 @@ class TestApi:
         await probe(registry, server, NOW, good())
         await probe(registry, server, NOW + DAY, good())
         answer = await http.get("/v1/servers/alice/samples", params={"until": (NOW + DAY).isoformat()})
-        (sample,) = answer.json()
+        (sample,) = answer.json()["items"]
         assert sample["address"] == ONE
         assert datetime.fromisoformat(sample["at"]) == NOW
         assert (
             sample.items() >= {"monitor": "registry", "failed": None, "step": 1.0, "offset_ns": -1500}.items()
         )
-        assert len((await http.get("/v1/servers/alice/samples?limit=1")).json()) == 1
+
+    async def test_pages_of_samples_hold_every_one_once_and_moments_whole(self, registry, http):
+        server = await registry.server("alice", ONE, OTHER, state=S.ACTIVE)
+        for days in range(3):
+            for address in (ONE, OTHER):
+                await probe(registry, server, NOW + days * DAY, good(address))
+        pages, cursor = [], {}
+        while cursor is not None:
+            answer = (await http.get("/v1/servers/alice/samples", params={"limit": 1, **cursor})).json()
+            pages.append([(sample["at"], sample["address"]) for sample in answer["items"]])
+            cursor = answer["next"] and {"cursor": answer["next"]}
+        assert [len(page) for page in pages] == [2, 2, 2, 0]
+        seen = [entry for page in pages for entry in page]
+        assert len(set(seen)) == 6
+        assert seen == sorted(seen, key=lambda entry: entry[0], reverse=True)
+        far = base64.urlsafe_b64encode(b"9" * 18).decode().rstrip("=")
+        answer = await http.get("/v1/servers/alice/samples", params={"cursor": far})
+        assert (answer.status_code, answer.json()["code"]) == (422, "invalid-cursor")
 
     @pytest.mark.parametrize(
         "query",
         [
             "limit=0",
-            "limit=1001",
+            "limit=201",
             "limit=x",
             "since=yesterday",
             "since=2026-03-01T12:00:00",

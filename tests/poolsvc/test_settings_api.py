@@ -144,3 +144,22 @@ async def test_a_server_that_is_out_has_settings_to_read_only(alice, client, sta
         assert (await http.get("/v1/servers/carol/settings")).status_code == 200
         answer = await http.patch("/v1/servers/carol/settings", json={"weight": 2})
     assert (answer.status_code, answer.json()["code"]) == (410, "removed")
+
+
+@pytest.mark.parametrize("path", ["/v1/me", "/v1/members/{member}"])
+async def test_people_and_members_have_a_tag_too(registry, client, path):
+    member = await registry.member("Club")
+    path = path.format(member=member)
+    async with client((await registry.person(member)).token) as http:
+        first = await http.get(path)
+        tag = {"If-Match": first.headers["ETag"]}
+        known = await http.get(path, headers={"If-None-Match": tag["If-Match"]})
+        assert (known.status_code, known.content) == (304, b"")
+        answers = await asyncio.gather(
+            *(http.patch(path, json={"name": f"Name {number}"}, headers=tag) for number in range(3))
+        )
+        (changed,) = [answer for answer in answers if answer.is_success]
+        assert {answer.json()["code"] for answer in answers if answer.is_error} == {"precondition-failed"}
+        again = await http.get(path)
+        assert (again.json(), again.headers["ETag"]) == (changed.json(), changed.headers["ETag"])
+        assert (await http.patch(path, json={"name": "Last"}, headers={"If-Match": "*"})).is_success

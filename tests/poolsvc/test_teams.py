@@ -223,7 +223,7 @@ async def test_an_invitation_does_not_tell_who_has_an_account(call, team):
     assert different == {"id", "email", "created_at", "expires_at"}
 
 
-@pytest.mark.parametrize("token", ["", "1", "1.", "x.y", "1.AAAA", "é" * 10, "\x00", "9" * 150])
+@pytest.mark.parametrize("token", ["", "1", "1.", "x.y", "1.AAAA", "é" * 10, "9" * 150])
 async def test_what_is_no_invitation_opens_nothing(call, team, token):
     await invite(team, datetime.now(UTC))
     answer = await call(team.third.token, "POST", "/v1/invitations/accept", json={"token": token})
