@@ -496,6 +496,19 @@ async def test_a_join_token_is_used_up_once(world, registry):
             await auth.use_up(session, principal, NOW)
 
 
+async def test_no_token_of_a_program_is_made_to_last_for_ever(world, registry, client):
+    now = datetime.now(UTC)
+    async with registry.database.transaction() as session:
+        _, operator = await members.create_operator(session, now)
+    async with client(operator) as http:
+        assert (await http.post("/v1/members", json={"name": "New"})).json()["token"]
+    async with registry.database.transaction() as session:
+        made = select(Token.expires_at).where(Token.label == "first token", Token.created_at >= now)
+        ends = list(await session.scalars(made))
+    assert len(ends) == 2
+    assert all(end is not None and end <= datetime.now(UTC) + auth.TOKEN_LIFE for end in ends)
+
+
 async def test_an_expired_join_token_is_told_from_a_used_one_by_the_api(world, registry, client):
     async with registry.database.transaction() as session:
         await session.execute(update(Token).where(Token.kind == TokenKind.JOIN).values(expires_at=NOW))

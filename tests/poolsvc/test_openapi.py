@@ -1,6 +1,7 @@
 """The API against its own description: whatever is sent, the answer is one that the description allows."""
 
 import threading
+from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import pytest
@@ -61,7 +62,7 @@ async def service(registry, settings, database_url):
     server = await registry.server("alice", member=member)
     tokens = {"nobody": None, "owner": await registry.owner_token(member)}
     async with registry.database.transaction("test") as session:
-        _, tokens["operator"] = await members.create_operator(session, registry.now)
+        _, tokens["operator"] = await members.create_operator(session, datetime.now(UTC))
         support = await members.create_user(session, registry.now, staff=StaffRole.SUPPORT)
         _, tokens["support"] = await auth.issue(session, TokenKind.API, now=registry.now, user_id=support.id)
         _, tokens["agent"] = await auth.issue(session, TokenKind.AGENT, now=registry.now, server_id=server)

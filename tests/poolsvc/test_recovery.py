@@ -225,6 +225,8 @@ async def test_a_restore_resurrects_nobody(pool, other, tmp_path):
         assert set(await session.scalars(select(Token.revoked_at))) == {later}
         with pytest.raises(NameTaken, match="never given again"):
             await servers.register(session, settings, 1, "shortlived", ["198.18.7.8"], later, actor="test")
+        with pytest.raises(ConfusableName):
+            await servers.register(session, settings, 1, "short-lived", ["198.18.7.8"], later, actor="test")
     outlook = Outlook(later, 41, (), ("late",), {})
     await recovery.thaw(other, settings, outlook, later)
     async with other.transaction() as session:
