@@ -22,8 +22,8 @@ from poolsvc import auth, backup, journal, servers, teams, transfers
 from poolsvc.backup import BackupError
 from poolsvc.config import Settings
 from poolsvc.db import Database
-from poolsvc.journal import GONE, Entry
-from poolsvc.models import Event, Member, MemberStatus, Server, SignIn, User
+from poolsvc.journal import Entry
+from poolsvc.models import ENDED_STATES, Event, Member, MemberStatus, Server, SignIn, User
 from poolsvc.names import is_label, skeleton
 from poolsvc.publication import Publication
 from poolsvc.zone import Change, diff
@@ -105,7 +105,7 @@ def _is_on_its_way(server: Server, entry: Entry) -> bool:
     """Whether the copy knows of the removal already; one that was to leave later may have left at once since."""
     if servers.may_stay(server):
         return entry.at <= server.state_since
-    return server.state in GONE
+    return server.state in ENDED_STATES
 
 
 async def _burn(

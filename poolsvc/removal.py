@@ -19,7 +19,7 @@ from poolsvc import issuance, servers
 from poolsvc.acme import AcmeAccount, AcmeError
 from poolsvc.config import Settings
 from poolsvc.db import Database
-from poolsvc.models import Hold, HoldKind, Notice, Order, OrderStatus, Server
+from poolsvc.models import ENDED_STATES, Hold, HoldKind, Notice, Order, OrderStatus, Server
 from poolsvc.notices import NoticeKind
 from poolsvc.servers import EventKind
 
@@ -42,7 +42,7 @@ class Receipt:
 
 def receipt(server: Server, settings: Settings) -> Receipt | None:
     """The receipt of a server that leaves or has left; None for any other."""
-    if server.state not in (ServerState.LEAVING, ServerState.REMOVED):
+    if server.state not in ENDED_STATES:
         return None
     ends = max((order.not_after for order in server.orders if order.not_after), default=None)
     return Receipt(

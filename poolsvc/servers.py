@@ -40,7 +40,19 @@ from poolsvc.errors import (
     NotFound,
     WrongState,
 )
-from poolsvc.models import Address, Event, Hold, HoldKind, Member, OrderStatus, Pool, Server, StageRecord
+from poolsvc.models import (
+    ENDED_STATES,
+    Address,
+    Event,
+    Hold,
+    HoldKind,
+    Member,
+    Order,
+    OrderStatus,
+    Pool,
+    Server,
+    StageRecord,
+)
 from poolsvc.names import check_addresses, check_name, is_label, reserved_lookalike, skeleton
 from poolsvc.notices import NoticeKind, announce
 from poolsvc.outbound import Guard
@@ -93,11 +105,10 @@ NOTICES: Mapping[EventKind, NoticeKind] = {
     _E.EXPIRED: NoticeKind.REMOVED,
 }
 
-# States in which a server's addresses and CAA are in DNS.
+# States in which a server's addresses and CAA are in DNS, and are probed: a suspended one's too, or it could never
+# come back.
 NAMED_STATES = frozenset({_S.VERIFIED, _S.CERTIFIED, _S.ACTIVE, _S.SUSPENDED})
-# States from which a server does not come back.
-ENDED_STATES = frozenset({_S.LEAVING, _S.REMOVED})
-# Except those that leave on a later day: until then they may stay after all.
+# Those who leave on a later day may stay after all until then.
 LIVING = or_(
     Server.state.not_in(ENDED_STATES), and_(Server.state == _S.LEAVING, Server.leave_at.is_not(None))
 )
@@ -105,8 +116,6 @@ _EXPIRED = 50  # at a time
 _CENSUS_LIFE = 1.0
 # How far ahead leaving may be scheduled: time enough for clients to go, and not for ever.
 LEAVE_AHEAD = (timedelta(hours=3), timedelta(days=90))
-# States in which a server's addresses are probed; a suspended one is, or it could never come back.
-PROBED_STATES = NAMED_STATES
 
 # What `poolsvc.journal` writes outside the database, so that a restored one cannot forget it.
 _JOURNALLED = frozenset({_E.LEAVE, _E.LEAVE_CANCELLED, _E.CLOSED})
@@ -363,9 +372,14 @@ def without_failing(proved: Sequence[tuple[str, float | None]]) -> list[str]:
     return good or [address for address, _ in proved]
 
 
+def open_holds(server: Server) -> list[Hold]:
+    """What holds the server now."""
+    return [hold for hold in server.holds if hold.lifted_at is None]
+
+
 def held(server: Server, kind: HoldKind) -> Hold | None:
     """The hold of a kind that is set now."""
-    return next((hold for hold in server.holds if hold.kind is kind and hold.lifted_at is None), None)
+    return next((hold for hold in open_holds(server) if hold.kind is kind), None)
 
 
 async def set_hold(
@@ -405,7 +419,7 @@ async def lift_hold(
     hold.lifted_at = now
     if kind is HoldKind.SCORE:
         server.dead_warnings = 0
-    if server.state is ServerState.SUSPENDED and not any(hold.lifted_at is None for hold in server.holds):
+    if server.state is ServerState.SUSPENDED and not open_holds(server):
         since = server.state_since.isoformat()
         await apply(
             session,
@@ -426,12 +440,17 @@ def may_stay(server: Server) -> bool:
     return server.state is ServerState.LEAVING and server.leave_at is not None
 
 
+def newest_certificate(server: Server) -> Order | None:
+    """The order of the last certificate that was issued to the server, or seen on one without an agent."""
+    return next((order for order in reversed(server.orders) if order.status is OrderStatus.ISSUED), None)
+
+
 def renewal_at(server: Server) -> datetime | None:
     """When the newest certificate is to be renewed; None without one."""
-    for order in reversed(server.orders):
-        if order.status is OrderStatus.ISSUED and order.not_before and order.not_after:
-            return renew_at(order.not_before, order.not_after)
-    return None
+    newest = newest_certificate(server)
+    if newest is None or newest.not_before is None or newest.not_after is None:
+        return None
+    return renew_at(newest.not_before, newest.not_after)
 
 
 def forget_scores(server: Server, now: datetime) -> None:

@@ -25,7 +25,7 @@ from poolsvc.auth import Operation, Principal
 from poolsvc.config import Settings
 from poolsvc.errors import Gone, WrongState
 from poolsvc.explain import StageView, explain, why_not
-from poolsvc.models import Address, Server, Token, TokenKind
+from poolsvc.models import ENDED_STATES, Address, Server, Token, TokenKind
 from poolsvc.removal import Receipt
 
 router = APIRouter(prefix="/v1")
@@ -256,7 +256,7 @@ def refuse_gone(server: Server) -> None:
     """Raise Gone for a server that is out for good, WrongState for one that is to leave on a later day."""
     if servers.may_stay(server):
         raise WrongState(f"{server.name} is to leave", remedy="cancel that first: DELETE .../leaving")
-    if server.state in servers.ENDED_STATES:
+    if server.state in ENDED_STATES:
         raise Gone(f"{server.name} is {server.state}", remedy="register another name")
 
 

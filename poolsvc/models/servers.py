@@ -21,6 +21,9 @@ from nts_core.control import ServerState, Stage, StageStatus
 from poolsvc.db import Base, UtcDateTime, text_enum
 from poolsvc.models.accounts import Member
 
+# States from which a server does not come back, unless it is to leave on a later day only.
+ENDED_STATES = frozenset({ServerState.LEAVING, ServerState.REMOVED})
+
 
 class HoldKind(StrEnum):
     """Why a server is suspended; each is lifted only by its own kind."""
