@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, cast
@@ -142,6 +142,13 @@ class PendingOrder:
     token: str | None
     key_authorization: str | None
     expires: dt.datetime | None
+
+
+class RevocationReason(IntEnum):
+    """Those of RFC 5280 section 5.3.1 that we give."""
+
+    KEY_COMPROMISE = 1
+    CESSATION_OF_OPERATION = 5
 
 
 class OrderState(StrEnum):
@@ -304,8 +311,8 @@ class AcmeAccount:
                 raise
 
     @_in_thread
-    def revoke(self, cert_pem: str, reason: int = 5) -> None:
-        """Revoke the first certificate (5: cessationOfOperation); revoked before is success as well."""
+    def revoke(self, cert_pem: str, reason: RevocationReason) -> None:
+        """Revoke the first certificate; revoked before is success as well."""
         leaf = load_chain(cert_pem)[0].public_bytes(Encoding.DER)
         try:
             self._network.call(

@@ -254,6 +254,10 @@ class PolicySettings(_Section):
     address_proof_days: float = Field(
         30, gt=0, description="after which an address that no probe has confirmed is to be proved again"
     )
+    refused_prefixes: tuple[IPvAnyNetwork, ...] = Field(
+        (), description="networks that opted out: no address in them is registered or dialled"
+    )
+    webhook_calls_per_hour: int = Field(600, ge=1, description="to one webhook; more wait")
     require_source_address: bool = Field(
         True, description="proof calls must come from the address itself; false for members behind NAT"
     )

@@ -18,11 +18,11 @@ from sqlalchemy.orm import selectinload
 
 from nts_core.control import ACME_PATH, HttpChallenge, IssuedCertificate
 from poolsvc import servers, troubles
-from poolsvc.acme import AcmeAccount, AcmeError, OrderState
+from poolsvc.acme import AcmeAccount, AcmeError, OrderState, RevocationReason
 from poolsvc.certificates import ChainError, CsrError, chain_facts, check_chain, check_csr, renew_at
 from poolsvc.config import Settings
 from poolsvc.db import Database
-from poolsvc.errors import InvalidCsr
+from poolsvc.errors import InvalidCsr, WrongState
 from poolsvc.models import Order, OrderStatus, Server
 from poolsvc.outbound import FetchError, Outbound, http_origin
 
@@ -65,6 +65,37 @@ def start_anew(server: Server, now: datetime) -> None:
         server.order_due_at = now
 
 
+def revoke_compromised(server: Server, now: datetime) -> None:
+    """Others may know the keys that the server had: its certificates are revoked, another one is ordered for a new key.
+
+    The agent, which makes a key for each order, serves what it has until the other one is there. Raises WrongState.
+    """
+    lost = [order for order in server.orders if is_revocable(order, now) and order.compromised_at is None]
+    if not lost:
+        raise WrongState(
+            f"{server.name} has no certificate of the pool's that is not revoked already",
+            remedy="one that your own ACME client got is revoked by that client",
+        )
+    if (order := open_order(server)) is not None:
+        order.status, order.error, order.due_at = OrderStatus.FAILED, "its key may be known to others", None
+        lost += [order] if order.authorization_url else []
+    for order in lost:
+        order.compromised_at = order.due_at = now
+    server.order_due_at = now
+
+
+def is_revocable(order: Order, now: datetime) -> bool:
+    """Whether a certificate is ours to revoke: of one that was only seen there is no chain."""
+    if order.chain is None:
+        return False
+    return order.revoked_at is None and order.not_after is not None and order.not_after > now
+
+
+def revocation_reason(order: Order) -> RevocationReason:
+    is_lost = order.compromised_at is not None
+    return RevocationReason.KEY_COMPROMISE if is_lost else RevocationReason.CESSATION_OF_OPERATION
+
+
 def wants_csr(server: Server, order: Order) -> bool:
     """Whether the agent is asked for a signing request; not for a server that leaves."""
     return order.status is OrderStatus.WANTED and _needs_certificate(server)
@@ -73,8 +104,9 @@ def wants_csr(server: Server, order: Order) -> bool:
 def _needs_certificate(server: Server) -> bool:
     """One that leaves on a later day needs no other certificate, if it has one that lasts till then."""
     if server.leave_at is not None:
-        ends = [order.not_after for order in server.orders if order.not_after is not None]
-        return bool(ends) and max(ends) < server.leave_at
+        ends = {order: order.not_after for order in server.orders if order.not_after is not None}
+        lasts = any(end >= server.leave_at and order.compromised_at is None for order, end in ends.items())
+        return bool(ends) and not lasts
     return server.state in servers.NAMED_STATES
 
 
@@ -278,16 +310,27 @@ def keep_chain(order: Order, chain: str) -> None:
     order.not_before, order.not_after = facts.not_before, facts.not_after
 
 
-async def _deactivate(
-    _settings: Settings, account: AcmeAccount, order: Order, _server: Server, _now: datetime
+async def _wind_up(
+    _settings: Settings, account: AcmeAccount, order: Order, _server: Server, now: datetime
 ) -> Change:
-    """A cached authorization would let a removed name be renewed: it ends with the order it was made for."""
+    """A cached authorization would let a removed name be renewed: it ends with the order it was made for.
+
+    A certificate whose key is known to others ends as well.
+    """
     late_chain = await settle(account, order)
+    chain = late_chain or (order.chain if is_revocable(order, now) else None)
+    revoked = False
+    if order.compromised_at is not None and chain is not None:
+        await account.revoke(chain, revocation_reason(order))
+        revoked = True
 
     def change(row: Order, now: datetime) -> None:
         if late_chain is not None:
             keep_chain(row, late_chain)
-        row.deactivated_at, row.due_at = now, None
+        row.deactivated_at = row.deactivated_at or now
+        row.revoked_at = now if revoked else row.revoked_at
+        # Somebody may have said meanwhile that the key is lost.
+        row.due_at = now if row.compromised_at is not None and is_revocable(row, now) else None
         row.attempts, row.error = 0, None
 
     return change
@@ -298,8 +341,8 @@ _STEPS: dict[OrderStatus, Step] = {
     OrderStatus.PENDING: _answer,
     OrderStatus.ANSWERED: _await_validation,
     OrderStatus.FINALIZING: _collect,
-    OrderStatus.ISSUED: _deactivate,
-    OrderStatus.FAILED: _deactivate,
+    OrderStatus.ISSUED: _wind_up,
+    OrderStatus.FAILED: _wind_up,
 }
 
 

@@ -110,7 +110,9 @@ def _is_ours(server: Server, result: ProbeResult) -> bool:
     if server.agentless:
         return result.fingerprint is not None
     return result.fingerprint is not None and any(
-        order.status is OrderStatus.ISSUED and order.fingerprint == result.fingerprint
+        order.status is OrderStatus.ISSUED
+        and order.compromised_at is None
+        and order.fingerprint == result.fingerprint
         for order in server.orders
     )
 

@@ -23,9 +23,10 @@ from poolsvc.backup import BackupError
 from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.journal import Entry
-from poolsvc.models import ENDED_STATES, Event, Member, MemberStatus, Server, SignIn, User
+from poolsvc.models import ENDED_STATES, Member, MemberStatus, Server, SignIn, User
 from poolsvc.names import is_label, skeleton
 from poolsvc.publication import Publication
+from poolsvc.servers import EventKind
 from poolsvc.zone import Change, diff
 
 _ACTOR = "restore"
@@ -129,16 +130,14 @@ async def _burn(
         )
         session.add(server)
         await session.flush()
-        session.add(
-            Event(
-                server_id=server.id,
-                at=now,
-                actor=_ACTOR,
-                kind="burnt",
-                subject=f"server {server.id}",
-                after={"state": ServerState.REMOVED},
-                reason=why,
-            )
+        servers.note(
+            session,
+            server,
+            EventKind.BURNT,
+            after={"state": ServerState.REMOVED},
+            actor=_ACTOR,
+            reason=why,
+            now=now,
         )
         burnt.append(name)
     return burnt

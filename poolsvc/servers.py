@@ -72,6 +72,9 @@ class EventKind(StrEnum):
     LEAVE_CANCELLED = "leave-cancelled"
     CLOSED = "closed"
     EXPIRED = "expired"
+    # These change no state.
+    ADDRESS_WITHDRAWN = "address-withdrawn"
+    BURNT = "burnt"
 
 
 _S = ServerState
@@ -138,24 +141,41 @@ async def apply(
     after = TRANSITIONS.get((server.state, kind))
     if after is None:
         raise WrongState(f"{server.name} is {server.state}: {kind} does not apply")
-    session.add(
-        Event(
-            server_id=server.id,
-            at=now,
-            actor=actor,
-            kind=kind,
-            subject=f"server {server.id}",
-            before={"state": server.state},
-            after={"state": after},
-            reason=reason[:300],
-        )
-    )
+    before = {"state": server.state}
+    note(session, server, kind, before=before, after={"state": after}, actor=actor, reason=reason, now=now)
     if kind in _JOURNALLED:
         server.journal_due_at = now
     server.state, server.state_since = after, now
     await session.flush()
     if (notice := NOTICES.get(kind)) is not None:
         await tell(session, server, notice, now=now, reason=reason[:300], **told)
+
+
+def note(
+    session: AsyncSession,
+    server: Server,
+    kind: EventKind,
+    *,
+    actor: str,
+    now: datetime,
+    subject: str | None = None,
+    before: Mapping[str, Any] | None = None,
+    after: Mapping[str, Any] | None = None,
+    reason: str = "",
+) -> None:
+    """An event in the log of a server; its subject is the server itself unless another one is named."""
+    session.add(
+        Event(
+            server_id=server.id,
+            at=now,
+            actor=actor,
+            kind=kind,
+            subject=subject or f"server {server.id}",
+            before=before,
+            after=after,
+            reason=reason[:300],
+        )
+    )
 
 
 async def tell(
@@ -213,17 +233,7 @@ async def register(
     session.add(server)
     await session.flush()
     session.add_all(Address(server_id=server.id, address=address, confirmed_at=now) for address in checked)
-    session.add(
-        Event(
-            server_id=server.id,
-            at=now,
-            actor=actor,
-            kind=EventKind.REGISTERED,
-            subject=f"server {server.id}",
-            before=None,
-            after={"state": ServerState.REGISTERED},
-        )
-    )
+    note(session, server, EventKind.REGISTERED, after={"state": server.state}, actor=actor, now=now)
     await session.flush()
     return server
 

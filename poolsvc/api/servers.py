@@ -9,7 +9,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from nts_core.control import ServerState
-from poolsvc import addresses, agentless, auth, removal, samples, servers, terms
+from poolsvc import addresses, agentless, auth, issuance, removal, samples, servers, terms
 from poolsvc.api.idempotent import idempotent
 from poolsvc.api.paging import Page, PagingDep
 from poolsvc.api.request import (
@@ -210,6 +210,17 @@ async def renew_join_token(
         raise WrongState(f"{server.name} was registered to have no agent", remedy="register another name")
     await auth.revoke(session, now, Token.server_id == server.id, Token.kind == TokenKind.JOIN)
     return await new_join_token(session, services.settings, server, now)
+
+
+@router.post("/servers/{name}/certificate/compromised", status_code=202)
+async def revoke_compromised(
+    name: NamePath, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
+) -> ServerView:
+    """The key of a server's certificate is lost or known to others: revoke it, and order one with another key."""
+    found = await servers.find(session, name)
+    principal.may(Operation.CHANGE_SERVER, server=found)
+    issuance.revoke_compromised(await servers.get(session, found.id), now)
+    return await view_of(session, services.settings, found.id)
 
 
 class SampleView(Document):

@@ -326,6 +326,7 @@ ENDPOINTS = [
     ("POST", "/v1/servers/{name}/leaving", {"at": LATER}, Operation.REMOVE_SERVER),
     ("DELETE", "/v1/servers/{name}/leaving", None, Operation.REMOVE_SERVER),
     ("POST", "/v1/servers/{name}/join-token", None, Operation.CHANGE_SERVER),
+    ("POST", "/v1/servers/{name}/certificate/compromised", None, Operation.CHANGE_SERVER, 409),
     ("POST", "/v1/servers/{name}/transfer", {"to": OPAQUE}, Operation.OFFER_SERVER),
     ("DELETE", "/v1/servers/{name}/transfer", None, Operation.OFFER_SERVER),
     ("GET", MEMBER + "/transfers", None, Operation.READ_MEMBER),

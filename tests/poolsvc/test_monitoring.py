@@ -367,7 +367,7 @@ async def test_an_ended_certificate_suspends_even_the_last_server_until_a_valid_
         HoldKind.CERTIFICATE,
         "the newest certificate ended on 2026-03-01 12:02 UTC",
     )
-    assert (await reasons(registry, server))[-1][:2] == ("hold-set", "worker")
+    assert ("hold-set", "worker") in [entry[:2] for entry in await reasons(registry, server)]
     await issue(registry, server, STRANGERS, not_after=NOW + DAYS_90)
     assert await rounds(server, EXPIRED) is S.SUSPENDED, "the new one is not served yet"
     assert await rounds(server, good(fingerprint="0c" * 32)) is S.SUSPENDED, "nobody ordered that one"
