@@ -52,6 +52,8 @@ _PERMANENT = {
     "unsupportedContact",
     "unsupportedIdentifier",
 }
+_POLL = dt.timedelta(seconds=0.25)
+_MAX_POLL = dt.timedelta(seconds=30)
 _ENDED = {"deactivated", "expired", "revoked"}
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -142,6 +144,15 @@ class PendingOrder:
     token: str | None
     key_authorization: str | None
     expires: dt.datetime | None
+
+
+class OrderFailed(Exception):
+    """The order cannot become a certificate any more."""
+
+
+def poll_wait(attempts: int) -> dt.timedelta:
+    """How soon the CA is asked again about what it is working on; Pebble and Boulder take about a second."""
+    return min(_POLL * (1 << min(attempts, 10)), _MAX_POLL)
 
 
 class RevocationReason(IntEnum):

@@ -262,6 +262,14 @@ class PolicySettings(_Section):
         True, description="proof calls must come from the address itself; false for members behind NAT"
     )
 
+    def step_wait(self, attempts: int) -> timedelta:
+        """Before a step whose peer was down is tried again, longer each time."""
+        return timedelta(seconds=self.step_retry * 2 ** min(attempts, 8))
+
+    def order_wait(self, failures: int) -> timedelta:
+        """Before another order, after so many that failed in a row."""
+        return timedelta(seconds=self.retry[min(failures, len(self.retry) - 1)])
+
 
 class Settings(ProgramSettings):
     """Everything `poolsvc` needs to know. Relative paths are relative to the settings file."""

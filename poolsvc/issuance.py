@@ -18,7 +18,7 @@ from sqlalchemy.orm import selectinload
 
 from nts_core.control import ACME_PATH, HttpChallenge, IssuedCertificate
 from poolsvc import servers, troubles
-from poolsvc.acme import AcmeAccount, AcmeError, OrderState, RevocationReason
+from poolsvc.acme import AcmeAccount, AcmeError, OrderFailed, OrderState, RevocationReason, poll_wait
 from poolsvc.certificates import ChainError, CsrError, chain_facts, check_chain, check_csr, renew_at
 from poolsvc.config import Settings
 from poolsvc.db import Database
@@ -28,15 +28,8 @@ from poolsvc.outbound import FetchError, Outbound, http_origin
 
 _log = structlog.get_logger()
 _OPEN = frozenset(OrderStatus) - {OrderStatus.ISSUED, OrderStatus.FAILED}
-# How soon the CA is asked again about an order that it is working on; Pebble and Boulder take about a second.
-_POLL = timedelta(seconds=0.25)
-_MAX_POLL = timedelta(seconds=30)
 _KEY_AUTHORIZATION_LIMIT = 512
 _GONE = frozenset({HTTPStatus.NOT_FOUND, HTTPStatus.GONE})
-
-
-class _OrderFailed(Exception):
-    """The order cannot become a certificate any more."""
 
 
 def open_order(server: Server) -> Order | None:
@@ -165,10 +158,10 @@ async def advance(
         # An order that the CA knows no more has expired, or the CA has lost its data.
         is_over = error.permanent or (error.status in _GONE and not account.lost)
         change = _failed(order, error.detail) if is_over else _retry(settings, order, error, now)
-    except (_OrderFailed, CsrError, ChainError) as error:
+    except (OrderFailed, CsrError, ChainError) as error:
         change = _failed(order, str(error))
     except FetchError as error:
-        change = _wait(order, f"precheck: {error}", now + timedelta(seconds=settings.policy.step_retry))
+        change = _wait(order, f"precheck: {error}", now + settings.policy.step_wait(0))
     async with database.transaction() as session:
         server = await servers.get(session, order.server_id)
         current = next(row for row in server.orders if row.id == order_id)
@@ -181,7 +174,7 @@ async def advance(
         elif order.status is OrderStatus.FINALIZING and current.not_before and current.not_after:
             server.order_failures = 0
             # Never at once again, whatever times a CA writes into its certificates.
-            soonest = now + timedelta(seconds=settings.policy.retry[0])
+            soonest = now + settings.policy.order_wait(0)
             server.order_due_at = max(renew_at(current.not_before, current.not_after), soonest)
             server.probe_due_at = server.probe_due_at or now
             troubles.watch_end(current)
@@ -254,7 +247,7 @@ async def _await_validation(
         case OrderState.PENDING:
             return _poll_again(order, found.error_detail, found.retry_after, now)
         case OrderState.INVALID:
-            raise _OrderFailed(found.error_detail or "the CA declared the order invalid")
+            raise OrderFailed(found.error_detail or "the CA declared the order invalid")
         case OrderState.READY:
             await account.finalize(order.url, order.csr)
     return _move(OrderStatus.FINALIZING)
@@ -267,7 +260,7 @@ async def _collect(
     assert order.csr is not None
     found = await account.poll(order.url)
     if found.status is OrderState.INVALID:
-        raise _OrderFailed(found.error_detail or "the CA declared the order invalid")
+        raise OrderFailed(found.error_detail or "the CA declared the order invalid")
     if found.status is not OrderState.VALID:
         return _poll_again(order, found.error_detail, found.retry_after, now)
     chain = await account.download(order.url)
@@ -348,7 +341,7 @@ _STEPS: dict[OrderStatus, Step] = {
 
 def _move(status: OrderStatus) -> Change:
     def change(row: Order, now: datetime) -> None:
-        row.status, row.due_at = status, now + _POLL
+        row.status, row.due_at = status, now + poll_wait(0)
         row.attempts, row.error = 0, None
 
     return change
@@ -364,15 +357,14 @@ def _wait(order: Order, error: str | None, until: datetime) -> Change:
 
 
 def _poll_again(order: Order, detail: str | None, retry_after: float | None, now: datetime) -> Change:
-    wait = min(_POLL * 2 ** min(order.attempts, 10), _MAX_POLL)
-    return _wait(order, detail, now + max(wait, timedelta(seconds=retry_after or 0)))
+    return _wait(order, detail, now + max(poll_wait(order.attempts), timedelta(seconds=retry_after or 0)))
 
 
 def _retry(settings: Settings, order: Order, error: AcmeError, now: datetime) -> Change:
     """The CA is away or busy: the same step again later, the order stays."""
-    wait = settings.policy.step_retry * 2 ** min(order.attempts, 8)
+    wait = max(settings.policy.step_wait(order.attempts), timedelta(seconds=error.retry_after or 0))
     _log.warning("ca_step_failed", order=order.id, step=order.status, code=error.code)
-    return _wait(order, f"CA: {error.detail}", now + timedelta(seconds=max(wait, error.retry_after or 0)))
+    return _wait(order, f"CA: {error.detail}", now + wait)
 
 
 def _failed(order: Order, reason: str) -> Change:
@@ -393,8 +385,6 @@ def _schedule_retry(settings: Settings, server: Server, order: Order, now: datet
     """A new order after 1, 10, 100 minutes, then daily (what Let's Encrypt asks of clients); False: not now."""
     if server.order_due_at is not None or order.deactivated_at is not None or server.orders[-1] is not order:
         return False
-    waits = settings.policy.retry
-    wait = waits[min(server.order_failures, len(waits) - 1)]
+    server.order_due_at = now + settings.policy.order_wait(server.order_failures)
     server.order_failures += 1
-    server.order_due_at = now + timedelta(seconds=wait)
     return True
