@@ -11,10 +11,10 @@ from sqlalchemy import QueuePool, func, select, true
 from sqlalchemy.exc import SQLAlchemyError
 
 from nts_core.control import ServerState
-from poolsvc import servers
 from poolsvc.db import Database
 from poolsvc.listener import Listeners
 from poolsvc.models import Server
+from poolsvc.pool import count_by_state
 from poolsvc.readiness import Look
 from poolsvc.worker import KINDS, Health
 
@@ -86,7 +86,7 @@ class Metrics:
                 found = select(func.count(), func.min(column)).where(column <= now, only)
                 rows, oldest = (await session.execute(found)).one()
                 due[kind] = (rows, oldest)
-            return _Figures(due, await servers.count_by_state(session))
+            return _Figures(due, await count_by_state(session))
 
     def _families(self) -> Iterable[Metric]:
         now = datetime.now(UTC)

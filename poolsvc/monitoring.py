@@ -17,6 +17,7 @@ from poolsvc.db import Database
 from poolsvc.models import HoldKind, Order, OrderStatus, SampleRecord, Server, StageRecord
 from poolsvc.notices import NoticeKind
 from poolsvc.outbound import Guard
+from poolsvc.pool import count_active
 from poolsvc.prober import ProbeImpossible, probe
 from poolsvc.servers import EventKind
 
@@ -265,7 +266,7 @@ async def _hold_or_lift(session: AsyncSession, server: Server, settings: Setting
             return
         # Scores alone never shrink the answer below the pool's opening size: that is an alarm instead.
         least = settings.policy.opening_size
-        if await servers.count_active(session, limit=least + 1) <= least:
+        if await count_active(session, limit=least + 1) <= least:
             _log.error("pool_alarm_too_few_servers", server=server.name, score=best)
             return
         reason = _why_low(server, best)

@@ -46,6 +46,7 @@ from poolsvc.derived import RegistryKey
 from poolsvc.leader import Leader
 from poolsvc.models import Address, Channel, Delivery, MaintenanceWindow, Order, Server, Webhook
 from poolsvc.outbound import Outbound
+from poolsvc.pool import the_pool
 
 _log = structlog.get_logger()
 _LEASE = timedelta(minutes=2)
@@ -376,7 +377,7 @@ class Worker:
         self._health.ca = self._account_due = None
         self._account_failures = 0
         async with self._database.transaction() as session:
-            pool = await servers.the_pool(session, self._settings, lock=True)
+            pool = await the_pool(session, self._settings, lock=True)
             pool.account_uri = account.uri
         if self._account is not None:
             self._account.close()

@@ -36,6 +36,7 @@ from poolsvc.errors import Gone, InvalidDocument, NotFound, Unauthenticated
 from poolsvc.explain import explain, why_not
 from poolsvc.models import Address, Server, Token, TokenKind
 from poolsvc.notices import NoticeKind
+from poolsvc.pool import count_until_open, the_pool
 
 router = APIRouter(prefix="/v1")
 _REJOIN_LIFE = timedelta(minutes=2)
@@ -213,8 +214,8 @@ def _clean(text: str, limit: int) -> str:
 async def _assignment(session: AsyncSession, services: Services, server: Server, now: datetime) -> Assignment:
     settings = services.settings
     order = issuance.open_order(server)
-    pool = await servers.the_pool(session, settings)
-    views = explain(server, pool, settings, active=await servers.count_until_open(session, pool, settings))
+    pool = await the_pool(session, settings)
+    views = explain(server, pool, settings, active=await count_until_open(session, pool, settings))
     is_new = server.state is ServerState.REGISTERED and server.burnt_at is None
     leaves_now = server.state is ServerState.LEAVING and not servers.may_stay(server)
     busy = order is not None or is_new or leaves_now

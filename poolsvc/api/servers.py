@@ -26,6 +26,7 @@ from poolsvc.config import Settings
 from poolsvc.errors import Gone, WrongState
 from poolsvc.explain import StageView, explain, why_not
 from poolsvc.models import ENDED_STATES, Address, Server, Token, TokenKind
+from poolsvc.pool import count_until_open, the_pool
 from poolsvc.removal import Receipt
 
 router = APIRouter(prefix="/v1")
@@ -297,8 +298,8 @@ def address_view(settings: Settings, row: Address) -> AddressView:
 async def view_of(session: AsyncSession, settings: Settings, server_id: int) -> ServerView:
     server = await servers.get(session, server_id)
     await session.refresh(server, ["addresses", "orders", "holds", "stages"])
-    pool = await servers.the_pool(session, settings)
-    views = explain(server, pool, settings, active=await servers.count_until_open(session, pool, settings))
+    pool = await the_pool(session, settings)
+    views = explain(server, pool, settings, active=await count_until_open(session, pool, settings))
     return ServerView(
         name=server.name,
         domain=settings.domain_of(server.name),

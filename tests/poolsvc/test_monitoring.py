@@ -17,6 +17,7 @@ from poolsvc import monitoring, scoring, servers
 from poolsvc.models import Address, Event, HoldKind, Notice, Order, OrderStatus, StageRecord
 from poolsvc.notices import NoticeKind
 from poolsvc.outbound import Guard
+from poolsvc.pool import count_kept_low
 from poolsvc.prober import ProbeImpossible, probe
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -227,7 +228,7 @@ async def test_servers_that_are_kept_for_want_of_others_are_counted(registry, ro
 
     async def kept():
         async with registry.database.transaction() as session:
-            return await servers.count_kept_low(session)
+            return await count_kept_low(session)
 
     ids = await crowd(registry, 2)
     assert await kept() == 0
