@@ -139,9 +139,9 @@ async def test_networks_that_opted_out_are_neither_registered_nor_dialled(regist
     listed = await registry.server("early", "198.18.7.1")
     prefixes = (ipaddress.ip_network("198.18.0.0/16"), ipaddress.ip_network("fd00:1::/32"))
     registry.settings = tuned(refused_prefixes=prefixes)
-    for address in ("198.18.255.255", "fd00:1:2::3"):
+    for name, address in (("alice", "198.18.255.255"), ("carol", "fd00:1:2::3")):
         with pytest.raises(AddressRefused) as caught:
-            await registry.server("alice", "198.19.0.1", address)
+            await registry.server(name, "198.19.0.1", address)
         assert (caught.value.code, caught.value.field) == ("address-refused", "addresses")
     async with registry.change(listed) as (session, server):
         with pytest.raises(AddressRefused):
