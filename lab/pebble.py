@@ -6,7 +6,7 @@ import json
 import ssl
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import httpx
 from cryptography import x509
@@ -86,8 +86,17 @@ class Pebble:
 
     def certificate_status(self, serial: str) -> str:
         """Either Valid or Revoked for a serial in hex; httpx.HTTPStatusError for one it never issued."""
-        status: str = self._get(f"{self._management}/cert-status-by-serial/{serial}").json()["Status"]
+        status: str = self._status_of(serial)["Status"]
         return status
+
+    def revocation_reason(self, serial: str) -> int | None:
+        """The reason code with which a certificate was revoked."""
+        reason: int | None = self._status_of(serial).get("Reason")
+        return reason
+
+    def _status_of(self, serial: str) -> dict[str, Any]:
+        found: dict[str, Any] = self._get(f"{self._management}/cert-status-by-serial/{serial}").json()
+        return found
 
     def _get(self, url: str) -> httpx.Response:
         return httpx.get(url, verify=self._tls, timeout=5, trust_env=False).raise_for_status()

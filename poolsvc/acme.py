@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, cast
@@ -52,6 +52,8 @@ _PERMANENT = {
     "unsupportedContact",
     "unsupportedIdentifier",
 }
+_POLL = dt.timedelta(seconds=0.25)
+_MAX_POLL = dt.timedelta(seconds=30)
 _ENDED = {"deactivated", "expired", "revoked"}
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -142,6 +144,22 @@ class PendingOrder:
     token: str | None
     key_authorization: str | None
     expires: dt.datetime | None
+
+
+class OrderFailed(Exception):
+    """The order cannot become a certificate any more."""
+
+
+def poll_wait(attempts: int) -> dt.timedelta:
+    """How soon the CA is asked again about what it is working on; Pebble and Boulder take about a second."""
+    return min(_POLL * (1 << min(attempts, 10)), _MAX_POLL)
+
+
+class RevocationReason(IntEnum):
+    """Those of RFC 5280 section 5.3.1 that we give."""
+
+    KEY_COMPROMISE = 1
+    CESSATION_OF_OPERATION = 5
 
 
 class OrderState(StrEnum):
@@ -304,8 +322,8 @@ class AcmeAccount:
                 raise
 
     @_in_thread
-    def revoke(self, cert_pem: str, reason: int = 5) -> None:
-        """Revoke the first certificate (5: cessationOfOperation); revoked before is success as well."""
+    def revoke(self, cert_pem: str, reason: RevocationReason) -> None:
+        """Revoke the first certificate; revoked before is success as well."""
         leaf = load_chain(cert_pem)[0].public_bytes(Encoding.DER)
         try:
             self._network.call(

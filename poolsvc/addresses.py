@@ -19,7 +19,7 @@ from poolsvc import servers
 from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.errors import InvalidDocument
-from poolsvc.models import Address, Event, OrderStatus, Server
+from poolsvc.models import ENDED_STATES, Address, OrderStatus, Server
 from poolsvc.notices import NoticeKind
 from poolsvc.servers import EventKind
 
@@ -114,7 +114,7 @@ async def withdraw_stale(database: Database, settings: Settings, now: datetime) 
             select(Address.server_id)
             .join(Server, Server.id == Address.server_id)
             .where(
-                Server.state.not_in((ServerState.LEAVING, ServerState.REMOVED)),
+                Server.state.not_in(ENDED_STATES),
                 Address.confirmed_at <= now - _patience(settings),
                 or_(
                     Address.proved_at.is_(None),
@@ -131,7 +131,7 @@ async def withdraw_stale(database: Database, settings: Settings, now: datetime) 
 
 
 async def _withdraw_stale(session: AsyncSession, settings: Settings, server: Server, now: datetime) -> None:
-    if server.state in (ServerState.LEAVING, ServerState.REMOVED):
+    if server.state in ENDED_STATES:
         return
     for row in list(server.addresses):
         if row.confirmed_at is None:
@@ -154,18 +154,15 @@ async def _withdraw_stale(session: AsyncSession, settings: Settings, server: Ser
 
 
 async def _tell(session: AsyncSession, server: Server, row: Address, reason: str, now: datetime) -> None:
-    session.add(
-        Event(
-            server_id=server.id,
-            member_id=server.member_id,
-            at=now,
-            actor=_ACTOR,
-            kind="address-withdrawn",
-            subject=f"address {row.id}",
-            before={"address": row.address},
-            after=None,
-            reason=reason,
-        )
+    servers.note(
+        session,
+        server,
+        EventKind.ADDRESS_WITHDRAWN,
+        subject=f"address {row.id}",
+        before={"address": row.address},
+        actor=_ACTOR,
+        reason=reason,
+        now=now,
     )
     kind = NoticeKind.ADDRESS_WITHDRAWN
     await servers.tell(session, server, kind, now=now, address=row.address, reason=reason)

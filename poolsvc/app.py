@@ -27,8 +27,8 @@ from poolsvc.errors import PoolError
 from poolsvc.gate import NOT_READY, Gate, problem
 from poolsvc.metrics import Metrics
 from poolsvc.oidc import Provider
+from poolsvc.pool import CensusTaker
 from poolsvc.readiness import Readiness
-from poolsvc.servers import CensusTaker
 from poolsvc.worker import Health, Worker
 
 # How long the worker's steps may go on when the process is to stop.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
 
-from sqlalchemy import select, update
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import selectinload
 
@@ -112,6 +112,8 @@ PERMISSIONS: Mapping[Operation, Permission] = {
     _O.AGENT: _permission("agent", None),
 }
 
+# Of a program's token, unless who makes it says otherwise; none lives for ever.
+TOKEN_LIFE = timedelta(days=90)
 _KIND_ROLES = {TokenKind.JOIN: Role.JOIN, TokenKind.AGENT: Role.AGENT}
 # How often `last_used_at` moves: people want to know whether a token is in use, not when.
 _SEEN = timedelta(hours=1)
@@ -301,11 +303,13 @@ _REMEDIES = {
 
 async def use_up(session: AsyncSession, principal: Principal, now: datetime) -> None:
     """Make a join token useless. Raises TokenUsed when another request was faster."""
-    used = await session.scalar(
-        update(Token)
+    unused = (
+        select(Token)
         .where(Token.id == principal.token_id, Token.used_at.is_(None))
-        .values(used_at=now)
-        .returning(Token.id)
+        .with_for_update()
+        .execution_options(populate_existing=True)
     )
-    if used is None:
+    token = await session.scalar(unused)
+    if token is None:
         raise TokenUsed("the join token was used already", remedy=_REMEDIES[TokenKind.JOIN])
+    token.used_at = now

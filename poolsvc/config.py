@@ -254,9 +254,21 @@ class PolicySettings(_Section):
     address_proof_days: float = Field(
         30, gt=0, description="after which an address that no probe has confirmed is to be proved again"
     )
+    refused_prefixes: tuple[IPvAnyNetwork, ...] = Field(
+        (), description="networks that opted out: no address in them is registered or dialled"
+    )
+    webhook_calls_per_hour: int = Field(600, ge=1, description="to one webhook; more wait")
     require_source_address: bool = Field(
         True, description="proof calls must come from the address itself; false for members behind NAT"
     )
+
+    def step_wait(self, attempts: int) -> timedelta:
+        """Before a step whose peer was down is tried again, longer each time."""
+        return timedelta(seconds=self.step_retry * 2 ** min(attempts, 8))
+
+    def order_wait(self, failures: int) -> timedelta:
+        """Before another order, after so many that failed in a row."""
+        return timedelta(seconds=self.retry[min(failures, len(self.retry) - 1)])
 
 
 class Settings(ProgramSettings):

@@ -3,7 +3,7 @@
 1. A delivery ends as SENT, FAILED or SUPPRESSED, the latter two with the reason. None is dropped in silence.
 2. At least once: who dies between sending and recording leaves it to the next one, which sends it again under the
    same Message-ID or webhook-id. A claim keeps two workers from sending the same one at the same time.
-3. Over a limit a mail waits, it is never dropped. Several that wait for one recipient become one mail.
+3. Over a limit a mail or call waits, it is never dropped. Several mails that wait for one recipient become one.
 4. The secret of a link exists in the mail only: it is derived when it is sent, and in no error.
 """
 
@@ -261,6 +261,10 @@ class Post:
             if not webhooks.is_enabled(row.webhook):
                 settle(row, DeliveryStatus.SUPPRESSED, now, "the webhook is not enabled")
                 return None
+            limit = self._settings.policy.webhook_calls_per_hour
+            if (wait := await _no_room(session, row.webhook.id, limit, now)) is not None:
+                row.error = f"waits: {limit} calls within an hour"
+                return wait
         failure, unwanted = None, False
         document = {
             "type": row.notice.kind,
@@ -348,6 +352,23 @@ async def _full(
     if len(times) >= by_hour:
         return times[-by_hour] + _HOUR, f"waits: {len(times)} mails to one recipient within an hour"
     return None
+
+
+async def _no_room(session: AsyncSession, webhook: int, limit: int, now: datetime) -> datetime | None:
+    """Until when a call has to wait; those that fail wait by themselves, and are not counted."""
+    made = (
+        select(Delivery.done_at)
+        .where(
+            Delivery.webhook_id == webhook,
+            Delivery.status == DeliveryStatus.SENT,
+            Delivery.done_at > now - _HOUR,
+        )
+        .order_by(Delivery.done_at.desc())
+        .offset(limit - 1)
+        .limit(1)
+    )
+    first = await session.scalar(made)
+    return None if first is None else first + _HOUR
 
 
 async def _pending(session: AsyncSession, ids: Sequence[int]) -> list[Delivery]:

@@ -116,6 +116,12 @@ class InvalidAddress(PoolError):
     code = "invalid-address"
 
 
+class AddressRefused(InvalidAddress):
+    """The address is of a network that wants nothing from this pool."""
+
+    code = "address-refused"
+
+
 class AddressTaken(PoolError):
     status = HTTPStatus.CONFLICT
     code = "address-taken"

@@ -6,7 +6,7 @@ from datetime import datetime
 from nts_core.control import ServerState, Stage, StageStatus
 from poolsvc import agentless, servers
 from poolsvc.config import Settings
-from poolsvc.models import Order, OrderStatus, Pool, Server
+from poolsvc.models import ENDED_STATES, Order, Pool, Server
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def _by_hand(view: StageView) -> StageView:
 
 def why_not(views: list[StageView], server: Server) -> str:
     """One sentence for the first stage that is not met; empty when the server is in the answer."""
-    if server.state in (ServerState.LEAVING, ServerState.REMOVED):
+    if server.state in ENDED_STATES:
         day = f" on {server.leave_at:%Y-%m-%d %H:%M} UTC" if server.leave_at is not None else ""
         return f"{server.state}{day}: {server.leave_reason or 'the registration expired'}"
     for view in views:
@@ -125,10 +125,9 @@ def _issuance(server: Server) -> StageView:
     if not orders:
         return _view(Stage.ISSUANCE, StageStatus.WAITING, server.named_at, "no order yet")
     latest: Order = orders[-1]
-    issued = [order for order in orders if order.status is OrderStatus.ISSUED]
-    if issued:
+    if (newest := servers.newest_certificate(server)) is not None:
         detail = "" if latest.error is None else f"renewal: {latest.error}"
-        return _view(Stage.ISSUANCE, StageStatus.MET, issued[-1].issued_at, detail)
+        return _view(Stage.ISSUANCE, StageStatus.MET, newest.issued_at, detail)
     if latest.error is not None:
         return _view(Stage.ISSUANCE, StageStatus.FAILED, latest.created_at, latest.error)
     return _view(Stage.ISSUANCE, StageStatus.WAITING, latest.created_at, f"order {latest.status}")
@@ -143,8 +142,7 @@ def _own_order(server: Server) -> str:
 
 
 def _score(server: Server, settings: Settings) -> StageView:
-    holds = [hold for hold in server.holds if hold.lifted_at is None]
-    if holds:
+    if holds := servers.open_holds(server):
         reasons = "; ".join(f"{hold.kind}: {hold.reason}" for hold in holds)
         return _view(Stage.SCORE, StageStatus.FAILED, holds[0].set_at, reasons)
     if server.state is ServerState.ACTIVE:

@@ -18,25 +18,18 @@ from sqlalchemy.orm import selectinload
 
 from nts_core.control import ACME_PATH, HttpChallenge, IssuedCertificate
 from poolsvc import servers, troubles
-from poolsvc.acme import AcmeAccount, AcmeError, OrderState
+from poolsvc.acme import AcmeAccount, AcmeError, OrderFailed, OrderState, RevocationReason, poll_wait
 from poolsvc.certificates import ChainError, CsrError, chain_facts, check_chain, check_csr, renew_at
 from poolsvc.config import Settings
 from poolsvc.db import Database
-from poolsvc.errors import InvalidCsr
+from poolsvc.errors import InvalidCsr, WrongState
 from poolsvc.models import Order, OrderStatus, Server
 from poolsvc.outbound import FetchError, Outbound, http_origin
 
 _log = structlog.get_logger()
 _OPEN = frozenset(OrderStatus) - {OrderStatus.ISSUED, OrderStatus.FAILED}
-# How soon the CA is asked again about an order that it is working on; Pebble and Boulder take about a second.
-_POLL = timedelta(seconds=0.25)
-_MAX_POLL = timedelta(seconds=30)
 _KEY_AUTHORIZATION_LIMIT = 512
 _GONE = frozenset({HTTPStatus.NOT_FOUND, HTTPStatus.GONE})
-
-
-class _OrderFailed(Exception):
-    """The order cannot become a certificate any more."""
 
 
 def open_order(server: Server) -> Order | None:
@@ -65,6 +58,37 @@ def start_anew(server: Server, now: datetime) -> None:
         server.order_due_at = now
 
 
+def revoke_compromised(server: Server, now: datetime) -> None:
+    """Others may know the keys that the server had: its certificates are revoked, another one is ordered for a new key.
+
+    The agent, which makes a key for each order, serves what it has until the other one is there. Raises WrongState.
+    """
+    lost = [order for order in server.orders if is_revocable(order, now) and order.compromised_at is None]
+    if not lost:
+        raise WrongState(
+            f"{server.name} has no certificate of the pool's that is not revoked already",
+            remedy="one that your own ACME client got is revoked by that client",
+        )
+    if (order := open_order(server)) is not None:
+        order.status, order.error, order.due_at = OrderStatus.FAILED, "its key may be known to others", None
+        lost += [order] if order.authorization_url else []
+    for order in lost:
+        order.compromised_at = order.due_at = now
+    server.order_due_at = now
+
+
+def is_revocable(order: Order, now: datetime) -> bool:
+    """Whether a certificate is ours to revoke: of one that was only seen there is no chain."""
+    if order.chain is None:
+        return False
+    return order.revoked_at is None and order.not_after is not None and order.not_after > now
+
+
+def revocation_reason(order: Order) -> RevocationReason:
+    is_lost = order.compromised_at is not None
+    return RevocationReason.KEY_COMPROMISE if is_lost else RevocationReason.CESSATION_OF_OPERATION
+
+
 def wants_csr(server: Server, order: Order) -> bool:
     """Whether the agent is asked for a signing request; not for a server that leaves."""
     return order.status is OrderStatus.WANTED and _needs_certificate(server)
@@ -73,8 +97,9 @@ def wants_csr(server: Server, order: Order) -> bool:
 def _needs_certificate(server: Server) -> bool:
     """One that leaves on a later day needs no other certificate, if it has one that lasts till then."""
     if server.leave_at is not None:
-        ends = [order.not_after for order in server.orders if order.not_after is not None]
-        return bool(ends) and max(ends) < server.leave_at
+        ends = {order: order.not_after for order in server.orders if order.not_after is not None}
+        lasts = any(end >= server.leave_at and order.compromised_at is None for order, end in ends.items())
+        return bool(ends) and not lasts
     return server.state in servers.NAMED_STATES
 
 
@@ -133,10 +158,10 @@ async def advance(
         # An order that the CA knows no more has expired, or the CA has lost its data.
         is_over = error.permanent or (error.status in _GONE and not account.lost)
         change = _failed(order, error.detail) if is_over else _retry(settings, order, error, now)
-    except (_OrderFailed, CsrError, ChainError) as error:
+    except (OrderFailed, CsrError, ChainError) as error:
         change = _failed(order, str(error))
     except FetchError as error:
-        change = _wait(order, f"precheck: {error}", now + timedelta(seconds=settings.policy.step_retry))
+        change = _wait(order, f"precheck: {error}", now + settings.policy.step_wait(0))
     async with database.transaction() as session:
         server = await servers.get(session, order.server_id)
         current = next(row for row in server.orders if row.id == order_id)
@@ -149,7 +174,7 @@ async def advance(
         elif order.status is OrderStatus.FINALIZING and current.not_before and current.not_after:
             server.order_failures = 0
             # Never at once again, whatever times a CA writes into its certificates.
-            soonest = now + timedelta(seconds=settings.policy.retry[0])
+            soonest = now + settings.policy.order_wait(0)
             server.order_due_at = max(renew_at(current.not_before, current.not_after), soonest)
             server.probe_due_at = server.probe_due_at or now
             troubles.watch_end(current)
@@ -222,7 +247,7 @@ async def _await_validation(
         case OrderState.PENDING:
             return _poll_again(order, found.error_detail, found.retry_after, now)
         case OrderState.INVALID:
-            raise _OrderFailed(found.error_detail or "the CA declared the order invalid")
+            raise OrderFailed(found.error_detail or "the CA declared the order invalid")
         case OrderState.READY:
             await account.finalize(order.url, order.csr)
     return _move(OrderStatus.FINALIZING)
@@ -235,7 +260,7 @@ async def _collect(
     assert order.csr is not None
     found = await account.poll(order.url)
     if found.status is OrderState.INVALID:
-        raise _OrderFailed(found.error_detail or "the CA declared the order invalid")
+        raise OrderFailed(found.error_detail or "the CA declared the order invalid")
     if found.status is not OrderState.VALID:
         return _poll_again(order, found.error_detail, found.retry_after, now)
     chain = await account.download(order.url)
@@ -278,16 +303,27 @@ def keep_chain(order: Order, chain: str) -> None:
     order.not_before, order.not_after = facts.not_before, facts.not_after
 
 
-async def _deactivate(
-    _settings: Settings, account: AcmeAccount, order: Order, _server: Server, _now: datetime
+async def _wind_up(
+    _settings: Settings, account: AcmeAccount, order: Order, _server: Server, now: datetime
 ) -> Change:
-    """A cached authorization would let a removed name be renewed: it ends with the order it was made for."""
+    """A cached authorization would let a removed name be renewed: it ends with the order it was made for.
+
+    A certificate whose key is known to others ends as well.
+    """
     late_chain = await settle(account, order)
+    chain = late_chain or (order.chain if is_revocable(order, now) else None)
+    revoked = False
+    if order.compromised_at is not None and chain is not None:
+        await account.revoke(chain, revocation_reason(order))
+        revoked = True
 
     def change(row: Order, now: datetime) -> None:
         if late_chain is not None:
             keep_chain(row, late_chain)
-        row.deactivated_at, row.due_at = now, None
+        row.deactivated_at = row.deactivated_at or now
+        row.revoked_at = now if revoked else row.revoked_at
+        # Somebody may have said meanwhile that the key is lost.
+        row.due_at = now if row.compromised_at is not None and is_revocable(row, now) else None
         row.attempts, row.error = 0, None
 
     return change
@@ -298,14 +334,14 @@ _STEPS: dict[OrderStatus, Step] = {
     OrderStatus.PENDING: _answer,
     OrderStatus.ANSWERED: _await_validation,
     OrderStatus.FINALIZING: _collect,
-    OrderStatus.ISSUED: _deactivate,
-    OrderStatus.FAILED: _deactivate,
+    OrderStatus.ISSUED: _wind_up,
+    OrderStatus.FAILED: _wind_up,
 }
 
 
 def _move(status: OrderStatus) -> Change:
     def change(row: Order, now: datetime) -> None:
-        row.status, row.due_at = status, now + _POLL
+        row.status, row.due_at = status, now + poll_wait(0)
         row.attempts, row.error = 0, None
 
     return change
@@ -321,15 +357,14 @@ def _wait(order: Order, error: str | None, until: datetime) -> Change:
 
 
 def _poll_again(order: Order, detail: str | None, retry_after: float | None, now: datetime) -> Change:
-    wait = min(_POLL * 2 ** min(order.attempts, 10), _MAX_POLL)
-    return _wait(order, detail, now + max(wait, timedelta(seconds=retry_after or 0)))
+    return _wait(order, detail, now + max(poll_wait(order.attempts), timedelta(seconds=retry_after or 0)))
 
 
 def _retry(settings: Settings, order: Order, error: AcmeError, now: datetime) -> Change:
     """The CA is away or busy: the same step again later, the order stays."""
-    wait = settings.policy.step_retry * 2 ** min(order.attempts, 8)
+    wait = max(settings.policy.step_wait(order.attempts), timedelta(seconds=error.retry_after or 0))
     _log.warning("ca_step_failed", order=order.id, step=order.status, code=error.code)
-    return _wait(order, f"CA: {error.detail}", now + timedelta(seconds=max(wait, error.retry_after or 0)))
+    return _wait(order, f"CA: {error.detail}", now + wait)
 
 
 def _failed(order: Order, reason: str) -> Change:
@@ -350,8 +385,6 @@ def _schedule_retry(settings: Settings, server: Server, order: Order, now: datet
     """A new order after 1, 10, 100 minutes, then daily (what Let's Encrypt asks of clients); False: not now."""
     if server.order_due_at is not None or order.deactivated_at is not None or server.orders[-1] is not order:
         return False
-    waits = settings.policy.retry
-    wait = waits[min(server.order_failures, len(waits) - 1)]
+    server.order_due_at = now + settings.policy.order_wait(server.order_failures)
     server.order_failures += 1
-    server.order_due_at = now + timedelta(seconds=wait)
     return True

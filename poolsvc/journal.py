@@ -19,11 +19,10 @@ from nts_core.shell import sync
 from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.errors import PoolError
-from poolsvc.models import Server
+from poolsvc.models import ENDED_STATES, Server
 
 _BATCH = 100
 _MAX_LINE = 4096
-GONE = frozenset({ServerState.LEAVING, ServerState.REMOVED})
 
 
 class JournalError(PoolError):
@@ -47,7 +46,7 @@ class Entry:
 
     @property
     def is_gone(self) -> bool:
-        return self.state in GONE
+        return self.state in ENDED_STATES
 
 
 async def write_due(database: Database, settings: Settings, now: datetime) -> bool:

@@ -14,10 +14,11 @@ from datetime import datetime, timedelta
 
 import structlog
 
-from poolsvc import leases, servers
+from poolsvc import leases
 from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.leases import Held, LeaseLost
+from poolsvc.pool import the_pool
 from poolsvc.publication import Publication
 from poolsvc.publisher import Fenced, Publisher, PublishError
 
@@ -120,7 +121,7 @@ class Leader:
         """An epoch above all earlier ones: whoever published before cannot any more."""
         fence = await publisher.fence()
         async with self._database.transaction() as session:
-            pool = await servers.the_pool(session, self._settings, lock=True)
+            pool = await the_pool(session, self._settings, lock=True)
             before = pool.epoch
             is_foreign = fence is not None and fence > before
             if is_foreign:

@@ -175,5 +175,12 @@ async def create_operator(
 ) -> tuple[User, str]:
     """A person who runs the pool, with an API token for their programs."""
     user = await create_user(session, now, email=email, name=name, staff=StaffRole.OPERATOR)
-    _, token = await auth.issue(session, TokenKind.API, now=now, user_id=user.id, label="first token")
+    _, token = await auth.issue(
+        session,
+        TokenKind.API,
+        now=now,
+        user_id=user.id,
+        label="first token",
+        expires_at=now + auth.TOKEN_LIFE,
+    )
     return user, token

@@ -7,30 +7,22 @@ from datetime import UTC, datetime
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from sqlalchemy import QueuePool, func, select
+from sqlalchemy import QueuePool, func, select, true
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.orm import InstrumentedAttribute
 
 from nts_core.control import ServerState
-from poolsvc import servers
 from poolsvc.db import Database
 from poolsvc.listener import Listeners
-from poolsvc.models import Address, Delivery, Order, Server, Webhook
+from poolsvc.models import Server
+from poolsvc.pool import count_by_state
 from poolsvc.readiness import Look
-from poolsvc.worker import Health
+from poolsvc.worker import KINDS, Health
 
 # How old the figures of the database may be, in seconds.
 _KEEP = 15.0
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-_DUE: dict[str, InstrumentedAttribute[datetime | None]] = {
-    "prove": Address.proof_due_at,
-    "begin_orders": Server.order_due_at,
-    "advance_orders": Order.due_at,
-    "probe": Server.probe_due_at,
-    "remove": Server.removal_due_at,
-    "deliver": Delivery.due_at,
-    "challenge_webhooks": Webhook.challenge_due_at,
-}
+# Under the names of the passes; the journal has no Kind, since one process writes all that is due.
+_DUE = {kind.name: (kind.due, kind.only) for kind in KINDS} | {"journal": (Server.journal_due_at, true())}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +82,11 @@ class Metrics:
         now = datetime.now(UTC)
         async with self._database.transaction() as session:
             due = {}
-            for kind, column in _DUE.items():
-                row = (
-                    await session.execute(select(func.count(), func.min(column)).where(column <= now))
-                ).one()
-                due[kind] = (row[0], row[1])
-            return _Figures(due, await servers.count_by_state(session))
+            for kind, (column, only) in _DUE.items():
+                found = select(func.count(), func.min(column)).where(column <= now, only)
+                rows, oldest = (await session.execute(found)).one()
+                due[kind] = (rows, oldest)
+            return _Figures(due, await count_by_state(session))
 
     def _families(self) -> Iterable[Metric]:
         now = datetime.now(UTC)

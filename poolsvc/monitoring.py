@@ -17,6 +17,7 @@ from poolsvc.db import Database
 from poolsvc.models import HoldKind, Order, OrderStatus, SampleRecord, Server, StageRecord
 from poolsvc.notices import NoticeKind
 from poolsvc.outbound import Guard
+from poolsvc.pool import count_active
 from poolsvc.prober import ProbeImpossible, probe
 from poolsvc.servers import EventKind
 
@@ -32,8 +33,9 @@ async def probe_server(
     async with database.transaction() as session:
         server = await servers.get(session, server_id)
         addresses = [row.address for row in servers.publishable(server)]
-        may_have_certificate = _current(server) is not None or agentless.may_order_at(server) is not None
-        worth_probing = server.state in servers.PROBED_STATES and may_have_certificate
+        is_ordered = servers.newest_certificate(server) is not None
+        may_have_certificate = is_ordered or agentless.may_order_at(server) is not None
+        worth_probing = server.state in servers.NAMED_STATES and may_have_certificate
     if not worth_probing:
         return
     trust = Trust.of(roots, now)
@@ -71,7 +73,7 @@ async def record(
     session: AsyncSession, settings: Settings, server: Server, results: Sequence[ProbeResult], now: datetime
 ) -> None:
     """Let one round of probes of a server take effect."""
-    if server.state not in servers.PROBED_STATES or not results:
+    if server.state not in servers.NAMED_STATES or not results:
         return
     _record_stages(server, results, now)
     published = servers.published_addresses(server)
@@ -92,17 +94,12 @@ async def record(
             reason="every address serves a certificate that it should have",
             now=now,
         )
+    if server.state in (ServerState.ACTIVE, ServerState.SUSPENDED):
+        await _hold_or_lift(session, server, settings, now)
+    await _judge_certificate(session, server, results, now)
     if server.state is ServerState.CERTIFIED and _admissible(server, settings):
         await _admit(session, server, settings, now)
-    elif server.state in (ServerState.ACTIVE, ServerState.SUSPENDED):
-        await _hold_or_lift(session, server, settings, now)
     server.probe_due_at = now + timedelta(seconds=settings.policy.probe_interval)
-
-
-def _current(server: Server) -> Order | None:
-    """The newest certificate that was issued to the server."""
-    issued = [order for order in server.orders if order.status is OrderStatus.ISSUED]
-    return issued[-1] if issued else None
 
 
 def _is_ours(server: Server, result: ProbeResult) -> bool:
@@ -114,7 +111,9 @@ def _is_ours(server: Server, result: ProbeResult) -> bool:
     if server.agentless:
         return result.fingerprint is not None
     return result.fingerprint is not None and any(
-        order.status is OrderStatus.ISSUED and order.fingerprint == result.fingerprint
+        order.status is OrderStatus.ISSUED
+        and order.compromised_at is None
+        and order.fingerprint == result.fingerprint
         for order in server.orders
     )
 
@@ -213,9 +212,8 @@ async def _tell_withdrawn(
 
 def _admissible(server: Server, settings: Settings) -> bool:
     proved = servers.publishable(server)
-    held = any(hold.lifted_at is None for hold in server.holds)
     enough = all(row.full_probes >= settings.policy.admission_probes for row in proved)
-    return bool(proved) and enough and not held
+    return bool(proved) and enough and not servers.open_holds(server)
 
 
 async def _admit(session: AsyncSession, server: Server, settings: Settings, now: datetime) -> None:
@@ -261,11 +259,14 @@ async def _hold_or_lift(session: AsyncSession, server: Server, settings: Setting
     # What was never admitted speaks for nobody: a member could change to a dead address otherwise.
     best = max((row.score for row in servers.publishable(server) if row.score is not None), default=None)
     if best is None or best < scoring.CUTOFF:
-        if server.state is ServerState.SUSPENDED:
+        is_back_soon = servers.held(server, HoldKind.CERTIFICATE) is not None
+        if servers.held(server, HoldKind.SCORE) or (
+            server.state is ServerState.SUSPENDED and not is_back_soon
+        ):
             return
         # Scores alone never shrink the answer below the pool's opening size: that is an alarm instead.
         least = settings.policy.opening_size
-        if await servers.count_active(session, limit=least + 1) <= least:
+        if await count_active(session, limit=least + 1) <= least:
             _log.error("pool_alarm_too_few_servers", server=server.name, score=best)
             return
         reason = _why_low(server, best)
@@ -275,3 +276,19 @@ async def _hold_or_lift(session: AsyncSession, server: Server, settings: Setting
         await servers.lift_hold(
             session, server, HoldKind.SCORE, reason="the score is good again", actor=_ACTOR, now=now
         )
+
+
+async def _judge_certificate(
+    session: AsyncSession, server: Server, results: Sequence[ProbeResult], now: datetime
+) -> None:
+    """A server whose newest certificate has ended can serve nobody, however few others there are.
+
+    It is back when a probe sees one that it should have; its score may then hold it still.
+    """
+    kind, newest = HoldKind.CERTIFICATE, servers.newest_certificate(server)
+    if any(_is_ours(server, result) for result in results):
+        reason = "a valid certificate is seen again"
+        await servers.lift_hold(session, server, kind, reason=reason, actor=_ACTOR, now=now)
+    elif newest is not None and newest.not_after is not None and newest.not_after <= now:
+        reason = f"the newest certificate ended on {newest.not_after:%Y-%m-%d %H:%M} UTC"
+        await servers.set_hold(session, server, kind, reason=reason, actor="worker", now=now)

@@ -25,7 +25,7 @@ import httpx
 
 from poolsvc.certificates import printable
 from poolsvc.config import Settings, split_endpoint
-from poolsvc.errors import InvalidAddress, PoolError
+from poolsvc.errors import AddressRefused, InvalidAddress, PoolError
 from poolsvc.names import check_address
 
 # No honest service has more; each is a connection that may have to be tried.
@@ -61,7 +61,7 @@ class NotDialled(httpx.ConnectError):
 class Guard:
     """Which addresses the registry dials.
 
-    Never the pool's own: those of its nameservers, and those on which the registry itself listens, on any port.
+    None in `refused_prefixes`, whose networks do not want it. Never the pool's own: those of its nameservers, and those on which the registry itself listens, on any port.
     With `allow_private_addresses`, where all may share loopback, the pool's own are only their exact endpoints.
     """
 
@@ -69,11 +69,18 @@ class Guard:
         self._allow_private = settings.allow_private_addresses
         plain = settings.web_tls.http_listen if settings.web_tls.acme else ()
         own = (settings.dns.primary, *settings.dns.nameservers, *settings.listen, *plain)
+        self._refused = settings.policy.refused_prefixes
         self._own = frozenset((ip_address(host), port) for host, port in map(split_endpoint, own))
 
     def check(self, text: str, *ports: int) -> None:
         """Refuse an address for these ports. Raises InvalidAddress, which says why."""
         address = check_address(text, allow_private=self._allow_private)
+        if any(address in network for network in self._refused):
+            raise AddressRefused(
+                f"{text} is in a network that takes no part in this pool",
+                remedy="give an address of another network, or ask the pool's operator",
+                field="addresses",
+            )
         for own, own_port in self._own:
             if own == address and (own_port in ports or not self._allow_private):
                 raise InvalidAddress(

@@ -28,7 +28,6 @@ from poolsvc.models import (
     User,
 )
 
-TOKEN_LIFE = timedelta(days=90)
 MAX_TOKEN_LIFE = timedelta(days=365)
 MAX_TOKENS = 50
 # Of an export: an operator of many years has made more changes than one document can hold.
@@ -69,7 +68,7 @@ async def make_token(
 
     Raises Forbidden, InvalidDocument, LimitReached.
     """
-    expires_at = expires_at or now + TOKEN_LIFE
+    expires_at = expires_at or now + auth.TOKEN_LIFE
     if not now < expires_at <= now + MAX_TOKEN_LIFE:
         raise InvalidDocument(
             "the token's end is in the past, or more than a year ahead",

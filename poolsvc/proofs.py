@@ -24,7 +24,7 @@ from poolsvc.db import Database, queue_for
 from poolsvc.errors import AddressMismatch, NotFound, TooManyRequests, WrongState
 from poolsvc.models import Address, ConnectBack, Server
 from poolsvc.names import check_address, prefix_of
-from poolsvc.outbound import FetchError, Outbound, http_origin
+from poolsvc.outbound import FetchError, Guard, Outbound, http_origin
 
 _HOUR = timedelta(hours=1)
 # Old rows that one call removes: more than it adds.
@@ -42,11 +42,13 @@ async def call(
 ) -> str:
     """An agent's call from one of its addresses: the nonce that is to be signed there.
 
-    Raises NotFound, AddressMismatch, TooManyRequests.
+    Raises NotFound, InvalidAddress, AddressMismatch, TooManyRequests.
     """
     row = next((row for row in server.addresses if row.address == text), None)
     if row is None:
         raise NotFound(f"{text} is not an address of {server.name}", field="address")
+    # Registered is not enough: a network may have opted out since.
+    Guard(settings).check(row.address, settings.ports.http)
     waived = server.waive_source or not settings.policy.require_source_address
     if not waived and _canonical(source) != row.address:
         raise AddressMismatch(

@@ -32,6 +32,7 @@ from poolsvc import scoring, servers
 from poolsvc.config import Settings, split_endpoint
 from poolsvc.db import Database
 from poolsvc.models import Address, Server, ZoneChange
+from poolsvc.pool import the_pool
 from poolsvc.publisher import Conflict, Mismatch, Nameserver, PrimaryConfig, Publisher
 from poolsvc.zone import (
     SERVER_TYPES,
@@ -133,7 +134,7 @@ class Publication:
         no network.
         """
         async with self._database.transaction() as session:
-            pool = await servers.the_pool(session, self._settings)
+            pool = await the_pool(session, self._settings)
             self.is_frozen = pool.frozen_at is not None
             if pool.account_uri is None or (self.is_frozen and not even_frozen):
                 return False
@@ -333,7 +334,7 @@ class Publication:
         if active < self._settings.policy.opening_size:
             return False
         async with self._database.transaction() as session:
-            pool = await servers.the_pool(session, self._settings, lock=True)
+            pool = await the_pool(session, self._settings, lock=True)
             pool.opened_at = pool.opened_at or now
         _log.info("pool_opened", active=active)
         return True

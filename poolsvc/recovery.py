@@ -22,10 +22,12 @@ from poolsvc import auth, backup, journal, servers, teams, transfers
 from poolsvc.backup import BackupError
 from poolsvc.config import Settings
 from poolsvc.db import Database
-from poolsvc.journal import GONE, Entry
-from poolsvc.models import Event, Member, MemberStatus, Server, SignIn, User
+from poolsvc.journal import Entry
+from poolsvc.models import ENDED_STATES, Member, MemberStatus, Server, SignIn, User
 from poolsvc.names import is_label, skeleton
+from poolsvc.pool import count_by_state, the_pool
 from poolsvc.publication import Publication
+from poolsvc.servers import EventKind
 from poolsvc.zone import Change, diff
 
 _ACTOR = "restore"
@@ -70,7 +72,7 @@ async def restore(
         # What was revoked, declined or taken back since the copy would be open once more.
         await teams.end_invitations(session, now)
         await transfers.end_offers(session, now)
-        pool = await servers.the_pool(session, settings, lock=True)
+        pool = await the_pool(session, settings, lock=True)
         pool.frozen_at = now
     rows = sum(content.rows for content in manifest.tables.values())
     return Restored(manifest.created_at, rows, tuple(left), tuple(burnt), revoked)
@@ -105,7 +107,7 @@ def _is_on_its_way(server: Server, entry: Entry) -> bool:
     """Whether the copy knows of the removal already; one that was to leave later may have left at once since."""
     if servers.may_stay(server):
         return entry.at <= server.state_since
-    return server.state in GONE
+    return server.state in ENDED_STATES
 
 
 async def _burn(
@@ -129,16 +131,14 @@ async def _burn(
         )
         session.add(server)
         await session.flush()
-        session.add(
-            Event(
-                server_id=server.id,
-                at=now,
-                actor=_ACTOR,
-                kind="burnt",
-                subject=f"server {server.id}",
-                after={"state": ServerState.REMOVED},
-                reason=why,
-            )
+        servers.note(
+            session,
+            server,
+            EventKind.BURNT,
+            after={"state": ServerState.REMOVED},
+            actor=_ACTOR,
+            reason=why,
+            now=now,
         )
         burnt.append(name)
     return burnt
@@ -176,8 +176,8 @@ async def look(database: Database, settings: Settings, now: datetime) -> Outlook
     publication = Publication(database, settings)
     is_ready = await publication.look(now, even_frozen=True)
     async with database.transaction() as session:
-        pool = await servers.the_pool(session, settings)
-        states = await servers.count_by_state(session)
+        pool = await the_pool(session, settings)
+        states = await count_by_state(session)
     if not is_ready:
         return Outlook(pool.frozen_at, None, (), (), states)
     seen = await publication.publisher.observe()
@@ -197,7 +197,7 @@ async def thaw(database: Database, settings: Settings, outlook: Outlook, now: da
     async with database.transaction("console") as session:
         names = dict.fromkeys(outlook.unknown, now)
         await _burn(session, names, now, why="it was in the zone when the registry was restored")
-        pool = await servers.the_pool(session, settings, lock=True)
+        pool = await the_pool(session, settings, lock=True)
         pool.epoch = max(pool.epoch, outlook.epoch or 0)
         pool.frozen_at = None
 
@@ -206,5 +206,5 @@ async def move(source: Database, target: Database, settings: Settings, now: date
     """Copy a database into an empty one and freeze the source, so that nobody serves both. Raises BackupError."""
     counts = await backup.move(source, target)
     async with source.transaction("console") as session:
-        (await servers.the_pool(session, settings, lock=True)).frozen_at = now
+        (await the_pool(session, settings, lock=True)).frozen_at = now
     return counts

@@ -19,7 +19,7 @@ from poolsvc import issuance, servers
 from poolsvc.acme import AcmeAccount, AcmeError
 from poolsvc.config import Settings
 from poolsvc.db import Database
-from poolsvc.models import Hold, HoldKind, Notice, Order, OrderStatus, Server
+from poolsvc.models import ENDED_STATES, Hold, HoldKind, Notice, Order, OrderStatus, Server
 from poolsvc.notices import NoticeKind
 from poolsvc.servers import EventKind
 
@@ -42,7 +42,7 @@ class Receipt:
 
 def receipt(server: Server, settings: Settings) -> Receipt | None:
     """The receipt of a server that leaves or has left; None for any other."""
-    if server.state not in (ServerState.LEAVING, ServerState.REMOVED):
+    if server.state not in ENDED_STATES:
         return None
     ends = max((order.not_after for order in server.orders if order.not_after), default=None)
     return Receipt(
@@ -124,7 +124,7 @@ def _note_ca_steps(server: Server, now: datetime) -> None:
         # Each order's authorization ends with its issue already: the receipt tells when the last one did.
         last = server.authorization_deactivated_at or now
         server.authorization_deactivated_at = max(filter(None, ended), default=last)
-    if not any(_must_be_revoked(order, now) for order in server.orders):
+    if not any(issuance.is_revocable(order, now) for order in server.orders):
         server.certificate_revoked_at = server.certificate_revoked_at or now
 
 
@@ -134,13 +134,6 @@ def _is_complete(server: Server) -> bool:
         # What a member's own account has is out of our reach; the receipt says so.
         steps += [server.authorization_deactivated_at, server.certificate_revoked_at]
     return None not in steps
-
-
-def _must_be_revoked(order: Order, now: datetime) -> bool:
-    """Whether a certificate is ours to revoke: of one that was only seen there is no chain."""
-    if order.chain is None:
-        return False
-    return order.revoked_at is None and order.not_after is not None and order.not_after > now
 
 
 @dataclass(slots=True)
@@ -157,7 +150,7 @@ async def _ca_steps(account: AcmeAccount | None, server: Server, now: datetime) 
     done = _Done()
     for order in server.orders:
         if account is None:
-            if _is_unsettled(order) or _must_be_revoked(order, now):
+            if _is_unsettled(order) or issuance.is_revocable(order, now):
                 done.error = "the CA is out of reach"
             continue
         try:
@@ -166,9 +159,11 @@ async def _ca_steps(account: AcmeAccount | None, server: Server, now: datetime) 
                 done.settled.add(order.id)
                 if late is not None:
                     done.late_chains[order.id] = late
-            chain = done.late_chains.get(order.id) or (order.chain if _must_be_revoked(order, now) else None)
+            chain = done.late_chains.get(order.id) or (
+                order.chain if issuance.is_revocable(order, now) else None
+            )
             if chain is not None:
-                await account.revoke(chain)
+                await account.revoke(chain, issuance.revocation_reason(order))
                 done.revoked.add(order.id)
         except AcmeError as failure:
             done.error = f"CA: {failure.detail}"[:1000]

@@ -14,10 +14,10 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from nts_core.control import ProbeResult
-from poolsvc import servers
 from poolsvc.config import Settings
 from poolsvc.db import Database, UtcDateTime
 from poolsvc.models import Address, DailyCount, SampleRecord
+from poolsvc.pool import count_by_state
 from poolsvc.scoring import Step
 
 _log = structlog.get_logger()
@@ -97,7 +97,7 @@ async def _count_day(session: AsyncSession, day: date) -> None:
     """The pool as the day found it, once."""
     if await session.get(DailyCount, day) is not None:
         return
-    counts = await servers.count_by_state(session)
+    counts = await count_by_state(session)
     # Another process may count at the same moment.
     with suppress(IntegrityError):
         async with session.begin_nested():

@@ -13,16 +13,12 @@ Rules:
 4. A name that was sent to DNS is never given again. One that was not is released when it expires.
 """
 
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import and_, func, or_, select, text, true
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import and_, func, or_, select, true
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import selectinload
 
@@ -40,7 +36,18 @@ from poolsvc.errors import (
     NotFound,
     WrongState,
 )
-from poolsvc.models import Address, Event, Hold, HoldKind, Member, OrderStatus, Pool, Server, StageRecord
+from poolsvc.models import (
+    ENDED_STATES,
+    Address,
+    Event,
+    Hold,
+    HoldKind,
+    Member,
+    Order,
+    OrderStatus,
+    Server,
+    StageRecord,
+)
 from poolsvc.names import check_addresses, check_name, is_label, reserved_lookalike, skeleton
 from poolsvc.notices import NoticeKind, announce
 from poolsvc.outbound import Guard
@@ -60,6 +67,9 @@ class EventKind(StrEnum):
     LEAVE_CANCELLED = "leave-cancelled"
     CLOSED = "closed"
     EXPIRED = "expired"
+    # These change no state.
+    ADDRESS_WITHDRAWN = "address-withdrawn"
+    BURNT = "burnt"
 
 
 _S = ServerState
@@ -93,20 +103,16 @@ NOTICES: Mapping[EventKind, NoticeKind] = {
     _E.EXPIRED: NoticeKind.REMOVED,
 }
 
-# States in which a server's addresses and CAA are in DNS.
+# States in which a server's addresses and CAA are in DNS, and are probed: a suspended one's too, or it could never
+# come back.
 NAMED_STATES = frozenset({_S.VERIFIED, _S.CERTIFIED, _S.ACTIVE, _S.SUSPENDED})
-# States from which a server does not come back.
-ENDED_STATES = frozenset({_S.LEAVING, _S.REMOVED})
-# Except those that leave on a later day: until then they may stay after all.
+# Those who leave on a later day may stay after all until then.
 LIVING = or_(
     Server.state.not_in(ENDED_STATES), and_(Server.state == _S.LEAVING, Server.leave_at.is_not(None))
 )
 _EXPIRED = 50  # at a time
-_CENSUS_LIFE = 1.0
 # How far ahead leaving may be scheduled: time enough for clients to go, and not for ever.
 LEAVE_AHEAD = (timedelta(hours=3), timedelta(days=90))
-# States in which a server's addresses are probed; a suspended one is, or it could never come back.
-PROBED_STATES = NAMED_STATES
 
 # What `poolsvc.journal` writes outside the database, so that a restored one cannot forget it.
 _JOURNALLED = frozenset({_E.LEAVE, _E.LEAVE_CANCELLED, _E.CLOSED})
@@ -129,24 +135,41 @@ async def apply(
     after = TRANSITIONS.get((server.state, kind))
     if after is None:
         raise WrongState(f"{server.name} is {server.state}: {kind} does not apply")
-    session.add(
-        Event(
-            server_id=server.id,
-            at=now,
-            actor=actor,
-            kind=kind,
-            subject=f"server {server.id}",
-            before={"state": server.state},
-            after={"state": after},
-            reason=reason[:300],
-        )
-    )
+    before = {"state": server.state}
+    note(session, server, kind, before=before, after={"state": after}, actor=actor, reason=reason, now=now)
     if kind in _JOURNALLED:
         server.journal_due_at = now
     server.state, server.state_since = after, now
     await session.flush()
     if (notice := NOTICES.get(kind)) is not None:
         await tell(session, server, notice, now=now, reason=reason[:300], **told)
+
+
+def note(
+    session: AsyncSession,
+    server: Server,
+    kind: EventKind,
+    *,
+    actor: str,
+    now: datetime,
+    subject: str | None = None,
+    before: Mapping[str, Any] | None = None,
+    after: Mapping[str, Any] | None = None,
+    reason: str = "",
+) -> None:
+    """An event in the log of a server; its subject is the server itself unless another one is named."""
+    session.add(
+        Event(
+            server_id=server.id,
+            at=now,
+            actor=actor,
+            kind=kind,
+            subject=subject or f"server {server.id}",
+            before=before,
+            after=after,
+            reason=reason[:300],
+        )
+    )
 
 
 async def tell(
@@ -204,17 +227,7 @@ async def register(
     session.add(server)
     await session.flush()
     session.add_all(Address(server_id=server.id, address=address, confirmed_at=now) for address in checked)
-    session.add(
-        Event(
-            server_id=server.id,
-            at=now,
-            actor=actor,
-            kind=EventKind.REGISTERED,
-            subject=f"server {server.id}",
-            before=None,
-            after={"state": ServerState.REGISTERED},
-        )
-    )
+    note(session, server, EventKind.REGISTERED, after={"state": server.state}, actor=actor, now=now)
     await session.flush()
     return server
 
@@ -363,9 +376,14 @@ def without_failing(proved: Sequence[tuple[str, float | None]]) -> list[str]:
     return good or [address for address, _ in proved]
 
 
+def open_holds(server: Server) -> list[Hold]:
+    """What holds the server now."""
+    return [hold for hold in server.holds if hold.lifted_at is None]
+
+
 def held(server: Server, kind: HoldKind) -> Hold | None:
     """The hold of a kind that is set now."""
-    return next((hold for hold in server.holds if hold.kind is kind and hold.lifted_at is None), None)
+    return next((hold for hold in open_holds(server) if hold.kind is kind), None)
 
 
 async def set_hold(
@@ -405,7 +423,7 @@ async def lift_hold(
     hold.lifted_at = now
     if kind is HoldKind.SCORE:
         server.dead_warnings = 0
-    if server.state is ServerState.SUSPENDED and not any(hold.lifted_at is None for hold in server.holds):
+    if server.state is ServerState.SUSPENDED and not open_holds(server):
         since = server.state_since.isoformat()
         await apply(
             session,
@@ -426,12 +444,17 @@ def may_stay(server: Server) -> bool:
     return server.state is ServerState.LEAVING and server.leave_at is not None
 
 
+def newest_certificate(server: Server) -> Order | None:
+    """The order of the last certificate that was issued to the server, or seen on one without an agent."""
+    return next((order for order in reversed(server.orders) if order.status is OrderStatus.ISSUED), None)
+
+
 def renewal_at(server: Server) -> datetime | None:
     """When the newest certificate is to be renewed; None without one."""
-    for order in reversed(server.orders):
-        if order.status is OrderStatus.ISSUED and order.not_before and order.not_after:
-            return renew_at(order.not_before, order.not_after)
-    return None
+    newest = newest_certificate(server)
+    if newest is None or newest.not_before is None or newest.not_after is None:
+        return None
+    return renew_at(newest.not_before, newest.not_after)
 
 
 def forget_scores(server: Server, now: datetime) -> None:
@@ -551,87 +574,3 @@ async def expire_unfinished(session: AsyncSession, settings: Settings, now: date
         )
         server.released_at = now
     return len(stale) == _EXPIRED
-
-
-async def the_pool(session: AsyncSession, settings: Settings, *, lock: bool = False) -> Pool:
-    """The pool's row, made on first use; locked for those who change it.
-
-    Raises WrongState when the database is of another pool.
-    """
-    pool = await session.get(Pool, 1, with_for_update=True if lock else None)
-    if pool is None:
-        # Another process may make the row at the same moment; then its row it is.
-        with suppress(IntegrityError):
-            async with session.begin_nested():
-                session.add(Pool(id=1, domain=settings.pool, epoch=0))
-        pool = await session.get_one(Pool, 1, with_for_update=True if lock else None)
-    if pool.domain != settings.pool:
-        raise WrongState(f"the database is that of the pool {pool.domain}, not of {settings.pool}")
-    return pool
-
-
-async def count_active(session: AsyncSession, *, limit: int) -> int:
-    """How many servers are ACTIVE, counted no further than `limit`: it is asked whether there are enough."""
-    some = select(Server.id).where(Server.state == ServerState.ACTIVE).limit(limit).subquery()
-    return await session.scalar(select(func.count()).select_from(some)) or 0
-
-
-async def count_until_open(session: AsyncSession, pool: Pool, settings: Settings) -> int:
-    """How many servers are ACTIVE in a pool that has not opened yet; in an open one it matters no more."""
-    if pool.opened_at is not None:
-        return settings.policy.opening_size
-    return await count_active(session, limit=settings.policy.opening_size)
-
-
-async def count_kept_low(session: AsyncSession) -> int:
-    """ACTIVE servers without one good address: kept in the answer because too few others are active."""
-    # In the words of the index `ix_addresses_failing`, so that it is used.
-    failing = select(Address.server_id).where(
-        text(f"score < {scoring.CUTOFF:g}"), Address.proved_at.is_not(None)
-    )
-    good = select(Address.server_id).where(
-        Address.server_id == Server.id,
-        or_(Address.score.is_(None), Address.score >= scoring.CUTOFF),
-        Address.proved_at.is_not(None),
-    )
-    kept = select(func.count()).where(
-        Server.state == ServerState.ACTIVE, Server.id.in_(failing), ~good.exists()
-    )
-    return await session.scalar(kept) or 0
-
-
-async def count_by_state(session: AsyncSession) -> dict[ServerState, int]:
-    found = await session.execute(select(Server.state, func.count().label("servers")).group_by(Server.state))
-    return {row.state: row.servers for row in found}
-
-
-@dataclass(frozen=True, slots=True)
-class Census:
-    """The pool in numbers."""
-
-    by_state: Mapping[ServerState, int]
-    kept_low: int
-
-    @property
-    def active(self) -> int:
-        return self.by_state.get(ServerState.ACTIVE, 0)
-
-    @property
-    def reporting(self) -> int:
-        """Servers whose agents report."""
-        return sum(count for state, count in self.by_state.items() if state is not ServerState.REMOVED)
-
-
-class CensusTaker:
-    """Counts at most once a second, however often it is asked: counting reads every server."""
-
-    def __init__(self) -> None:
-        self._last: Census | None = None
-        self._taken_at = 0.0
-
-    async def census(self, session: AsyncSession) -> Census:
-        if self._last is None or time.monotonic() - self._taken_at >= _CENSUS_LIFE:
-            # Others that ask meanwhile are content with the last one.
-            self._taken_at = time.monotonic()
-            self._last = Census(await count_by_state(session), await count_kept_low(session))
-        return self._last

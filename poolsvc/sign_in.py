@@ -96,7 +96,7 @@ async def request_account(
 async def request_address(
     session: AsyncSession, settings: Settings, user: User, email: str, now: datetime
 ) -> None:
-    """Mail a link that gives the account this address. Raises InvalidEmail."""
+    """Mail a link that gives the account this address. Raises InvalidEmail, TooManyRequests."""
     await _write_link(
         session, settings, email, now, known=Letter.HAS_ACCOUNT, unknown=Letter.NEW_ADDRESS, whose=user
     )
@@ -113,7 +113,7 @@ async def _write_link(
     wish: Wish | None = None,
     whose: User | None = None,
 ) -> None:
-    """One row and at most one mail; beyond the limits none, and the caller does not learn it.
+    """One row and at most one mail; beyond the limits none, of which only `whose`, who is signed in, learns.
 
     Strangers can use up the mails to addresses without account, but not those of anybody's account; of these each
     link signs in, whoever asked for it.
@@ -126,6 +126,12 @@ async def _write_link(
         recent.where(SignIn.kind == SignInKind.LINK, SignIn.user_id.is_(None))
     )
     if to_address >= LINKS_PER_ADDRESS:
+        if whose is not None:
+            raise TooManyRequests(
+                f"{LINKS_PER_ADDRESS} links to this address within an hour",
+                remedy="open the last one, or wait an hour",
+                field="email",
+            )
         return
     if owner is None and whose is None and (to_strangers or 0) >= settings.policy.links_per_hour:
         return

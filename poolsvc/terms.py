@@ -33,7 +33,7 @@ def check_current(settings: Settings, given: Collection[Accepted]) -> None:
         named = ", ".join(f"{document} {version}" for document, version in sorted(current)) or "none"
         raise InvalidDocument(
             "`accept` does not name the current terms, each with its version",
-            remedy=f"read them (GET /v1/terms) and name them all: {named}",
+            remedy=f"read them (GET /v1/me/terms) and name them all: {named}",
             field="accept",
         )
 

@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from poolsvc import auth, members, servers
 from poolsvc.config import Settings
 from poolsvc.errors import NotFound, OfferOver, WrongState
-from poolsvc.models import Member, MemberStatus, Server, Token, TokenKind, Transfer
+from poolsvc.models import ENDED_STATES, Member, MemberStatus, Server, Token, TokenKind, Transfer
 from poolsvc.notices import NoticeKind, announce
 
 
@@ -135,7 +135,7 @@ async def _must_be_open(session: AsyncSession, transfer: Transfer, now: datetime
 
 
 def _must_stay(server: Server) -> None:
-    if server.state in servers.ENDED_STATES:
+    if server.state in ENDED_STATES:
         raise WrongState(f"{server.name} is {server.state}: it moves no more")
 
 

@@ -8,7 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from nts_core.control import ServerState
 from poolsvc import servers
 from poolsvc.certificates import renew_at
-from poolsvc.models import Notice, Order, OrderStatus, Server
+from poolsvc.models import Notice, Order, Server
 from poolsvc.notices import NoticeKind
 
 _SILENCE = timedelta(hours=24)
@@ -72,16 +72,16 @@ async def tell_end(session: AsyncSession, order_id: int, now: datetime) -> None:
     order = await session.get_one(Order, order_id)
     order.ending_due_at = None
     server = await servers.get(session, order.server_id)
-    issued = [row.id for row in server.orders if row.status is OrderStatus.ISSUED]
-    if server.state in servers.NAMED_STATES and issued and issued[-1] == order_id:
+    newest = servers.newest_certificate(server)
+    if server.state in servers.NAMED_STATES and newest is not None and newest.id == order_id:
         await _tell_certificate(session, server, order, "no newer certificate was issued", now)
 
 
 async def tell_order(session: AsyncSession, server: Server, order: Order, now: datetime) -> None:
     """Tell of an order that has failed, the first of a series."""
-    issued = [row for row in server.orders if row.status is OrderStatus.ISSUED]
     if server.state in servers.NAMED_STATES:
-        await _tell_certificate(session, server, issued[-1] if issued else None, order.error or "", now)
+        served = servers.newest_certificate(server)
+        await _tell_certificate(session, server, served, order.error or "", now)
 
 
 async def _tell_certificate(

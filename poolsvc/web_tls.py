@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
+from itertools import count
 from pathlib import Path
 from secrets import SystemRandom
 
@@ -20,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 from nts_core.control import ACME_PATH
 from nts_core.shell import replace_file
 from nts_core.tls import new_key_and_csr
-from poolsvc.acme import AcmeAccount, AcmeConfig, AcmeError, OrderState, PendingOrder
+from poolsvc.acme import AcmeAccount, AcmeConfig, AcmeError, OrderFailed, OrderState, PendingOrder, poll_wait
 from poolsvc.certificates import ChainError, ChainFacts, chain_facts, check_chain, renew_at
 from poolsvc.config import Settings
 from poolsvc.gate import insecure_transport, may_carry_secret, problem
@@ -30,8 +31,6 @@ from poolsvc.worker import Health
 _INTERVAL = 60.0
 # For one order; CAs that queue take minutes.
 _ORDER_DEADLINE = 600.0
-_POLL = 0.25
-_MAX_POLL = 30.0
 # Renewals of many registries, and repetitions of one, are not to come at the same moment.
 _JITTER = 0.25
 _random = SystemRandom()
@@ -104,10 +103,6 @@ def _stamp(file: Path) -> tuple[int, int, int] | None:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-class _OrderFailed(Exception):
-    """The order cannot become a certificate any more."""
-
-
 class AcmeCertificate:
     """A certificate for the host of `public_url` by ACME, renewed in time."""
 
@@ -165,11 +160,11 @@ class AcmeCertificate:
         """As for members' orders: long after a refusal, short while the CA is away or busy."""
         policy = self._settings.policy
         asked = (error.retry_after or 0) if isinstance(error, AcmeError) else 0
-        if isinstance(error, _OrderFailed) or (isinstance(error, AcmeError) and error.permanent):
-            wait = policy.retry[min(self._failures, len(policy.retry) - 1)]
+        if isinstance(error, OrderFailed) or (isinstance(error, AcmeError) and error.permanent):
+            wait = policy.order_wait(self._failures)
         else:
-            wait = policy.step_retry * 2 ** min(self._failures, 8)
-        return timedelta(seconds=max(wait, asked) * _random.uniform(1, 1 + _JITTER))
+            wait = policy.step_wait(self._failures)
+        return max(wait, timedelta(seconds=asked)) * _random.uniform(1, 1 + _JITTER)
 
     async def _renew(self) -> datetime:
         """One order with a new key; when the next one is due."""
@@ -190,7 +185,7 @@ class AcmeCertificate:
         facts = await asyncio.to_thread(self._keep, key + chain)
         self._certificate.ready.set()
         # Never at once again, whatever times a CA writes into its certificates.
-        return max(_due(facts), datetime.now(UTC) + timedelta(seconds=self._settings.policy.retry[0]))
+        return max(_due(facts), datetime.now(UTC) + self._settings.policy.order_wait(0))
 
     async def _obtain(self, account: AcmeAccount, order: PendingOrder, csr: str) -> str:
         if (
@@ -221,15 +216,13 @@ class AcmeCertificate:
 
 
 async def _poll(account: AcmeAccount, url: str, *wanted: OrderState) -> None:
-    wait = _POLL
-    while True:
+    for attempts in count():
         found = await account.poll(url)
         if found.status in wanted:
             return
         if found.status is OrderState.INVALID:
-            raise _OrderFailed(found.error_detail or "the CA declared the order invalid")
-        await asyncio.sleep(max(wait, found.retry_after or 0))
-        wait = min(2 * wait, _MAX_POLL)
+            raise OrderFailed(found.error_detail or "the CA declared the order invalid")
+        await asyncio.sleep(max(poll_wait(attempts).total_seconds(), found.retry_after or 0))
 
 
 def _due(facts: ChainFacts) -> datetime:

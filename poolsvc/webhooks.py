@@ -257,20 +257,39 @@ async def note_failure(
     hook.failing_since = hook.failing_since or now
     hook.error = printable(detail)[:_MAX_ERROR]
     is_over = hook.failures >= _DISABLED_FAILURES and now - hook.failing_since >= _DISABLED_AFTER
-    if not is_enabled(hook) or not (unwanted or is_over):
-        return
-    hook.disabled_at = now
+    if is_enabled(hook) and (unwanted or is_over):
+        await _disable(session, hook, now)
+        await _tell_disabled(session, hook, now)
+
+
+async def disable_all(session: AsyncSession, now: datetime) -> int:
+    """The registry's key changes, and with it every secret: nobody could check a call. How many are disabled."""
+    living = select(Webhook).where(Webhook.deleted_at.is_(None), Webhook.disabled_at.is_(None))
+    found = list(await session.scalars(living.order_by(Webhook.id).with_for_update()))
+    for hook in found:
+        hook.error = "the registry's key changed: rotate the secret, then enable the webhook again"
+        await _disable(session, hook, now)
+    await session.flush()
+    for hook in found:
+        await _tell_disabled(session, hook, now)
+    return len(found)
+
+
+async def _disable(session: AsyncSession, hook: Webhook, now: datetime) -> None:
+    hook.disabled_at, hook.challenge_due_at = now, None
     await _drop_pending(session, hook, "the webhook was disabled", now)
-    if hook.member_id is not None:
-        await notices.announce(
-            session,
-            NoticeKind.WEBHOOK_DISABLED,
-            member_id=hook.member_id,
-            now=now,
-            webhook=hook.id,
-            host=httpx.URL(hook.url).host,
-            reason=hook.error,
-        )
+
+
+async def _tell_disabled(session: AsyncSession, hook: Webhook, now: datetime) -> None:
+    await notices.announce(
+        session,
+        NoticeKind.WEBHOOK_DISABLED,
+        member_id=hook.member_id,
+        now=now,
+        webhook=hook.id,
+        host=httpx.URL(hook.url).host,
+        reason=hook.error,
+    )
 
 
 async def _drop_pending(session: AsyncSession, hook: Webhook, reason: str, now: datetime) -> None:

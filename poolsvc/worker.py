@@ -46,6 +46,7 @@ from poolsvc.derived import RegistryKey
 from poolsvc.leader import Leader
 from poolsvc.models import Address, Channel, Delivery, MaintenanceWindow, Order, Server, Webhook
 from poolsvc.outbound import Outbound
+from poolsvc.pool import the_pool
 
 _log = structlog.get_logger()
 _LEASE = timedelta(minutes=2)
@@ -60,9 +61,10 @@ _T = TypeVar("_T")
 class Kind:
     """Work that is found by a due-time column: so many rows are claimed at once, so many are worked on at a time.
 
-    A batch must end well within the lease, even if every peer lets its step run into its deadline.
+    `name` is that of the worker's method, which metrics show. A batch must end well within the lease, even if every peer lets its step run into its deadline.
     """
 
+    name: str
     row: type[Any]
     due: InstrumentedAttribute[datetime | None]
     batch: int
@@ -70,16 +72,26 @@ class Kind:
     only: ColumnElement[bool] = field(default_factory=true)
 
 
-PROOFS = Kind(Address, Address.proof_due_at, batch=64, concurrency=16)
-PROBES = Kind(Server, Server.probe_due_at, batch=192, concurrency=64)
-NEW_ORDERS = Kind(Server, Server.order_due_at, batch=200, concurrency=1)
-ORDERS = Kind(Order, Order.due_at, batch=50, concurrency=16)
-WINDOWS = Kind(MaintenanceWindow, MaintenanceWindow.due_at, batch=50, concurrency=4)
-REMOVALS = Kind(Server, Server.removal_due_at, batch=50, concurrency=16)
-MAILS = Kind(Delivery, Delivery.due_at, batch=50, concurrency=16, only=Delivery.channel == Channel.MAIL)
-CALLS = Kind(Delivery, Delivery.due_at, batch=50, concurrency=16, only=Delivery.channel == Channel.WEBHOOK)
-CHALLENGES = Kind(Webhook, Webhook.challenge_due_at, batch=50, concurrency=16)
-ENDS = Kind(Order, Order.ending_due_at, batch=200, concurrency=1)
+PROOFS = Kind("prove", Address, Address.proof_due_at, batch=64, concurrency=16)
+PROBES = Kind("probe", Server, Server.probe_due_at, batch=192, concurrency=64)
+NEW_ORDERS = Kind("begin_orders", Server, Server.order_due_at, batch=200, concurrency=1)
+ORDERS = Kind("advance_orders", Order, Order.due_at, batch=50, concurrency=16)
+WINDOWS = Kind("maintain", MaintenanceWindow, MaintenanceWindow.due_at, batch=50, concurrency=4)
+REMOVALS = Kind("remove", Server, Server.removal_due_at, batch=50, concurrency=16)
+MAILS = Kind(
+    "mail", Delivery, Delivery.due_at, batch=50, concurrency=16, only=Delivery.channel == Channel.MAIL
+)
+CALLS = Kind(
+    "call_webhooks",
+    Delivery,
+    Delivery.due_at,
+    batch=50,
+    concurrency=16,
+    only=Delivery.channel == Channel.WEBHOOK,
+)
+CHALLENGES = Kind("challenge_webhooks", Webhook, Webhook.challenge_due_at, batch=50, concurrency=16)
+ENDS = Kind("watch", Order, Order.ending_due_at, batch=200, concurrency=1)
+KINDS = (PROOFS, PROBES, NEW_ORDERS, ORDERS, WINDOWS, REMOVALS, MAILS, CALLS, CHALLENGES, ENDS)
 
 
 async def claim(database: Database, kind: Kind, now: datetime) -> list[int]:
@@ -358,14 +370,14 @@ class Worker:
             if self._health.ca is None:
                 _log.error("ca_unreachable", code=error.code, detail=error.detail)
             self._health.ca = error.detail
-            wait = self._settings.policy.step_retry * 2 ** min(self._account_failures, 8)
-            self._account_due = now + timedelta(seconds=max(wait, error.retry_after or 0))
+            wait = self._settings.policy.step_wait(self._account_failures)
+            self._account_due = now + max(wait, timedelta(seconds=error.retry_after or 0))
             self._account_failures += 1
             return None
         self._health.ca = self._account_due = None
         self._account_failures = 0
         async with self._database.transaction() as session:
-            pool = await servers.the_pool(session, self._settings, lock=True)
+            pool = await the_pool(session, self._settings, lock=True)
             pool.account_uri = account.uri
         if self._account is not None:
             self._account.close()

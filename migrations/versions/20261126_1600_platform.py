@@ -323,7 +323,7 @@ def upgrade() -> None:
     op.create_table(
         "webhooks",
         sa.Column("id", RANDOM_KEY, autoincrement=False, nullable=False),
-        sa.Column("member_id", sa.Integer(), nullable=True),
+        sa.Column("member_id", sa.Integer(), nullable=False),
         sa.Column("url", sa.String(length=500), nullable=False),
         sa.Column("generation", sa.Integer(), nullable=False),
         sa.Column("rotated_at", UtcDateTime(), nullable=True),
@@ -536,6 +536,7 @@ def upgrade() -> None:
     with op.batch_alter_table("orders", schema=None) as batch_op:
         batch_op.add_column(sa.Column("ending_due_at", UtcDateTime(), nullable=True))
         batch_op.create_index(batch_op.f("ix_orders_ending_due_at"), ["ending_due_at"], unique=False)
+        batch_op.add_column(sa.Column("compromised_at", UtcDateTime(), nullable=True))
 
     with op.batch_alter_table("pool", schema=None) as batch_op:
         batch_op.add_column(sa.Column("frozen_at", UtcDateTime(), nullable=True))
@@ -621,6 +622,7 @@ def downgrade() -> None:
         batch_op.drop_column("frozen_at")
 
     with op.batch_alter_table("orders", schema=None) as batch_op:
+        batch_op.drop_column("compromised_at")
         batch_op.drop_index(batch_op.f("ix_orders_ending_due_at"))
         batch_op.drop_column("ending_due_at")
 

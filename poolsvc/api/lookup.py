@@ -5,7 +5,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from poolsvc import servers
 from poolsvc.auth import Operation, Principal
 from poolsvc.errors import Gone, WrongState
-from poolsvc.models import Server
+from poolsvc.models import ENDED_STATES, Server
 
 
 async def server_to_read(session: AsyncSession, principal: Principal, name: str) -> Server:
@@ -33,5 +33,5 @@ def refuse_gone(server: Server) -> None:
     """Raise Gone for a server that is out for good, WrongState for one that is to leave on a later day."""
     if servers.may_stay(server):
         raise WrongState(f"{server.name} is to leave", remedy="cancel that first: DELETE .../leaving")
-    if server.state in servers.ENDED_STATES:
+    if server.state in ENDED_STATES:
         raise Gone(f"{server.name} is {server.state}", remedy="register another name")

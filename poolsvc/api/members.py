@@ -107,7 +107,13 @@ async def create_member(
     owner = await members.create_user(session, now, email=body.email)
     member = await members.create(session, body.name, now, owner=owner, kind=body.kind)
     _, token = await auth.issue(
-        session, TokenKind.API, now=now, user_id=owner.id, member_id=member.id, label="first token"
+        session,
+        TokenKind.API,
+        now=now,
+        user_id=owner.id,
+        member_id=member.id,
+        label="first token",
+        expires_at=now + auth.TOKEN_LIFE,
     )
     return MemberCreated(id=member.id, name=member.name, status=member.status, token=token)
 

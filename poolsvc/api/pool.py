@@ -15,6 +15,7 @@ from poolsvc.api.request import Document, NowDep, ServicesDep, SessionDep
 from poolsvc.api.servers import is_in_dns
 from poolsvc.config import Settings
 from poolsvc.models import Server
+from poolsvc.pool import the_pool
 
 router = APIRouter(prefix="/v1")
 
@@ -36,7 +37,7 @@ class PoolView(Document):
 async def read_pool(services: ServicesDep, session: SessionDep, now: NowDep) -> PoolView:
     """The pool and the state of its own parts; needs no token."""
     settings = services.settings
-    pool = await servers.the_pool(session, settings)
+    pool = await the_pool(session, settings)
     census = await services.counts.census(session)
     found = await alarms.current(session, now)
     if census.kept_low:

@@ -17,7 +17,7 @@ from poolsvc.config import Settings
 from poolsvc.db import Database, act_as
 from poolsvc.derived import RegistryKey
 from poolsvc.oidc import Provider
-from poolsvc.servers import CensusTaker
+from poolsvc.pool import CensusTaker
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from nts_core.control import ServerState
-from poolsvc import addresses, agentless, auth, removal, samples, servers, terms
+from poolsvc import addresses, agentless, auth, issuance, removal, samples, servers, terms
 from poolsvc.api.idempotent import idempotent
 from poolsvc.api.lookup import server_for, server_to_read
 from poolsvc.api.paging import MAX_LIMIT, Page, PagingDep, cursor_of
@@ -29,6 +29,7 @@ from poolsvc.config import Settings
 from poolsvc.errors import WrongState
 from poolsvc.explain import StageView, explain, why_not
 from poolsvc.models import Address, SampleRecord, Server, Token, TokenKind
+from poolsvc.pool import count_until_open, the_pool
 from poolsvc.removal import Receipt
 
 router = APIRouter(prefix="/v1")
@@ -210,6 +211,17 @@ async def renew_join_token(
     return await new_join_token(session, services.settings, server, now)
 
 
+@router.post("/servers/{name}/certificate/compromised", status_code=202)
+async def revoke_compromised(
+    name: NamePath, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
+) -> ServerView:
+    """The key of a server's certificate is lost or known to others: revoke it, and order one with another key."""
+    found = await servers.find(session, name)
+    principal.may(Operation.CHANGE_SERVER, server=found)
+    issuance.revoke_compromised(await servers.get(session, found.id), now)
+    return await view_of(session, services.settings, found.id)
+
+
 class SampleView(Document):
     """What one probe of one address measured."""
 
@@ -294,8 +306,8 @@ def address_view(settings: Settings, row: Address) -> AddressView:
 
 async def stages_of(session: AsyncSession, settings: Settings, server: Server) -> list[StageView]:
     """What `explain` says of a server in its pool."""
-    pool = await servers.the_pool(session, settings)
-    return explain(server, pool, settings, active=await servers.count_until_open(session, pool, settings))
+    pool = await the_pool(session, settings)
+    return explain(server, pool, settings, active=await count_until_open(session, pool, settings))
 
 
 async def view_of(session: AsyncSession, settings: Settings, server_id: int) -> ServerView:

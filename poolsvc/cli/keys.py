@@ -2,10 +2,12 @@
 
 import asyncio
 from datetime import UTC, datetime
+from typing import Annotated
 
 import typer
+from sqlalchemy.ext.asyncio import AsyncSession
 
-from poolsvc import keys, sign_in
+from poolsvc import issuance, keys, servers, sign_in, webhooks
 from poolsvc.acme import AcmeConfig, AcmeError, roll_account_key
 from poolsvc.cli.common import ConfigOption, ExitStatus, fail, in_transaction, read_settings, refuse
 
@@ -53,12 +55,34 @@ def acme_account(config: ConfigOption) -> None:
     typer.echo(f"{uri} has a new key, in {ca.account_key_file}; keep a copy of it, and start `serve`")
 
 
+@app.command("certificate")
+def certificate(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="the server's name, such as alice")],
+    config: ConfigOption,
+) -> None:
+    """The key of a server's certificate is lost or known to others: revoke it, and order one with another key."""
+    now = datetime.now(UTC)
+
+    async def revoke(session: AsyncSession) -> None:
+        found = await servers.find(session, name)
+        issuance.revoke_compromised(await servers.get(session, found.id), now)
+
+    in_transaction(read_settings(config), revoke)
+    typer.echo(
+        f"""`poolsvc serve` revokes the certificates of {name} as compromised, and orders another one.
+The agent makes a new key for it, and serves what it has until then."""
+    )
+
+
 @app.command("sessions")
 def sessions(config: ConfigOption) -> None:
-    """Sign everybody out, and make a new registry key: links in mails are void, webhooks get another secret."""
-    settings = read_settings(config)
+    """Sign everybody out, and make a new registry key: links in mails are void, webhooks are disabled."""
+    settings, now = read_settings(config), datetime.now(UTC)
 
-    ended = in_transaction(settings, lambda session: sign_in.end_all_sessions(session, datetime.now(UTC)))
+    async def end(session: AsyncSession) -> tuple[int, int]:
+        return await sign_in.end_all_sessions(session, now), await webhooks.disable_all(session, now)
+
+    ended, disabled = in_transaction(settings, end)
     try:
         keys.renew_registry_key(settings)
     except keys.KeyNotRenewed as error:
@@ -67,6 +91,6 @@ def sessions(config: ConfigOption) -> None:
         f"""\
 {ended} sessions are ended, and {settings.key_file} has a new key.
 1. Restart `poolsvc serve`: until then it makes and takes links of the key before.
-2. Tell those who have webhooks to fetch their new secrets.
+2. {disabled} webhooks are disabled, and their members are told: each rotates the secret of its own, then enables it.
 Programs' tokens are as they were."""
     )

@@ -27,6 +27,7 @@ from poolsvc.models.accounts import (
 from poolsvc.models.events import Event, IdempotencyKey, Lease, WorkerReport
 from poolsvc.models.notices import Channel, Delivery, DeliveryStatus, Notice, SentMail, Webhook
 from poolsvc.models.servers import (
+    ENDED_STATES,
     Address,
     ConnectBack,
     DailyCount,
@@ -44,6 +45,7 @@ from poolsvc.models.servers import (
 from poolsvc.models.zone_changes import ZoneChange
 
 __all__ = [
+    "ENDED_STATES",
     "Acceptance",
     "Address",
     "Base",

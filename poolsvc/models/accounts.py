@@ -91,7 +91,9 @@ class Member(Base):
     )
     status_reason: Mapped[str | None] = mapped_column(String(300))
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
-    opaque_id: Mapped[str] = mapped_column(String(16), unique=True)  # how DNS and public pages name it
+    opaque_id: Mapped[str] = mapped_column(
+        String(16), unique=True
+    )  # how others name it, such as to offer it a server
     public: Mapped[bool] = mapped_column(default=False)  # its name may be shown to everybody
     max_servers: Mapped[int | None] = mapped_column()  # None: the pool's policy
 
@@ -118,7 +120,7 @@ class Membership(Base):
 class Invitation(Base):
     """A mail that lets somebody in: to a member, or, without one, to the pool.
 
-    Its secret is derived from the registry's key (`poolsvc.secrets`); no part of it is stored.
+    Its secret is derived from the registry's key (`poolsvc.derived`); no part of it is stored.
     """
 
     __tablename__ = "invitations"

@@ -53,7 +53,7 @@ _AUDITED: Mapping[type[Base], _Rule] = {
     Address: _rule("address", "address proved_at"),
     Hold: _rule("hold", "kind reason lifted_at"),
     MaintenanceWindow: _rule("maintenance", "starts_at ends_at reason cancelled_at"),
-    Order: _rule("order", "status serial not_after deactivated_at revoked_at"),
+    Order: _rule("order", "status serial not_after deactivated_at compromised_at revoked_at"),
     Transfer: _rule("transfer", "to_member_id expires_at accepted_at declined_at"),
     Webhook: _rule("webhook", "member_id generation enabled_at disabled_at deleted_at", "url"),
 }

@@ -33,9 +33,7 @@ class Webhook(Base):
     __tablename__ = "webhooks"
 
     id: Mapped[int] = random_key()
-    member_id: Mapped[int | None] = mapped_column(
-        ForeignKey("members.id"), index=True
-    )  # None: the pool's own
+    member_id: Mapped[int] = mapped_column(ForeignKey("members.id"), index=True)
     url: Mapped[str] = mapped_column(String(500))
     generation: Mapped[int] = mapped_column(default=1)
     rotated_at: Mapped[datetime | None] = mapped_column(UtcDateTime)

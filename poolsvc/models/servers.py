@@ -21,6 +21,9 @@ from nts_core.control import ServerState, Stage, StageStatus
 from poolsvc.db import Base, UtcDateTime, text_enum
 from poolsvc.models.accounts import Member
 
+# States from which a server does not come back, unless it is to leave on a later day only.
+ENDED_STATES = frozenset({ServerState.LEAVING, ServerState.REMOVED})
+
 
 class HoldKind(StrEnum):
     """Why a server is suspended; each is lifted only by its own kind."""
@@ -244,7 +247,7 @@ class SampleRecord(Base):
 
 
 class DailyCount(Base):
-    """The pool on one day: servers by state and what the public page shows of it."""
+    """How many servers the pool had on one day, by state."""
 
     __tablename__ = "daily_counts"
 
@@ -295,6 +298,7 @@ class Order(Base):
         UtcDateTime, index=True
     )  # when a newer one must be there
     deactivated_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    compromised_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # its key is known to others
     revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
     server: Mapped[Server] = relationship(lazy="raise", viewonly=True)

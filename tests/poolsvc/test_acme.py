@@ -17,6 +17,7 @@ from poolsvc.acme import (
     AcmeConfig,
     AcmeError,
     OrderState,
+    RevocationReason,
     retry_after_seconds,
 )
 from poolsvc.certificates import CsrError, chain_facts, check_chain
@@ -179,7 +180,7 @@ async def test_a_ca_that_forgot_the_account_makes_it_lost_whatever_was_called(la
         "poll": lambda: account.poll(order.url),
         "finalize": lambda: account.finalize(order.url, csr),
         "download": lambda: account.download(order.url),
-        "revoke": lambda: account.revoke(pebble.ca_file.read_text()),
+        "revoke": lambda: account.revoke(pebble.ca_file.read_text(), RevocationReason.CESSATION_OF_OPERATION),
         "deactivate": lambda: account.deactivate_authorization(order.authorization_url),
     }
     pebble.restart()
@@ -244,16 +245,16 @@ async def test_revoking_twice_is_success_and_the_ca_says_revoked(lab):
     chain = await account.download(order.url)
     serial = chain_facts(chain).serial
     assert pebble.certificate_status(serial) == "Valid"
-    await account.revoke(chain)
+    await account.revoke(chain, RevocationReason.CESSATION_OF_OPERATION)
     assert pebble.certificate_status(serial) == "Revoked"
-    await account.revoke(chain)
+    await account.revoke(chain, RevocationReason.CESSATION_OF_OPERATION)
 
 
 async def test_a_foreign_certificate_is_not_revoked_silently(lab):
     pebble = lab.pebble()
     account = await lab.account(pebble)
     with pytest.raises(AcmeError):
-        await account.revoke(pebble.ca_file.read_text())
+        await account.revoke(pebble.ca_file.read_text(), RevocationReason.CESSATION_OF_OPERATION)
 
 
 async def test_finalize_before_validation_is_refused_but_not_for_ever(lab):

@@ -13,6 +13,7 @@ from nts_core.control import PROOF_PATH, ProbeResult, ServerState, Stage, proof_
 from poolsvc import addresses, monitoring, notices, proofs, servers
 from poolsvc.errors import AddressTaken, InvalidAddress, InvalidDocument
 from poolsvc.models import Event, HoldKind, Notice, Order, OrderStatus
+from poolsvc.pool import the_pool
 from poolsvc.publication import Publication
 
 S = ServerState
@@ -78,8 +79,8 @@ async def test_a_list_that_changes_nothing_keeps_proofs_and_scores(registry):
 async def test_without_a_proved_address_a_server_is_registered_again_and_out_of_dns(registry, state):
     server = await registry.server("alice", ONE, state=state)
     async with registry.database.transaction() as session:
-        (await servers.the_pool(session, registry.settings)).account_uri = "https://ca.example/acct/1"
-        (await servers.the_pool(session, registry.settings)).opened_at = registry.now
+        (await the_pool(session, registry.settings)).account_uri = "https://ca.example/acct/1"
+        (await the_pool(session, registry.settings)).opened_at = registry.now
     leader = Publication(registry.database, registry.settings)
     await leader.look(registry.now)
     assert (f"alice.servers.{registry.settings.pool}.", "A") in leader.whole()

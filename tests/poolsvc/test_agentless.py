@@ -13,6 +13,7 @@ from poolsvc import agentless, issuance, monitoring, proofs, removal, servers, w
 from poolsvc.errors import InvalidDocument
 from poolsvc.explain import explain
 from poolsvc.models import Order, OrderStatus, Server
+from poolsvc.pool import the_pool
 from poolsvc.publication import Publication
 
 S = ServerState
@@ -39,7 +40,7 @@ async def alice(registry, responder):
     registry.alice = await registry.server("alice", HERE, member=owner, agentless=True)
     registry.token = await registry.owner_token(owner)
     async with registry.database.transaction() as session:
-        (await servers.the_pool(session, registry.settings)).account_uri = "https://ca.example/acct/1"
+        (await the_pool(session, registry.settings)).account_uri = "https://ca.example/acct/1"
     return registry
 
 
@@ -301,7 +302,7 @@ async def test_probes_begin_when_there_may_be_a_certificate(verified, tmp_path):
 async def test_what_is_to_be_done_by_hand_is_told(alice):
     async with alice.database.transaction() as session:
         server = await servers.find(session, "alice")
-        pool = await servers.the_pool(session, alice.settings)
+        pool = await the_pool(session, alice.settings)
         views = {view.stage: view for view in explain(server, pool, alice.settings, active=0)}
     assert views[Stage.NAME].status is StageStatus.MET
     assert "proofs" in views[Stage.ADDRESSES].remedy

@@ -34,7 +34,7 @@ async def world(registry, client):
     """A member, an operator, and clients for both; the agent of alice calls from alice's address."""
     owner = await registry.member("Owner")
     async with registry.database.transaction() as session:
-        _, operator = await members.create_operator(session, NOW)
+        _, operator = await members.create_operator(session, datetime.now(UTC))
     member = await registry.owner_token(owner)
     async with client(operator) as for_operator, client(member) as for_member, client() as public:
         yield SimpleNamespace(

@@ -1,13 +1,15 @@
 """The audit log: nothing changes without an event, and no event says more than it should or is ever altered."""
 
+from base64 import b64encode
+
 import pytest
-from sqlalchemy import delete, select, text, update
+from sqlalchemy import delete, inspect, select, text, update
 from sqlalchemy.exc import DBAPIError
 
 from nts_core.control import ServerState
 from poolsvc import auth, members
 from poolsvc.db import act_as
-from poolsvc.models import Address, Event, Member, Server, TokenKind, User
+from poolsvc.models import Address, Event, Member, Server, TokenKind, User, audit
 
 EMAIL, NAME = "alice@example.org", "Alice Liddell"
 
@@ -76,6 +78,24 @@ async def test_the_log_holds_ids_and_no_names_addresses_or_secrets(registry):
     (changed,) = [entry for entry in events if entry.kind == "user-changed"]
     assert changed.before == changed.after == {"email": "(not kept)", "name": "(not kept)"}
     assert changed.user_id == user.id
+
+
+def test_every_column_that_is_noted_exists():
+    for model, rule in audit._AUDITED.items():
+        columns = {column.key for column in inspect(model).column_attrs}
+        assert rule.shown | rule.hidden <= columns, model.__name__
+
+
+async def test_that_an_agent_has_joined_with_a_token_is_noted(registry, client):
+    server = await registry.server("alice", state=ServerState.REGISTERED)
+    async with registry.database.transaction() as session:
+        token, secret = await auth.issue(session, TokenKind.JOIN, now=registry.now, server_id=server)
+    async with client(secret) as http:
+        answer = await http.post("/v1/agent/join", json={"public_key": b64encode(bytes(range(32))).decode()})
+    assert answer.status_code == 200
+    _, used = await log(registry, f"token {token.id}")
+    assert (used.kind, used.actor, used.server_id) == ("token-changed", f"join {server}", server)
+    assert (used.before, list(used.after)) == ({"used_at": None}, ["used_at"])
 
 
 @pytest.mark.parametrize(

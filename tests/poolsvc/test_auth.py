@@ -329,6 +329,7 @@ ENDPOINTS = [
     ("POST", "/v1/servers/{name}/leaving", {"at": LATER}, Operation.REMOVE_SERVER),
     ("DELETE", "/v1/servers/{name}/leaving", None, Operation.REMOVE_SERVER),
     ("POST", "/v1/servers/{name}/join-token", None, Operation.CHANGE_SERVER),
+    ("POST", "/v1/servers/{name}/certificate/compromised", None, Operation.CHANGE_SERVER, 409),
     ("POST", "/v1/servers/{name}/transfer", {"to": OPAQUE}, Operation.OFFER_SERVER),
     ("DELETE", "/v1/servers/{name}/transfer", None, Operation.OFFER_SERVER),
     ("GET", MEMBER + "/transfers", None, Operation.READ_MEMBER),
@@ -497,6 +498,19 @@ async def test_a_join_token_is_used_up_once(world, registry):
     with pytest.raises(TokenUsed):
         async with registry.database.transaction() as session:
             await auth.use_up(session, principal, NOW)
+
+
+async def test_no_token_of_a_program_is_made_to_last_for_ever(world, registry, client):
+    now = datetime.now(UTC)
+    async with registry.database.transaction() as session:
+        _, operator = await members.create_operator(session, now)
+    async with client(operator) as http:
+        assert (await http.post("/v1/members", json={"name": "New"})).json()["token"]
+    async with registry.database.transaction() as session:
+        made = select(Token.expires_at).where(Token.label == "first token", Token.created_at >= now)
+        ends = list(await session.scalars(made))
+    assert len(ends) == 2
+    assert all(end is not None and end <= datetime.now(UTC) + auth.TOKEN_LIFE for end in ends)
 
 
 async def test_an_expired_join_token_is_told_from_a_used_one_by_the_api(world, registry, client):

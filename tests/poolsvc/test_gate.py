@@ -18,7 +18,7 @@ from poolsvc.db import Database
 from poolsvc.derived import RegistryKey
 from poolsvc.models import Order, OrderStatus, Server
 from poolsvc.readiness import Look
-from poolsvc.worker import Health, Worker
+from poolsvc.worker import KINDS, Health, Worker
 
 PROXY = "192.0.2.80"
 TOKEN = {"Authorization": "Bearer secret-token"}
@@ -208,6 +208,10 @@ async def test_metrics_tell_of_states_and_of_what_is_late(app, registry):
     assert found['poolsvc_due{kind="probe"}'] == 2
     assert 300 <= found['poolsvc_due_age_seconds{kind="probe"}'] < 400
     assert found['poolsvc_due{kind="advance_orders"}'] == 0
+    names = {kind.name for kind in KINDS} | {"journal"}
+    assert names == {name.split('"')[1] for name in found if name.startswith("poolsvc_due{")}
+    methods = {name.strip("_") for name in vars(Worker)}
+    assert names <= methods, "what is due has the name of the pass that does it"
     assert found['poolsvc_due_age_seconds{kind="advance_orders"}'] == 0
     assert found['poolsvc_up{part="database"}'] == 1
     assert "poolsvc_publish_age_seconds" not in found, "nothing was published yet"

@@ -9,9 +9,10 @@ from sqlalchemy import select, update
 from lab.processes import free_port
 from nts_core.control import ACME_PATH, ServerState
 from poolsvc import issuance, servers
-from poolsvc.acme import OrderState
+from poolsvc.acme import OrderState, RevocationReason
 from poolsvc.certificates import chain_facts, check_chain, renew_at
-from poolsvc.models import Notice, Order, OrderStatus
+from poolsvc.errors import WrongState
+from poolsvc.models import Event, Notice, Order, OrderStatus
 from poolsvc.notices import NoticeKind
 
 NAME = "alice.servers.pool.example"
@@ -263,3 +264,74 @@ async def test_what_an_agent_with_lost_keys_left_behind_is_failed_and_deactivate
     account = await flow.account()
     assert (await account.poll(pending.url)).status is OrderState.INVALID
     assert (await flow.certified()).status is S.ISSUED
+
+
+async def compromised(flow):
+    async with flow.registry.change(flow.server_id) as (_, server):
+        issuance.revoke_compromised(server, flow.now)
+
+
+@BOTH
+async def test_a_certificate_whose_key_is_lost_is_revoked_as_that_and_another_one_gets_another_key(flow):
+    flow = await flow()
+    lost = await flow.certified()
+    await compromised(flow)
+    server = await flow.server()
+    assert server.order_due_at == flow.now
+    assert issuance.newest(server).fingerprint == lost.fingerprint, "served until there is another one"
+    revoked = await flow.step()
+    assert (revoked.status, revoked.revoked_at, revoked.due_at) == (S.ISSUED, flow.now, None)
+    assert revoked.deactivated_at == lost.deactivated_at
+    assert flow.pebble.revocation_reason(lost.serial) == RevocationReason.KEY_COMPROMISE
+    other = await flow.certified()
+    assert chain_facts(other.chain).fingerprint == issuance.newest(await flow.server()).fingerprint
+    assert flow.pebble.certificate_status(other.serial) == "Valid"
+    assert (other.id != lost.id, other.compromised_at, other.csr == lost.csr) == (True, None, False)
+    async with flow.database.transaction() as session:
+        found = await session.scalars(select(Event).where(Event.subject == f"order {lost.id}"))
+        assert any("compromised_at" in (event.after or {}) for event in found)
+
+
+async def test_a_loss_that_is_told_during_an_order_ends_that_order_too(flow):
+    """Its key was on the same host."""
+    flow = await flow()
+    lost = await flow.certified()
+    await flow.begin()
+    pending = await flow.until(S.FINALIZING)
+    await compromised(flow)
+    end = asyncio.get_running_loop().time() + 20
+    while (order := await flow.step()).due_at is not None:
+        assert asyncio.get_running_loop().time() < end
+        await asyncio.sleep(0.02)
+    assert (order.id, order.status) == (pending.id, S.FAILED)
+    if order.serial is not None:
+        assert flow.pebble.revocation_reason(order.serial) == RevocationReason.KEY_COMPROMISE
+        assert order.revoked_at == flow.now
+    await issuance.advance(flow.database, flow.settings, await flow.account(), lost.id, flow.now)
+    assert flow.pebble.certificate_status(lost.serial) == "Revoked"
+    assert (await flow.certified()).status is S.ISSUED
+
+
+async def test_a_loss_that_is_told_while_the_order_is_wound_up_is_not_forgotten(flow):
+    """The step began before, and records itself after."""
+    flow = await flow()
+    await flow.begin()
+    issued = await flow.until(S.ISSUED)
+    change = await issuance._wind_up(
+        flow.settings, await flow.account(), issued, await flow.server(), flow.now
+    )
+    await compromised(flow)
+    async with flow.registry.change(flow.server_id) as (_, server):
+        change(server.orders[-1], flow.now)
+        assert server.orders[-1].due_at == flow.now
+    assert (await flow.step()).revoked_at == flow.now
+
+
+async def test_without_a_certificate_of_ours_there_is_nothing_to_revoke(flow):
+    flow = await flow()
+    with pytest.raises(WrongState):
+        await compromised(flow)
+    await flow.certified()
+    await compromised(flow)
+    with pytest.raises(WrongState):
+        await compromised(flow)

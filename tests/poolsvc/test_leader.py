@@ -14,9 +14,10 @@ import pytest
 from lab.processes import Process, free_port, wait_until
 from lab.programs import script
 from nts_core.control import ServerState
-from poolsvc import leases, recovery, servers
+from poolsvc import leases, recovery
 from poolsvc.db import Database
 from poolsvc.leader import FROZEN, Leader
+from poolsvc.pool import the_pool
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 FENCE = "_fence.pool.example."
@@ -55,7 +56,7 @@ class World:
 
     async def epoch(self):
         async with self.database.transaction() as session:
-            return (await servers.the_pool(session, self.registry.settings)).epoch
+            return (await the_pool(session, self.registry.settings)).epoch
 
     async def verified(self, name, address):
         return await self.registry.server(name, address, state=ServerState.VERIFIED)
@@ -65,7 +66,7 @@ class World:
 async def world(database, knot, published_by, registry_of):
     registry = registry_of(database, published_by(step_retry=10))
     async with database.transaction() as session:
-        (await servers.the_pool(session, registry.settings)).account_uri = "https://ca.example/acct/1"
+        (await the_pool(session, registry.settings)).account_uri = "https://ca.example/acct/1"
     return World(registry, knot)
 
 
@@ -242,7 +243,7 @@ def test_a_killed_leader_is_followed_within_seconds(
 
     async def account(registry):
         async with registry.database.transaction() as session:
-            (await servers.the_pool(session, settings)).account_uri = "https://ca.example/acct/1"
+            (await the_pool(session, settings)).account_uri = "https://ca.example/acct/1"
 
     in_registry(account)
     first, second = (worker_process(knot, tmp_path / name, postgresql_url) for name in ("first", "second"))

@@ -10,6 +10,7 @@ from poolsvc import addresses, issuance, members, removal, servers, standing
 from poolsvc.errors import AddressTaken, InvalidDocument, WrongState
 from poolsvc.models import Hold, HoldKind, MaintenanceWindow, Notice, Order, OrderStatus, Server
 from poolsvc.notices import NoticeKind
+from poolsvc.pool import the_pool
 from poolsvc.publication import Publication
 
 S = ServerState
@@ -47,7 +48,7 @@ async def said(registry, kind):
 async def alice(registry):
     """An ACTIVE server in an open pool."""
     async with registry.database.transaction() as session:
-        pool = await servers.the_pool(session, registry.settings)
+        pool = await the_pool(session, registry.settings)
         pool.account_uri, pool.opened_at = "https://ca.example/acct/1", registry.now
     registry.alice = await registry.server(state=S.ACTIVE)
     return registry

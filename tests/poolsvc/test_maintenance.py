@@ -1,6 +1,6 @@
 """Maintenance windows and the operator's hold: when a server is held, and what counts against it meanwhile."""
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from itertools import count
 
 import pytest
@@ -237,7 +237,7 @@ async def alice(registry):
     registry.alice = await registry.server(state=S.ACTIVE, member=owner)
     registry.token = await registry.owner_token(owner)
     async with registry.database.transaction() as session:
-        _, registry.operator = await members.create_operator(session, registry.now)
+        _, registry.operator = await members.create_operator(session, datetime.now(UTC))
     return registry
 
 

@@ -14,8 +14,10 @@ from nts_core.client import load_roots
 from nts_core.control import ProbeResult, ServerState, Stage, StageStatus
 from nts_core.tls import Trust
 from poolsvc import monitoring, scoring, servers
-from poolsvc.models import Address, Event, HoldKind, Order, OrderStatus, StageRecord
+from poolsvc.models import Address, Event, HoldKind, Notice, Order, OrderStatus, StageRecord
+from poolsvc.notices import NoticeKind
 from poolsvc.outbound import Guard
+from poolsvc.pool import count_kept_low
 from poolsvc.prober import ProbeImpossible, probe
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -34,7 +36,7 @@ def bad(stage=Stage.TCP, address=ONE, detail="no answer", **values):
     return ProbeResult(address, stage, detail, **values)
 
 
-async def issue(registry, server_id, fingerprint=OURS):
+async def issue(registry, server_id, fingerprint=OURS, **values):
     async with registry.database.transaction() as session:
         session.add(
             Order(
@@ -43,6 +45,7 @@ async def issue(registry, server_id, fingerprint=OURS):
                 created_at=NOW,
                 fingerprint=fingerprint,
                 chain="PEM",
+                **values,
             )
         )
 
@@ -225,7 +228,7 @@ async def test_servers_that_are_kept_for_want_of_others_are_counted(registry, ro
 
     async def kept():
         async with registry.database.transaction() as session:
-            return await servers.count_kept_low(session)
+            return await count_kept_low(session)
 
     ids = await crowd(registry, 2)
     assert await kept() == 0
@@ -347,3 +350,66 @@ async def test_a_probe_that_fails_for_want_of_descriptors_is_no_members_fault(se
             )
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+EXPIRED = bad(Stage.CERTIFICATE, detail="the certificate has expired")
+DAYS_90 = timedelta(days=90)
+
+
+async def test_an_ended_certificate_suspends_even_the_last_server_until_a_valid_one_is_seen(registry, rounds):
+    server = await registry.server(state=S.ACTIVE)
+    await issue(registry, server, not_after=NOW + timedelta(minutes=2))
+    assert await rounds(server, bad(Stage.CERTIFICATE)) is S.ACTIVE, (
+        "it has not ended yet: that is for the score"
+    )
+    assert await rounds(server, EXPIRED) is S.SUSPENDED
+    (hold,) = (await registry.get(server)).holds
+    assert (hold.kind, hold.reason) == (
+        HoldKind.CERTIFICATE,
+        "the newest certificate ended on 2026-03-01 12:02 UTC",
+    )
+    assert ("hold-set", "worker") in [entry[:2] for entry in await reasons(registry, server)]
+    await issue(registry, server, STRANGERS, not_after=NOW + DAYS_90)
+    assert await rounds(server, EXPIRED) is S.SUSPENDED, "the new one is not served yet"
+    assert await rounds(server, good(fingerprint="0c" * 32)) is S.SUSPENDED, "nobody ordered that one"
+    assert await rounds(server, good(fingerprint=STRANGERS)) is S.ACTIVE
+    async with registry.database.transaction() as session:
+        told = list(await session.scalars(select(Notice.kind).order_by(Notice.id)))
+    assert told[-2:] == [NoticeKind.SUSPENDED, NoticeKind.RECOVERED]
+
+
+async def test_a_server_that_was_long_without_a_certificate_earns_its_score_before_it_is_back(
+    registry, rounds
+):
+    for number in range(1, 7):
+        await registry.server(f"s{number}", f"198.18.2.{number}", state=S.ACTIVE)
+    server = await registry.server(state=S.ACTIVE)
+    await issue(registry, server, not_after=NOW)
+    for _ in range(5):
+        assert await rounds(server, EXPIRED) is S.SUSPENDED
+    await issue(registry, server, STRANGERS, not_after=NOW + DAYS_90)
+    assert await rounds(server, good(fingerprint=STRANGERS)) is S.SUSPENDED
+    kinds = {hold.kind: hold.lifted_at is None for hold in (await registry.get(server)).holds}
+    assert kinds == {HoldKind.CERTIFICATE: False, HoldKind.SCORE: True}
+    for _ in range(60):
+        state = await rounds(server, good(fingerprint=STRANGERS))
+    assert state is S.ACTIVE
+
+
+async def test_of_a_server_without_an_agent_any_valid_certificate_lifts_the_hold(registry, rounds):
+    server = await registry.server(state=S.ACTIVE, agentless=True)
+    ends = int((NOW + timedelta(minutes=2)).timestamp())
+    assert await rounds(server, good(not_before=ends - 600, not_after=ends)) is S.ACTIVE
+    assert await rounds(server, EXPIRED) is S.SUSPENDED
+    later = good(fingerprint=STRANGERS, not_before=ends, not_after=ends + 7_000_000)
+    assert await rounds(server, later) is S.ACTIVE
+
+
+async def test_a_hold_for_a_certificate_does_not_outlive_it_while_a_server_is_admitted(registry, rounds):
+    server = await registry.server(state=S.VERIFIED)
+    await issue(registry, server, not_after=NOW + DAYS_90)
+    async with registry.change(server) as (session, row):
+        await servers.set_hold(session, row, HoldKind.CERTIFICATE, reason="r", actor="worker", now=NOW)
+    for _ in range(3):
+        state = await rounds(server, good())
+    assert state is S.ACTIVE

@@ -29,7 +29,7 @@ from nts_core.control import Stage
 from nts_core.records import Record, RecordType, encode
 from nts_core.tls import Trust
 from poolsvc import monitoring, outbound, proofs
-from poolsvc.errors import InvalidAddress
+from poolsvc.errors import AddressRefused, InvalidAddress
 from poolsvc.models import Order, OrderStatus
 from poolsvc.outbound import MAX_ADDRESSES, Answer, FetchError, Guard, Outbound, http_origin
 from poolsvc.prober import probe
@@ -133,6 +133,22 @@ def test_the_pools_own_addresses_are_refused_on_any_port(strict, address):
     assert (caught.value.field, caught.value.code) == ("addresses", "invalid-address")
     assert caught.value.remedy
     Guard(own(strict)).check("1.1.1.2", 443)
+
+
+async def test_networks_that_opted_out_are_neither_registered_nor_dialled(registry, tuned):
+    listed = await registry.server("early", "198.18.7.1")
+    prefixes = (ipaddress.ip_network("198.18.0.0/16"), ipaddress.ip_network("fd00:1::/32"))
+    registry.settings = tuned(refused_prefixes=prefixes)
+    for name, address in (("alice", "198.18.255.255"), ("carol", "fd00:1:2::3")):
+        with pytest.raises(AddressRefused) as caught:
+            await registry.server(name, "198.19.0.1", address)
+        assert (caught.value.code, caught.value.field) == ("address-refused", "addresses")
+    async with registry.change(listed) as (session, server):
+        with pytest.raises(AddressRefused):
+            await proofs.call(session, registry.settings, server, "198.18.7.1", "198.18.7.1", registry.now)
+    with pytest.raises(FetchError, match="not dialled"):
+        await Outbound(registry.settings).get("http://198.18.7.1/", deadline=5, limit=10)
+    assert await registry.server("bob", "198.19.0.1", "fd00:2::1")
 
 
 def test_where_all_share_loopback_only_the_pools_own_endpoints_are_refused(settings):

@@ -7,21 +7,22 @@ import os
 import signal
 import socket
 import tomllib
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import httpx
 import pytest
+from sqlalchemy import select
 from typer.testing import CliRunner
 
 from lab.processes import Process, free_port, wait_until
 from lab.programs import Finished, run, script
-from poolsvc import auth, sign_in
+from poolsvc import auth, members, servers, sign_in
 from poolsvc.cli import ExitStatus, app
 from poolsvc.config import load_settings
 from poolsvc.db import Database
 from poolsvc.derived import RegistryKey
 from poolsvc.errors import SignInInvalid, Unauthenticated
-from poolsvc.models import StaffRole, User
+from poolsvc.models import Order, OrderStatus, StaffRole, User
 
 CONFIG = """\
 pool = "pool.example"
@@ -178,6 +179,31 @@ def test_ending_all_sessions_makes_links_void_too_and_leaves_programs_alone(conf
     assert (
         in_transaction(empty_database, lambda session: auth.authenticate(session, program, now)).user_id == 1
     )
+
+
+def test_a_lost_key_of_a_certificate_is_a_command(config, empty_database):
+    """What comes of it at the CA is `test_issuance`'s."""
+    path = config(empty_database)
+    poolsvc("migrate", "--config", path)
+    now, settings = datetime.now(UTC), load_settings(path)
+
+    async def certify(session):
+        user, _ = await members.create_operator(session, now)
+        member = await members.create(session, "Club", now, owner=user)
+        server = await servers.register(session, settings, member.id, "alice", ["1.1.1.2"], now, actor="test")
+        values = {"created_at": now, "chain": "PEM", "not_after": now + timedelta(days=1)}
+        session.add(Order(server_id=server.id, status=OrderStatus.ISSUED, **values))
+
+    async def lost(session):
+        return await session.scalar(select(Order.compromised_at))
+
+    in_transaction(empty_database, certify)
+    failed(poolsvc("key", "certificate", "bob", "--config", path), ExitStatus.USAGE, "no server named")
+    done = poolsvc("key", "certificate", "alice", "--config", path)
+    assert done.status == ExitStatus.OK
+    assert done.stdout.startswith("`poolsvc serve` revokes the certificates of alice")
+    assert in_transaction(empty_database, lost) >= now
+    failed(poolsvc("key", "certificate", "alice", "--config", path), ExitStatus.USAGE, "revoked already")
 
 
 def test_serve_answers_over_http_and_ends_at_sigterm(config, tmp_path):

@@ -28,6 +28,7 @@ from poolsvc.models import (
     Transfer,
     User,
 )
+from poolsvc.pool import the_pool
 from poolsvc.recovery import Outlook
 
 S = ServerState
@@ -75,7 +76,7 @@ async def pool(registry):
                 ),
             ]
         )
-        (await servers.the_pool(session, registry.settings)).epoch = 7
+        (await the_pool(session, registry.settings)).epoch = 7
     return SimpleNamespace(registry=registry, token=token, operator=operator)
 
 
@@ -217,7 +218,7 @@ async def test_a_restore_resurrects_nobody(pool, other, tmp_path):
     assert await state_of(other, "s4") is S.LEAVING
     assert await state_of(other, "s5") is S.SUSPENDED
     async with other.transaction() as session:
-        pool_row = await servers.the_pool(session, settings)
+        pool_row = await the_pool(session, settings)
         assert pool_row.frozen_at == later
         for secret in (pool.token, pool.operator):
             with pytest.raises(Unauthenticated, match="revoked"):
@@ -225,10 +226,12 @@ async def test_a_restore_resurrects_nobody(pool, other, tmp_path):
         assert set(await session.scalars(select(Token.revoked_at))) == {later}
         with pytest.raises(NameTaken, match="never given again"):
             await servers.register(session, settings, 1, "shortlived", ["198.18.7.8"], later, actor="test")
+        with pytest.raises(ConfusableName):
+            await servers.register(session, settings, 1, "short-lived", ["198.18.7.8"], later, actor="test")
     outlook = Outlook(later, 41, (), ("late",), {})
     await recovery.thaw(other, settings, outlook, later)
     async with other.transaction() as session:
-        pool_row = await servers.the_pool(session, settings)
+        pool_row = await the_pool(session, settings)
         assert (pool_row.frozen_at, pool_row.epoch) == (None, 41)
         for name in ("late", "1ate"):
             with pytest.raises((NameTaken, ConfusableName)):

@@ -186,7 +186,7 @@ class TestApi:
     @pytest.fixture
     async def http(self, registry, client):
         async with registry.database.transaction() as session:
-            _, token = await members.create_operator(session, NOW)
+            _, token = await members.create_operator(session, datetime.now(UTC))
         async with client(token) as http:
             yield http
 

@@ -32,6 +32,7 @@ from poolsvc.errors import (
     WrongState,
 )
 from poolsvc.models import Event, Hold, HoldKind, Member, MemberStatus
+from poolsvc.pool import the_pool
 from poolsvc.publication import Publication
 from poolsvc.servers import TRANSITIONS, EventKind
 
@@ -300,11 +301,11 @@ async def test_unknown_servers_are_not_found(registry):
 
 async def test_a_database_serves_one_pool_for_ever(registry):
     async with registry.database.transaction() as session:
-        assert (await servers.the_pool(session, registry.settings)).domain == "pool.example"
+        assert (await the_pool(session, registry.settings)).domain == "pool.example"
     other = registry.settings.model_copy(update={"pool": "other.example"})
     async with registry.database.transaction() as session:
         with pytest.raises(WrongState, match=r"pool\.example, not of other\.example"):
-            await servers.the_pool(session, other)
+            await the_pool(session, other)
 
 
 @pytest.mark.parametrize(
@@ -330,7 +331,7 @@ async def test_an_address_that_fails_while_another_serves_is_withdrawn_alone(reg
 async def test_the_first_use_of_the_pool_by_many_processes_makes_one_row(postgresql, settings):
     async def use():
         async with postgresql.transaction() as session:
-            return (await servers.the_pool(session, settings)).id
+            return (await the_pool(session, settings)).id
 
     assert await asyncio.gather(*(use() for _ in range(4))) == [1] * 4
 
@@ -338,12 +339,12 @@ async def test_the_first_use_of_the_pool_by_many_processes_makes_one_row(postgre
 async def test_a_reader_of_the_pool_does_not_wait_for_a_writer_of_it(postgresql, settings):
     """Every agent's report reads the pool; the publisher writes servers while it holds the pool's row."""
     async with postgresql.transaction() as session:
-        await servers.the_pool(session, settings)
+        await the_pool(session, settings)
     async with postgresql.transaction() as writer, postgresql.transaction() as reader:
-        (await servers.the_pool(writer, settings)).account_uri = "https://ca.example/acct/1"
+        (await the_pool(writer, settings)).account_uri = "https://ca.example/acct/1"
         await writer.flush()
         async with asyncio.timeout(3):
-            assert (await servers.the_pool(reader, settings)).account_uri is None
+            assert (await the_pool(reader, settings)).account_uri is None
 
 
 async def test_a_report_and_a_publication_at_once_do_not_lock_each_other_out(
@@ -353,18 +354,18 @@ async def test_a_report_and_a_publication_at_once_do_not_lock_each_other_out(
     registry = registry_of(postgresql, settings)
     identifier = await registry.server(state=S.ACTIVE)
     async with postgresql.transaction() as session:
-        await servers.the_pool(session, settings)
+        await the_pool(session, settings)
     both_hold_one = asyncio.Barrier(2)
 
     async def report():
         async with postgresql.transaction() as session:
             (await servers.get(session, identifier)).agent_seen_at = NOW
             await both_hold_one.wait()
-            await servers.the_pool(session, settings)
+            await the_pool(session, settings)
 
     async def publication_pass():
         async with postgresql.transaction() as session:
-            await servers.the_pool(session, settings)
+            await the_pool(session, settings)
             await both_hold_one.wait()
             await servers.get(session, identifier)
 
@@ -593,7 +594,7 @@ def test_the_life_of_servers_in_any_order(database_url, tuned, registry_of):
 
         async def prepare():
             async with database.transaction() as session:
-                (await servers.the_pool(session, settings)).account_uri = "https://ca.example/acct/1"
+                (await the_pool(session, settings)).account_uri = "https://ca.example/acct/1"
 
         runner.run(prepare())
         try:

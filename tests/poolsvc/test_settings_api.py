@@ -1,6 +1,7 @@
 """A server's settings over the API: what may be chosen, by whom, and two people who choose at once."""
 
 import asyncio
+from datetime import UTC, datetime
 
 import pytest
 
@@ -125,7 +126,7 @@ async def test_what_cannot_be_set_is_refused_and_named(alice, client, body, stat
 
 async def test_only_an_operator_waives_the_source_address(alice, client):
     async with alice.database.transaction() as session:
-        _, operator = await members.create_operator(session, alice.now)
+        _, operator = await members.create_operator(session, datetime.now(UTC))
         await members.create_user(session, alice.now, staff=StaffRole.SUPPORT)
     async with client(alice.token) as http:
         refused = await http.patch(URL, json={"waive_source": True, "weight": 7})

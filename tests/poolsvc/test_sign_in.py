@@ -466,6 +466,14 @@ class TestAddress:
         told = [(mail.to, mail.what) for mail in (await people.mails())[1:]]
         assert told == [(ANN, "address"), (user.id, "address"), (colleague.id, "address")]
 
+    async def test_whoever_is_signed_in_is_told_that_no_more_mails_go_to_an_address(self, client, people):
+        token = await people.session(await people.make())
+        for _ in range(sign_in.LINKS_PER_ADDRESS):
+            assert (await self.change(client, token, "new@example.org")).status_code == 202
+        refused = await self.change(client, token, "new@example.org")
+        assert (refused.status_code, refused.json()["field"]) == (429, "email")
+        assert len(await people.mails()) == sign_in.LINKS_PER_ADDRESS
+
     async def test_its_link_signs_nobody_in(self, client, people):
         """A mistyped address is somebody else's, who must not get the account."""
         user, other = await people.make(), await people.make("other@example.org")

@@ -480,3 +480,37 @@ async def test_many_webhooks_at_once_keep_the_limit(postgresql, settings, regist
     outcomes = await asyncio.gather(*(create() for _ in range(8)), return_exceptions=True)
     assert sum(outcome is None for outcome in outcomes) == webhooks.MAX_WEBHOOKS
     assert sum(isinstance(outcome, LimitReached) for outcome in outcomes) == 3
+
+
+async def test_another_key_of_the_registry_disables_every_webhook_and_says_what_to_do(hooks, endpoint):
+    await hooks.create(endpoint.url)
+    asked = hooks.hook
+    await hooks.enabled(endpoint)
+    await hooks.change(
+        update(Webhook).where(Webhook.id == asked).values(enabled_at=None, challenge_due_at=NOW)
+    )
+    await hooks.tell()
+    async with hooks.database.transaction("console") as session:
+        assert await webhooks.disable_all(session, NOW + SECOND) == 2
+        assert await webhooks.disable_all(session, NOW + SECOND) == 0
+    row = await hooks.row()
+    assert (row.disabled_at, webhooks.is_enabled(row)) == (NOW + SECOND, False)
+    assert "rotate the secret" in row.error
+    await hooks.worker._call_webhooks(NOW + HOUR)
+    await hooks.worker._challenge_webhooks(NOW + HOUR)
+    assert endpoint.calls == [], "nobody could check the signature"
+    assert await hooks.kinds() == ["admitted", "webhook-disabled", "webhook-disabled"]
+    assert [entry.status for entry in await hooks.deliveries()] == [S.SUPPRESSED]
+
+
+async def test_over_the_hourly_limit_calls_wait_and_none_is_lost(hooks, endpoint, tuned):
+    await hooks.enabled(endpoint)
+    hooks.worker = Worker(hooks.database, tuned(webhook_calls_per_hour=2), [], Health(), KEY)
+    await hooks.tell(count=5)
+    for hour, total in ((0, 2), (0, 2), (1, 4), (2, 5)):
+        await hooks.worker._call_webhooks(NOW + hour * HOUR)
+        assert len(endpoint.calls) == total
+        waiting = [row for row in await hooks.deliveries() if row.status is S.PENDING]
+        assert {row.due_at for row in waiting} <= {NOW + (hour + 1) * HOUR}
+        assert all("2 calls within an hour" in row.error for row in waiting[:1])
+    assert {row.status for row in await hooks.deliveries()} == {S.SENT}
