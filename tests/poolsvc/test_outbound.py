@@ -625,7 +625,7 @@ class TestAClientOfALibrary:
 async def test_proof_precheck_and_probe_dial_no_inner_address_unless_that_is_allowed(flow, allow):
     """The address was proved under other settings, or the database came from elsewhere."""
     flow = await flow()
-    registry, server_id = flow.registry, flow.server_id
+    registry, server_id, earlier = flow.registry, flow.server_id, flow.settings
     async with WebServer(says(http("404 Not Found"))) as web:
         ports = flow.settings.ports.model_copy(update={"http": web.port, "ke": web.port})
         flow.settings = registry.settings = flow.settings.model_copy(
@@ -638,7 +638,7 @@ async def test_proof_precheck_and_probe_dial_no_inner_address_unless_that_is_all
         precheck, before = order.error, web.connections
 
         async with registry.change(server_id) as (session, server):
-            nonce = await proofs.call(session, registry.settings, server, HERE, HERE, NOW)
+            nonce = await proofs.call(session, earlier, server, HERE, HERE, NOW)
             server.agent_key = base64.b64encode(
                 Ed25519PrivateKey.generate().public_key().public_bytes_raw()
             ).decode()
