@@ -216,10 +216,9 @@ async def revoke_compromised(
     name: NamePath, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
 ) -> ServerView:
     """The key of a server's certificate is lost or known to others: revoke it, and order one with another key."""
-    found = await servers.find(session, name)
-    principal.may(Operation.CHANGE_SERVER, server=found)
-    issuance.revoke_compromised(await servers.get(session, found.id), now)
-    return await view_of(session, services.settings, found.id)
+    server = await server_for(session, principal, name, Operation.CHANGE_SERVER)
+    issuance.revoke_compromised(server, now)
+    return await view_of(session, services.settings, server.id)
 
 
 class SampleView(Document):
