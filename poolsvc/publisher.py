@@ -8,6 +8,7 @@ updates that they ignore (an address beside a CNAME, for one): what counts is th
 """
 
 import asyncio
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -473,7 +474,8 @@ def _primary_errors() -> Iterator[None]:
         raise _refusal(error.rcode) from None
     except OSError as error:
         # Without the peer's address: alarms are public, and a primary may be hidden.
-        raise Unreachable(error.strerror or type(error).__name__) from error
+        reason = os.strerror(error.errno) if error.errno else type(error).__name__
+        raise Unreachable(reason) from error
     except (EOFError, dns.exception.Timeout) as error:
         raise Unreachable(str(error) or type(error).__name__) from error
     except dns.exception.DNSException as error:

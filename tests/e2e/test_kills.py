@@ -64,7 +64,7 @@ def killing(keeper, kills, chance):
     """Ends processes of the keeper by SIGKILL, each some time after it came up."""
 
     def kill():
-        for _ in range(kills):
+        while len(done) < kills:
             victim = chance.choice(keeper.processes)
             # A process needs some seconds to come up; killed before, nothing of it would be tested.
             while time.monotonic() - keeper.started[victim] < 2.5:
@@ -185,8 +185,12 @@ def examine(pool, url, active, removed):
     assert not [row for row in deliveries if row.status is DeliveryStatus.PENDING]
     assert targets(pool) == {member.name for member in active}
     assert [member.name for member in removed if has_address(pool, member)] == []
-    gone = {entry.name for entry in journal.read(pool.directory / "removals.journal") if entry.is_gone}
-    assert gone == {member.name for member in removed}
+    wait_until(lambda: journalled(pool) == {member.name for member in removed}, "the journal", DEADLINE)
+
+
+def journalled(pool):
+    entries = journal.read(pool.directory / "removals.journal")
+    return {entry.name for entry in entries if entry.is_gone}
 
 
 def live(pool, keeper, kills, lives):

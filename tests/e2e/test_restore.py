@@ -7,6 +7,7 @@ import pytest
 from lab.pool import POOL, LabPool
 from lab.postgres import Postgres
 from lab.processes import wait_until
+from poolsvc import journal
 
 NAMES = ("alice", "bob", "carol")
 
@@ -38,6 +39,10 @@ def test_a_restored_registry_brings_agents_back_and_nobody_who_left(databases, t
         pool.operator.call("DELETE", "/v1/servers/bob")
         pool.wait_for_state(members[1], "removed")
         assert targets(pool) == {"alice", "carol"}
+        file = pool.directory / "removals.journal"
+        wait_until(
+            lambda: file.exists() and "bob" in {entry.name for entry in journal.read(file)}, "bob noted", 20
+        )
         old = pool.member
 
         restored = pool.restore(tmp_path / "pool.backup", new)

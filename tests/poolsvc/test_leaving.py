@@ -317,7 +317,7 @@ async def test_those_in_maintenance_hide_nobody_and_one_look_takes_a_hundred(reg
 async def test_what_an_operator_scheduled_only_operators_cancel(alice, client, by_operator):
     owner = (await alice.get(alice.alice)).member_id
     async with alice.database.transaction("test") as session:
-        _, operator = await members.create_operator(session, alice.now)
+        _, operator = await members.create_operator(session, datetime.now(UTC))
     token, at = await alice.owner_token(owner), (datetime.now(UTC) + 10 * DAY).isoformat()
     async with client(operator if by_operator else token) as http:
         assert (await http.post("/v1/servers/alice/leaving", json={"at": at})).status_code == 202

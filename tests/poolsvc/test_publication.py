@@ -377,7 +377,8 @@ class TestOutbox:
             (12.0, 9.9, True),
             (9.9, 10.0, True),
             (3.0, -100.0, False),
-            (None, 12.0, False),
+            (None, 12.0, True),
+            (None, 9.9, False),
         ],
     )
     async def test_a_score_counts_when_it_crosses_the_cutoff(self, registry, before, after, is_noted):

@@ -51,7 +51,7 @@ async def set_status(registry, status):
 async def notices(registry):
     async with registry.database.transaction() as session:
         found = select(Notice.kind).where(Notice.member_id == registry.member_id).order_by(Notice.id)
-        return list(await session.scalars(found))
+        return [kind for kind in await session.scalars(found) if kind.startswith("member-")]
 
 
 async def states(registry):

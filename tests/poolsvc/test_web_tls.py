@@ -50,7 +50,7 @@ class Running:
     """A whole registry in this process, with the ports of its API and of plain HTTP."""
 
     def __init__(self, settings, app, api, plain):
-        self.app, self.health = app, app.state.services.health
+        self.app, self.health = app, app.state.metrics.health
         self.file = settings.web_tls.directory / f"{HOST}.pem"
         self.api, self.plain = api.getsockname()[1], plain.getsockname()[1]
         self.server = create_server(settings, app, [api], [plain])
