@@ -229,7 +229,7 @@ class Registry:
                 member,
                 name,
                 addresses or ("198.18.0.1",),
-                NOW,
+                self.now,
                 actor="test",
                 agentless=agentless,
             )
