@@ -4,9 +4,9 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from enum import StrEnum
-from functools import partial
 from http import HTTPStatus
 from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import Any
 
 import structlog
 from cryptography import x509
@@ -45,6 +45,13 @@ class Part(StrEnum):
     WORKER = "worker"  # and its own metrics
 
 
+class _Registry(FastAPI):
+    """An application whose description says what a problem looks like."""
+
+    def openapi(self) -> dict[str, Any]:
+        return describe(self)
+
+
 def create_app(
     settings: Settings,
     database: Database,
@@ -78,14 +85,13 @@ def create_app(
             await database.close()
 
     # No /docs: FastAPI's page would load scripts of a third party into the registry's origin.
-    app = FastAPI(
+    app = _Registry(
         title=f"Truechimer registry of {settings.pool}",
         version="1",
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
     )
-    app.openapi = partial(describe, app)  # type: ignore[method-assign]
     providers = {entry.name: Provider(entry, settings) for entry in settings.oidc}
     app.state.services = Services(settings, database, key, _limits(settings), CensusTaker(), providers)
     app.state.metrics = metrics

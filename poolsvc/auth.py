@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
 
-from sqlalchemy import select
+from sqlalchemy import ColumnExpressionArgument, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import selectinload
 
@@ -236,9 +236,9 @@ async def issue(
     return token, text
 
 
-async def revoke(session: AsyncSession, now: datetime, *conditions: bool | object) -> int:
+async def revoke(session: AsyncSession, now: datetime, *conditions: ColumnExpressionArgument[bool]) -> int:
     """Make tokens useless; how many were not so before."""
-    found = list(await session.scalars(select(Token).where(Token.revoked_at.is_(None), *conditions)))  # type: ignore[arg-type]
+    found = list(await session.scalars(select(Token).where(Token.revoked_at.is_(None), *conditions)))
     for token in found:
         token.revoked_at = now
     return len(found)
