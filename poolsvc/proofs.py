@@ -33,8 +33,6 @@ _FORGOTTEN = 20
 _MAX_ANSWER = 256
 # Octets of randomness: the agent's nonce; a file's name and content. As text both fit the nonce's column.
 _NONCE, _FILE_NAME, _FILE_CONTENT = 32, 16, 24
-# A row that is due later than this after a call is leased to a worker (`worker.claim` pushes it two minutes).
-_UNCLAIMED = timedelta(minutes=1)
 
 
 async def call(
@@ -58,7 +56,7 @@ async def call(
         )
     await _limit(session, settings, row.address, now)
     parts = (_FILE_NAME, _FILE_CONTENT) if server.agentless else (_NONCE,)
-    row.nonce = ".".join(map(secrets.token_urlsafe, parts))
+    row.nonce, row.served_at = ".".join(map(secrets.token_urlsafe, parts)), None
     # The agent's next report says that it serves the answer (`note_serving`); if none comes, we look anyway.
     row.proof_due_at = look_at(settings, now)
     return row.nonce
@@ -76,7 +74,7 @@ def file_of(nonce: str) -> tuple[str, str]:
 
 
 def note_serving(server: Server, nonces: tuple[str, ...], now: datetime) -> None:
-    """The agent says which nonces it answers: time to connect back, unless a worker is at it already."""
+    """The agent says which nonces it answers, which it does again and again: time to connect back, once."""
     for row in server.addresses:
         if row.nonce in nonces:
             _look_now(row, now)
@@ -94,8 +92,8 @@ def ready(server: Server, address: str, now: datetime) -> Address:
 
 
 def _look_now(row: Address, now: datetime) -> None:
-    if row.proof_due_at and now < row.proof_due_at <= now + _UNCLAIMED:
-        row.proof_due_at = now
+    if row.served_at is None:
+        row.served_at = row.proof_due_at = now
 
 
 def _canonical(source: str) -> str:

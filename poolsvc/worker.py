@@ -1,22 +1,22 @@
 """The registry's engine: finds what is due, takes it under a lease, does it, and records what came of it.
 
-Each kind of work has a due-time column; a claim pushes it ahead by a lease, so that a worker that dies leaves
-its work to whoever looks next. Steps are safe to repeat. A failing peer (CA, DNS, member) delays its own kind of
+Each kind of work has a due-time column; a claim pushes it ahead by a lease, renewed while the work lasts, so that a
+worker that dies leaves its work to whoever looks next. Steps are safe to repeat. A failing peer (CA, DNS, member) delays its own kind of
 work only.
 """
 
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 import structlog
 from cryptography import x509
-from sqlalchemy import ColumnElement, select, true, update
+from sqlalchemy import ColumnElement, Select, select, true, update
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import InstrumentedAttribute
 
@@ -49,7 +49,9 @@ from poolsvc.outbound import Outbound
 from poolsvc.pool import the_pool
 
 _log = structlog.get_logger()
-_LEASE = timedelta(minutes=2)
+LEASE = timedelta(seconds=20)
+# Renewals within one life: two may fail before the work is anybody's.
+_RENEWALS = 3
 _HOUSE_KEEPING = timedelta(hours=1)
 _FAREWELL = 2.0
 # How often silent agents are looked for.
@@ -61,7 +63,7 @@ _T = TypeVar("_T")
 class Kind:
     """Work that is found by a due-time column: so many rows are claimed at once, so many are worked on at a time.
 
-    `name` is that of the worker's method, which metrics show. A batch must end well within the lease, even if every peer lets its step run into its deadline.
+    `name` is that of the worker's method, which metrics show.
     """
 
     name: str
@@ -95,20 +97,52 @@ KINDS = (PROOFS, PROBES, NEW_ORDERS, ORDERS, WINDOWS, REMOVALS, MAILS, CALLS, CH
 
 
 async def claim(database: Database, kind: Kind, now: datetime) -> list[int]:
-    """Ids of rows whose time has come, those due longest, leased to this caller for two minutes."""
-    row, due = kind.row, kind.due
-    longest = select(row.id).where(due <= now, kind.only).order_by(due).limit(kind.batch)
+    """Ids of rows whose time has come, those due longest, leased to this caller."""
+    longest = select(kind.row.id).where(kind.due <= now, kind.only).order_by(kind.due).limit(kind.batch)
+    return await _lease(database, kind, longest, now + LEASE)
+
+
+@asynccontextmanager
+async def hold(database: Database, kind: Kind, now: datetime) -> AsyncIterator[list[int]]:
+    """Ids of rows claimed as by `claim`, which stay this caller's while the body runs."""
+    ids = await claim(database, kind, now)
+    renewing = asyncio.create_task(_renew(database, kind, ids, now + LEASE))
+    try:
+        yield ids
+    finally:
+        renewing.cancel()
+        # Not awaited itself: its end by cancellation would hide that of the body.
+        await asyncio.wait({renewing})
+
+
+async def _renew(database: Database, kind: Kind, ids: Sequence[int], until: datetime) -> None:
+    """Push the time of those rows that still have one that was given here; any other one was set by their step."""
+    given = [until]
+    while ids:
+        await asyncio.sleep(LEASE.total_seconds() / _RENEWALS)
+        until = datetime.now(UTC) + LEASE
+        ours = select(kind.row.id).where(kind.row.id.in_(ids), kind.due.in_(given))
+        # Rows that were skipped, or all if this fails, have an older time until the next turn.
+        given = [*given[-_RENEWALS:], until]
+        try:
+            await _lease(database, kind, ours, until)
+        except (SQLAlchemyError, OSError) as error:
+            _log.warning("lease_not_renewed", work=kind.name, error=type(error).__name__)
+
+
+async def _lease(database: Database, kind: Kind, rows: Select[tuple[int]], until: datetime) -> list[int]:
+    """Give chosen rows their time; one that is locked is passed over, for its step is writing it."""
     # Evaluated once: inside IN, PostgreSQL may run it again and lock more rows than the limit says.
-    picked = longest.with_for_update(skip_locked=True).cte("picked")
+    picked = rows.with_for_update(skip_locked=True).cte("picked")
     async with database.transaction() as session:
-        claimed = await session.scalars(
-            update(row)
-            .where(row.id.in_(select(picked.c.id)))
-            .values({due.key: now + _LEASE})
-            .returning(row.id)
+        leased = await session.scalars(
+            update(kind.row)
+            .where(kind.row.id.in_(select(picked.c.id)))
+            .values({kind.due.key: until})
+            .returning(kind.row.id)
             .execution_options(synchronize_session=False)
         )
-        return list(claimed)
+        return list(leased)
 
 
 @dataclass(slots=True)
@@ -233,8 +267,8 @@ class Worker:
 
     async def _take(self, kind: Kind, now: datetime, work: Callable[[int], Awaitable[None]]) -> bool:
         """Do what is due of one kind; whether there may be more."""
-        ids = await claim(self._database, kind, now)
-        await self._each(ids, work, kind.concurrency)
+        async with hold(self._database, kind, now) as ids:
+            await self._each(ids, work, kind.concurrency)
         return len(ids) == kind.batch
 
     async def _each(
@@ -323,18 +357,18 @@ class Worker:
         return await journal.write_due(self._database, self._settings, now)
 
     async def _mail(self, now: datetime) -> bool:
-        ids = await claim(self._database, MAILS, now)
-        if ids:
-            letters = await self._post.letters(ids, now)
-            await self._each(letters, lambda letter: self._post.send(letter, now), MAILS.concurrency)
-            self._health.mail = self._post.trouble
+        async with hold(self._database, MAILS, now) as ids:
+            if ids:
+                letters = await self._post.letters(ids, now)
+                await self._each(letters, lambda letter: self._post.send(letter, now), MAILS.concurrency)
+                self._health.mail = self._post.trouble
         return len(ids) == MAILS.batch
 
     async def _call_webhooks(self, now: datetime) -> bool:
-        ids = await claim(self._database, CALLS, now)
-        if ids:
-            calls = await self._post.calls(ids)
-            await self._each(calls, lambda some: self._post.call(some, now), CALLS.concurrency)
+        async with hold(self._database, CALLS, now) as ids:
+            if ids:
+                calls = await self._post.calls(ids)
+                await self._each(calls, lambda some: self._post.call(some, now), CALLS.concurrency)
         return len(ids) == CALLS.batch
 
     async def _challenge_webhooks(self, now: datetime) -> bool:

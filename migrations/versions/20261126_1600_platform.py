@@ -486,6 +486,7 @@ def upgrade() -> None:
     _copy_events()
     _make_append_only()
     with op.batch_alter_table("addresses", schema=None) as batch_op:
+        batch_op.add_column(sa.Column("served_at", UtcDateTime(), nullable=True))
         batch_op.add_column(sa.Column("confirmed_at", UtcDateTime(), nullable=True))
         batch_op.create_index("ix_addresses_failing", ["server_id"], **_where("score < 10"))
 
@@ -640,6 +641,7 @@ def downgrade() -> None:
 
     with op.batch_alter_table("addresses", schema=None) as batch_op:
         batch_op.drop_index("ix_addresses_failing")
+        batch_op.drop_column("served_at")
         batch_op.drop_column("confirmed_at")
 
     _restore_events()

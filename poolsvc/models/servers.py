@@ -163,6 +163,7 @@ class Address(Base):
     server_id: Mapped[int] = mapped_column(ForeignKey("servers.id"), index=True)
     address: Mapped[str] = mapped_column(String(45), index=True)
     nonce: Mapped[str | None] = mapped_column(String(64))
+    served_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # first told that the answer is there
     proof_due_at: Mapped[datetime | None] = mapped_column(UtcDateTime, index=True)
     proof_error: Mapped[str | None] = mapped_column(String(300))
     proved_at: Mapped[datetime | None] = mapped_column(UtcDateTime)

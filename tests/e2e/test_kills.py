@@ -88,17 +88,14 @@ def killing(keeper, kills, chance):
 
 def insist(work, what):
     """The result of something that is tried until the registry is there and does it."""
-    found = []
-
-    def attempt():
+    end = time.monotonic() + DEADLINE
+    while True:
         try:
-            found.append(work())
-        except (LabError, httpx.HTTPError):
-            return False
-        return True
-
-    wait_until(attempt, what, DEADLINE)
-    return found[-1]
+            return work()
+        except (LabError, httpx.HTTPError) as error:
+            if time.monotonic() > end:
+                raise LabError(f"{what}: not within {DEADLINE} s: {error}") from error
+        time.sleep(0.05)
 
 
 def join(pool, name):
@@ -144,10 +141,10 @@ def has_address(pool, member):
     return bool(dns.query.udp(query, pool.knot.address, port=pool.knot.port, timeout=5).answer)
 
 
-def examine(pool, url, active, removed):
-    """What must be true in the database, the zone and the journal once all is quiet."""
+def rows(url):
+    """All servers, events, orders and deliveries."""
 
-    async def rows():
+    async def read():
         database = Database(url)
         try:
             async with database.transaction() as session:
@@ -158,7 +155,21 @@ def examine(pool, url, active, removed):
         finally:
             await database.close()
 
-    servers, events, orders, deliveries = asyncio.run(rows())
+    return asyncio.run(read())
+
+
+def is_quiet(url):
+    """Whether nothing is left to be done with orders and notices: leases of killed processes have ended."""
+    _, _, orders, deliveries = rows(url)
+    return all(order.due_at is None for order in orders) and not [
+        row for row in deliveries if row.status is DeliveryStatus.PENDING
+    ]
+
+
+def examine(pool, url, active, removed):
+    """What must be true in the database, the zone and the journal once all is quiet."""
+    wait_until(lambda: is_quiet(url), "all orders and notices settled", DEADLINE)
+    servers, events, orders, deliveries = rows(url)
     assert {row.name: row.state for row in servers} == {
         **dict.fromkeys((member.name for member in active), ServerState.ACTIVE),
         **dict.fromkeys((member.name for member in removed), ServerState.REMOVED),
@@ -182,7 +193,6 @@ def examine(pool, url, active, removed):
             assert None not in (server.srv_withdrawn_at, server.name_broken_at, issued[0].revoked_at)
     told = [(row.notice_id, row.channel, row.user_id, row.webhook_id) for row in deliveries]
     assert len(told) == len(set(told))
-    assert not [row for row in deliveries if row.status is DeliveryStatus.PENDING]
     assert targets(pool) == {member.name for member in active}
     assert [member.name for member in removed if has_address(pool, member)] == []
     wait_until(lambda: journalled(pool) == {member.name for member in removed}, "the journal", DEADLINE)

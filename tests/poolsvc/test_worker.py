@@ -12,16 +12,16 @@ from sqlalchemy.exc import OperationalError
 from lab.processes import free_port
 from nts_core.control import ServerState
 from poolsvc import alarms, members, servers, teams
+from poolsvc import worker as engine
 from poolsvc.acme import AcmeError
 from poolsvc.db import Database
 from poolsvc.derived import RegistryKey
 from poolsvc.errors import NotFound
 from poolsvc.models import Address, Invitation, Order, OrderStatus, Server
-from poolsvc.worker import ORDERS, Health, Worker, claim
+from poolsvc.worker import LEASE, ORDERS, Health, Worker, claim, hold
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
-LEASE = timedelta(minutes=2)
-MINUTE = timedelta(minutes=1)
+STEP = LEASE / 10
 
 
 async def until(condition, seconds=30.0):
@@ -34,13 +34,11 @@ async def until(condition, seconds=30.0):
 
 @pytest.fixture
 async def orders(registry):
-    """Ids of orders that are due one minute apart, the latest first, and of one that is not due."""
+    """Ids of orders that are due one step apart, the latest first, and of one that is not due."""
     server = await registry.server()
     async with registry.database.transaction() as session:
         rows = [
-            Order(
-                server_id=server, status=OrderStatus.REQUESTED, created_at=NOW, due_at=NOW - number * MINUTE
-            )
+            Order(server_id=server, status=OrderStatus.REQUESTED, created_at=NOW, due_at=NOW - number * STEP)
             for number in range(5)
         ]
         never = Order(server_id=server, status=OrderStatus.WANTED, created_at=NOW)
@@ -53,9 +51,9 @@ async def take(database, now):
 
 
 async def test_what_is_due_is_claimed_longest_due_first(database, orders):
-    assert await take(database, NOW - 10 * MINUTE) == []
-    assert await take(database, NOW - 3 * MINUTE) == sorted(orders[3:])
-    assert await take(database, NOW - 2 * MINUTE) == [orders[2]]
+    assert await take(database, NOW - 10 * STEP) == []
+    assert await take(database, NOW - 3 * STEP) == sorted(orders[3:])
+    assert await take(database, NOW - 2 * STEP) == [orders[2]]
 
 
 async def test_a_claim_is_a_lease_that_ends_by_itself(database, orders):
@@ -67,20 +65,20 @@ async def test_a_claim_is_a_lease_that_ends_by_itself(database, orders):
 async def test_a_step_that_sets_its_own_time_ends_the_lease(database, orders):
     await take(database, NOW)
     async with database.transaction() as session:
-        await session.execute(update(Order).where(Order.id == orders[0]).values(due_at=NOW + MINUTE))
+        await session.execute(update(Order).where(Order.id == orders[0]).values(due_at=NOW + STEP))
         await session.execute(update(Order).where(Order.id != orders[0]).values(due_at=None))
-    assert await take(database, NOW + MINUTE) == orders[:1]
+    assert await take(database, NOW + STEP) == orders[:1]
 
 
 async def test_one_claim_takes_a_bounded_batch_and_the_next_one_the_rest(database, orders):
     async with database.transaction() as session:
         server = (await session.scalars(select(Server.id))).one()
         session.add_all(
-            Order(server_id=server, status=OrderStatus.REQUESTED, created_at=NOW, due_at=NOW + MINUTE)
+            Order(server_id=server, status=OrderStatus.REQUESTED, created_at=NOW, due_at=NOW + STEP)
             for _ in range(70)
         )
-    first = await take(database, NOW + MINUTE)
-    second = await take(database, NOW + MINUTE)
+    first = await take(database, NOW + STEP)
+    second = await take(database, NOW + STEP)
     assert (len(first), len(second)) == (50, 25)
     assert set(orders) < set(first), "the longest due come first"
     assert not set(first) & set(second)
@@ -127,6 +125,65 @@ async def test_on_postgresql_a_claim_is_one_statement_that_takes_no_more_than_it
     taken = await take(postgresql, NOW)
     assert (len(taken), statements) == (ORDERS.batch, ["WITH"])
     assert set(taken) <= set(ids)
+
+
+@pytest.fixture
+def short_lease(monkeypatch):
+    """A lease that is renewed while a test waits for it."""
+    monkeypatch.setattr(engine, "LEASE", timedelta(seconds=1))
+
+
+async def times(database):
+    async with database.transaction() as session:
+        rows = await session.execute(
+            select(Order.id, Order.due_at).where(Order.status == OrderStatus.REQUESTED)
+        )
+        return dict(rows.all())
+
+
+async def renewed(database, ids):
+    """The times of all orders, as soon as those of some have been pushed."""
+    before, end = await times(database), time.monotonic() + 30
+    while True:
+        now = await times(database)
+        if all(now[row] > before[row] for row in ids):
+            return now
+        assert time.monotonic() < end, "not renewed"
+        await asyncio.sleep(0.02)
+
+
+async def test_a_lease_lasts_as_long_as_the_work(database, orders, short_lease):
+    """What a step has set itself is not touched."""
+    async with hold(database, ORDERS, datetime.now(UTC)) as ids:
+        assert set(ids) == set(orders)
+        own, idle, *others = orders
+        async with database.transaction() as session:
+            await session.execute(update(Order).where(Order.id == own).values(due_at=NOW))
+            await session.execute(update(Order).where(Order.id == idle).values(due_at=None))
+        for _ in range(2):
+            now = await renewed(database, others)
+        assert (now[own], now[idle]) == (NOW, None)
+
+
+async def test_a_lease_that_is_over_is_renewed_no_more(database, orders, short_lease):
+    async with hold(database, ORDERS, datetime.now(UTC)):
+        pass
+    given = await times(database)
+    end = time.monotonic() + 30
+    while not await claim(database, ORDERS, datetime.now(UTC)):
+        assert time.monotonic() < end, "it never ended"
+        await asyncio.sleep(0.02)
+    assert all(row <= datetime.now(UTC) for row in given.values())
+
+
+async def test_on_postgresql_renewal_waits_for_no_step(postgresql, orders_of, short_lease):
+    """A step that holds one row and wants another would otherwise wait for us, and we for it."""
+    held, *others = await orders_of(postgresql, 3)
+    async with hold(postgresql, ORDERS, datetime.now(UTC)), postgresql.transaction() as session:
+        await session.execute(select(Order).where(Order.id == held).with_for_update())
+        before = await times(postgresql)
+        now = await renewed(postgresql, others)
+        assert now[held] == before[held]
 
 
 @pytest.fixture
