@@ -18,7 +18,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import and_, func, or_, select, true
+from sqlalchemy import Select, and_, exists, func, or_, select, true
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import selectinload
 
@@ -331,24 +331,33 @@ async def get(session: AsyncSession, server_id: int) -> Server:
 
     As it is once the lock is there, also when the session has seen it before.
     """
-    server = await session.scalar(
-        select(Server)
-        .where(Server.id == server_id)
-        .options(*WHOLE)
-        .with_for_update(of=Server)
-        .execution_options(populate_existing=True)
-    )
+    server = await session.scalar(_locked(server_id).options(*WHOLE))
     if server is None:
         raise NotFound("there is no such server")
     return server
 
 
-WHOLE = (
-    selectinload(Server.addresses),
-    selectinload(Server.orders),
-    selectinload(Server.holds),
-    selectinload(Server.stages),
-)
+async def get_reporting(session: AsyncSession, server_id: int) -> tuple[Server, bool]:
+    """A server whose agent reports, as `get` does, and whether its last probe was a full one.
+
+    Without holds and stages, which a report of a server in DNS does not need: reports are most of the API's work.
+    """
+    unmet = exists().where(StageRecord.server_id == Server.id, StageRecord.status != StageStatus.MET)
+    found = await session.execute(_locked(server_id).add_columns(~unmet).options(*_REPORTING))
+    row = found.one_or_none()
+    if row is None:
+        raise NotFound("there is no such server")
+    server, is_full = row
+    return server, is_full
+
+
+def _locked(server_id: int) -> Select[Server]:
+    locked = select(Server).where(Server.id == server_id).with_for_update(of=Server)
+    return locked.execution_options(populate_existing=True)
+
+
+_REPORTING = (selectinload(Server.addresses), selectinload(Server.orders))
+WHOLE = (*_REPORTING, selectinload(Server.holds), selectinload(Server.stages))
 
 
 def publishable(server: Server) -> list[Address]:

@@ -40,7 +40,7 @@ from poolsvc.api.request import (
     SessionDep,
     SourceDep,
 )
-from poolsvc.api.servers import stages_of
+from poolsvc.api.servers import is_in_dns, stages_of
 from poolsvc.auth import Operation
 from poolsvc.config import Settings
 from poolsvc.db import act_as
@@ -212,7 +212,7 @@ async def sync(
 ) -> Assignment:
     """The agent reports, and learns what the registry wants of it. Its word raises no status."""
     principal.may(Operation.AGENT)
-    server = await servers.get(session, principal.server_id or 0)
+    server, is_full = await servers.get_reporting(session, principal.server_id or 0)
     if server.state is ServerState.REMOVED:
         raise Gone(f"{server.name} has left the pool", remedy="the agent can be stopped and removed")
     settings = services.settings
@@ -226,7 +226,8 @@ async def sync(
         issuance.take_csr(settings, server, report.csr.order, report.csr.pem, now)
     issuance.note_serving(server, report.serving, now)
     proofs.note_serving(server, report.serving, now)
-    return await _assignment(session, services, server, now)
+    why = "" if is_full and is_in_dns(server) else await _why(session, settings, server)
+    return await _assignment(session, services, server, why, now)
 
 
 def _figure(value: float | None) -> float | None:
@@ -239,7 +240,14 @@ def _clean(text: str, limit: int) -> str:
     return "".join(character if character.isprintable() else " " for character in text)[:limit]
 
 
-async def _assignment(session: AsyncSession, services: Services, server: Server, now: datetime) -> Assignment:
+async def _why(session: AsyncSession, settings: Settings, server: Server) -> str:
+    await session.refresh(server, ["holds", "stages"])
+    return why_not(await stages_of(session, settings, server), server)
+
+
+async def _assignment(
+    session: AsyncSession, services: Services, server: Server, why: str, now: datetime
+) -> Assignment:
     settings = services.settings
     order = issuance.open_order(server)
     is_new = server.state is ServerState.REGISTERED and server.burnt_at is None
@@ -261,7 +269,7 @@ async def _assignment(session: AsyncSession, services: Services, server: Server,
         csr_for=order.id if order is not None and issuance.wants_csr(server, order) else None,
         challenges=issuance.challenges(server),
         certificate=issuance.newest(server),
-        why=why_not(await stages_of(session, settings, server), server),
+        why=why,
     )
 
 
