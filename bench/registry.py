@@ -1,7 +1,7 @@
 """`python -m bench.registry`: the registry with many servers: passes of the publisher, answers of the API, memory.
 
 A pool is made in a PostgreSQL of its own. The publisher's part is measured in this process, the API's with the
-processes that an operator would run: one `poolsvc serve --role api` and one `--role worker`.
+processes that an operator would run on two cores: two `poolsvc serve --role api` and one `--role worker`.
 """
 
 import argparse
@@ -162,19 +162,21 @@ class Bench:
     def serve(self, database: str, count: int, seconds: float, *, split: bool) -> None:
         """Ask the API at the rate of the goal, with a worker beside it."""
         with ExitStack() as stack:
-            parts = ("api", "worker") if split else ("all",)
+            # One process for each of the cores that the goal names.
+            parts = {"api-1": "api", "api-2": "api", "worker": "worker"} if split else {"all": "all"}
             running: dict[str, Process] = {}
-            for part in parts:
+            ports: list[int] = []
+            for part, role in parts.items():
                 file, settings = self.settings(f"{part}-{count}", database)
-                argv = [script("poolsvc"), "serve", "--role", part, "--config", str(file)]
+                argv = [script("poolsvc"), "serve", "--role", role, "--config", str(file)]
                 process = stack.enter_context(Process(part, argv, file.parent))
                 running[part] = process.start(partial(_answers, settings), _READY)
-                if part != "worker":
-                    port = int(settings.listen[0].rpartition(":")[2])
-            asyncio.run(Client(port).run(_calls(count, int(_WARM_UP * self._rate)), self._rate))
+                if role != "worker":
+                    ports.append(_port(settings))
+            asyncio.run(Client(ports).run(_calls(count, int(_WARM_UP * self._rate)), self._rate))
             calls = _calls(count, int(seconds * self._rate))
             cpu = {part: _cpu(process.pid) for part, process in running.items()}
-            answers = asyncio.run(Client(port).run(calls, self._rate))
+            answers = asyncio.run(Client(ports).run(calls, self._rate))
             if wrong := {answer.status for answer in answers} - {
                 HTTPStatus.OK,
                 HTTPStatus.SERVICE_UNAVAILABLE,
@@ -196,12 +198,14 @@ class Bench:
 
 def _answers(settings: Settings) -> bool:
     try:
-        asyncio.run(
-            Client(int(settings.listen[0].rpartition(":")[2])).run([Call.of("", "GET", "/metrics")], 1)
-        )
+        asyncio.run(Client([_port(settings)]).run([Call.of("", "GET", "/metrics")], 1))
     except OSError:
         return False
     return True
+
+
+def _port(settings: Settings) -> int:
+    return int(settings.listen[0].rpartition(":")[2])
 
 
 def _calls(servers_: int, count: int) -> list[Call]:

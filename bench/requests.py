@@ -34,13 +34,17 @@ class Answer:
 
 
 class Client:
-    """Keeps as many connections as it needs, up to a bound, and uses each for one request at a time."""
+    """Asks the processes behind some ports in turn, as a proxy before them would.
+
+    Keeps as many connections to each as it needs, up to a bound, and uses each for one request at a time.
+    """
 
     # The registry gives one address 64.
-    def __init__(self, port: int, connections: int = 48) -> None:
-        self._port = port
-        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
-        self._slots = asyncio.Semaphore(connections)
+    def __init__(self, ports: Sequence[int], connections: int = 48) -> None:
+        self._idle: dict[int, list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]] = {
+            port: [] for port in ports
+        }
+        self._slots = {port: asyncio.Semaphore(connections) for port in ports}
 
     async def run(self, calls: Sequence[Call], rate: float) -> list[Answer]:
         """Send the calls at `rate` a second; raises OSError for a server that is gone."""
@@ -49,18 +53,20 @@ class Client:
         async def one(number: int, call: Call) -> Answer:
             due = began + number / rate
             await asyncio.sleep(due - time.monotonic())
-            async with self._slots:
-                status = await self._ask(call.octets)
+            port = list(self._idle)[number % len(self._idle)]
+            async with self._slots[port]:
+                status = await self._ask(port, call.octets)
             return Answer(call.kind, status, time.monotonic() - due)
 
         try:
             return list(await asyncio.gather(*(one(number, call) for number, call in enumerate(calls))))
         finally:
-            for _, writer in self._idle:
-                writer.close()
+            for connections in self._idle.values():
+                for _, writer in connections:
+                    writer.close()
 
-    async def _ask(self, octets: bytes) -> int:
-        reader, writer = await self._connection()
+    async def _ask(self, port: int, octets: bytes) -> int:
+        reader, writer = await self._connection(port)
         writer.write(octets)
         head = await reader.readuntil(b"\r\n\r\n")
         fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:-2])
@@ -68,14 +74,14 @@ class Client:
         if fields.get(b"connection") == b"close":
             writer.close()
         else:
-            self._idle.append((reader, writer))
+            self._idle[port].append((reader, writer))
         return int(head[9:12])
 
-    async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _connection(self, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """An idle connection that the server has not closed meanwhile, or a new one."""
-        while self._idle:
-            reader, writer = self._idle.pop()
+        while self._idle[port]:
+            reader, writer = self._idle[port].pop()
             if not reader.at_eof():
                 return reader, writer
             writer.close()
-        return await asyncio.open_connection("127.0.0.1", self._port)
+        return await asyncio.open_connection("127.0.0.1", port)

@@ -20,7 +20,7 @@ from typing import Any
 
 from sqlalchemy import Select, and_, exists, func, or_, select, true
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import selectinload
+from sqlalchemy.orm import joinedload, selectinload
 
 from nts_core.control import ServerState, Stage, StageStatus
 from poolsvc import members, scoring
@@ -343,12 +343,16 @@ async def get_reporting(session: AsyncSession, server_id: int) -> tuple[Server, 
     Without holds and stages, which a report of a server in DNS does not need: reports are most of the API's work.
     """
     unmet = exists().where(StageRecord.server_id == Server.id, StageRecord.status != StageStatus.MET)
-    found = await session.execute(_locked(server_id).add_columns(~unmet).options(*_REPORTING))
-    row = found.one_or_none()
+    found = await session.execute(_locked(server_id).add_columns(~unmet).options(*_REPORTED))
+    row = found.unique().one_or_none()
     if row is None:
         raise NotFound("there is no such server")
     server, is_full = row
     return server, is_full
+
+
+# Few addresses come with the server's own row, orders with their chains do not.
+_REPORTED = (joinedload(Server.addresses), selectinload(Server.orders))
 
 
 def _locked(server_id: int) -> Select[Server]:
@@ -356,8 +360,12 @@ def _locked(server_id: int) -> Select[Server]:
     return locked.execution_options(populate_existing=True)
 
 
-_REPORTING = (selectinload(Server.addresses), selectinload(Server.orders))
-WHOLE = (*_REPORTING, selectinload(Server.holds), selectinload(Server.stages))
+WHOLE = (
+    selectinload(Server.addresses),
+    selectinload(Server.orders),
+    selectinload(Server.holds),
+    selectinload(Server.stages),
+)
 
 
 def publishable(server: Server) -> list[Address]:

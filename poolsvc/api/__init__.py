@@ -22,9 +22,11 @@ from poolsvc.api.request import Services
 
 __all__ = ["ROUTERS", "Limits", "Services"]
 
+# Routes are tried in this order, and nobody asks as much as agents.
 ROUTERS = tuple(
     part.router
     for part in (
+        agent,
         pool,
         sign_in,
         accounts,
@@ -39,6 +41,5 @@ ROUTERS = tuple(
         transfers,
         staff,
         history,
-        agent,
     )
 )

@@ -22,7 +22,7 @@ from poolsvc.api.request import (
     ServicesDep,
     SessionDep,
 )
-from poolsvc.api.servers import ServerView, removal_reason, view_of
+from poolsvc.api.servers import ServerView, changed_view, removal_reason
 from poolsvc.auth import Operation
 from poolsvc.models import HoldKind, MaintenanceWindow
 
@@ -108,7 +108,7 @@ async def hold_server(
     await servers.set_hold(
         session, server, HoldKind.OPERATOR, reason=body.reason, actor=principal.actor, now=now
     )
-    return await view_of(session, services.settings, server.id)
+    return await changed_view(session, services.settings, server)
 
 
 @router.delete("/servers/{name}/hold")
@@ -118,7 +118,7 @@ async def lift_hold(
     """Lift the operator's hold; others stay, and so does that of a member who is blocked."""
     server = await server_for(session, principal, name, Operation.JUDGE_SERVER)
     await standing.release(session, server, now, actor=principal.actor)
-    return await view_of(session, services.settings, server.id)
+    return await changed_view(session, services.settings, server)
 
 
 @router.post("/servers/{name}/leaving", status_code=202)
@@ -146,7 +146,7 @@ async def leave(
             now=now,
             by_operator=server.member_id not in principal.acts_for,
         )
-    return await view_of(session, services.settings, server.id)
+    return await changed_view(session, services.settings, server)
 
 
 @router.delete("/servers/{name}/leaving")
@@ -161,4 +161,4 @@ async def stay(
     if server.leave_by_operator:
         principal.may(Operation.JUDGE_SERVER)
     await servers.cancel_leave(session, server, actor=principal.actor, now=now)
-    return await view_of(session, services.settings, server.id)
+    return await changed_view(session, services.settings, server)

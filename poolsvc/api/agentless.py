@@ -20,7 +20,7 @@ from poolsvc.api.request import (
     SessionDep,
     SourceDep,
 )
-from poolsvc.api.servers import AddressView, ServerView, address_view, view_of
+from poolsvc.api.servers import AddressView, ServerView, address_view, changed_view
 from poolsvc.auth import Operation
 
 router = APIRouter(prefix="/v1")
@@ -96,4 +96,4 @@ async def name_account(
     server = await server_for(session, principal, name, Operation.CHANGE_SERVER, staying=True)
     agentless.require(server)
     agentless.set_account(services.settings, server, body.account_uri)
-    return await view_of(session, services.settings, server.id)
+    return await changed_view(session, services.settings, server)

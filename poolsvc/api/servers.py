@@ -170,7 +170,7 @@ async def register_server(
         agentless=body.agentless,
     )
     join = None if server.agentless else await new_join_token(session, services.settings, server, now)
-    return ServerCreated(server=await view_of(session, services.settings, server.id), join=join)
+    return ServerCreated(server=await changed_view(session, services.settings, server), join=join)
 
 
 @router.get("/servers/{name}")
@@ -178,8 +178,7 @@ async def read_server(
     name: NamePath, principal: PrincipalDep, services: ServicesDep, session: SessionDep
 ) -> ServerView:
     """A server with its stages and why it is, or is not, in DNS; a removed one with its receipt."""
-    server = await server_to_read(session, principal, name)
-    return await view_of(session, services.settings, server.id)
+    return await view_of(session, services.settings, await server_to_read(session, principal, name))
 
 
 @router.delete("/servers/{name}", status_code=202)
@@ -190,7 +189,7 @@ async def remove_server(
     server = await server_for(session, principal, name, Operation.REMOVE_SERVER)
     reason = removal_reason(server, principal)
     await servers.leave(session, server, actor=principal.actor, reason=reason, now=now)
-    return await view_of(session, services.settings, server.id)
+    return await changed_view(session, services.settings, server)
 
 
 def removal_reason(server: Server, principal: Principal) -> str:
@@ -218,7 +217,7 @@ async def revoke_compromised(
     """The key of a server's certificate is lost or known to others: revoke it, and order one with another key."""
     server = await server_for(session, principal, name, Operation.CHANGE_SERVER)
     issuance.revoke_compromised(server, now)
-    return await view_of(session, services.settings, server.id)
+    return await changed_view(session, services.settings, server)
 
 
 class SampleView(Document):
@@ -309,9 +308,13 @@ async def stages_of(session: AsyncSession, settings: Settings, server: Server) -
     return explain(server, pool, settings, active=await count_until_open(session, pool, settings))
 
 
-async def view_of(session: AsyncSession, settings: Settings, server_id: int) -> ServerView:
-    server = await servers.get(session, server_id)
-    await session.refresh(server, ["addresses", "orders", "holds", "stages"])
+async def changed_view(session: AsyncSession, settings: Settings, server: Server) -> ServerView:
+    """A server that this transaction has changed, with all that belongs to it now."""
+    await session.flush()
+    return await view_of(session, settings, await servers.get(session, server.id))
+
+
+async def view_of(session: AsyncSession, settings: Settings, server: Server) -> ServerView:
     views = await stages_of(session, settings, server)
     return ServerView(
         name=server.name,
