@@ -10,3 +10,4 @@ def _leftovers():
     """What a module leaves open is reported there, not in whichever test the collector happens to run."""
     yield
     gc.collect()
+    gc.freeze()  # or each module would have what all before it have left looked at once more

@@ -315,7 +315,7 @@ def dies_at(pool, number, when):
     healthy = pool.registry.argv
     pool.registry.stop()
     pool.registry.argv = mortal
-    pool.start_registry()
+    pool.registry.start()  # and may have died before it answers anybody
     pool.registry.argv = healthy
     with Keeper([pool.registry]) as keeper:
         member = join(pool, f"{when}{number}")
