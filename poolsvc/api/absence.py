@@ -158,7 +158,7 @@ async def stay(
     What an operator scheduled, only operators cancel.
     """
     server = await server_for(session, principal, name, Operation.CHANGE_SERVER)
-    if server.leave_by_operator:
+    if servers.may_stay(server) and server.leave_by_operator:
         principal.may(Operation.JUDGE_SERVER)
     await servers.cancel_leave(session, server, actor=principal.actor, now=now)
     return await changed_view(session, services.settings, server)
