@@ -63,11 +63,18 @@ async def write_due(database: Database, settings: Settings, now: datetime) -> bo
         )
         if not found:
             return False
-        # Local and short: the one piece of I/O inside a transaction, since its order is the point.
-        append(settings.journal_file, (_entry(settings, server) for server in found))
-        for server in found:
-            server.journal_due_at = None
+        write(settings, found)
         return len(found) == _BATCH
+
+
+def write(settings: Settings, servers: Sequence[Server]) -> None:
+    """Append how these servers are, which are locked. Raises OSError; then the transaction must not commit.
+
+    Local and short: the one piece of I/O inside a transaction, since its order is the point.
+    """
+    append(settings.journal_file, (_entry(settings, server) for server in servers))
+    for server in servers:
+        server.journal_due_at = None
 
 
 def _entry(settings: Settings, server: Server) -> Entry:

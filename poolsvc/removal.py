@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import aliased
 
 from nts_core.control import ServerState
-from poolsvc import issuance, servers
+from poolsvc import issuance, journal, servers
 from poolsvc.acme import AcmeAccount, AcmeError
 from poolsvc.config import Settings
 from poolsvc.db import Database
@@ -103,6 +103,9 @@ async def advance(
         server.removal_error = done.error
         server.removal_due_at = now + timedelta(seconds=settings.policy.step_retry)
         if _is_complete(server):
+            if server.journal_due_at is not None:
+                # Or a copy of before, restored, would know nothing of what people were told is done.
+                journal.write(settings, [server])
             server.removal_due_at = None
             if server.burnt_at is None:
                 server.released_at = now  # nobody can have seen the name

@@ -318,7 +318,7 @@ def upgrade() -> None:
     )
     with op.batch_alter_table("sign_ins", schema=None) as batch_op:
         batch_op.create_index(batch_op.f("ix_sign_ins_email"), ["email"], unique=False)
-        batch_op.create_index(batch_op.f("ix_sign_ins_expires_at"), ["expires_at"], unique=False)
+        batch_op.create_index(batch_op.f("ix_sign_ins_created_at"), ["created_at"], unique=False)
 
     op.create_table(
         "webhooks",
@@ -688,7 +688,7 @@ def downgrade() -> None:
 
     op.drop_table("webhooks")
     with op.batch_alter_table("sign_ins", schema=None) as batch_op:
-        batch_op.drop_index(batch_op.f("ix_sign_ins_expires_at"))
+        batch_op.drop_index(batch_op.f("ix_sign_ins_created_at"))
         batch_op.drop_index(batch_op.f("ix_sign_ins_email"))
 
     op.drop_table("sign_ins")

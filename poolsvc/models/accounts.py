@@ -177,8 +177,8 @@ class SignIn(Base):
     user_id: Mapped[int | None] = mapped_column(ForeignKey("users.id"))
     issuer: Mapped[str | None] = mapped_column(String(255))
     wish: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
-    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
-    expires_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
+    expires_at: Mapped[datetime] = mapped_column(UtcDateTime)
     used_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
 

@@ -386,3 +386,18 @@ async def test_an_id_that_came_again_after_an_earlier_restore_hides_no_name(pool
     lost, later = entry(pool, 1, 102, "dave", S.REMOVED), entry(pool, 9, 102, "erin", S.VERIFIED)
     done = await restored(pool, other, tmp_path, [lost, later])
     assert done.burnt == ("dave", "erin")
+
+
+async def test_a_removal_is_closed_only_once_the_journal_knows_of_it(registry):
+    """A database restored from a copy of before would otherwise publish a server whose receipt was given."""
+    server = await registry.server(state=ServerState.LEAVING)
+    broken = registry.settings.model_copy(update={"journal_file": registry.settings.journal_file / "x"})
+    registry.settings.journal_file.write_text("")
+    async with registry.change(server) as (_, row):
+        row.srv_withdrawn_at = row.name_broken_at = row.journal_due_at = registry.now
+    with pytest.raises(NotADirectoryError):
+        await removal.advance(registry.database, broken, None, server, registry.now)
+    assert (await registry.get(server)).state is ServerState.LEAVING
+    await removal.advance(registry.database, registry.settings, None, server, registry.now)
+    assert (await registry.get(server)).state is ServerState.REMOVED
+    assert [entry.server for entry in journal.read(registry.settings.journal_file)] == [server]
