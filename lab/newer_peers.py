@@ -69,7 +69,7 @@ RELEASES = {
         ),
         required=True,
     ),
-    "sid": Release(programs=("chrony", "ntpd-rs"), libraries=(), required=False),
+    "sid": Release(programs=("chrony", "ntpd-rs", "pebble"), libraries=(), required=False),
 }
 
 

@@ -1,11 +1,13 @@
 """A strict Pebble (the small ACME server for tests) on loopback, with its own front certificate."""
 
+import base64
 import datetime as dt
 import ipaddress
 import json
 import ssl
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 import httpx
@@ -14,19 +16,27 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from lab.peers import PEBBLE_SID
 from lab.processes import Process, free_port
 
 SIX_DAYS = 518_400
+# As Let's Encrypt has them, in seconds; the one who asks for none gets "classic" there.
+PROFILES = MappingProxyType({"classic": 7_776_000, "tlsserver": 3_888_000, "shortlived": 576_000})
 
 
 class Pebble:
-    """Pebble 2.4.0 in strict mode; its ports and front certificate stay the same over restarts.
+    """Pebble in strict mode; its ports and front certificate stay the same over restarts.
 
     It keeps no state: after `restart` every account, order, authorization and issuing root is new.
     `resolver` is address:port of the DNS server that validation asks, `http_port` the port on which it
     validates HTTP-01, `authz_reuse` the percentage of valid authorizations used again (None leaves
     Pebble's own 50), `nonce_reject` the percentage of good nonces refused, `validity` the certificates'
-    life in seconds.
+    life in seconds. `binding_keys` are the keys of external accounts (RFC 8555 section 7.3.4) by their
+    identifiers; with any, an account needs one.
+
+    It is Debian 12's 2.4.0, or with `newer` sid's (`lab.peers.PEBBLE_SID`; whether it is there must be asked
+    first), which has renewal information (RFC 9773), `replaces` and `profiles`: life in seconds by name. To an
+    order that names no profile it gives one by chance.
     """
 
     def __init__(
@@ -38,6 +48,9 @@ class Pebble:
         authz_reuse: int | None = None,
         nonce_reject: int = 5,
         validity: int = SIX_DAYS,
+        newer: bool = False,
+        profiles: Mapping[str, int] | None = None,
+        binding_keys: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         listen, management = (f"127.0.0.1:{free_port()}" for _ in range(2))
@@ -53,15 +66,23 @@ class Pebble:
             "privateKey": str(directory / "front.key"),
             "httpPort": http_port,
             "tlsPort": free_port(),
-            "externalAccountBindingRequired": False,
+            "externalAccountBindingRequired": bool(binding_keys),
+            "externalAccountMACKeys": {
+                name: base64.urlsafe_b64encode(key).decode().rstrip("=") for name, key in binding_keys.items()
+            },
             "certificateValidityPeriod": validity,
+            "profiles": {
+                name: {"description": f"{life} s", "validityPeriod": life}
+                for name, life in (profiles or {"default": validity}).items()
+            },
         }
         config = directory / "pebble.json"
         config.write_text(json.dumps({"pebble": settings}))
         env = {"PEBBLE_VA_NOSLEEP": "1", "PEBBLE_WFE_NONCEREJECT": str(nonce_reject)}
         if authz_reuse is not None:
             env["PEBBLE_AUTHZREUSE"] = str(authz_reuse)
-        argv = ["pebble", "-config", str(config), "-strict", "-dnsserver", resolver]
+        program = PEBBLE_SID.command("usr/bin/pebble") if newer else ["pebble"]
+        argv = [*program, "-config", str(config), "-strict", "-dnsserver", resolver]
         self.process = Process("pebble", argv, directory, env=env)
 
     def start(self) -> Self:
@@ -93,6 +114,16 @@ class Pebble:
         """The reason code with which a certificate was revoked."""
         reason: int | None = self._status_of(serial).get("Reason")
         return reason
+
+    def set_renewal_window(
+        self, cert_pem: str, start: dt.datetime, end: dt.datetime, *, why: str = ""
+    ) -> None:
+        """What the newer Pebble says from now on of when a certificate (the leaf, PEM) is to be renewed."""
+        window = {"start": start.isoformat(), "end": end.isoformat()}
+        answer = {"suggestedWindow": window, **({"explanationURL": why} if why else {})}
+        body = {"Certificate": cert_pem, "ARIResponse": json.dumps(answer)}
+        url = f"{self._management}/set-renewal-info/"
+        httpx.post(url, json=body, verify=self._tls, timeout=5, trust_env=False).raise_for_status()
 
     def _status_of(self, serial: str) -> dict[str, Any]:
         found: dict[str, Any] = self._get(f"{self._management}/cert-status-by-serial/{serial}").json()

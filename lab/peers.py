@@ -84,6 +84,7 @@ CHRONY_TRIXIE = _newer("chrony", "trixie")
 CHRONY_SID = _newer("chrony", "sid")
 NTPD_RS_TRIXIE = _newer("ntpd-rs", "trixie")
 NTPD_RS_SID = _newer("ntpd-rs", "sid")
+PEBBLE_SID = _newer("pebble", "sid")
 
 
 def _environment() -> dict[str, str]:
