@@ -52,6 +52,7 @@ class Pebble:
         profiles: Mapping[str, int] | None = None,
         binding_keys: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
+        self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         listen, management = (f"127.0.0.1:{free_port()}" for _ in range(2))
         self.directory_url = f"https://{listen}/dir"

@@ -7,12 +7,17 @@ between any two calls and another goes on. The worker journals what is returned 
 import asyncio
 import base64
 import datetime as dt
+import io
 import json
+import math
 import os
+import ssl
 import tempfile
+import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from enum import IntEnum, StrEnum
@@ -21,6 +26,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, cast
 
 import requests
+import urllib3
 from acme import client, errors, messages
 from acme.jws import JWS
 from cryptography import x509
@@ -31,6 +37,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from josepy.errors import Error as JoseError
 from josepy.jwa import ES256
 from josepy.jwk import JWKEC
+from requests.adapters import HTTPAdapter
+from urllib3.util.ssl_ import create_urllib3_context
 
 from nts_core.shell import sync
 from poolsvc.certificates import ChainError, check_csr, load_chain, printable
@@ -38,6 +46,7 @@ from poolsvc.config import CaSettings
 
 NONCE_RETRIES = 8  # of one request whose nonce is refused; the stock client makes one
 LONGEST_WAIT = dt.timedelta(days=7).total_seconds()
+MAX_ANSWER = 256 * 1024  # octets of one body, decoded; a chain has a few thousand
 
 # Refusals that no repetition of the same request can turn, when they come with a 4xx status.
 _PERMANENT = {
@@ -87,7 +96,7 @@ class AcmeError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class AcmeConfig:
-    """One CA and our account there. `contact` holds URLs (mailto:), `timeout` seconds for each request."""
+    """One CA and our account there. `contact` holds URLs (mailto:), `timeout` seconds for each call, repetitions included."""
 
     directory_url: str
     account_key_file: Path
@@ -221,7 +230,7 @@ class AcmeAccount:
         return self._network.lost
 
     def close(self) -> None:
-        """Give the thread and the connections back; a request under way ends by its own timeout."""
+        """Give the thread and the connections back; a call under way ends by its own deadline."""
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._network.session.close()
 
@@ -339,6 +348,63 @@ class AcmeAccount:
         return _object(response), _retry_after(response)
 
 
+# Of the call that this thread makes, by the monotonic clock.
+_deadline: ContextVar[float] = ContextVar("deadline", default=math.inf)
+
+
+@contextmanager
+def _within(seconds: float) -> Iterator[None]:
+    """All that is read from the CA meanwhile is there in so many seconds, or the call fails."""
+    token = _deadline.set(time.monotonic() + seconds)
+    try:
+        yield
+    finally:
+        _deadline.reset(token)
+
+
+class _TimedSocket(ssl.SSLSocket):
+    """Ends each read by the call's deadline: requests' own timeout begins anew with every octet of a slow CA."""
+
+    def recv_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
+        left = _deadline.get() - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the answer took too long")
+        self.settimeout(min(left, self.gettimeout() or left))
+        return super().recv_into(buffer, nbytes, flags)
+
+
+def _timed() -> ssl.SSLContext:
+    context = create_urllib3_context()
+    context.sslsocket_class = _TimedSocket
+    return context
+
+
+class _Bounded(HTTPAdapter):
+    """HTTPS in which no answer is longer than MAX_ANSWER, nor takes longer than the call may."""
+
+    def init_poolmanager(self, *args: Any, **options: Any) -> None:
+        super().init_poolmanager(*args, ssl_context=_timed(), **options)
+
+    def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
+        return super().proxy_manager_for(proxy, ssl_context=_timed(), **options)
+
+    def send(self, request: requests.PreparedRequest, *args: Any, **options: Any) -> requests.Response:
+        response = super().send(request, *args, **options)
+        try:
+            body = response.raw.read(MAX_ANSWER + 1, decode_content=True)
+        except urllib3.exceptions.HTTPError as error:
+            raise requests.ConnectionError(error, request=request) from error
+        if len(body) > MAX_ANSWER:
+            response.close()
+            raise AcmeError(
+                "server-error",
+                f"an answer of more than {MAX_ANSWER} octets from {request.url}",
+                status=response.status_code,
+            )
+        response.raw = io.BytesIO(body)
+        return response
+
+
 class _Network(client.ClientNetwork):
     """Signed requests: failures are AcmeError, and a refused nonce is tried again more than once."""
 
@@ -351,7 +417,7 @@ class _Network(client.ClientNetwork):
         """POST `payload`, or POST-as-GET (section 6.3) without one."""
         data = b"" if payload is None else json.dumps(payload).encode()
         headers = {"Content-Type": self.JOSE_CONTENT_TYPE}
-        with _translated():
+        with _translated(), _within(self._default_timeout):
             for attempt in range(NONCE_RETRIES + 1):
                 nonce = cast("bytes", self._get_nonce(url, self.new_nonce_url))  # annotated str, is bytes
                 signed = JWS.sign(data, key=self.key, alg=ES256, nonce=nonce, url=url, kid=self.kid)
@@ -402,7 +468,8 @@ def _connect(
     )
     if key is not None:
         network.thumbprint = _base64url(key.thumbprint())
-    with _translated():
+    network.session.mount("https://", _Bounded())
+    with _translated(), _within(config.timeout):
         directory = _object(network.get(config.directory_url))
     network.new_nonce_url = _text(directory, "newNonce")
     for name in ("newAccount", "newOrder", "revokeCert"):
@@ -433,7 +500,7 @@ def _enter(network: _Network, directory: Mapping[str, Any], request: Mapping[str
 def _read_terms(config: AcmeConfig) -> Terms:
     network, directory = _connect(config, None)
     try:
-        with _translated():
+        with _translated(), _within(config.timeout):
             network.head(network.new_nonce_url)
     finally:
         network.session.close()

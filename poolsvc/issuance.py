@@ -19,6 +19,7 @@ from sqlalchemy.orm import selectinload
 from nts_core.control import ACME_PATH, HttpChallenge, IssuedCertificate
 from poolsvc import servers, troubles
 from poolsvc.acme import AcmeAccount, AcmeError, OrderFailed, OrderState, RevocationReason, poll_wait
+from poolsvc.acme import OrderStatus as AcmeOrderStatus
 from poolsvc.certificates import ChainError, CsrError, chain_facts, check_chain, check_csr, renew_at
 from poolsvc.config import Settings
 from poolsvc.db import Database
@@ -30,6 +31,8 @@ _log = structlog.get_logger()
 _OPEN = frozenset(OrderStatus) - {OrderStatus.ISSUED, OrderStatus.FAILED}
 _KEY_AUTHORIZATION_LIMIT = 512
 _GONE = frozenset({HTTPStatus.NOT_FOUND, HTTPStatus.GONE})
+# After about an hour, or seven minutes where the CA has told of a failure and keeps the challenge open, as some do.
+_MAX_POLLS, _MAX_POLLS_OF_FAILED = 128, 20
 
 
 def open_order(server: Server) -> Order | None:
@@ -245,7 +248,7 @@ async def _await_validation(
     found = await account.poll(order.url)
     match found.status:
         case OrderState.PENDING:
-            return _poll_again(order, found.error_detail, found.retry_after, now)
+            return _poll_again(order, found, now)
         case OrderState.INVALID:
             raise OrderFailed(found.error_detail or "the CA declared the order invalid")
         case OrderState.READY:
@@ -262,7 +265,7 @@ async def _collect(
     if found.status is OrderState.INVALID:
         raise OrderFailed(found.error_detail or "the CA declared the order invalid")
     if found.status is not OrderState.VALID:
-        return _poll_again(order, found.error_detail, found.retry_after, now)
+        return _poll_again(order, found, now)
     chain = await account.download(order.url)
     check_chain(chain, order.csr, settings.domain_of(server.name))
 
@@ -356,8 +359,14 @@ def _wait(order: Order, error: str | None, until: datetime) -> Change:
     return change
 
 
-def _poll_again(order: Order, detail: str | None, retry_after: float | None, now: datetime) -> Change:
-    return _wait(order, detail, now + max(poll_wait(order.attempts), timedelta(seconds=retry_after or 0)))
+def _poll_again(order: Order, found: AcmeOrderStatus, now: datetime) -> Change:
+    """Ask later what became of it. Raises OrderFailed for an order that the CA leaves undecided."""
+    detail = found.error_detail
+    if order.attempts >= (_MAX_POLLS if detail is None else _MAX_POLLS_OF_FAILED):
+        raise OrderFailed(detail or f"the CA left the order {found.status}, asked {order.attempts} times")
+    return _wait(
+        order, detail, now + max(poll_wait(order.attempts), timedelta(seconds=found.retry_after or 0))
+    )
 
 
 def _retry(settings: Settings, order: Order, error: AcmeError, now: datetime) -> Change:

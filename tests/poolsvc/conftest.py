@@ -29,6 +29,7 @@ from sqlalchemy import func, select
 from typer.testing import CliRunner
 
 import migrations
+from lab.ca_front import CaFront
 from lab.knot import Knot
 from lab.pebble import Pebble
 from lab.postgres import Postgres
@@ -59,6 +60,7 @@ from poolsvc.servers import EventKind
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 NAME = "alice.servers.pool.example"
+CAA_IDENTITY = "ca.example"
 KEY = RegistryKey(bytes(32))
 
 
@@ -157,7 +159,7 @@ def settings(tmp_path):
         ),
         ca=CaSettings(
             directory_url="https://ca.example/dir",
-            caa_identity="ca.example",
+            caa_identity=CAA_IDENTITY,
             account_key_file=tmp_path / "account.pem",
         ),
         policy=PolicySettings(proof_deadline=2, tick=0.02, step_retry=10),
@@ -322,13 +324,29 @@ class TcpServer(socketserver.ThreadingTCPServer):
     daemon_threads = True
 
 
+# What is asked of CAA here: an owner's records as text, or the code of a failure.
+CAA_ANSWERS: dict[str, list[str] | dns.rcode.Rcode] = {}
+
+
+@pytest.fixture
+def caa():
+    """CAA answers of this test's DNS: `caa["servers.pool.example."] = ['0 issue ";"']`, or an Rcode."""
+    yield CAA_ANSWERS
+    CAA_ANSWERS.clear()
+
+
 def answer_dns(octets: bytes) -> bytes:
     """Names under servers.pool.example have the address 127.0.0.1, others do not exist."""
     query = dns.message.from_wire(octets)
     answer = dns.message.make_response(query)
     answer.flags |= dns.flags.AA
     question = query.question[0]
-    if not question.name.to_text().lower().endswith(".servers.pool.example."):
+    known = CAA_ANSWERS.get(question.name.to_text().lower()) if question.rdtype == dns.rdatatype.CAA else None
+    if isinstance(known, dns.rcode.Rcode):
+        answer.set_rcode(known)
+    elif known is not None:
+        answer.answer.append(dns.rrset.from_text(question.name, 1, "IN", "CAA", *known))
+    elif not question.name.to_text().lower().endswith(".servers.pool.example."):
         answer.set_rcode(dns.rcode.NXDOMAIN)
     elif question.rdtype == dns.rdatatype.A:
         answer.answer.append(dns.rrset.from_text(question.name, 1, "IN", "A", "127.0.0.1"))
@@ -372,17 +390,24 @@ class Lab(contextlib.ExitStack):
         options = {"http_port": self.responder.endpoints[0][1], **options}
         return self.enter_context(Pebble(self.directory / "pebble", resolver=self.resolver, **options))
 
-    def config(self, pebble: Pebble) -> AcmeConfig:
+    def front(self, pebble: Pebble, **options) -> CaFront:
+        """A CA that obeys CAA and limits, and fails as it is told."""
+        address, _, port = self.resolver.rpartition(":")
+        options = {"identity": CAA_IDENTITY, "resolver": (address, int(port)), **options}
+        return self.enter_context(CaFront(pebble, **options))
+
+    def config(self, ca: Pebble | CaFront, *, timeout: int = 30) -> AcmeConfig:
         return AcmeConfig(
-            directory_url=pebble.directory_url,
+            directory_url=ca.directory_url,
             account_key_file=self.directory / "keys" / "account.pem",
             contact=("mailto:operator@pool.example",),
-            ca_file=pebble.ca_file,
+            ca_file=ca.ca_file,
             user_agent="truechimer-test",
+            timeout=timeout,
         )
 
-    async def account(self, pebble: Pebble) -> AcmeAccount:
-        account = await AcmeAccount.open(self.config(pebble))
+    async def account(self, ca: Pebble | CaFront, **options) -> AcmeAccount:
+        account = await AcmeAccount.open(self.config(ca, **options))
         self.callback(account.close)
         return account
 
@@ -484,6 +509,7 @@ class Flow:
 
     def __init__(self, registry: Registry, lab: Lab, pebble: Pebble) -> None:
         self.registry, self.lab, self.pebble = registry, lab, pebble
+        self.ca: Pebble | CaFront = pebble
         self.database, self.settings = registry.database, registry.settings
         self.now = datetime.now(UTC)
 
@@ -494,7 +520,7 @@ class Flow:
         return self
 
     async def account(self) -> AcmeAccount:
-        return await self.lab.account(self.pebble)
+        return await self.lab.account(self.ca)
 
     async def server(self):
         return await self.registry.get(self.server_id)
@@ -559,13 +585,16 @@ def engine_url(request, engine):
 
 @pytest.fixture
 async def flow(engine_url, lab, tuned):
-    """Makes a Flow whose Pebble has these options: `await flow(authz_reuse=100)`."""
+    """Makes a Flow whose Pebble has these options: `await flow(authz_reuse=100)`; with `front`, behind one with those."""
     database = Database(engine_url)
 
-    async def make(**options):
+    async def make(*, front=None, **options):
         pebble = lab.pebble(**options)
         settings = tuned(ports={"http": lab.responder.endpoints[0][1]}, step_retry=10)
-        return await Flow(Registry(database, settings), lab, pebble).start()
+        made = Flow(Registry(database, settings), lab, pebble)
+        if front is not None:
+            made.ca = lab.front(pebble, **front)
+        return await made.start()
 
     yield make
     await database.close()
