@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from nts_core.control import ProbeResult, ServerState, Stage, StageStatus
 from nts_core.tls import Trust
-from poolsvc import agentless, maintenance, samples, scoring, servers
+from poolsvc import agentless, maintenance, samples, scoring, servers, troubles
 from poolsvc.certificates import printable
 from poolsvc.config import Settings
 from poolsvc.db import Database
@@ -80,6 +80,8 @@ async def record(
     _confirm(server, results, now)
     if server.agentless:
         _note_certificates(server, results, now)
+    else:
+        await _tell_not_ordered(session, server, results, now)
     is_exempt = await maintenance.is_under_way(session, server, now)
     session.add_all(_score(server, settings, results, now, is_exempt=is_exempt))
     await _tell_withdrawn(session, server, published, now)
@@ -135,6 +137,16 @@ def _note_certificates(server: Server, results: Sequence[ProbeResult], now: date
             not_after=_moment(result.not_after),
         )
         server.orders.append(order)
+
+
+async def _tell_not_ordered(
+    session: AsyncSession, server: Server, results: Sequence[ProbeResult], now: datetime
+) -> None:
+    """CAA should have kept every CA from it: somebody else can prove control of the name, or a CA did not look."""
+    ordered = {order.fingerprint for order in server.orders}
+    for result in results:
+        if result.fingerprint is not None and result.fingerprint not in ordered:
+            await troubles.tell_not_ordered(session, server, result, now)
 
 
 def _moment(seconds: int | None) -> datetime | None:

@@ -39,6 +39,7 @@ class NoticeKind(StrEnum):
     RECOVERED = "recovered"
     ADDRESS_WITHDRAWN = "address-withdrawn"
     CERTIFICATE_TROUBLE = "certificate-trouble"
+    CERTIFICATE_NOT_ORDERED = "certificate-not-ordered"
     AGENT_SILENT = "agent-silent"
     AGENT_TROUBLE = "agent-trouble"
     DEAD_WARNING = "dead-warning"

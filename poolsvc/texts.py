@@ -169,6 +169,14 @@ _TEXTS: Mapping[NoticeKind, _Words] = {
         "The order is repeated by itself; next on {next_at}.",
         "What to do: let the agent run, and let everybody reach the HTTP port of each address.",
     ),
+    _K.CERTIFICATE_NOT_ORDERED: _words(
+        "{server}: a certificate that the pool did not order",
+        "On {at} {address} showed a valid certificate for {server} that the pool did not order. Its serial number is"
+        " {serial}.",
+        "The pool's CAA records let no other account order for this name. The operators see an alarm.",
+        "What to do: if it is yours, let the agent's be the only one. If not, somebody else controls the host or its"
+        " network: tell the operators, and look who has access.",
+    ),
     _K.AGENT_SILENT: _words(
         "{server}: its agent is silent",
         "The agent of {server} has not reported since {seen_at}.",

@@ -2,16 +2,19 @@
 
 from datetime import datetime, timedelta
 
-from sqlalchemy import or_, select
+import structlog
+from sqlalchemy import func, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from nts_core.control import ServerState
+from nts_core.control import ProbeResult, ServerState
 from poolsvc import servers
 from poolsvc.certificates import renew_at
 from poolsvc.models import Notice, Order, Server
 from poolsvc.notices import NoticeKind
 
+_log = structlog.get_logger()
 _SILENCE = timedelta(hours=24)
+_ALARMED = timedelta(days=7)
 # An agent whose problem changes with every report is not told of more often.
 _QUIET = timedelta(hours=1)
 _BATCH = 50
@@ -82,6 +85,30 @@ async def tell_order(session: AsyncSession, server: Server, order: Order, now: d
     if server.state in servers.NAMED_STATES:
         served = servers.newest_certificate(server)
         await _tell_certificate(session, server, served, order.error or "", now)
+
+
+async def tell_not_ordered(session: AsyncSession, server: Server, seen: ProbeResult, now: datetime) -> None:
+    """Tell of a valid certificate that is none of the pool's: once of each, and once an hour at most."""
+    kind = NoticeKind.CERTIFICATE_NOT_ORDERED
+    found = await session.scalars(
+        select(Notice)
+        .where(Notice.server_id == server.id, Notice.kind == kind)
+        .order_by(Notice.id.desc())
+        .limit(_BATCH)
+    )
+    told = list(found)
+    if any(notice.data["serial"] == seen.serial for notice in told) or (told and now - told[0].at < _QUIET):
+        return
+    await servers.tell(session, server, kind, now=now, address=seen.address, serial=seen.serial)
+    _log.error("certificate_not_ordered", server=server.name, serial=seen.serial)
+
+
+async def count_not_ordered(session: AsyncSession, now: datetime) -> int:
+    """On how many servers the last week's probes were the first to see such a certificate."""
+    found = select(func.count(Notice.server_id.distinct())).where(
+        Notice.at > now - _ALARMED, Notice.kind == NoticeKind.CERTIFICATE_NOT_ORDERED
+    )
+    return await session.scalar(found) or 0
 
 
 async def _tell_certificate(

@@ -161,6 +161,7 @@ class Health:
         self.dns: str | None = None
         self.ca: str | None = None
         self.mail: str | None = None
+        self.not_ordered = 0  # servers that showed a certificate which the pool did not order
         self.work: dict[str, str] = {}  # kinds of work that failed last time, with the error's name
         self.passes: defaultdict[str, Passes] = defaultdict(Passes)
         self.published_at: datetime | None = None
@@ -170,6 +171,10 @@ class Health:
     def alarms(self) -> list[str]:
         parts = (("DNS", self.dns), ("CA", self.ca), ("mail", self.mail))
         found = [f"{part}: {text}" for part, text in parts if text]
+        if self.not_ordered:
+            found.append(
+                f"certificates: {self.not_ordered} servers showed one that the pool did not order, in a week"
+            )
         return found + [f"worker: {work.strip('_')} failed with {error}" for work, error in self.work.items()]
 
 
@@ -385,6 +390,7 @@ class Worker:
         if self._watched_at is None or now - self._watched_at >= _WATCH:
             async with self._database.transaction() as session:
                 more_silent = await troubles.tell_silence(session, now)
+                self._health.not_ordered = await troubles.count_not_ordered(session, now)
             self._watched_at = None if more_silent else now
         return is_more
 

@@ -14,11 +14,13 @@ from nts_core.client import load_roots
 from nts_core.control import ProbeResult, ServerState, Stage, StageStatus
 from nts_core.tls import Trust
 from poolsvc import monitoring, scoring, servers
+from poolsvc.derived import RegistryKey
 from poolsvc.models import Address, Event, HoldKind, Notice, Order, OrderStatus, StageRecord
 from poolsvc.notices import NoticeKind
 from poolsvc.outbound import Guard
 from poolsvc.pool import count_kept_low
 from poolsvc.prober import ProbeImpossible, probe
+from poolsvc.worker import Health, Worker
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 S = ServerState
@@ -90,6 +92,39 @@ async def test_a_valid_certificate_that_was_not_ordered_certifies_nothing(regist
     await issue(registry, server)
     for _ in range(5):
         assert await rounds(server, good(fingerprint=STRANGERS)) is S.VERIFIED
+
+
+async def not_ordered(registry):
+    async with registry.database.transaction() as session:
+        kind = NoticeKind.CERTIFICATE_NOT_ORDERED
+        return [notice.data for notice in await session.scalars(select(Notice).where(Notice.kind == kind))]
+
+
+async def test_a_certificate_that_was_not_ordered_is_told_once_and_is_an_alarm_for_a_week(registry, rounds):
+    server = await registry.server(state=S.ACTIVE)
+    await issue(registry, server)
+    await rounds(server, good(serial="a1"))
+    assert await not_ordered(registry) == []
+    for _ in range(3):
+        await rounds(server, good(fingerprint=STRANGERS, serial="b2"))
+    assert await not_ordered(registry) == [{"server": "alice", "address": ONE, "serial": "b2"}]
+    await rounds(server, good(fingerprint="0c" * 32, serial="c3"))
+    assert len(await not_ordered(registry)) == 1, "who shows another one each time is told of once an hour"
+    registry.clock += timedelta(hours=1)
+    await rounds(server, good(fingerprint="0c" * 32, serial="c3"))
+    assert [data["serial"] for data in await not_ordered(registry)] == ["b2", "c3"]
+    health = Health()
+    worker = Worker(registry.database, registry.settings, [], health, RegistryKey(bytes(32)))
+    await worker._watch(registry.clock)
+    assert health.alarms() == ["certificates: 1 servers showed one that the pool did not order, in a week"]
+    await worker._watch(registry.clock + timedelta(days=8))
+    assert health.alarms() == []
+
+
+async def test_the_certificate_of_a_server_without_an_agent_is_its_members(registry, rounds):
+    server = await registry.server(state=S.ACTIVE, agentless=True)
+    await rounds(server, good(fingerprint=STRANGERS, serial="b2"))
+    assert await not_ordered(registry) == []
 
 
 async def test_no_probe_at_all_raises_nothing(registry, rounds):
@@ -375,7 +410,7 @@ async def test_an_ended_certificate_suspends_even_the_last_server_until_a_valid_
     assert await rounds(server, good(fingerprint=STRANGERS)) is S.ACTIVE
     async with registry.database.transaction() as session:
         told = list(await session.scalars(select(Notice.kind).order_by(Notice.id)))
-    assert told[-2:] == [NoticeKind.SUSPENDED, NoticeKind.RECOVERED]
+    assert told[-3:] == [NoticeKind.SUSPENDED, NoticeKind.CERTIFICATE_NOT_ORDERED, NoticeKind.RECOVERED]
 
 
 async def test_a_server_that_was_long_without_a_certificate_earns_its_score_before_it_is_back(
