@@ -178,7 +178,7 @@ class CaFront:
     """A CA at `directory_url` with a CAA identity; a context manager that runs in a thread of its own.
 
     `resolver` answers its CAA queries. `faults` says which resources fail now and how, and may be changed at any time;
-    `asked` counts requests. With `dates` its own refusals give Retry-After as a date. `clock` is in seconds.
+    `asked` counts requests, `refusals` holds what its CAA lookups and limits refused. With `dates` its own refusals give Retry-After as a date. `clock` is in seconds.
     """
 
     def __init__(
@@ -197,6 +197,7 @@ class CaFront:
         self.ca_file = pebble.ca_file
         self.faults: dict[Resource, Fault] = {}
         self.asked: Counter[Resource] = Counter()
+        self.refusals: list[str] = []
         self._dates, self._clock = dates, clock
         limits = limits or Limits()
         self._domains, self._names = _Buckets(limits.domain), _Buckets(limits.name)
@@ -204,7 +205,7 @@ class CaFront:
         self._issued: set[frozenset[str]] = set()
         self._orders: dict[str, _Order] = {}  # by their own URLs and those to finalize them
         self._authorizations: dict[str, _Authorization] = {}
-        self._challenges: dict[str, tuple[str, str]] = {}  # authorization and method
+        self._challenges: dict[str, tuple[str, dict[str, Any]]] = {}  # with their authorizations
         self._csr: x509.CertificateSigningRequest | None = None
         self._ready = threading.Event()
         self._failure: BaseException | None = None
@@ -314,7 +315,7 @@ class CaFront:
             return
         found.name = document["identifier"]["value"]
         for challenge in document["challenges"]:
-            self._challenges[challenge["url"]] = request.url, challenge["type"]
+            self._challenges[challenge["url"]] = request.url, dict(challenge)
         if found.refused is not None:
             document["status"] = "invalid"
             for challenge in document["challenges"]:
@@ -342,16 +343,19 @@ class CaFront:
             case Resource.NEW_ORDER:
                 return await self._refuse_by_limits(request)
             case Resource.CHALLENGE if request.has_payload and request.url in self._challenges:
-                url, method = self._challenges[request.url]
-                found = self._authorizations[url]
+                url, challenge = self._challenges[request.url]
+                found, method = self._authorizations[url], challenge["type"]
                 why = None if found.method else await self._forbidden(found.name, found.account, method)
                 if why is None:
                     found.method = method
                     return None
                 found.refused = {"type": f"{_ERROR}caa", "detail": why, "status": HTTPStatus.FORBIDDEN}
+                self.refusals.append(why)
                 self._failures.take((found.account, found.name), self._clock())
-                body = {"type": method, "url": request.url, "status": "invalid", "error": found.refused}
-                return await self._answer(HTTPStatus.OK, body)
+                challenge |= {"status": "invalid", "error": found.refused}
+                answer = await self._answer(HTTPStatus.OK, challenge)
+                answer.headers["link"] = f'<{url}>;rel="up"'
+                return answer
             case Resource.FINALIZE:
                 return await self._refuse_reuse(request)
         return None
@@ -393,6 +397,7 @@ class CaFront:
         return answer
 
     async def _problem(self, code: str, detail: str, status: HTTPStatus) -> _Answer:
+        self.refusals.append(detail)
         answer = await self._answer(status, {"type": _ERROR + code, "detail": detail, "status": status})
         answer.headers["content-type"] = "application/problem+json"
         return answer

@@ -58,7 +58,7 @@ class Pebble:
         self.directory_url = f"https://{listen}/dir"
         self.ca_file = directory / "ca.pem"
         self._management = f"https://{management}"
-        _write_front(directory)
+        write_front(directory)
         self._tls = ssl.create_default_context(cafile=str(self.ca_file))
         settings = {
             "listenAddress": listen,
@@ -150,8 +150,8 @@ class Pebble:
         self.stop()
 
 
-def _write_front(directory: Path) -> None:
-    """The front CA (ca.pem) and the certificate under it for localhost and 127.0.0.1."""
+def write_front(directory: Path) -> None:
+    """The CA (ca.pem) of a front, and its certificate (front.pem, front.key) for localhost and 127.0.0.1."""
     ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     ca_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "laboratory front CA")])
     now = dt.datetime.now(dt.UTC)

@@ -121,7 +121,7 @@ class Server(Protocol):
         """Make it use what its certificate's files hold now, in the way that its manual names."""
 
 
-def _hosts(directory: Path, argv: Sequence[str], name: str, address: str) -> list[str]:
+def with_hosts(directory: Path, argv: Sequence[str], name: str, address: str) -> list[str]:
     """A command line under which `name` leads to `address`, as a line in /etc/hosts would make it.
 
     In a mount namespace of its own: neither chronyd nor ntpd-rs has an option for it.
@@ -294,7 +294,7 @@ class ChronydClient(Chronyd):
             directory, _CHRONY_CLIENT.format(server=server, ke_port=ke_port, root=root, poll=poll), package
         )
         if address is not None:
-            self.process.argv = _hosts(directory, self.process.argv, server, address)
+            self.process.argv = with_hosts(directory, self.process.argv, server, address)
 
     def cookies(self) -> int:
         authdata = self.report("authdata")
@@ -454,7 +454,7 @@ class NtpdRsClient(_NtpDaemon):
             _NTPD_RS_CLIENT.format(directory=directory, server=server, ke_port=ke_port, root=root),
             package,
         )
-        self.process.argv = _hosts(directory, self.process.argv, server, address)
+        self.process.argv = with_hosts(directory, self.process.argv, server, address)
 
     def cookies(self) -> int:
         return int(self._source().get("nts_cookies") or 0)

@@ -7,6 +7,7 @@ import pytest
 from sqlalchemy import update
 
 from lab.ca_front import Fault, Resource
+from lab.caddy import Caddy
 from poolsvc import issuance
 from poolsvc.acme import AcmeError, OrderState
 from poolsvc.db import Database
@@ -170,5 +171,30 @@ async def test_an_order_that_the_ca_never_decides_is_given_up_and_another_one_su
     assert (order.chain is not None) == (status is S.FINALIZING), (
         "a late certificate is kept for its revocation"
     )
+    flow.now += timedelta(seconds=60)
+    await flow.certified()
+
+
+async def test_a_ca_that_keeps_a_failed_challenge_open_is_not_asked_for_ever(flow):
+    """Caddy's way; its words are shown meanwhile, and the next order is a new one, here at another CA."""
+    flow = await flow()
+    flow.ca = flow.lab.enter_context(Caddy(flow.lab.directory / "caddy", name=NAME))
+    await flow.begin()
+    await flow.until(S.ANSWERED)
+    account, words = await flow.account(), ""
+    for _ in range(500):
+        order = await flow.step(account)
+        if order.status is S.FAILED:
+            break
+        words = order.error or words
+        await asyncio.sleep(0.02)
+    assert order.status is S.FAILED
+    assert order.error == words == "connection: The server could not connect to validation target"
+    assert (await flow.server()).order_due_at == flow.now + timedelta(seconds=60)
+    order = await flow.step(account)
+    assert (order.status, order.deactivated_at) == (S.FAILED, None)
+    assert order.error.startswith("CA: ")
+    assert order.due_at > flow.now, "Caddy ends no authorization; they end by themselves"
+    flow.ca = flow.pebble
     flow.now += timedelta(seconds=60)
     await flow.certified()

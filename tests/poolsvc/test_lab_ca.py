@@ -209,7 +209,7 @@ async def test_the_front_limits_new_names_and_renewals_of_one_name(lab, dates):
     error = await limited(account)
     assert "this exact set of names" in error.detail
     assert 4900 < error.retry_after <= 5001, "a date has whole seconds"
-    now[0] += error.retry_after
+    now[0] += 5001
     await account.order(new_key_and_csr(NAME)[1], NAME)
 
 
