@@ -4,6 +4,7 @@ import os
 import subprocess
 from pathlib import Path
 
+from lab.ca_front import CaFront
 from lab.certificates import Pair
 from lab.pebble import Pebble
 from lab.processes import LabError
@@ -17,14 +18,14 @@ class Certbot:
     It answers HTTP-01 itself on `address`:`http_port`, only while it orders.
     """
 
-    def __init__(self, directory: Path, pebble: Pebble, *, address: str, http_port: int) -> None:
+    def __init__(self, directory: Path, ca: Pebble | CaFront, *, address: str, http_port: int) -> None:
         self._directory = directory
-        self._options = ["--non-interactive", "--server", pebble.directory_url]
+        self._options = ["--non-interactive", "--server", ca.directory_url]
         for kind in ("config", "work", "logs"):
             (directory / kind).mkdir(parents=True, exist_ok=True)
             self._options += [f"--{kind}-dir", str(directory / kind)]
         self._standalone = ["--standalone", "--http-01-address", address, "--http-01-port", str(http_port)]
-        self._env = {**os.environ, "REQUESTS_CA_BUNDLE": str(pebble.ca_file)}
+        self._env = {**os.environ, "REQUESTS_CA_BUNDLE": str(ca.ca_file)}
 
     def register(self) -> str:
         """A new account; the URI by which the CA knows it."""

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import httpx
 
+from lab.ca_front import CaFront
 from lab.certificates import Authority
 from lab.knot import Knot
 from lab.pebble import SIX_DAYS, Pebble
@@ -63,6 +64,7 @@ agent_interval = 0.5
 reconcile_interval = 2
 tick = 0.1
 step_retry = 0.5
+leaving_margin = {leaving_margin:g}
 retry = [1, 2, 4]
 servers_per_member = 1000
 unproved_servers_per_member = 1000
@@ -172,9 +174,14 @@ class LabPool:
         registry_address: str = "127.0.0.1",
         opening_size: int = 4,
         validity: int = SIX_DAYS,
+        leaving_margin: float = 1,
+        fronted: bool = False,
         program: Sequence[str] | None = None,
     ) -> None:
-        """`program` is run instead of `poolsvc serve`, with --config and the settings."""
+        """`program` is run instead of `poolsvc serve`, with --config and the settings.
+
+        `fronted` puts before Pebble what obeys CAA as a real CA does: `ca` is where everybody orders.
+        """
         self.directory = directory.resolve()
         self.directory.mkdir(parents=True, exist_ok=True)
         everywhere = [member_address(index) for index in range(1, addresses + 1)]
@@ -193,10 +200,13 @@ class LabPool:
             authz_reuse=authz_reuse,
             validity=validity,
         )
+        resolver = self.unbound.address, self.unbound.port
+        self._front = CaFront(self.pebble, identity=CAA_IDENTITY, resolver=resolver) if fronted else None
+        self.ca: Pebble | CaFront = self._front or self.pebble
         self.config = self.directory / "poolsvc.toml"
         self.roots = self.directory / "roots.pem"
         self.trust_anchor = self.directory / "trust-anchor"
-        self._opening_size = opening_size
+        self._opening_size, self._leaving_margin = opening_size, leaving_margin
         self._database = database or "sqlite+aiosqlite:///registry.db"
         serve = program or [script("poolsvc"), "serve"]
         self.registry = Process("poolsvc", [*serve, "--config", str(self.config)], self.directory)
@@ -209,6 +219,8 @@ class LabPool:
             stack.enter_context(self.knot)
             stack.enter_context(self.unbound)
             stack.enter_context(self.pebble)
+            if self._front is not None:
+                stack.enter_context(self._front)
             self.write_files()
             self._prepare_registry()
             stack.callback(self.registry.stop)
@@ -246,9 +258,10 @@ class LabPool:
                 tsig_name=self.knot.tsig_name,
                 tsig_file=secret,
                 ttl=_TTL,
-                directory_url=self.pebble.directory_url,
+                directory_url=self.ca.directory_url,
                 caa=CAA_IDENTITY,
-                ca_file=self.pebble.ca_file,
+                ca_file=self.ca.ca_file,
+                leaving_margin=self._leaving_margin,
                 opening_size=self._opening_size,
             )
         )

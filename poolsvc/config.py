@@ -230,6 +230,9 @@ class PolicySettings(_Section):
     )
     tick: float = Field(1, gt=0, description="how often the worker looks for work that is due")
     step_retry: float = Field(10, gt=0, description="wait after a step whose peer (CA, DNS) was down")
+    leaving_margin: float = Field(
+        60, ge=0, le=3600, description="that the name of a server that leaves lives on after its SRV's TTL"
+    )
     join_token_hours: float = Field(72, gt=0)
     registration_hours: float = Field(72, gt=0, description="after which an unproved name is free again")
     requests_per_second_and_address: float = Field(20, gt=0, description="of the API, on average")
@@ -359,6 +362,11 @@ class Settings(ProgramSettings):
     def certificate_file(self) -> Path | None:
         """The chain that the API shows; None where it has no TLS of its own."""
         return self.web_tls.directory / f"{self.web_host}.pem" if self.web_tls.acme else self.tls_certificate
+
+    @property
+    def leaving_grace(self) -> timedelta:
+        """From when its SRV is out until nobody looks for the name of a server that leaves in order."""
+        return timedelta(seconds=self.dns.srv_ttl + self.policy.leaving_margin)
 
     @property
     def servers_domain(self) -> str:

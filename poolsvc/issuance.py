@@ -99,7 +99,7 @@ def wants_csr(server: Server, order: Order) -> bool:
 
 def _needs_certificate(server: Server) -> bool:
     """One that leaves on a later day needs no other certificate, if it has one that lasts till then."""
-    if server.leave_at is not None:
+    if servers.may_stay(server) and server.leave_at is not None:
         ends = {order: order.not_after for order in server.orders if order.not_after is not None}
         lasts = any(end >= server.leave_at and order.compromised_at is None for order, end in ends.items())
         return bool(ends) and not lasts

@@ -67,16 +67,22 @@ class _Row:
     records: ServerRecords
     named: bool
     listed: bool
-    stays: bool  # it leaves on a later day
+    stays: bool  # it leaves, but its name lives yet
+    final: bool  # and nothing changes that
     withdrawn: bool
     broken: bool
 
     @property
     def published(self) -> ServerRecords:
-        """What belongs in DNS; a leaving server's addresses and CAA only until its day, and its SRV is out."""
-        if self.state is ServerState.LEAVING and self.withdrawn and not self.stays:
+        """What belongs in DNS; a leaving server's addresses only until its day, and its SRV is out.
+
+        Once that is final nobody may order for it any more.
+        """
+        if self.state is not ServerState.LEAVING:
+            return self.records
+        if self.withdrawn and not self.stays:
             return replace(self.records, addresses=())
-        return self.records
+        return replace(self.records, account_uri="") if self.final else self.records
 
     def waits(self, *, is_open: bool) -> bool:
         """Whether the row has to learn something yet."""
@@ -292,6 +298,7 @@ class Publication:
                     Server.agentless,
                     Server.own_account_uri,
                     Server.leave_at.is_not(None).label("stays"),
+                    Server.leave_final,
                     Server.srv_withdrawn_at.is_not(None).label("withdrawn"),
                     Server.name_broken_at.is_not(None).label("broken"),
                 ).where(among(Server.id), Server.state.in_(_STATES), Server.burnt_at.is_not(None))
@@ -310,6 +317,7 @@ class Publication:
                     named=row.named,
                     listed=row.listed,
                     stays=row.stays,
+                    final=row.leave_final,
                     withdrawn=row.withdrawn,
                     broken=row.broken,
                 )

@@ -96,7 +96,7 @@ async def _leave_again(
         if _is_on_its_way(server, entry):
             continue
         reason = f"left on {entry.at.date().isoformat()}, after the copy that was restored was made"
-        await servers.leave(session, server, actor=_ACTOR, reason=reason, now=now)
+        await servers.leave(session, server, actor=_ACTOR, reason=reason, now=now, emergency=True)
         # Or its addresses would be published once more, to be withdrawn in order.
         server.srv_withdrawn_at = server.srv_withdrawn_at or entry.at
         left.append(server.name)

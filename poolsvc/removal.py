@@ -36,6 +36,7 @@ class Receipt:
     certificate_revoked_at: datetime | None
     removed_at: datetime | None
     last_certificate_ends_at: datetime | None
+    outstanding: tuple[str, ...]
     error: str | None
     exposure: str
 
@@ -52,9 +53,27 @@ def receipt(server: Server, settings: Settings) -> Receipt | None:
         certificate_revoked_at=server.certificate_revoked_at,
         removed_at=server.state_since if server.state is ServerState.REMOVED else None,
         last_certificate_ends_at=ends,
+        outstanding=_outstanding(server),
         error=server.removal_error,
         exposure=_exposure(server, settings, ends),
     )
+
+
+def _outstanding(server: Server) -> tuple[str, ...]:
+    """The steps that are not done."""
+    name = "addresses and CAA: not seen removed on every nameserver"
+    if server.leave_at is not None and server.srv_withdrawn_at is not None:
+        name = f"addresses: they stay until {server.leave_at.isoformat()}, for clients that have the SRV"
+    steps = [
+        (server.srv_withdrawn_at, "SRV: not seen withdrawn on every nameserver"),
+        (server.name_broken_at, name),
+    ]
+    if not server.agentless:
+        steps += [
+            (server.authorization_deactivated_at, "authorization: not ended at the CA"),
+            (server.certificate_revoked_at, "certificate: not revoked by the CA"),
+        ]
+    return tuple(words for done_at, words in steps if done_at is None)
 
 
 def _for_notice(made: Receipt | None, now: datetime) -> dict[str, Any]:
@@ -88,11 +107,16 @@ async def advance(
         server = await servers.get(session, server_id)
         if server.state is not ServerState.LEAVING:
             return
-        if server.leave_at is not None:
+        if servers.may_stay(server) and server.leave_at is not None:
             if now < server.leave_at:
                 server.removal_due_at = server.leave_at
                 return
             servers.begin_removal(server, now)
+        _let_name_live(server, settings, now)
+        if server.leave_at is not None and now < server.state_since + settings.leaving_grace:
+            # Its certificate serves the clients that still come.
+            server.removal_due_at = min(server.leave_at, now + timedelta(seconds=settings.policy.step_retry))
+            return
     done = await _ca_steps(account, server, now)
     async with database.transaction() as session:
         server = await servers.get(session, server_id)
@@ -119,6 +143,15 @@ async def advance(
                 receipt=_for_notice(receipt(server, settings), now),
             )
             _log.info("server_removed", server=server.name)
+
+
+def _let_name_live(server: Server, settings: Settings, now: datetime) -> None:
+    """Until when the addresses of a server that leaves in order stay; in an emergency `leave_at` is empty already."""
+    if server.leave_at is None:
+        return
+    server.leave_at = (server.srv_withdrawn_at or now) + settings.leaving_grace
+    if server.name_broken_at is not None or (server.srv_withdrawn_at is not None and server.leave_at <= now):
+        server.leave_at = None
 
 
 def _note_ca_steps(server: Server, now: datetime) -> None:

@@ -108,7 +108,8 @@ NOTICES: Mapping[EventKind, NoticeKind] = {
 NAMED_STATES = frozenset({_S.VERIFIED, _S.CERTIFIED, _S.ACTIVE, _S.SUSPENDED})
 # Those who leave on a later day may stay after all until then.
 LIVING = or_(
-    Server.state.not_in(ENDED_STATES), and_(Server.state == _S.LEAVING, Server.leave_at.is_not(None))
+    Server.state.not_in(ENDED_STATES),
+    and_(Server.state == _S.LEAVING, Server.leave_at.is_not(None), Server.leave_final.is_(False)),
 )
 _EXPIRED = 50  # at a time
 # How far ahead leaving may be scheduled: time enough for clients to go, and not for ever.
@@ -456,9 +457,9 @@ async def lift_hold(
 def may_stay(server: Server) -> bool:
     """Whether a server that leaves has its name until a later day, and may change its mind.
 
-    On that day the worker empties `leave_at`, before it does anything that cannot be undone.
+    On that day the worker makes it final, before it does anything that cannot be undone.
     """
-    return server.state is ServerState.LEAVING and server.leave_at is not None
+    return server.state is ServerState.LEAVING and server.leave_at is not None and not server.leave_final
 
 
 def newest_certificate(server: Server) -> Order | None:
@@ -483,28 +484,37 @@ def forget_scores(server: Server, now: datetime) -> None:
         hold.lifted_at = now
 
 
-async def leave(session: AsyncSession, server: Server, *, actor: str, reason: str, now: datetime) -> None:
-    """Begin to take a server out for good, also one that was to leave later. Repeating it changes nothing."""
+async def leave(
+    session: AsyncSession, server: Server, *, actor: str, reason: str, now: datetime, emergency: bool = False
+) -> None:
+    """Begin to take a server out for good, also one that was to leave later. Repeating it changes nothing.
+
+    Its name lives on until resolvers have forgotten the SRV, since clients come for as long; in an emergency it goes
+    as soon as the SRV is out, also when the server leaves in order already.
+    """
     if may_stay(server):
         await apply(session, server, EventKind.LEAVE, actor=actor, reason=reason, now=now)
         await tell(session, server, NoticeKind.LEAVING, now=now, reason=reason[:300])
         begin_removal(server, now)
-        return
-    if server.state in ENDED_STATES:
-        return
-    await _begin_to_leave(session, server, actor=actor, reason=reason, now=now)
-    await tell(session, server, NoticeKind.LEAVING, now=now, reason=reason[:300])
-    server.removal_due_at = now
-    if server.burnt_at is None:
-        # It never was in DNS: there is nothing to take out.
-        server.srv_withdrawn_at = server.name_broken_at = now
-    server.order_due_at = None
+    elif server.state not in ENDED_STATES:
+        await _begin_to_leave(session, server, actor=actor, reason=reason, now=now)
+        await tell(session, server, NoticeKind.LEAVING, now=now, reason=reason[:300])
+        begin_removal(server, now)
+        if server.burnt_at is None:
+            # It never was in DNS: there is nothing to take out.
+            server.srv_withdrawn_at = server.name_broken_at = now
+    if emergency and server.state is ServerState.LEAVING:
+        server.leave_at, server.removal_due_at = None, now
 
 
 def begin_removal(server: Server, now: datetime) -> None:
-    """The day of a server that was to leave later has come, or its member waits no longer: it cannot stay any more."""
-    server.leave_at = server.order_due_at = None
-    server.removal_due_at = now
+    """The day of a server that was to leave later has come, or its member waits no longer: it cannot stay any more.
+
+    `poolsvc.removal` finds out how long its name has to live yet.
+    """
+    server.leave_final = True
+    server.leave_at = server.removal_due_at = now
+    server.order_due_at = None
 
 
 async def schedule_leave(

@@ -251,7 +251,7 @@ async def _assignment(
     settings = services.settings
     order = issuance.open_order(server)
     is_new = server.state is ServerState.REGISTERED and server.burnt_at is None
-    leaves_now = server.state is ServerState.LEAVING and not servers.may_stay(server)
+    leaves_now = server.state is ServerState.LEAVING and server.leave_at is None
     busy = order is not None or is_new or leaves_now
     interval = _interval(settings, (await services.counts.census(session)).reporting)
     return Assignment(

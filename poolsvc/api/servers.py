@@ -183,12 +183,22 @@ async def read_server(
 
 @router.delete("/servers/{name}", status_code=202)
 async def remove_server(
-    name: NamePath, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
+    name: NamePath,
+    principal: PrincipalDep,
+    services: ServicesDep,
+    session: SessionDep,
+    now: NowDep,
+    *,
+    emergency: bool = False,
 ) -> ServerView:
-    """Take a server out for good. The receipt fills as the steps are done; repeating changes nothing."""
-    server = await server_for(session, principal, name, Operation.REMOVE_SERVER)
+    """Take a server out for good. The receipt fills as the steps are done; repeating changes nothing.
+
+    Its name lives on until resolvers have forgotten the SRV. In an `emergency` it does not; for operators.
+    """
+    operation = Operation.JUDGE_SERVER if emergency else Operation.REMOVE_SERVER
+    server = await server_for(session, principal, name, operation)
     reason = removal_reason(server, principal)
-    await servers.leave(session, server, actor=principal.actor, reason=reason, now=now)
+    await servers.leave(session, server, actor=principal.actor, reason=reason, now=now, emergency=emergency)
     return await changed_view(session, services.settings, server)
 
 

@@ -47,7 +47,7 @@ _AUDITED: Mapping[type[Base], _Rule] = {
     Server: _rule(
         "server",
         "member_id name weight ipv4 ipv6 public agentless own_account_uri waive_source burnt_at released_at"
-        " joined_at leave_at leave_reason leave_by_operator",
+        " joined_at leave_at leave_final leave_reason leave_by_operator",
         "agent_key",
     ),
     Address: _rule("address", "address proved_at"),

@@ -123,7 +123,8 @@ class Server(Base):
     order_due_at: Mapped[datetime | None] = mapped_column(UtcDateTime, index=True)
     order_failures: Mapped[int] = mapped_column(default=0)
 
-    leave_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # scheduled: the name lives until then
+    leave_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # the name lives until then
+    leave_final: Mapped[bool] = mapped_column(default=False)  # it only waits for caches: nobody can cancel
     leave_reason: Mapped[str | None] = mapped_column(String(300))
     leave_by_operator: Mapped[bool] = mapped_column(default=False)  # who scheduled it may cancel it
     srv_withdrawn_at: Mapped[datetime | None] = mapped_column(UtcDateTime)

@@ -23,6 +23,7 @@ _SERVER = (
     "ipv6",
     "own_account_uri",
     "leave_at",
+    "leave_final",
     "srv_withdrawn_at",
 )
 _TRAFFIC = ("traffic_cap", "traffic")

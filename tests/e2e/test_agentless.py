@@ -1,10 +1,7 @@
 """A member without our agent: Debian's certbot orders, a stand-alone server serves, from registration to removal."""
 
 import signal
-import threading
-from contextlib import contextmanager
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import dns.message
 import dns.query
@@ -16,31 +13,6 @@ from lab.processes import wait_until
 from lab.programs import AgentServer
 
 pytestmark = pytest.mark.timeout(180)
-
-
-@contextmanager
-def web_server(address, port, path, content):
-    """Any web server of the member's, which has one file."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            found = self.path == path
-            self.send_response(200 if found else 404)
-            self.end_headers()
-            if found:
-                self.wfile.write(content.encode())
-
-        def log_message(self, *_):
-            pass
-
-    with ThreadingHTTPServer((address, port), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        try:
-            yield
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 def caa(pool, domain):
@@ -55,7 +27,7 @@ def may_order(member):
     return moment is not None and datetime.fromisoformat(moment) <= datetime.now(UTC)
 
 
-def test_a_member_with_certbot_comes_renews_and_goes(tmp_path):
+def test_a_member_with_certbot_comes_renews_and_goes(tmp_path, web_server):
     with LabPool(tmp_path / "pool", opening_size=1) as pool:
         member = pool.add("carol")
         created = pool.member.call(

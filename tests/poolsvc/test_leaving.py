@@ -128,7 +128,7 @@ async def test_who_stays_after_all_begins_with_probes_again(alice):
 async def test_on_its_day_it_is_too_late_to_stay(alice):
     await schedule(alice, alice.alice, DAY)
     found = await remove(alice, alice.alice, DAY)
-    assert (found.leave_at, found.order_due_at) == (None, None)
+    assert (found.leave_final, found.order_due_at) == (True, None)
     with pytest.raises(WrongState, match="not to leave on a later day"):
         await stay(alice, alice.alice, DAY)
     assert (await alice.get(alice.alice)).state is S.LEAVING
@@ -145,7 +145,7 @@ async def test_leaving_at_once_is_possible_meanwhile(alice):
     await schedule(alice, alice.alice, 30 * DAY)
     async with alice.change(alice.alice) as (session, server):
         await servers.leave(session, server, actor="user 1", reason="now", now=alice.now + HOUR)
-        assert (server.leave_at, server.removal_due_at) == (None, alice.now + HOUR)
+        assert (server.leave_final, server.removal_due_at) == (True, alice.now + HOUR)
         assert (server.state_since, server.journal_due_at) == (alice.now + HOUR, alice.now + HOUR)
     with pytest.raises(WrongState):
         await stay(alice, alice.alice, HOUR)
@@ -203,9 +203,42 @@ async def test_leaving_later_over_the_api(alice, client):
         assert (await http.post(f"{url}/leaving", json={"at": "2026-01-01T00:00:00"})).status_code == 422
         assert (await http.delete(f"{url}/leaving")).json()["code"] == "wrong-state"
         gone = await http.post(f"{url}/leaving", json={"reason": "enough"})
-        assert (gone.status_code, gone.json()["state"], gone.json()["leave_at"]) == (202, "leaving", None)
-        assert gone.json()["why"] == "leaving: enough"
+        assert (gone.status_code, gone.json()["state"]) == (202, "leaving")
+        assert gone.json()["why"].endswith(" UTC: enough")
         assert (await http.delete(f"{url}/leaving")).json()["code"] == "wrong-state"
+
+
+async def test_the_name_of_one_that_leaves_at_once_outlives_its_srv_and_nobody_may_order_for_it(alice):
+    async with alice.change(alice.alice) as (session, server):
+        await servers.leave(session, server, actor="user 1", reason="now", now=alice.now)
+    grace = alice.settings.leaving_grace
+    await remove(alice, alice.alice, 10 * grace)
+    made, kinds = await zone(alice, 10 * grace)
+    assert kinds == {"A", "CAA"}, "its SRV was seen to be out nowhere yet"
+    assert made[OWNER, "CAA"].rdatas == {'0 issue ";"'}
+    assert OWNER not in str(made.get(SERVICE))
+    async with alice.change(alice.alice) as (_, server):
+        server.srv_withdrawn_at = alice.now + 10 * grace
+    await remove(alice, alice.alice, 11 * grace - SECOND)
+    assert (await zone(alice, 11 * grace))[1] == {"A", "CAA"}
+    await remove(alice, alice.alice, 11 * grace)
+    assert (await zone(alice, 11 * grace))[1] == set()
+
+
+async def test_an_emergency_is_the_operators_and_the_name_goes_with_the_srv(alice, call):
+    owner = (await alice.get(alice.alice)).member_id
+    async with alice.database.transaction() as session:
+        _, operator = await members.create_operator(session, datetime.now(UTC))
+    url = "/v1/servers/alice?emergency=true"
+    refused = await call(await alice.owner_token(owner), "DELETE", url)
+    assert refused.status_code == 403
+    assert (await alice.get(alice.alice)).state is S.ACTIVE
+    taken = await call(operator, "DELETE", url)
+    assert (taken.status_code, taken.json()["leave_at"]) == (202, None)
+    assert taken.json()["receipt"]["outstanding"][0].startswith("SRV: ")
+    async with alice.change(alice.alice) as (_, server):
+        server.srv_withdrawn_at = alice.now
+    assert (await zone(alice, SECOND))[1] == set()
 
 
 @pytest.fixture

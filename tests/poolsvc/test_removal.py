@@ -52,7 +52,7 @@ async def test_a_certified_server_is_revoked_and_removed_with_a_full_receipt(flo
     found = receipt(flow, server)
     assert found.authorization_deactivated_at == issued_at, "it ended with the issue already"
     assert found.certificate_revoked_at == found.removed_at == found.name_broken_at == flow.now
-    assert (found.error, found.last_certificate_ends_at) == (None, order.not_after)
+    assert (found.error, found.outstanding, found.last_certificate_ends_at) == (None, (), order.not_after)
     assert order.not_after.isoformat() in found.exposure
     assert (await flow.order()).revoked_at == flow.now
     flow.now += timedelta(minutes=5)
@@ -64,12 +64,14 @@ async def test_the_ca_is_not_kept_waiting_by_dns_and_every_step_keeps_its_time(f
     flow = await flow()
     order = await flow.certified()
     await leave(flow, dns=False)
+    flow.now += flow.settings.leaving_grace
     server = await advance(flow, await flow.account())
     assert server.state is S.LEAVING
     assert flow.pebble.certificate_status(order.serial) == "Revoked"
     first = receipt(flow, server)
     assert first.certificate_revoked_at == flow.now
     assert (first.srv_withdrawn_at, first.name_broken_at, first.removed_at) == (None, None, None)
+    assert [words.partition(":")[0] for words in first.outstanding] == ["SRV", "addresses and CAA"]
     assert server.removal_due_at == flow.now + timedelta(seconds=10)
     flow.now += timedelta(hours=1)
     await broken_in_dns(flow)
@@ -84,10 +86,61 @@ async def test_the_ca_is_not_kept_waiting_by_dns_and_every_step_keeps_its_time(f
 async def test_without_any_order_the_steps_keep_their_times_too(flow):
     flow = await flow()
     await leave(flow, dns=False)
+    flow.now += flow.settings.leaving_grace
     first = receipt(flow, await advance(flow, await flow.account()))
     assert first.authorization_deactivated_at == first.certificate_revoked_at == flow.now
     flow.now += timedelta(hours=1)
     assert receipt(flow, await advance(flow, await flow.account())) == first
+
+
+@BOTH
+async def test_clients_that_still_come_are_served_with_a_certificate_that_is_not_revoked(flow):
+    """The SRV is out after a minute; its TTL and the margin later the name may go, and the CA's steps are due."""
+    flow = await flow()
+    order, account = await flow.certified(), await flow.account()
+    began, minute, second = flow.now, timedelta(minutes=1), timedelta(seconds=1)
+    assert flow.settings.leaving_grace == timedelta(seconds=flow.settings.dns.srv_ttl + 60)
+    await leave(flow, dns=False)
+    server = await advance(flow, account)
+    assert server.leave_at == began + flow.settings.leaving_grace
+    flow.now = began + minute
+    async with flow.registry.change(flow.server_id) as (_, server):
+        server.srv_withdrawn_at = flow.now
+    ends = flow.now + flow.settings.leaving_grace
+    server = await advance(flow, account)
+    assert (server.leave_at, server.removal_due_at) == (ends, flow.now + timedelta(seconds=10))
+    assert ends.isoformat() in receipt(flow, server).outstanding[0]
+    flow.now = began + flow.settings.leaving_grace - second
+    await advance(flow, account)
+    assert flow.pebble.certificate_status(order.serial) == "Valid"
+    flow.now = ends - second
+    assert (await advance(flow, account)).leave_at == ends
+    flow.now = ends
+    server = await advance(flow, account)
+    assert (server.leave_at, server.state) == (None, S.LEAVING)
+    assert flow.pebble.certificate_status(order.serial) == "Revoked"
+
+
+@BOTH
+async def test_in_an_emergency_nothing_waits_also_when_it_leaves_in_order_already(flow):
+    flow = await flow()
+    order = await flow.certified()
+    await leave(flow, dns=False)
+    assert (await advance(flow, await flow.account())).leave_at is not None
+    for _ in range(2):
+        async with flow.registry.change(flow.server_id) as (session, server):
+            await servers.leave(
+                session, server, actor="user 1", reason="attacked", now=flow.now, emergency=True
+            )
+    server = await advance(flow, await flow.account())
+    assert server.leave_at is None
+    assert flow.pebble.certificate_status(order.serial) == "Revoked"
+    assert [words.partition(":")[0] for words in receipt(flow, server).outstanding] == [
+        "SRV",
+        "addresses and CAA",
+    ]
+    await broken_in_dns(flow)
+    assert (await advance(flow, await flow.account())).state is S.REMOVED
 
 
 @BOTH
