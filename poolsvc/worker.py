@@ -38,7 +38,8 @@ from poolsvc import (
     teams,
     troubles,
 )
-from poolsvc.acme import AcmeAccount, AcmeConfig, AcmeError
+from poolsvc.acme import AcmeAccount, AcmeError
+from poolsvc.acme_client import RemoteAccount
 from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.deliveries import Post
@@ -56,6 +57,8 @@ _HOUSE_KEEPING = timedelta(hours=1)
 _FAREWELL = 2.0
 # How often silent agents are looked for.
 _WATCH = timedelta(minutes=1)
+# The account's process may end once in this time before it is waited for longer each time.
+_STEADY = timedelta(minutes=1)
 _T = TypeVar("_T")
 
 
@@ -200,6 +203,7 @@ class Worker:
         self._house_kept_at: datetime | None = None
         self._account_due: datetime | None = None
         self._account_failures = 0
+        self._account_at: datetime | None = None
         self._opening = asyncio.Lock()
         self._post = Post(database, settings, key, Outbound(settings))
         self._watched_at: datetime | None = None
@@ -399,7 +403,7 @@ class Worker:
         if self._account_due is not None and now < self._account_due:
             return None
         try:
-            account = await AcmeAccount.open(AcmeConfig.of(self._settings.ca))
+            account = await RemoteAccount.reach(self._settings)
         except AcmeError as error:
             if self._health.ca is None:
                 _log.error("ca_unreachable", code=error.code, detail=error.detail)
@@ -408,8 +412,14 @@ class Worker:
             self._account_due = now + max(wait, timedelta(seconds=error.retry_after or 0))
             self._account_failures += 1
             return None
-        self._health.ca = self._account_due = None
-        self._account_failures = 0
+        self._health.ca = None
+        # One that ends again and again is opened less and less often.
+        is_steady = self._account_at is None or now - self._account_at > _STEADY
+        self._account_failures = 0 if is_steady else self._account_failures + 1
+        self._account_due = (
+            None if is_steady else now + self._settings.policy.step_wait(self._account_failures)
+        )
+        self._account_at = now
         async with self._database.transaction() as session:
             pool = await the_pool(session, self._settings, lock=True)
             pool.account_uri = account.uri

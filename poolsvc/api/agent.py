@@ -223,7 +223,7 @@ async def sync(
     await troubles.note_report(session, server, problem, now)
     server.traffic_cap, server.traffic = _figure(report.traffic_cap), _figure(report.traffic)
     if report.csr is not None:
-        issuance.take_csr(settings, server, report.csr.order, report.csr.pem, now)
+        await issuance.take_csr(session, settings, server, report.csr.order, report.csr.pem, now)
     issuance.note_serving(server, report.serving, now)
     proofs.note_serving(server, report.serving, now)
     why = "" if is_full and is_in_dns(server) else await _why(session, settings, server)
