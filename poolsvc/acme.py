@@ -67,7 +67,7 @@ _PERMANENT = {
     "unsupportedIdentifier",
 }
 _SECRET_LIMIT = 65_536
-_POLL = dt.timedelta(seconds=0.05)
+_POLL = dt.timedelta(seconds=0.02)
 _MAX_POLL = dt.timedelta(seconds=30)
 _ENDED = {"deactivated", "expired", "revoked"}
 _P = ParamSpec("_P")

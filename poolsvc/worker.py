@@ -55,9 +55,11 @@ LEASE = timedelta(seconds=20)
 _RENEWALS = 3
 _HOUSE_KEEPING = timedelta(hours=1)
 _FAREWELL = 2.0
+# How often orders are looked at for as long after the last one began, in seconds.
+_QUICK, _YOUNG = 0.02, 20.0
 # How often silent agents are looked for.
 _WATCH = timedelta(minutes=1)
-# The account's process may end once in this time before it is waited for longer each time.
+# The account's process may end once in this time without a wait.
 _STEADY = timedelta(minutes=1)
 _T = TypeVar("_T")
 
@@ -207,6 +209,7 @@ class Worker:
         self._opening = asyncio.Lock()
         self._post = Post(database, settings, key, Outbound(settings))
         self._watched_at: datetime | None = None
+        self._quick_until = 0.0
 
     async def run(self) -> None:
         """Work until cancelled, or until the steps under way have ended once the process is stopping."""
@@ -261,7 +264,12 @@ class Worker:
             if work.__name__ in self._health.work:
                 await self._pause(self._settings.policy.step_retry)
             if not is_more:
-                await self._pause(self._settings.policy.tick)
+                await self._pause(self._until_next(work))
+
+    def _until_next(self, work: Work) -> float:
+        """Seconds between two looks for the same work: hardly any while an order of ours is young."""
+        is_quick = work == self._advance_orders and time.monotonic() < self._quick_until
+        return min(_QUICK, self._settings.policy.tick) if is_quick else self._settings.policy.tick
 
     async def _pause(self, seconds: float) -> None:
         """Sleep, but not beyond the moment at which the process is to stop."""
@@ -305,6 +313,7 @@ class Worker:
         async def begin(server_id: int) -> None:
             async with self._database.transaction() as session:
                 issuance.want(await servers.get(session, server_id), now)
+            self._quick_until = time.monotonic() + _YOUNG
 
         return await self._take(NEW_ORDERS, now, begin)
 
@@ -413,12 +422,10 @@ class Worker:
             self._account_failures += 1
             return None
         self._health.ca = None
-        # One that ends again and again is opened less and less often.
+        self._account_failures = 0
+        # A process that ends again and again is started again only after a wait.
         is_steady = self._account_at is None or now - self._account_at > _STEADY
-        self._account_failures = 0 if is_steady else self._account_failures + 1
-        self._account_due = (
-            None if is_steady else now + self._settings.policy.step_wait(self._account_failures)
-        )
+        self._account_due = None if is_steady else now + self._settings.policy.step_wait(0)
         self._account_at = now
         async with self._database.transaction() as session:
             pool = await the_pool(session, self._settings, lock=True)

@@ -1,10 +1,13 @@
 """The registry's ACME adapter against a strict Pebble, with the agent's responder and a DNS server of ours."""
 
 import asyncio
+import base64
 import contextlib
 import datetime as dt
+import json
 import socket
 import time
+from dataclasses import replace
 
 import pytest
 from cryptography import x509
@@ -312,6 +315,43 @@ async def test_a_key_that_others_can_read_is_refused(lab):
     with pytest.raises(AcmeError, match="0640") as caught:
         await AcmeAccount.open(config)
     assert caught.value.code == "account-key"
+
+
+def bound_only(lab):
+    """A Pebble that takes only accounts which are bound to its customer kid-1; the customer's key."""
+    pebble, key = lab.pebble(), base64.urlsafe_b64encode(bytes(range(32))).decode().rstrip("=")
+    pebble.stop()
+    file = lab.directory / "pebble" / "pebble.json"
+    document = json.loads(file.read_text())
+    binding = {"externalAccountBindingRequired": True, "externalAccountMACKeys": {"kid-1": key}}
+    file.write_text(json.dumps({"pebble": document["pebble"] | binding}))
+    return pebble.start(), key
+
+
+async def test_an_account_is_bound_to_a_customer_of_the_cas(lab, tmp_path):
+    pebble, key = await asyncio.to_thread(bound_only, lab)
+    plain = lab.config(pebble)
+    with pytest.raises(AcmeError) as caught:
+        await AcmeAccount.open(plain)
+    assert (caught.value.code, caught.value.permanent) == ("externalAccountRequired", True)
+    file = tmp_path / "binding.key"
+    config = replace(plain, binding_key_id="kid-1", binding_key_file=file)
+    with pytest.raises(AcmeError, match=r"binding\.key"):
+        await AcmeAccount.open(config)
+    file.touch(mode=0o600)
+    for wrong in ("", "no key: ü", base64.urlsafe_b64encode(bytes(32)).decode()):
+        file.write_text(wrong)
+        with pytest.raises(AcmeError):
+            await AcmeAccount.open(config)
+    file.write_text(f"{key}\n")
+    account = await AcmeAccount.open(config)
+    account.close()
+    again = await AcmeAccount.open(config)
+    again.close()
+    assert again.uri == account.uri
+    file.chmod(0o644)
+    with pytest.raises(AcmeError, match="0644"):
+        await AcmeAccount.open(config)
 
 
 async def test_the_key_may_be_a_credential_of_systemds(lab, tmp_path, monkeypatch):

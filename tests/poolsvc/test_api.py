@@ -482,6 +482,23 @@ async def test_a_request_for_the_order_makes_it_go_on(ordered):
     assert (await the_order(ordered)).csr == pem, "the first one counts"
 
 
+async def test_an_agent_reports_more_often_the_nearer_its_order_is(ordered):
+    async def poll_after(**values):
+        async with ordered.registry.database.transaction() as session:
+            now, table = datetime.now(UTC), Order if "created_at" in values else Server
+            await session.execute(update(table).values({name: now + by for name, by in values.items()}))
+        return (await sync(ordered)).json()["poll_after"]
+
+    tick, idle = 2 * ordered.registry.settings.policy.tick, ordered.registry.settings.policy.agent_interval
+    assert await poll_after(created_at=timedelta(0)) == pytest.approx(min(0.05, tick))
+    assert await poll_after(created_at=timedelta(hours=-1)) == pytest.approx(tick)
+    async with ordered.registry.database.transaction() as session:
+        await session.execute(update(Order).values(status=OrderStatus.FAILED))
+    assert idle <= await poll_after(order_due_at=timedelta(days=30)) <= 1.1 * idle
+    assert await poll_after(order_due_at=timedelta(seconds=40)) == pytest.approx(20, abs=5)
+    assert await poll_after(order_due_at=timedelta(0)) < 5
+
+
 async def test_a_request_for_another_order_is_ignored(ordered):
     bob = await ordered.registry.server("bob", "198.18.0.2")
     async with ordered.registry.database.transaction() as session:
