@@ -42,7 +42,18 @@ class RemoteAccount(AcmeAccount):
 
     @classmethod
     async def reach(cls, settings: Settings) -> Self:
-        """The account by `ca.socket`, or by a child that ends with us. Raises AcmeError."""
+        """The account, open. Raises AcmeError."""
+        account = await cls.connect(settings)
+        try:
+            await account.enter()
+        except BaseException:
+            account.close()
+            raise
+        return account
+
+    @classmethod
+    async def connect(cls, settings: Settings) -> Self:
+        """A way to the account, not open yet: `ca.socket`, or a child that ends with us. Raises AcmeError."""
         sock, child = None, None
         try:
             if settings.ca.socket is None:
@@ -56,17 +67,20 @@ class RemoteAccount(AcmeAccount):
             raise AcmeError(
                 "unreachable", f"the account at the CA: {where}: {error or 'no answer'}"
             ) from error
-        account = cls(reader, writer, child)
-        try:
-            account.uri = str(await account.ask(OPEN, {}))
-        except BaseException:
-            account.close()
-            raise
-        return account
+        return cls(reader, writer, child)
+
+    async def enter(self) -> None:
+        """Create the account or find it, as `AcmeAccount.open` does. Raises AcmeError; it can be tried again."""
+        self.uri = str(await self.ask(OPEN, {}))
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process is gone, or says what cannot be understood."""
+        return self._listening.done()
 
     @property
     def lost(self) -> bool:
-        return self._is_lost or self._listening.done()
+        return self._is_lost or self.has_ended
 
     def close(self) -> None:
         """End the connection, and the child: it has nothing that it would have to finish."""
@@ -89,7 +103,7 @@ class RemoteAccount(AcmeAccount):
         line = request.line()
         if len(line) > LINE_LIMIT:
             raise AcmeError("refused", f"{call}: more than {LINE_LIMIT} octets", permanent=True)
-        if self._listening.done():
+        if self.has_ended:
             raise _ended()
         future = self._waiting[request.id] = asyncio.get_running_loop().create_future()
         try:

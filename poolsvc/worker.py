@@ -198,6 +198,7 @@ class Worker:
         self._roots = roots
         self._health = health
         self._account: AcmeAccount | None = None
+        self._unopened: RemoteAccount | None = None
         self._holder = leases.new_holder()
         self._leader = Leader(database, settings, self._holder)
         self._reported: list[str] | None = None
@@ -234,8 +235,9 @@ class Worker:
                 ):
                     group.create_task(self._repeat(work))
         finally:
-            if self._account is not None:
-                self._account.close()
+            for account in (self._account, self._unopened):
+                if account is not None:
+                    account.close()
             await self._resign()
 
     async def _resign(self) -> None:
@@ -412,7 +414,7 @@ class Worker:
         if self._account_due is not None and now < self._account_due:
             return None
         try:
-            account = await RemoteAccount.reach(self._settings)
+            account = await self._reach()
         except AcmeError as error:
             if self._health.ca is None:
                 _log.error("ca_unreachable", code=error.code, detail=error.detail)
@@ -434,6 +436,17 @@ class Worker:
             self._account.close()
         self._account = account
         _log.info("acme_account_open", uri=account.uri, at=now.isoformat())
+        return account
+
+    async def _reach(self) -> RemoteAccount:
+        """The account, by the process that is there: a CA that is away costs no start of another one."""
+        if self._unopened is not None and self._unopened.has_ended:
+            self._unopened.close()
+            self._unopened = None
+        if self._unopened is None:
+            self._unopened = await RemoteAccount.connect(self._settings)
+        await self._unopened.enter()
+        account, self._unopened = self._unopened, None
         return account
 
     async def _reconcile(self, now: datetime) -> bool:

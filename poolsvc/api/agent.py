@@ -50,11 +50,14 @@ from poolsvc.errors import Gone, InvalidDocument, NotFound, Unauthenticated
 from poolsvc.explain import why_not
 from poolsvc.models import Address, Order, Server, Token, TokenKind
 from poolsvc.notices import NoticeKind
+from poolsvc.worker import LEASE
 
 router = APIRouter(prefix="/v1")
 _REJOIN_LIFE = timedelta(minutes=2)
 # Seconds between the reports of an agent whose order has just begun.
 _QUICK = 0.05
+# And of one whose order begins within a lease.
+_NEAR = 0.2
 # Requests a second: more than any wire carries. Comparisons with it also fail for what is not a number.
 _MAX_TRAFFIC = 1e9
 # Ed25519 points of small order: one constant signature of theirs fits every statement.
@@ -282,7 +285,10 @@ def _pace(server: Server, order: Order | None, now: datetime) -> float:
     if begins is None:
         return math.inf
     distance = (now - begins).total_seconds()
-    return max(_QUICK, distance / 10 if distance > 0 else -distance / 2)
+    if distance > 0:
+        return max(_QUICK, distance / 10)
+    # A time so near may be the lease of a worker that is beginning the order.
+    return _NEAR if distance > -LEASE.total_seconds() else -distance / 2
 
 
 def _interval(settings: Settings, servers_reporting: int) -> float:

@@ -156,7 +156,6 @@ async def test_many_silent_connections_of_one_address_do_not_close_the_service(s
         sock.close()
 
 
-@pytest.mark.parametrize("first", [b"", GET], ids=["first", "second"])
 async def test_an_answer_does_not_wait_for_the_peers_acknowledgement(serve):
     """Head and body go as two packets; asyncio leaves Nagle's rule to hold the second one back for 40 ms."""
     listeners, address, _ = serve(Limits())
@@ -168,6 +167,7 @@ async def test_an_answer_does_not_wait_for_the_peers_acknowledgement(serve):
     await drop(writer)
 
 
+@pytest.mark.parametrize("first", [b"", GET], ids=["first", "second"])
 async def test_a_head_that_drips_ends_at_its_deadline(serve, first):
     listeners, address, _ = serve(QUICK)
     reader, writer = await connect(address)
