@@ -52,6 +52,7 @@ test-long: lint
 bench: setup
 	$(BIN)/python -m bench.ntp
 	$(BIN)/python -m bench.ke
+	$(BIN)/python -m bench.issue
 	$(BIN)/python -m bench.registry --zone-servers 2000
 
 docs: setup

@@ -247,6 +247,7 @@ class Member:
         self._clock = clock_of(settings)
         self._engine: BuiltinEngine | None = None
         self._facts = _Facts()
+        self._told: set[object] = set()
         self._meter = Meter()
         self._proofs: dict[str, bytes] = {}
         self._listening = False
@@ -255,7 +256,7 @@ class Member:
         """Serve and keep in step until SIGTERM, or until the server has left the pool."""
         self._state.lock()
         wake = asyncio.Event()
-        async with _signals(wake.set) as stop, self._responder:
+        async with _signals(wake.set) as stop, self._responder, self._registry:
             metrics.expose(
                 self._settings.metrics,
                 lambda: metrics.engine_families(self._engine)() if self._engine else [],
@@ -296,6 +297,8 @@ class Member:
                 wait = _bounded(assignment.poll_after)
                 await self._follow(assignment)
                 failing = False
+                if self._has_news():
+                    continue
             except RegistryError as error:
                 if error.code == "removed":
                     raise AgentError(error.message, error.remedy, ExitStatus.REMOVED) from None
@@ -315,6 +318,15 @@ class Member:
             wake.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(wake.wait(), wait)
+
+    def _has_news(self) -> bool:
+        """Whether the registry waits for what has just been done: a request, or an answer that is served now."""
+        news: set[object] = {*self._facts.serving}
+        if self._facts.csr is not None:
+            news.add(self._facts.csr)
+        is_new = not news <= self._told
+        self._told = news
+        return is_new
 
     def _report(self) -> AgentReport:
         facts = self._facts

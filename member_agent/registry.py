@@ -5,7 +5,7 @@ import contextlib
 import ipaddress
 import re
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -85,11 +85,22 @@ class Registry:
             # Not shown: what was meant as a token is a secret, whatever is wrong with it.
             raise AgentError("the token has characters that no token has", "copy it whole", ExitStatus.USAGE)
         self._token = token
+        self._kept: httpx.AsyncClient | None = None
         try:
             # Once: a later call must not depend on files, or on descriptors to read them.
             self._tls = httpx.create_ssl_context(verify=str(ca) if ca else True)
         except (OSError, ValueError) as error:
             raise AgentError(f"--ca {ca}: {error}", "give a PEM file", ExitStatus.CONFIGURATION) from None
+
+    async def __aenter__(self) -> Self:
+        """Keep the connection between reports that follow each other within seconds."""
+        self._kept = self._client(None)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._kept is not None:
+            await self._kept.aclose()
+            self._kept = None
 
     async def join(self, key: Ed25519PrivateKey, agent: str) -> JoinAnswer:
         public = base64.b64encode(key.public_key().public_bytes_raw()).decode()
@@ -122,13 +133,18 @@ class Registry:
             raise RegistryError("the registry's nonce is not one", "ask the pool's operator")
         return answer.nonce
 
+    def _client(self, local: str | None) -> httpx.AsyncClient:
+        transport = httpx.AsyncHTTPTransport(verify=self._tls, local_address=local)
+        return httpx.AsyncClient(transport=transport, timeout=_TIMEOUT, trust_env=False)
+
     async def _post(self, path: str, document: object, kind: type[_T], source: str | None = None) -> _T:
         local = source if source is not None and is_local(source) else None
-        transport = httpx.AsyncHTTPTransport(verify=self._tls, local_address=local)
         try:
-            async with (
-                httpx.AsyncClient(transport=transport, timeout=_TIMEOUT, trust_env=False) as client,
-                client.stream(
+            async with contextlib.AsyncExitStack() as stack:
+                client = self._kept if local is None else None
+                if client is None:
+                    client = await stack.enter_async_context(self._client(local))
+                request = client.stream(
                     "POST",
                     self._url + path,
                     content=TypeAdapter(type(document)).dump_json(document),
@@ -136,8 +152,8 @@ class Registry:
                         "Authorization": f"Bearer {self._token}",
                         "Content-Type": "application/json",
                     },
-                ) as response,
-            ):
+                )
+                response = await stack.enter_async_context(request)
                 body = await _read(response)
         except (httpx.HTTPError, OSError) as error:
             raise RegistryError(

@@ -2,16 +2,21 @@
 
 A pure adapter without a database: each call names its resource by URL, so that a process may die
 between any two calls and another goes on. The worker journals what is returned and does the polling.
+
+Whoever opens the account holds its key. Only the process of `poolsvc.acme_process` does so while the registry runs;
+everything else calls it through `poolsvc.acme_client`.
 """
 
 import asyncio
 import base64
 import datetime as dt
+import fcntl
 import io
 import json
 import math
 import os
 import ssl
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
@@ -23,7 +28,8 @@ from email.utils import parsedate_to_datetime
 from enum import IntEnum, StrEnum
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar, cast
+from typing import Any, BinaryIO, Concatenate, ParamSpec, Self, TypeVar, cast
+from urllib.parse import urlsplit
 
 import requests
 import urllib3
@@ -35,13 +41,21 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from josepy.errors import Error as JoseError
-from josepy.jwa import ES256
-from josepy.jwk import JWKEC
+from josepy.jwa import ES256, HS256
+from josepy.jwk import JWKEC, JWKOct
 from requests.adapters import HTTPAdapter
 from urllib3.util.ssl_ import create_urllib3_context
 
 from nts_core.shell import sync
-from poolsvc.certificates import ChainError, check_csr, load_chain, printable
+from poolsvc.certificates import (
+    ChainError,
+    CsrError,
+    check_csr,
+    csr_key_sha256,
+    key_sha256,
+    load_chain,
+    printable,
+)
 from poolsvc.config import CaSettings
 
 NONCE_RETRIES = 8  # of one request whose nonce is refused; the stock client makes one
@@ -61,11 +75,13 @@ _PERMANENT = {
     "unsupportedContact",
     "unsupportedIdentifier",
 }
-_POLL = dt.timedelta(seconds=0.25)
+_SECRET_LIMIT = 65_536
+_POLL = dt.timedelta(seconds=0.02)
 _MAX_POLL = dt.timedelta(seconds=30)
 _ENDED = {"deactivated", "expired", "revoked"}
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+_A = TypeVar("_A", bound="AcmeAccount")
 
 
 class AcmeError(Exception):
@@ -73,7 +89,7 @@ class AcmeError(Exception):
 
     `code` is the last part of the ACME problem type, or "unreachable" (no answer), "rate-limited" (429 or
     rateLimited), "server-error" (5xx, serverInternal, or an answer that is not ACME), "account-key",
-    "no-http-01". `retry_after` is in seconds, `status` the HTTP status. `permanent`: the same request will
+    "no-http-01", "refused" (by the process that holds the key). `retry_after` is in seconds, `status` the HTTP status. `permanent`: the same request will
     never be accepted. CAs use codes differently, so show `detail`, the CA's own words.
     """
 
@@ -96,10 +112,15 @@ class AcmeError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class AcmeConfig:
-    """One CA and our account there. `contact` holds URLs (mailto:), `timeout` seconds for each call, repetitions included."""
+    """One CA and our account there. `contact` holds URLs (mailto:), `timeout` seconds for each call, repetitions included.
+
+    `binding_key_id` and the key in `binding_key_file` bind the account to one that we have at the CA already.
+    """
 
     directory_url: str
     account_key_file: Path
+    binding_key_id: str | None = None
+    binding_key_file: Path | None = None
     contact: tuple[str, ...] = ()
     ca_file: Path | None = None
     user_agent: str = "truechimer"
@@ -112,6 +133,8 @@ class AcmeConfig:
         return cls(
             directory_url=ca.directory_url,
             account_key_file=ca.account_key_file,
+            binding_key_id=ca.binding_key_id,
+            binding_key_file=ca.binding_key_file,
             contact=ca.contact,
             ca_file=ca.ca_file,
             profile=ca.profile,
@@ -190,19 +213,19 @@ class OrderStatus:
     retry_after: float | None
 
 
-def _in_thread(
+CALLS: dict[str, Callable[..., Any]] = {}
+"""What can be asked of an account: its methods with a CA behind them, as they run, by name."""
+
+
+def _call(
     work: Callable[Concatenate["AcmeAccount", _P], _T],
 ) -> Callable[Concatenate["AcmeAccount", _P], Coroutine[Any, Any, _T]]:
-    """Run a blocking method in the account's own thread.
-
-    One thread is the account's lock, and holds also when the waiting task is cancelled.
-    """
+    """Make a blocking method one of CALLS, and let the account decide where it runs."""
+    CALLS[work.__name__] = work
 
     @wraps(work)
     async def call(self: "AcmeAccount", /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(
-            self._thread, partial(work, self, *args, **kwargs)
-        )
+        return await self._perform(work, *args, **kwargs)
 
     return call
 
@@ -211,18 +234,43 @@ class AcmeAccount:
     """An account at one CA, made by `open` and ended by `close`; every call raises AcmeError."""
 
     def __init__(
-        self, network: "_Network", directory: Mapping[str, Any], uri: str, profile: str | None
+        self,
+        network: "_Network",
+        directory: Mapping[str, Any],
+        uri: str,
+        profile: str | None,
+        key_file: BinaryIO,
     ) -> None:
         self.uri = uri
         self._thread = ThreadPoolExecutor(1, "acme")
         self._network = network
         self._directory = directory
         self._profile = profile
+        self._key_file = key_file
 
     @classmethod
     async def open(cls, config: AcmeConfig) -> Self:
-        """Load or create the account key (P-256, 0600), then create the account or find it by the key."""
-        return cls(*await asyncio.to_thread(_open, config), config.profile)
+        """Load or create the account key (P-256, 0600), then create the account or find it by the key.
+
+        The key cannot be changed as long as the account is open.
+        """
+        return await asyncio.to_thread(_open, cls, config)
+
+    async def _perform(
+        self, work: Callable[Concatenate[Any, _P], _T], /, *args: _P.args, **kwargs: _P.kwargs
+    ) -> _T:
+        """Run a call in the account's own thread, which is its lock also when the waiting task is cancelled."""
+        try:
+            future = self._thread.submit(partial(work, self, *args, **kwargs))
+        except RuntimeError as error:
+            raise AcmeError("unreachable", "the account was closed") from error
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise AcmeError("unreachable", "the account was closed") from None
 
     @property
     def lost(self) -> bool:
@@ -233,11 +281,13 @@ class AcmeAccount:
         """Give the thread and the connections back; a call under way ends by its own deadline."""
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._network.session.close()
+        self._key_file.close()
 
-    @_in_thread
+    @_call
     def order(self, csr_pem: str, domain: str) -> PendingOrder:
         """Create an order for `domain` after `check_csr` (CsrError); a CA may return an order it has open."""
         check_csr(csr_pem, domain)
+        self._check_key(csr_pem)
         request: dict[str, Any] = {"identifiers": [{"type": "dns", "value": domain}]}
         if self._profile is not None:
             request["profile"] = self._profile
@@ -264,7 +314,7 @@ class AcmeAccount:
             expires,
         )
 
-    @_in_thread
+    @_call
     def answer(self, challenge_url: str) -> None:
         """Tell the CA that the challenge can be validated; nothing happens when it was told before."""
         try:
@@ -273,7 +323,7 @@ class AcmeAccount:
             if not _refused(error) or self._fetch(challenge_url)[0].get("status") == "pending":
                 raise
 
-    @_in_thread
+    @_call
     def poll(self, order_url: str) -> OrderStatus:
         """The order now. It counts as invalid when its authorization can no longer become valid."""
         order, wait = self._fetch(order_url)
@@ -292,15 +342,16 @@ class AcmeAccount:
             state, detail = OrderState.INVALID, why or detail or f"the authorization is {status}"
         return OrderStatus(state, why or detail, wait or authorization_wait)
 
-    @_in_thread
+    @_call
     def finalize(self, order_url: str, csr_pem: str) -> None:
         """Send the CSR; nothing happens when the CA has it already (processing or valid)."""
+        self._check_key(csr_pem)
         order, _ = self._fetch(order_url)
         if _order_state(order) not in {OrderState.PROCESSING, OrderState.VALID}:
             csr = x509.load_pem_x509_csr(csr_pem.encode())
             self._network.call(_text(order, "finalize"), {"csr": _base64url(csr.public_bytes(Encoding.DER))})
 
-    @_in_thread
+    @_call
     def download(self, order_url: str) -> str:
         """The chain of a valid order in PEM, leaf first, and nothing but certificates."""
         order, wait = self._fetch(order_url)
@@ -313,7 +364,7 @@ class AcmeAccount:
             raise AcmeError("server-error", str(error), status=response.status_code) from error
         return "".join(certificate.public_bytes(Encoding.PEM).decode() for certificate in chain)
 
-    @_in_thread
+    @_call
     def deactivate_authorization(self, url: str) -> None:
         """End an authorization (section 7.5.2); one that is over or gone is success as well."""
         try:
@@ -330,7 +381,7 @@ class AcmeAccount:
             if status in {"pending", "valid"}:
                 raise
 
-    @_in_thread
+    @_call
     def revoke(self, cert_pem: str, reason: RevocationReason) -> None:
         """Revoke the first certificate; revoked before is success as well."""
         leaf = load_chain(cert_pem)[0].public_bytes(Encoding.DER)
@@ -341,6 +392,10 @@ class AcmeAccount:
         except AcmeError as error:
             if error.code != "alreadyRevoked":
                 raise
+
+    def _check_key(self, csr_pem: str) -> None:
+        if csr_key_sha256(csr_pem) == self._network.key_sha256:
+            raise CsrError("the key is that of the pool's account at the CA")
 
     def _fetch(self, url: str) -> tuple[dict[str, Any], float | None]:
         """POST-as-GET (section 6.3): the object and its Retry-After in seconds."""
@@ -406,15 +461,22 @@ class _Bounded(HTTPAdapter):
 
 
 class _Network(client.ClientNetwork):
-    """Signed requests: failures are AcmeError, and a refused nonce is tried again more than once."""
+    """Signed requests: failures are AcmeError, and a refused nonce is tried again more than once.
+
+    Nothing is signed for another host than those of the CA's own directory.
+    """
 
     kid: str | None = None
     lost = False
     new_nonce_url = ""
     thumbprint = ""
+    key_sha256 = ""
+    origins: frozenset[str] = frozenset()
 
     def call(self, url: str, payload: Mapping[str, Any] | None) -> requests.Response:
         """POST `payload`, or POST-as-GET (section 6.3) without one."""
+        if _origin(url) not in self.origins:
+            raise AcmeError("server-error", f"{printable(url)} is not an address of this CA")
         data = b"" if payload is None else json.dumps(payload).encode()
         headers = {"Content-Type": self.JOSE_CONTENT_TYPE}
         with _translated(), _within(self._default_timeout):
@@ -466,24 +528,72 @@ def _connect(
     network = _Network(
         key=key, alg=ES256, verify_ssl=verify, user_agent=config.user_agent, timeout=config.timeout
     )
-    if key is not None:
+    if private is not None and key is not None:
         network.thumbprint = _base64url(key.thumbprint())
+        network.key_sha256 = key_sha256(private.public_key())
     network.session.mount("https://", _Bounded())
     with _translated(), _within(config.timeout):
         directory = _object(network.get(config.directory_url))
     network.new_nonce_url = _text(directory, "newNonce")
     for name in ("newAccount", "newOrder", "revokeCert"):
         _text(directory, name)
+    endpoints = [config.directory_url, *(url for url in directory.values() if isinstance(url, str))]
+    network.origins = frozenset(map(_origin, endpoints))
     return network, directory
 
 
-def _open(config: AcmeConfig) -> tuple[_Network, dict[str, Any], str]:
+def _origin(url: str) -> str:
+    """Scheme, host and port as they are written; nothing for what is no address."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return ""
+    return f"{parts.scheme}://{parts.netloc}".lower()
+
+
+def _open(cls: type[_A], config: AcmeConfig) -> _A:
     _finish_roll(config)  # or the old key, which the CA knows no more, would make another account
-    if not config.account_key_file.exists():
+    if not secret_file(config.account_key_file).exists():
         _make_account_key(config.account_key_file)
-    network, directory = _connect(config, load_account_key(config.account_key_file))
-    request = {"termsOfServiceAgreed": True, "contact": list(config.contact)}
-    return network, directory, _enter(network, directory, request)  # 200 for a key it knows (7.3.1)
+    key_file = _held(secret_file(config.account_key_file), fcntl.LOCK_SH)
+    try:
+        network, directory = _connect(config, load_account_key(config.account_key_file))
+        request = {"termsOfServiceAgreed": True, "contact": list(config.contact)}
+        binding = _binding(config, network, directory)
+        uri = _enter(network, directory, request | binding)  # 200 for a key it knows (7.3.1)
+    except BaseException:
+        key_file.close()
+        raise
+    return cls(network, directory, uri, config.profile, key_file)
+
+
+def _held(path: Path, how: int) -> BinaryIO:
+    """The account key's file, locked until it is closed: shared by open accounts, alone for another key."""
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise AcmeError("account-key", f"{path} cannot be used: {error}", permanent=True) from error
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            raise BlockingIOError  # replaced between our opening and our lock
+    except OSError as error:
+        file.close()
+        busy = "it is being changed" if how == fcntl.LOCK_SH else "`poolsvc` uses it: stop `serve` first"
+        raise AcmeError("account-key", f"{path}: {busy}") from error
+    return file
+
+
+def _binding(config: AcmeConfig, network: _Network, directory: Mapping[str, Any]) -> dict[str, Any]:
+    """What binds a new account to one that we have at the CA (section 7.3.4); nothing without a key for it."""
+    if config.binding_key_id is None or config.binding_key_file is None:
+        return {}
+    assert network.key is not None
+    key = JWKOct(key=load_binding_key(config.binding_key_file))
+    account = json.dumps(network.key.public_key().to_partial_json()).encode()
+    url = _text(directory, "newAccount")
+    signed = JWS.sign(account, key=key, alg=HS256, nonce=None, url=url, kid=config.binding_key_id)
+    return {"externalAccountBinding": json.loads(signed.json_dumps())}
 
 
 def _enter(network: _Network, directory: Mapping[str, Any], request: Mapping[str, Any]) -> str:
@@ -518,9 +628,17 @@ def _read_terms(config: AcmeConfig) -> Terms:
 
 
 def _roll_account_key(config: AcmeConfig) -> str:
+    path = config.account_key_file
+    if secret_file(path) != path:
+        raise AcmeError(
+            "account-key", f"{secret_file(path)} is systemd's and cannot be replaced", permanent=True
+        )
+    with _held(path, fcntl.LOCK_EX):
+        return _finish_roll(config) or _begin_roll(config)
+
+
+def _begin_roll(config: AcmeConfig) -> str:
     path, aside = config.account_key_file, _aside(config)
-    if (uri := _finish_roll(config)) is not None:
-        return uri
     old = load_account_key(path)
     network, directory = _connect(config, old)
     try:
@@ -575,10 +693,47 @@ def _account_of(config: AcmeConfig, key: ec.EllipticCurvePrivateKey) -> str | No
         network.session.close()
 
 
-def load_account_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """The account's key, P-256. Raises AcmeError "account-key"."""
+def secret_file(path: Path) -> Path:
+    """Where a secret of the settings is: systemd's credential with the file's name, or the file itself."""
+    credentials = os.environ.get("CREDENTIALS_DIRECTORY")
+    credential = None if credentials is None else Path(credentials) / path.name
+    return path if credential is None or not credential.exists() else credential
+
+
+def _read_secret(path: Path) -> bytes:
+    """A small file that nobody else may read. systemd guards its credentials, by access lists as well.
+
+    Raises OSError or ValueError.
+    """
+    found = secret_file(path)
+    with found.open("rb") as file:
+        status = os.fstat(file.fileno())
+        if found == path and (
+            status.st_mode & (stat.S_IRWXG | stat.S_IRWXO) or status.st_uid != os.geteuid()
+        ):
+            mode = stat.S_IMODE(status.st_mode)
+            raise ValueError(
+                f"it has the mode {mode:04o} and belongs to user {status.st_uid}; it must be 0600 and ours"
+            )
+        return file.read(_SECRET_LIMIT)
+
+
+def load_binding_key(path: Path) -> bytes:
+    """The key that binds accounts, in base64url as CAs give it. Raises AcmeError "account-key"."""
     try:
-        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+        text = _read_secret(path).decode("ascii").strip().rstrip("=")
+        key = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+    except (OSError, ValueError) as error:
+        raise AcmeError("account-key", f"{path} cannot be used: {error}", permanent=True) from error
+    if not key:
+        raise AcmeError("account-key", f"{path}: there is no key in the file", permanent=True)
+    return key
+
+
+def load_account_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """The account's key, P-256, from a file of mode 0600. Raises AcmeError "account-key"."""
+    try:
+        key = serialization.load_pem_private_key(_read_secret(path), password=None)
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise AcmeError("account-key", f"{path} cannot be used: {error}", permanent=True) from error
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):

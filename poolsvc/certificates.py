@@ -11,6 +11,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from poolsvc import weak_keys
+
 PEM_LIMIT = 65_536  # characters of a chain or CSR
 DETAIL_LIMIT = 1000  # characters of a peer's own words that are kept
 SHORT_LIFE = dt.timedelta(days=10)
@@ -61,6 +63,8 @@ def check_csr(pem: str, domain: str) -> None:
         raise CsrError(f"not a certificate signing request: {printable(str(error))}") from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise CsrError("the key is not a P-256 key")
+    if weak_keys.is_known(key):
+        raise CsrError("others have the private key: it is one of a standard's examples, or a small number")
     if not signed or not isinstance(algorithm, hashes.SHA256 | hashes.SHA384 | hashes.SHA512):
         raise CsrError("the signature is not valid for the request's key and SHA-2")
     if [e.oid for e in extensions] != [x509.OID_SUBJECT_ALTERNATIVE_NAME] or len(attributes) != 1:
@@ -70,6 +74,29 @@ def check_csr(pem: str, domain: str) -> None:
         raise CsrError(f"the names must be {domain} alone, not {printable(repr(names))}")
     if any(a.oid != x509.NameOID.COMMON_NAME or a.value != domain for a in subject):
         raise CsrError(f"the subject must be empty or the common name {domain}")
+
+
+def csr_name(pem: str) -> str:
+    """The first name that a request asks for. Raises CsrError."""
+    try:
+        names = x509.load_pem_x509_csr(pem.encode()).extensions
+        found = names.get_extension_for_class(x509.SubjectAlternativeName).value
+        return found.get_values_for_type(x509.DNSName)[0]
+    except (*_X509_FAULTS, x509.ExtensionNotFound, IndexError) as error:
+        raise CsrError(f"not a certificate signing request: {printable(str(error))}") from error
+
+
+def csr_key_sha256(pem: str) -> str:
+    """SHA-256 of a request's public key (SPKI) in lower-case hex. Raises CsrError."""
+    try:
+        return hashlib.sha256(_spki(x509.load_pem_x509_csr(pem.encode()))).hexdigest()
+    except _X509_FAULTS as error:
+        raise CsrError(f"not a certificate signing request: {printable(str(error))}") from error
+
+
+def key_sha256(key: ec.EllipticCurvePublicKey) -> str:
+    """The same for a key itself."""
+    return hashlib.sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
 
 
 def load_chain(pem: str) -> list[x509.Certificate]:

@@ -138,9 +138,19 @@ class CaSettings(_Section):
     directory_url: HttpsUrl
     caa_identity: DomainName
     account_key_file: Path
+    binding_key_id: str | None = Field(None, description="of the account that a CA with customers gave us")
+    binding_key_file: Path | None = Field(None, description="its key, base64url as the CA gave it")
+    socket: Path | None = Field(None, description="where `poolsvc acme serve` holds the account's key")
+    socket_group: str | None = Field(None, description="whose users may use that socket as well")
     contact: tuple[str, ...] = ()
     ca_file: Path | None = None
     profile: str | None = None
+
+    @model_validator(mode="after")
+    def _binding_is_whole(self) -> Self:
+        if (self.binding_key_id is None) != (self.binding_key_file is None):
+            raise ValueError("binding_key_id and binding_key_file go together")
+        return self
 
 
 class WebTlsSettings(_Section):
@@ -415,7 +425,9 @@ def _resolve_paths(settings: Settings, base: Path) -> Settings:
                 entry.model_copy(update=absolute(entry, "client_secret_file", "ca_file"))
                 for entry in settings.oidc
             ),
-            "ca": settings.ca.model_copy(update=absolute(settings.ca, "account_key_file", "ca_file")),
+            "ca": settings.ca.model_copy(
+                update=absolute(settings.ca, "account_key_file", "binding_key_file", "socket", "ca_file")
+            ),
             "mail": mail and mail.model_copy(update=absolute(mail, "password_file", "ca_file")),
         }
     )

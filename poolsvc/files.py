@@ -4,13 +4,13 @@ import base64
 import os
 import ssl
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from sqlalchemy import make_url
 
 from nts_core.client import ClientError, load_roots
-from poolsvc.acme import AcmeError, load_account_key
+from poolsvc.acme import AcmeError, load_account_key, load_binding_key, secret_file
 from poolsvc.config import Settings
 from poolsvc.derived import RegistryKey
 from poolsvc.errors import PoolError
@@ -22,18 +22,35 @@ class UnusableFile(PoolError):
     code = "unusable-file"
 
 
-def check_files(settings: Settings) -> None:
+# What only the process that holds the account reads.
+ACCOUNT_FILES = ("ca.account_key_file", "ca.binding_key_file")
+
+
+def check_files(settings: Settings, without: Collection[str] = ()) -> None:
     """Raise the first fault. A mistake is better said at the start than in an alarm."""
-    for fault in faults(settings):
+    for fault in faults(settings, without):
         raise fault
 
 
-def faults(settings: Settings) -> Iterator[UnusableFile]:
-    """What keeps `serve` from using its files, each with the setting's name."""
+def check_account_files(settings: Settings) -> None:
+    """Raise the first fault of those files that only the process reads which holds the account."""
+    for setting, check in _ACCOUNT_CHECKS.items():
+        try:
+            check(settings)
+        except AcmeError as error:
+            raise _fault(setting, error.detail, _REMEDIES[setting]) from None
+
+
+def faults(settings: Settings, without: Collection[str] = ()) -> Iterator[UnusableFile]:
+    """What keeps `serve` and its children from using their files, each with the setting's name.
+
+    With `ca.socket` the account's files are another user's, and looked at by `acme serve`.
+    """
+    without = (*without, *ACCOUNT_FILES) if settings.ca.socket is not None else without
     for setting, check in (
         ("dns.tsig_secret_file", _tsig_secret),
         ("key_file", _registry_key),
-        ("ca.account_key_file", _account_key),
+        *_ACCOUNT_CHECKS.items(),
         ("ca.ca_file", _ca_roots),
         ("mail.password_file", _mail_password),
         ("mail.ca_file", _mail_roots),
@@ -41,6 +58,8 @@ def faults(settings: Settings) -> Iterator[UnusableFile]:
         ("tls_certificate, tls_key", _tls),
         ("oidc", _oidc),
     ):
+        if setting in without:
+            continue
         try:
             check(settings)
         except ClientError as error:
@@ -70,7 +89,10 @@ def _secrets(settings: Settings, file: Path) -> Iterator[tuple[str, Path]]:
     """The settings that name secrets, and the files."""
     yield "dns.tsig_secret_file", settings.dns.tsig_secret_file
     yield "key_file", settings.key_file
-    yield "ca.account_key_file", settings.ca.account_key_file
+    if settings.ca.socket is None:
+        yield "ca.account_key_file", settings.ca.account_key_file
+        if settings.ca.binding_key_file is not None:
+            yield "ca.binding_key_file", settings.ca.binding_key_file
     for provider in settings.oidc:
         yield f"oidc {provider.name}: client_secret_file", provider.client_secret_file
     if settings.mail is not None and settings.mail.password_file is not None:
@@ -89,8 +111,9 @@ _REMEDIES = {
     "dns.tsig_secret_file": "give a readable file with the key's base64 secret",
     "key_file": "give the registry's key, 32 octets in base64, readable for this user; "
     "without the file `serve` makes one",
-    "ca.account_key_file": "give the account's P-256 key in PEM, readable for this user; "
-    "without the file `serve` makes a new account",
+    "ca.account_key_file": "give the account's P-256 key in PEM, for this user's eyes only (chmod 600); "
+    "without the file a new account is made",
+    "ca.binding_key_file": "give the key as the CA gave it, for this user's eyes only (chmod 600)",
     "mail.password_file": "give a readable file with the password in one line",
     "tls_certificate, tls_key": "give a PEM chain and its key",
     "oidc": "give a readable file with the secret that the provider gave for the client",
@@ -113,8 +136,16 @@ def _registry_key(settings: Settings) -> None:
 
 def _account_key(settings: Settings) -> None:
     path = settings.ca.account_key_file
-    if path.exists():
+    if secret_file(path).exists():
         load_account_key(path)
+
+
+def _binding_key(settings: Settings) -> None:
+    if settings.ca.binding_key_file is not None:
+        load_binding_key(settings.ca.binding_key_file)
+
+
+_ACCOUNT_CHECKS = dict(zip(ACCOUNT_FILES, (_account_key, _binding_key), strict=True))
 
 
 def _ca_roots(settings: Settings) -> None:

@@ -20,7 +20,15 @@ from nts_core.control import ACME_PATH, HttpChallenge, IssuedCertificate
 from poolsvc import servers, troubles
 from poolsvc.acme import AcmeAccount, AcmeError, OrderFailed, OrderState, RevocationReason, poll_wait
 from poolsvc.acme import OrderStatus as AcmeOrderStatus
-from poolsvc.certificates import ChainError, CsrError, chain_facts, check_chain, check_csr, renew_at
+from poolsvc.certificates import (
+    ChainError,
+    CsrError,
+    chain_facts,
+    check_chain,
+    check_csr,
+    csr_key_sha256,
+    renew_at,
+)
 from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.errors import InvalidCsr, WrongState
@@ -106,8 +114,10 @@ def _needs_certificate(server: Server) -> bool:
     return server.state in servers.NAMED_STATES
 
 
-def take_csr(settings: Settings, server: Server, order_id: int, pem: str, now: datetime) -> None:
-    """The agent's answer to a WANTED order. Raises InvalidCsr; repeating it changes nothing."""
+async def take_csr(
+    session: AsyncSession, settings: Settings, server: Server, order_id: int, pem: str, now: datetime
+) -> None:
+    """The agent's answer to a WANTED order, for a key of its own. Raises InvalidCsr; repeating it changes nothing."""
     order = next((order for order in server.orders if order.id == order_id), None)
     if order is None or not wants_csr(server, order):
         return
@@ -115,7 +125,15 @@ def take_csr(settings: Settings, server: Server, order_id: int, pem: str, now: d
         check_csr(pem, settings.domain_of(server.name))
     except CsrError as error:
         raise InvalidCsr(str(error), remedy="let pool-agent make the request", field="csr") from None
-    order.csr, order.status, order.due_at = pem, OrderStatus.REQUESTED, now
+    key = csr_key_sha256(pem)
+    if await session.scalar(select(Order.id).where(Order.key_sha256 == key)) is not None:
+        raise InvalidCsr(
+            "the key was in an order before",
+            remedy="make another key for each order, as pool-agent does",
+            field="csr",
+        )
+    order.csr, order.key_sha256 = pem, key
+    order.status, order.due_at = OrderStatus.REQUESTED, now
 
 
 def note_serving(server: Server, tokens: tuple[str, ...], now: datetime) -> None:

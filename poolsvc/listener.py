@@ -233,6 +233,8 @@ class Listeners:
         deadlines: dict[str, Any] = {}
         try:
             peer.sock.setblocking(False)
+            # asyncio does so only for sockets that were made with the protocol's number.
+            peer.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self._tls is not None:
                 deadlines = {
                     "ssl": self._tls(),

@@ -21,7 +21,8 @@ from starlette.types import Receive, Scope, Send
 from nts_core.control import ACME_PATH
 from nts_core.shell import replace_file
 from nts_core.tls import new_key_and_csr
-from poolsvc.acme import AcmeAccount, AcmeConfig, AcmeError, OrderFailed, OrderState, PendingOrder, poll_wait
+from poolsvc.acme import AcmeAccount, AcmeError, OrderFailed, OrderState, PendingOrder, poll_wait
+from poolsvc.acme_client import RemoteAccount
 from poolsvc.certificates import ChainError, ChainFacts, chain_facts, check_chain, renew_at
 from poolsvc.config import Settings
 from poolsvc.gate import insecure_transport, may_carry_secret, problem
@@ -168,7 +169,7 @@ class AcmeCertificate:
 
     async def _renew(self) -> datetime:
         """One order with a new key; when the next one is due."""
-        account = await AcmeAccount.open(AcmeConfig.of(self._settings.ca))
+        account = await RemoteAccount.reach(self._settings)
         try:
             key, csr = new_key_and_csr(self._host)
             order = await account.order(csr, self._host)

@@ -38,7 +38,8 @@ from poolsvc import (
     teams,
     troubles,
 )
-from poolsvc.acme import AcmeAccount, AcmeConfig, AcmeError
+from poolsvc.acme import AcmeAccount, AcmeError
+from poolsvc.acme_client import RemoteAccount
 from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.deliveries import Post
@@ -54,8 +55,12 @@ LEASE = timedelta(seconds=20)
 _RENEWALS = 3
 _HOUSE_KEEPING = timedelta(hours=1)
 _FAREWELL = 2.0
+# How often orders are looked at for as long after the last one began, in seconds.
+_QUICK, _YOUNG = 0.02, 20.0
 # How often silent agents are looked for.
 _WATCH = timedelta(minutes=1)
+# The account's process may end once in this time without a wait.
+_STEADY = timedelta(minutes=1)
 _T = TypeVar("_T")
 
 
@@ -198,6 +203,7 @@ class Worker:
         self._roots = roots
         self._health = health
         self._account: AcmeAccount | None = None
+        self._unopened: RemoteAccount | None = None
         self._holder = leases.new_holder()
         self._leader = Leader(database, settings, self._holder)
         self._reported: list[str] | None = None
@@ -205,9 +211,11 @@ class Worker:
         self._house_kept_at: datetime | None = None
         self._account_due: datetime | None = None
         self._account_failures = 0
+        self._account_at: datetime | None = None
         self._opening = asyncio.Lock()
         self._post = Post(database, settings, key, Outbound(settings))
         self._watched_at: datetime | None = None
+        self._quick_until = 0.0
 
     async def run(self) -> None:
         """Work until cancelled, or until the steps under way have ended once the process is stopping."""
@@ -232,8 +240,9 @@ class Worker:
                 ):
                     group.create_task(self._repeat(work))
         finally:
-            if self._account is not None:
-                self._account.close()
+            for account in (self._account, self._unopened):
+                if account is not None:
+                    account.close()
             await self._resign()
 
     async def _resign(self) -> None:
@@ -262,7 +271,12 @@ class Worker:
             if work.__name__ in self._health.work:
                 await self._pause(self._settings.policy.step_retry)
             if not is_more:
-                await self._pause(self._settings.policy.tick)
+                await self._pause(self._until_next(work))
+
+    def _until_next(self, work: Work) -> float:
+        """Seconds between two looks for the same work: hardly any while an order of ours is young."""
+        is_quick = work == self._advance_orders and time.monotonic() < self._quick_until
+        return min(_QUICK, self._settings.policy.tick) if is_quick else self._settings.policy.tick
 
     async def _pause(self, seconds: float) -> None:
         """Sleep, but not beyond the moment at which the process is to stop."""
@@ -306,6 +320,7 @@ class Worker:
         async def begin(server_id: int) -> None:
             async with self._database.transaction() as session:
                 issuance.want(await servers.get(session, server_id), now)
+            self._quick_until = time.monotonic() + _YOUNG
 
         return await self._take(NEW_ORDERS, now, begin)
 
@@ -405,7 +420,7 @@ class Worker:
         if self._account_due is not None and now < self._account_due:
             return None
         try:
-            account = await AcmeAccount.open(AcmeConfig.of(self._settings.ca))
+            account = await self._reach()
         except AcmeError as error:
             if self._health.ca is None:
                 _log.error("ca_unreachable", code=error.code, detail=error.detail)
@@ -414,8 +429,12 @@ class Worker:
             self._account_due = now + max(wait, timedelta(seconds=error.retry_after or 0))
             self._account_failures += 1
             return None
-        self._health.ca = self._account_due = None
+        self._health.ca = None
         self._account_failures = 0
+        # A process that ends again and again is started again only after a wait.
+        is_steady = self._account_at is None or now - self._account_at > _STEADY
+        self._account_due = None if is_steady else now + self._settings.policy.step_wait(0)
+        self._account_at = now
         async with self._database.transaction() as session:
             pool = await the_pool(session, self._settings, lock=True)
             pool.account_uri = account.uri
@@ -423,6 +442,17 @@ class Worker:
             self._account.close()
         self._account = account
         _log.info("acme_account_open", uri=account.uri, at=now.isoformat())
+        return account
+
+    async def _reach(self) -> RemoteAccount:
+        """The account, by the process that is there: a CA that is away costs no start of another one."""
+        if self._unopened is not None and self._unopened.has_ended:
+            self._unopened.close()
+            self._unopened = None
+        if self._unopened is None:
+            self._unopened = await RemoteAccount.connect(self._settings)
+        await self._unopened.enter()
+        account, self._unopened = self._unopened, None
         return account
 
     async def _reconcile(self, now: datetime) -> bool:

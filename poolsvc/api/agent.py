@@ -3,6 +3,7 @@
 import base64
 import binascii
 import json
+import math
 import random
 from dataclasses import asdict
 from datetime import datetime, timedelta
@@ -47,11 +48,16 @@ from poolsvc.db import act_as
 from poolsvc.derived import Purpose
 from poolsvc.errors import Gone, InvalidDocument, NotFound, Unauthenticated
 from poolsvc.explain import why_not
-from poolsvc.models import Address, Server, Token, TokenKind
+from poolsvc.models import Address, Order, Server, Token, TokenKind
 from poolsvc.notices import NoticeKind
+from poolsvc.worker import LEASE
 
 router = APIRouter(prefix="/v1")
 _REJOIN_LIFE = timedelta(minutes=2)
+# Seconds between the reports of an agent whose order has just begun.
+_QUICK = 0.05
+# And of one whose order begins within a lease.
+_NEAR = 0.2
 # Requests a second: more than any wire carries. Comparisons with it also fail for what is not a number.
 _MAX_TRAFFIC = 1e9
 # Ed25519 points of small order: one constant signature of theirs fits every statement.
@@ -223,7 +229,7 @@ async def sync(
     await troubles.note_report(session, server, problem, now)
     server.traffic_cap, server.traffic = _figure(report.traffic_cap), _figure(report.traffic)
     if report.csr is not None:
-        issuance.take_csr(settings, server, report.csr.order, report.csr.pem, now)
+        await issuance.take_csr(session, settings, server, report.csr.order, report.csr.pem, now)
     issuance.note_serving(server, report.serving, now)
     proofs.note_serving(server, report.serving, now)
     why = "" if is_full and is_in_dns(server) else await _why(session, settings, server)
@@ -265,12 +271,24 @@ async def _assignment(
         ),
         http_port=settings.ports.http,
         ke_port=settings.ports.ke,
-        poll_after=min(interval, 2 * settings.policy.tick) if busy else interval,
+        poll_after=min(interval, _pace(server, order, now), *([2 * settings.policy.tick] if busy else [])),
         csr_for=order.id if order is not None and issuance.wants_csr(server, order) else None,
         challenges=issuance.challenges(server),
         certificate=issuance.newest(server),
         why=why,
     )
+
+
+def _pace(server: Server, order: Order | None, now: datetime) -> float:
+    """Seconds between the reports of an agent whose order is near: few far from it, many while it is young."""
+    begins = server.order_due_at if order is None else order.created_at
+    if begins is None:
+        return math.inf
+    distance = (now - begins).total_seconds()
+    if distance > 0:
+        return max(_QUICK, distance / 10)
+    # A time so near may be the lease of a worker that is beginning the order.
+    return _NEAR if distance > -LEASE.total_seconds() else -distance / 2
 
 
 def _interval(settings: Settings, servers_reporting: int) -> float:

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+from collections.abc import Collection
 from typing import Annotated
 
 import structlog
@@ -13,11 +14,11 @@ from nts_core.client import load_roots
 from nts_core.shell import configure_logging, raise_descriptor_limit
 from poolsvc import schema
 from poolsvc.app import Part, create_app
-from poolsvc.cli import accounts, data, dayone, keys
+from poolsvc.cli import accounts, acme, data, dayone, keys
 from poolsvc.cli.common import ConfigOption, ExitStatus, fail, read_registry_key, read_settings, refuse
 from poolsvc.config import Settings, split_endpoint
 from poolsvc.db import Database
-from poolsvc.files import UnusableFile, check_files
+from poolsvc.files import ACCOUNT_FILES, UnusableFile, check_files
 from poolsvc.schema import DatabaseUnusable
 from poolsvc.serving import create_server
 
@@ -27,6 +28,7 @@ app = typer.Typer(
 config_app = typer.Typer(no_args_is_help=True, help="the settings")
 database_app = typer.Typer(no_args_is_help=True, help="the database")
 app.add_typer(accounts.app, name="operator")
+app.add_typer(acme.app, name="acme")
 app.add_typer(config_app, name="config")
 app.add_typer(keys.app, name="key")
 app.command("init")(dayone.init)
@@ -61,7 +63,7 @@ def serve(
     configure_logging()
     raise_descriptor_limit()
     _check_migrated(settings)
-    _check_files(settings)
+    _check_files(settings, without=ACCOUNT_FILES)
     if settings.allow_private_addresses:
         structlog.get_logger().warning("private_addresses_allowed")
     listening = [_bind("listen", endpoint) for endpoint in settings.listen]
@@ -100,9 +102,9 @@ def _check_migrated(settings: Settings) -> None:
         refuse(ExitStatus.DATABASE, error)
 
 
-def _check_files(settings: Settings) -> None:
+def _check_files(settings: Settings, without: Collection[str] = ()) -> None:
     try:
-        check_files(settings)
+        check_files(settings, without)
     except UnusableFile as error:
         refuse(ExitStatus.CONFIGURATION, error)
 

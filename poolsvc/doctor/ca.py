@@ -16,10 +16,10 @@ async def directory(at: Examination) -> Finding:
             f"{ca.directory_url}: {error.detail}",
             "check ca.directory_url and ca.ca_file, the network, and the CA's status page",
         )
-    if terms.account_binding:
+    if terms.account_binding and ca.binding_key_id is None:
         return fail(
             "the CA wants accounts that are bound to a customer",
-            "choose a CA without external account binding",
+            "set ca.binding_key_id and ca.binding_key_file to what the CA gave you",
         )
     if ca.profile is not None and ca.profile not in terms.profiles:
         offered = ", ".join(terms.profiles) or "none"

@@ -16,6 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from nts_core.kernel import KernelClock, read_kernel
 from poolsvc import schema
+from poolsvc.acme import secret_file
 from poolsvc.certificates import ChainError, chain_facts, load_chain
 from poolsvc.config import split_endpoint
 from poolsvc.db import Database
@@ -40,7 +41,8 @@ LATE = 0.2  # of a certificate's life; whoever renews it should have done so
 
 async def files(at: Examination) -> Finding:
     found = [fail(fault.detail, fault.remedy) for fault in await asyncio.to_thread(list, faults(at.settings))]
-    if not found and not at.settings.ca.account_key_file.exists():
+    ca = at.settings.ca
+    if not found and ca.socket is None and not secret_file(ca.account_key_file).exists():
         return warn(
             "there is no ca.account_key_file", "`serve` makes it at its first start; keep a copy of it then"
         )

@@ -283,6 +283,9 @@ class Order(Base):
     error: Mapped[str | None] = mapped_column(String(1000))
 
     csr: Mapped[str | None] = mapped_column(Text)
+    key_sha256: Mapped[str | None] = mapped_column(
+        String(64), unique=True
+    )  # of its public key: no order has it again
     url: Mapped[str | None] = mapped_column(Text)
     authorization_url: Mapped[str | None] = mapped_column(Text)
     challenge_url: Mapped[str | None] = mapped_column(Text)

@@ -5,18 +5,20 @@ Members join and leave meanwhile; whatever ends is started again, as an init sys
 
 import asyncio
 import random
+import re
 import signal
 import sys
 import threading
 import time
 from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from itertools import pairwise
 
 import dns.message
 import dns.query
 import httpx
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from lab.pool import POOL, LabPool
 from lab.postgres import Postgres
@@ -352,3 +354,87 @@ def step_through(tmp_path, when, numbers):
         wait_until(lambda: targets(pool) == set(), "nobody in DNS", DEADLINE)
         examine(pool, url, [], removed)
     return number
+
+
+@contextmanager
+def account_apart(tmp_path, monkeypatch, url, addresses):
+    """A pool whose account is held by a process on a socket; both."""
+    monkeypatch.setenv("POOLSVC_CA__SOCKET", str(tmp_path / "run" / "acme.sock"))
+    with LabPool(tmp_path / "pool", database=url, addresses=addresses, opening_size=1) as pool:
+        argv = [script("poolsvc"), "acme", "serve", "--config", str(pool.config)]
+        with Process("acme", argv, pool.directory) as account:
+            yield pool, account
+
+
+def renew(url, name):
+    """Let the next certificate be due now; return once it is there."""
+
+    async def make_due():
+        database = Database(url)
+        try:
+            async with database.transaction() as session:
+                due = update(Server).where(Server.name == name).values(order_due_at=datetime.now(UTC))
+                await session.execute(due)
+        finally:
+            await database.close()
+
+    asyncio.run(make_due())
+    wait_until(lambda: len(orders_of(url, name, OrderStatus.ISSUED)) == 2, f"{name} renewed", DEADLINE)
+
+
+def orders_of(url, name, *statuses):
+    servers, _, orders, _ = rows(url)
+    (server,) = (row for row in servers if row.name == name)
+    return [row for row in orders if row.server_id == server.id and row.status in (statuses or OrderStatus)]
+
+
+def account_dies_at(pool, account, url, number, when):
+    """A member gets its certificate, another one, and leaves, while the account's process dies once; whether it did."""
+    name, healthy = f"{when}{number}", account.argv
+    account.stop()
+    account.argv = [sys.executable, "-m", "lab.mortal_ca", str(number), when, *healthy[1:]]
+    account.start()
+    account.argv = healthy
+    with Keeper([account]) as keeper:
+        member = join(pool, name)
+        reach(pool, member, "active")
+        renew(url, name)
+        leave(pool, member)
+        reach(pool, member, "removed")
+    wait_until(lambda: is_quiet(url), "all orders and notices settled", DEADLINE)
+    found = orders_of(url, name)
+    assert [order.status for order in found] == [OrderStatus.ISSUED] * 2, "an order was given up"
+    assert len({order.url for order in found}) == 2
+    for order in found:
+        assert None not in (order.deactivated_at, order.revoked_at)
+        assert pool.pebble.certificate_status(order.serial) == "Revoked"
+    return keeper.restarts > 0
+
+
+def account_dies_at_each(tmp_path, monkeypatch, when, numbers):
+    """The number at which the process died no more, or the last one."""
+    url = f"sqlite+aiosqlite:///{tmp_path}/registry.db"
+    with account_apart(tmp_path, monkeypatch, url, 220) as (pool, account):
+        for number in numbers:
+            if not account_dies_at(pool, account, url, number, when):
+                break
+        known = {order.serial for order in rows(url)[2]}
+        made = set(re.findall(r"Issued certificate serial ([0-9a-f]+)", pool.pebble.process.output()))
+        assert made, "the CA's log says what it issued"
+        assert {serial.lstrip("0") for serial in made} == known, "a certificate was lost"
+    return number
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_the_accounts_process_killed_at_some_requests(tmp_path, monkeypatch, when):
+    assert account_dies_at_each(tmp_path, monkeypatch, when, [2, 8, 14]) == 14
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_the_accounts_process_killed_at_every_request(tmp_path, monkeypatch, when):
+    """From the account's registration to the last revocation."""
+    survived = account_dies_at_each(tmp_path, monkeypatch, when, range(1, 200))
+    assert survived > 15, "a life asks the CA more often than that"

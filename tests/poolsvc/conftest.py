@@ -535,7 +535,8 @@ class Flow:
             issuance.want(server, self.now)
             await session.flush()
             order = server.orders[-1]
-            issuance.take_csr(self.settings, server, order.id, new_key_and_csr(NAME)[1], self.now)
+            csr = new_key_and_csr(NAME)[1]
+            await issuance.take_csr(session, self.settings, server, order.id, csr, self.now)
 
     async def serve(self) -> None:
         """The agent serves the challenge that the registry relays, and says so."""

@@ -1,10 +1,13 @@
 """The registry's ACME adapter against a strict Pebble, with the agent's responder and a DNS server of ours."""
 
 import asyncio
+import base64
 import contextlib
 import datetime as dt
+import json
 import socket
 import time
+from dataclasses import replace
 
 import pytest
 from cryptography import x509
@@ -18,9 +21,12 @@ from poolsvc.acme import (
     AcmeError,
     OrderState,
     RevocationReason,
+    load_account_key,
+    new_account_key,
     retry_after_seconds,
+    roll_account_key,
 )
-from poolsvc.certificates import CsrError, chain_facts, check_chain
+from poolsvc.certificates import CsrError, chain_facts, check_chain, key_sha256
 
 NAME = "alice.servers.pool.example"
 NOW = dt.datetime(2026, 3, 1, 12, tzinfo=dt.UTC)
@@ -267,7 +273,7 @@ async def test_finalize_before_validation_is_refused_but_not_for_ever(lab):
     assert not caught.value.permanent
 
 
-async def test_the_account_key_as_certificate_key_is_refused_for_ever(lab):
+async def test_the_account_key_is_no_key_for_a_certificate(lab):
     account = await lab.account(lab.pebble())
     key_file = lab.directory / "keys" / "account.pem"
     key = serialization.load_pem_private_key(await asyncio.to_thread(key_file.read_bytes), None)
@@ -278,11 +284,106 @@ async def test_the_account_key_as_certificate_key_is_refused_for_ever(lab):
         .public_bytes(serialization.Encoding.PEM)
         .decode()
     )
-    order = await validated(lab, account, csr)
-    with pytest.raises(AcmeError) as caught:
+    with pytest.raises(CsrError, match="account at the CA"):
+        await account.order(csr, NAME)
+    order = await validated(lab, account, make_csr())
+    with pytest.raises(CsrError, match="account at the CA"):
         await account.finalize(order.url, csr)
-    assert caught.value.code == "badCSR"
-    assert caught.value.permanent
+
+
+async def test_no_other_host_than_the_cas_is_asked(lab):
+    """Whoever names a URL, a caller or the CA itself: nothing is signed for somebody else."""
+    account, calls = await lab.account(lab.pebble()), []
+
+    async def note(_reader, writer):
+        calls.append(writer)
+        writer.close()
+
+    async with await asyncio.start_server(note, "127.0.0.1", 0) as server:
+        url = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}/x"
+        for call in (account.poll, account.answer, account.download, account.deactivate_authorization):
+            for there in (url, "https://[", "", "file:///etc/passwd"):
+                with pytest.raises(AcmeError, match="not an address of this CA"):
+                    await call(there)
+    assert calls == []
+
+
+async def test_a_key_that_others_can_read_is_refused(lab):
+    config = lab.config(lab.pebble())
+    (await AcmeAccount.open(config)).close()
+    config.account_key_file.chmod(0o640)
+    with pytest.raises(AcmeError, match="0640") as caught:
+        await AcmeAccount.open(config)
+    assert caught.value.code == "account-key"
+
+
+def bound_only(lab):
+    """A Pebble that takes only accounts which are bound to its customer kid-1; the customer's key."""
+    pebble, key = lab.pebble(), base64.urlsafe_b64encode(bytes(range(32))).decode().rstrip("=")
+    pebble.stop()
+    file = lab.directory / "pebble" / "pebble.json"
+    document = json.loads(file.read_text())
+    binding = {"externalAccountBindingRequired": True, "externalAccountMACKeys": {"kid-1": key}}
+    file.write_text(json.dumps({"pebble": document["pebble"] | binding}))
+    return pebble.start(), key
+
+
+async def test_an_account_is_bound_to_a_customer_of_the_cas(lab, tmp_path):
+    pebble, key = await asyncio.to_thread(bound_only, lab)
+    plain = lab.config(pebble)
+    with pytest.raises(AcmeError) as caught:
+        await AcmeAccount.open(plain)
+    assert (caught.value.code, caught.value.permanent) == ("externalAccountRequired", True)
+    file = tmp_path / "binding.key"
+    config = replace(plain, binding_key_id="kid-1", binding_key_file=file)
+    with pytest.raises(AcmeError, match=r"binding\.key"):
+        await AcmeAccount.open(config)
+    file.touch(mode=0o600)
+    for wrong in ("", "no key: ü", base64.urlsafe_b64encode(bytes(32)).decode()):
+        file.write_text(wrong)
+        with pytest.raises(AcmeError):
+            await AcmeAccount.open(config)
+    file.write_text(f"{key}\n")
+    account = await AcmeAccount.open(config)
+    account.close()
+    again = await AcmeAccount.open(config)
+    again.close()
+    assert again.uri == account.uri
+    file.chmod(0o644)
+    with pytest.raises(AcmeError, match="0644"):
+        await AcmeAccount.open(config)
+
+
+async def test_the_key_may_be_a_credential_of_systemds(lab, tmp_path, monkeypatch):
+    """It comes before the file, whatever its mode is: systemd guards it by access lists as well."""
+    config = lab.config(lab.pebble())
+    (await AcmeAccount.open(config)).close()
+    credential = tmp_path / config.account_key_file.name
+    credential.write_bytes(new_account_key())
+    credential.chmod(0o440)
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    account = await AcmeAccount.open(config)
+    account.close()
+    assert account._network.key_sha256 == key_sha256(load_account_key(config.account_key_file).public_key())
+    with pytest.raises(AcmeError, match="cannot be replaced"):
+        await roll_account_key(config)
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY")
+    other = await AcmeAccount.open(config)
+    other.close()
+    assert other.uri != account.uri
+
+
+async def test_calls_that_wait_when_the_account_is_closed_end_in_an_error(lab):
+    pebble = lab.pebble()
+    account = await AcmeAccount.open(lab.config(pebble))
+    url = pebble.directory_url.replace("dir", "my-order/1")
+    calls = [asyncio.create_task(account.poll(url)) for _ in range(5)]
+    await asyncio.sleep(0)
+    account.close()
+    with pytest.raises(AcmeError, match="closed"):
+        await account.poll(url)
+    for outcome in await asyncio.gather(*calls, return_exceptions=True):
+        assert isinstance(outcome, AcmeError)
 
 
 async def test_the_account_is_found_again_by_its_key(lab):

@@ -12,6 +12,8 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
 from sqlalchemy import event, make_url, select, update
 
 from nts_core.control import ServerState, Stage, StageStatus
@@ -485,6 +487,24 @@ async def test_a_request_for_the_order_makes_it_go_on(ordered):
     assert (await the_order(ordered)).csr == pem, "the first one counts"
 
 
+async def test_an_agent_reports_more_often_the_nearer_its_order_is(ordered):
+    async def poll_after(**values):
+        async with ordered.registry.database.transaction() as session:
+            now, table = datetime.now(UTC), Order if "created_at" in values else Server
+            await session.execute(update(table).values({name: now + by for name, by in values.items()}))
+        return (await sync(ordered)).json()["poll_after"]
+
+    tick, idle = 2 * ordered.registry.settings.policy.tick, ordered.registry.settings.policy.agent_interval
+    assert await poll_after(created_at=timedelta(0)) == pytest.approx(min(0.05, tick))
+    assert await poll_after(created_at=timedelta(hours=-1)) == pytest.approx(tick)
+    async with ordered.registry.database.transaction() as session:
+        await session.execute(update(Order).values(status=OrderStatus.FAILED))
+    assert idle <= await poll_after(order_due_at=timedelta(days=30)) <= 1.1 * idle
+    assert await poll_after(order_due_at=timedelta(seconds=60)) == pytest.approx(30, abs=5)
+    assert await poll_after(order_due_at=timedelta(seconds=15)) == pytest.approx(0.2)
+    assert await poll_after(order_due_at=timedelta(0)) < 5
+
+
 async def test_a_request_for_another_order_is_ignored(ordered):
     bob = await ordered.registry.server("bob", "198.18.0.2")
     async with ordered.registry.database.transaction() as session:
@@ -495,6 +515,26 @@ async def test_a_request_for_another_order_is_ignored(ordered):
         assert answer.json()["csr_for"] == ordered.order
     async with ordered.registry.database.transaction() as session:
         assert [row.csr for row in await session.scalars(select(Order))] == [None, None]
+
+
+async def test_a_key_is_in_one_order_only(ordered):
+    """Also not in the next one of the same server, and not in another request for it."""
+    private, pem = new_key_and_csr("alice.servers.pool.example")
+    await sync(ordered, csr={"order": ordered.order, "pem": pem})
+    async with ordered.registry.database.transaction() as session:
+        await session.execute(update(Order).values(status=OrderStatus.FAILED))
+        session.add(Order(server_id=ordered.server, status=OrderStatus.WANTED, created_at=NOW))
+    wanted = (await sync(ordered)).json()["csr_for"]
+    assert wanted != ordered.order
+    key = serialization.load_pem_private_key(private.encode(), None)
+    names = x509.SubjectAlternativeName([x509.DNSName("alice.servers.pool.example")])
+    builder = x509.CertificateSigningRequestBuilder(x509.Name([])).add_extension(names, critical=False)
+    other = builder.sign(key, hashes.SHA512()).public_bytes(serialization.Encoding.PEM).decode()
+    for again in (pem, other):
+        answer = await sync(ordered, csr={"order": wanted, "pem": again})
+        assert "another key" in problem(answer, 422, "invalid-csr", "csr")["remedy"]
+    fresh = new_key_and_csr("alice.servers.pool.example")[1]
+    assert (await sync(ordered, csr={"order": wanted, "pem": fresh})).json()["csr_for"] is None
 
 
 async def test_a_request_that_is_not_for_the_domain_is_refused(ordered):

@@ -8,6 +8,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
+from poolsvc import weak_keys
 from poolsvc.certificates import (
     DETAIL_LIMIT,
     ChainError,
@@ -87,6 +88,35 @@ CLIENT_AUTH = x509.ExtendedKeyUsage([x509.ExtendedKeyUsageOID.CLIENT_AUTH])
 def test_other_requests_are_refused_by_their_fault(make, fault):
     with pytest.raises(CsrError, match=fault):
         check_csr(make(), NAME)
+
+
+X_COORDINATES = {
+    "RFC 5903 section 8.1, initiator": "DAD0B65394221CF9B051E1FECA5787D098DFE637FC90B9EF945D0C3772581180",
+    "RFC 5903 section 8.1, responder": "D12DFB5289C8D4F81208B70270398C342296970A0BCCB74C736FC7554494BF63",
+    "RFC 6979 appendix A.2.5": "60FED4BA255A9D31C961EB74C6356D68C049B8923B61FA6CE669622E60F29FB6",
+    "RFC 7515 appendix A.3": "f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU",
+    "RFC 7517 appendix A.2": "MKBCTNIcKUSDii11ySs3526iDZ8AiTo7Tu6KPAqv7D4",
+    "RFC 7518 appendix C, Alice": "gI0GAILBdu7T53akrFmMyGcsF3n5dO7MmwNBHKW5SV0",
+    "RFC 7518 appendix C, Bob": "weNJy2HscCSM6AEDTDg04biOvhFhyyWvOHQfeF_PxMQ",
+    "RFC 9500 section 2.3": "422548F88FB782FFB5ECA3744452C72A1E558FBD6F73BE5E48E93232CC45C5B1",
+}
+
+
+@pytest.mark.parametrize("source", weak_keys.PUBLISHED)
+def test_a_key_that_a_standard_prints_is_refused(source):
+    """The public key that the standard prints beside it says that none was copied wrongly."""
+    key = ec.derive_private_key(weak_keys.scalar(weak_keys.PUBLISHED[source]), ec.SECP256R1())
+    assert key.public_key().public_numbers().x == weak_keys.scalar(X_COORDINATES[source])
+    with pytest.raises(CsrError, match="others have the private key"):
+        check_csr(make_csr(key=key), NAME)
+
+
+def test_a_key_of_a_small_number_or_its_negative_is_refused():
+    order = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
+    for number in (1, 2, weak_keys.SMALLEST, order - 1, order - weak_keys.SMALLEST):
+        with pytest.raises(CsrError, match="small number"):
+            check_csr(make_csr(key=ec.derive_private_key(number, ec.SECP256R1())), NAME)
+    check_csr(make_csr(key=ec.derive_private_key(weak_keys.SMALLEST + 1, ec.SECP256R1())), NAME)
 
 
 def self_signed(key, name=NAME) -> str:

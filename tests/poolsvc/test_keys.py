@@ -120,6 +120,19 @@ async def test_a_new_account_key_for_the_same_account(lab):
     assert await uri(config) != account, "the old key is still the account's"
 
 
+async def test_the_key_is_not_changed_under_those_who_use_it(lab):
+    config = lab.config(lab.pebble())
+    account = await AcmeAccount.open(config)
+    path, aside = keys(config)
+    before = path.read_bytes()
+    with pytest.raises(AcmeError, match="stop `serve` first"):
+        await roll_account_key(config)
+    assert path.read_bytes() == before
+    assert not aside.exists()
+    account.close()
+    assert await roll_account_key(config) == account.uri
+
+
 async def test_the_command_rolls_the_key(lab, tmp_path, init):
     pebble = lab.pebble()
     await asyncio.to_thread(init)
@@ -180,6 +193,7 @@ async def test_a_death_before_the_ca_heard_is_made_good(lab):
     account = await uri(config)
     path, aside = keys(config)
     before, new = path.read_bytes(), new_account_key()
+    aside.touch(mode=0o600)
     aside.write_bytes(new)
     assert await uri(config) == account
     assert path.read_bytes() == before

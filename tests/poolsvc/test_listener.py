@@ -156,6 +156,17 @@ async def test_many_silent_connections_of_one_address_do_not_close_the_service(s
         sock.close()
 
 
+async def test_an_answer_does_not_wait_for_the_peers_acknowledgement(serve):
+    """Head and body go as two packets; asyncio leaves Nagle's rule to hold the second one back for 40 ms."""
+    listeners, address, _ = serve(Limits())
+    reader, writer = await connect(address)
+    writer.write(GET)
+    await answer(reader)
+    (peer,) = listeners._peers
+    assert peer.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    await drop(writer)
+
+
 @pytest.mark.parametrize("first", [b"", GET], ids=["first", "second"])
 async def test_a_head_that_drips_ends_at_its_deadline(serve, first):
     listeners, address, _ = serve(QUICK)

@@ -12,7 +12,9 @@ from alembic import command
 from sqlalchemy.exc import IntegrityError, StatementError
 
 from nts_core.control import ServerState, Stage, StageStatus
+from nts_core.tls import new_key_and_csr
 from poolsvc import auth, schema
+from poolsvc.certificates import csr_key_sha256
 from poolsvc.db import Database
 from poolsvc.errors import NotFound
 from poolsvc.models import (
@@ -240,6 +242,30 @@ INSERT INTO events (id, server_id, at, actor, kind, before, after, reason) VALUE
   (1, 1, '2026-01-01 00:00:00', 'member 1', 'registered', NULL, 'registered', ''),
   (2, 1, '2026-01-01 00:00:01', 'worker', 'address-proved', 'registered', 'verified', 'why')
 """
+
+
+def test_keys_of_orders_that_are_there_are_known_from_now_on(empty_url, alembic):
+    """Whoever has the same key in two orders: the first one has it."""
+    config = alembic(empty_url)
+    command.upgrade(config, "6c55726924fc")
+    csr = new_key_and_csr("alice.servers.pool.example")[1]
+    engine = sa.create_engine(empty_url.replace("+aiosqlite", ""), poolclass=sa.NullPool)
+    with engine.begin() as connection:
+        member, _, server, *_ = OLD.split(";")
+        connection.execute(sa.text(member))
+        connection.execute(sa.text(server))
+        for request in (csr, csr, "garbage", None):
+            connection.execute(
+                sa.text(
+                    "INSERT INTO orders (server_id, status, created_at, attempts, csr)"
+                    " VALUES (1, 'issued', '2026-01-01 00:00:00', 0, :csr)"
+                ),
+                {"csr": request},
+            )
+    command.upgrade(config, "head")
+    with engine.connect() as connection:
+        found = connection.execute(sa.text("SELECT key_sha256 FROM orders ORDER BY id")).scalars().all()
+    assert found == [csr_key_sha256(csr), None, None, None]
 
 
 def test_what_the_version_before_kept_is_there_and_works(empty_url, alembic):
