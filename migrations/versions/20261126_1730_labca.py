@@ -4,7 +4,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "8c1f0e5b72d3"
-down_revision = "4a054848f497"
+down_revision = "7f1c0a9d52e3"
 branch_labels = None
 depends_on = None
 
