@@ -131,7 +131,7 @@ async def test_a_whole_life_in_dns_and_when_each_step_is_noted(world):
     assert [text.split()[-1] for text in world.ask(SERVICE, "SRV")] == [owner("alice")]
     assert (await world.registry.get(bob)).listed_at is None
     async with world.registry.change(alice) as (session, server):
-        await servers.leave(session, server, actor="test", reason="", now=NOW)
+        await servers.leave(session, server, actor="test", reason="", now=NOW, emergency=True)
     assert await world.passes()
     found = await world.registry.get(alice)
     assert (found.srv_withdrawn_at is None, found.name_broken_at) == (False, None)
@@ -199,7 +199,7 @@ async def test_a_row_that_changed_during_the_pass_learns_nothing_of_it(world):
     alice = await world.server("alice", "192.0.2.1")
     await world.publication.look(NOW)
     async with world.registry.change(alice) as (session, server):
-        await servers.leave(session, server, actor="test", reason="", now=NOW)
+        await servers.leave(session, server, actor="test", reason="", now=NOW, emergency=True)
     await world.publication.publish(1, NOW)
     found = await world.registry.get(alice)
     assert (found.named_at, found.srv_withdrawn_at, found.name_broken_at) == (None, None, None)
