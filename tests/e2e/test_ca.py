@@ -62,6 +62,7 @@ def test_a_removed_member_with_the_pools_account_gets_no_certificate(pool, tmp_p
     member = pool.add("alice").start()
     serial = pool.wait_for_state(member, "active")["certificates"][-1]["serial"]
     key = tmp_path / "account.pem"
+    key.touch(mode=0o600)
     key.write_bytes((pool.directory / "acme-account.pem").read_bytes())
     remove(pool, member)
     pool.wait_for_state(member, "removed", 60)
@@ -158,7 +159,11 @@ def test_an_emergency_is_over_in_a_minute_or_says_what_is_outstanding(pool):
         wait_until(lambda: without_dns.view()["receipt"]["certificate_revoked_at"], "the CA waits for no DNS")
         steps = [text.partition(":")[0] for text in without_dns.view()["receipt"]["outstanding"]]
         assert steps == ["SRV", "addresses and CAA"]
-        assert any(text.startswith("DNS") for text in pool.api().call("GET", "/v1/pool")["alarms"])
+        public = pool.api()
+        wait_until(
+            lambda: any(text.startswith("DNS") for text in public.call("GET", "/v1/pool")["alarms"]),
+            "the alarm about DNS",
+        )
     finally:
         pool.knot.start()
     pool.wait_for_state(without_dns, "removed")
