@@ -56,7 +56,7 @@ _RENEWALS = 3
 _HOUSE_KEEPING = timedelta(hours=1)
 _FAREWELL = 2.0
 # How often orders are looked at for as long after the last one began, in seconds.
-_QUICK, _YOUNG = 0.02, 20.0
+_QUICK, _YOUNG = 0.01, 10.0
 # How often silent agents are looked for.
 _WATCH = timedelta(minutes=1)
 # The account's process may end once in this time without a wait.
