@@ -31,7 +31,13 @@ _MAX_ORDERS = 1000
 _DEADLINE = 60.0
 # Before an order is due, so that the agent has heard of it; in a pool it has months.
 _NOTICE = timedelta(seconds=3)
-_POLICY = {"TICK": "1", "AGENT_INTERVAL": "2", "STEP_RETRY": "10"}
+_POLICY = {
+    "TICK": "1",
+    "AGENT_INTERVAL": "2",
+    "STEP_RETRY": "10",
+    "REQUESTS_PER_SECOND_AND_TOKEN": "100",  # of the bench itself, which looks whether alice is active
+    "REQUESTS_PER_SECOND_AND_ADDRESS": "200",
+}
 
 
 @dataclass(frozen=True, slots=True)
