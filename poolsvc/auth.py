@@ -59,6 +59,7 @@ class Operation(StrEnum):
     JUDGE_SERVER = "judge-server"
     INVITE = "invite"
     APPOINT_STAFF = "appoint-staff"
+    SET_CA_LIMITS = "set-ca-limits"
     # programs
     JOIN = "join"
     AGENT = "agent"
@@ -108,6 +109,7 @@ PERMISSIONS: Mapping[Operation, Permission] = {
     _O.JUDGE_SERVER: _permission("operator", Scope.POOL),
     _O.INVITE: _permission("operator", Scope.POOL),
     _O.APPOINT_STAFF: _permission("operator", Scope.POOL),
+    _O.SET_CA_LIMITS: _permission("operator", Scope.POOL),
     _O.JOIN: _permission("join", None),
     _O.AGENT: _permission("agent", None),
 }

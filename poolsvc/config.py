@@ -21,6 +21,7 @@ from pydantic import (
 from pydantic_settings import SettingsConfigDict
 
 from nts_core.shell import ProgramSettings, SettingsError
+from poolsvc.budget import MOST, Limit, Limits
 from poolsvc.names import DOMAIN
 
 _SQLITE = "sqlite+aiosqlite:///"
@@ -132,6 +133,37 @@ class DnsSettings(_Section):
     address_ttl: int = Field(300, ge=1, le=86400)
 
 
+class LimitSettings(_Section):
+    """A limit of a CA: so many within so many hours, one back after each share of them."""
+
+    count: int = Field(ge=1, le=MOST)
+    hours: float = Field(gt=0, le=8760)
+
+    @property
+    def limit(self) -> Limit:
+        return Limit(self.count, timedelta(hours=self.hours))
+
+
+class CaLimitSettings(_Section):
+    """What the CA allows; the defaults are Let's Encrypt's."""
+
+    certificates: LimitSettings = Field(
+        LimitSettings(count=50, hours=168), description="new ones in the pool's registered domain"
+    )
+    same_name: LimitSettings = LimitSettings(count=5, hours=168)
+    failed_validations: LimitSettings = LimitSettings(count=5, hours=1)
+    orders: LimitSettings = LimitSettings(count=300, hours=3)
+
+    @property
+    def terms(self) -> Limits:
+        return Limits(
+            certificates=self.certificates.limit,
+            orders=self.orders.limit,
+            same_name=self.same_name.limit,
+            failed_validations=self.failed_validations.limit,
+        )
+
+
 class CaSettings(_Section):
     """The CA and the identity by which CAA records name it."""
 
@@ -145,6 +177,7 @@ class CaSettings(_Section):
     contact: tuple[str, ...] = ()
     ca_file: Path | None = None
     profile: str | None = None
+    limits: CaLimitSettings = CaLimitSettings()
 
     @model_validator(mode="after")
     def _binding_is_whole(self) -> Self:

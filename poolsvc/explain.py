@@ -1,10 +1,11 @@
 """Why a server is, or is not, in the pool's answer: its stages in order, each with since when and the remedy."""
 
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from nts_core.control import ServerState, Stage, StageStatus
 from poolsvc import agentless, servers
+from poolsvc.budget import Place
 from poolsvc.config import Settings
 from poolsvc.models import ENDED_STATES, Order, Pool, Server
 
@@ -54,9 +55,18 @@ _PROBED = (
 )
 
 
-def explain(server: Server, pool: Pool, settings: Settings, *, active: int) -> list[StageView]:
-    """All stages in order. `active` is how many servers are ACTIVE; it matters until the pool opens."""
-    views = [_name(server), _addresses(server), _issuance(server)]
+def explain(
+    server: Server, pool: Pool, settings: Settings, *, active: int, place: Place | None = None
+) -> list[StageView]:
+    """All stages in order. `active` is how many servers are ACTIVE; it matters until the pool opens.
+
+    `place`: where it stands, if it waits for the CA's limits.
+    """
+    views = [
+        _name(server),
+        _addresses(server),
+        _issuance(server) if place is None else _queued(server, place),
+    ]
     probed = {record.stage: record for record in server.stages}
     for stage in _PROBED:
         record = probed.get(stage)
@@ -131,6 +141,23 @@ def _issuance(server: Server) -> StageView:
     if latest.error is not None:
         return _view(Stage.ISSUANCE, StageStatus.FAILED, latest.created_at, latest.error)
     return _view(Stage.ISSUANCE, StageStatus.WAITING, latest.created_at, f"order {latest.status}")
+
+
+def _queued(server: Server, place: Place) -> StageView:
+    days = place.limit.period / timedelta(days=1)
+    detail = (
+        f"{_ordinal(place.position)} of {place.waiting} that wait for the CA's limit of {place.limit.count}"
+        f" new certificates in {days:g} days; about {place.turn_at:%Y-%m-%d %H:%M} UTC"
+    )
+    if server.orders and (error := server.orders[-1].error) is not None:
+        detail += f"; the order before: {error}"
+    remedy = "nothing: you are let in when it is your turn"
+    return StageView(Stage.ISSUANCE, StageStatus.WAITING, server.named_at, detail, remedy)
+
+
+def _ordinal(number: int) -> str:
+    is_teen = 11 <= number % 100 <= 13
+    return f"{number}{'th' if is_teen else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
 
 
 def _own_order(server: Server) -> str:

@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import selectinload
 
 from nts_core.control import ACME_PATH, HttpChallenge, IssuedCertificate
-from poolsvc import servers, troubles
+from poolsvc import onboarding, servers, troubles
 from poolsvc.acme import AcmeAccount, AcmeError, OrderFailed, OrderState, RevocationReason, poll_wait
 from poolsvc.acme import OrderStatus as AcmeOrderStatus
 from poolsvc.certificates import (
@@ -32,11 +32,10 @@ from poolsvc.certificates import (
 from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.errors import InvalidCsr, WrongState
-from poolsvc.models import Order, OrderStatus, Server
+from poolsvc.models import OPEN_ORDERS, Order, OrderStatus, Server
 from poolsvc.outbound import FetchError, Outbound, http_origin
 
 _log = structlog.get_logger()
-_OPEN = frozenset(OrderStatus) - {OrderStatus.ISSUED, OrderStatus.FAILED}
 _KEY_AUTHORIZATION_LIMIT = 512
 _GONE = frozenset({HTTPStatus.NOT_FOUND, HTTPStatus.GONE})
 # After about an hour, or seven minutes where the CA has told of a failure and keeps the challenge open, as some do.
@@ -45,7 +44,7 @@ _MAX_POLLS, _MAX_POLLS_OF_FAILED = 128, 20
 
 def open_order(server: Server) -> Order | None:
     """The order under way, if any."""
-    return next((order for order in reversed(server.orders) if order.status in _OPEN), None)
+    return next((order for order in reversed(server.orders) if order.status in OPEN_ORDERS), None)
 
 
 def want(server: Server, now: datetime) -> None:
@@ -169,7 +168,9 @@ async def advance(
     """Take the next step of an order and record it, or record why it could not be taken."""
     async with database.transaction() as session:
         order = await _load(session, order_id)
-    server = order.server
+        server = order.server
+        if await onboarding.put_off(session, server, order, now):
+            return
     step = _STEPS.get(order.status)
     if step is None:
         return
@@ -178,7 +179,9 @@ async def advance(
     except AcmeError as error:
         # An order that the CA knows no more has expired, or the CA has lost its data.
         is_over = error.permanent or (error.status in _GONE and not account.lost)
-        change = _failed(order, error.detail) if is_over else _retry(settings, order, error, now)
+        until = _again_at(settings, order, error, now)
+        change = _failed(order, error.detail) if is_over else _retry(order, error, until)
+        await onboarding.note_refusal(database, server, error, now, until)
     except (OrderFailed, CsrError, ChainError) as error:
         change = _failed(order, str(error))
     except FetchError as error:
@@ -194,6 +197,7 @@ async def advance(
                 await troubles.tell_order(session, server, current, now)
         elif order.status is OrderStatus.FINALIZING and current.not_before and current.not_after:
             server.order_failures = 0
+            server.counted_at = server.counted_at or now
             # Never at once again, whatever times a CA writes into its certificates.
             soonest = now + settings.policy.order_wait(0)
             server.order_due_at = max(renew_at(current.not_before, current.not_after), soonest)
@@ -387,11 +391,15 @@ def _poll_again(order: Order, found: AcmeOrderStatus, now: datetime) -> Change:
     )
 
 
-def _retry(settings: Settings, order: Order, error: AcmeError, now: datetime) -> Change:
+def _again_at(settings: Settings, order: Order, error: AcmeError, now: datetime) -> datetime:
+    """When a step is tried again that the CA could not, or would not, take."""
+    return now + max(settings.policy.step_wait(order.attempts), timedelta(seconds=error.retry_after or 0))
+
+
+def _retry(order: Order, error: AcmeError, until: datetime) -> Change:
     """The CA is away or busy: the same step again later, the order stays."""
-    wait = max(settings.policy.step_wait(order.attempts), timedelta(seconds=error.retry_after or 0))
     _log.warning("ca_step_failed", order=order.id, step=order.status, code=error.code)
-    return _wait(order, f"CA: {error.detail}", now + wait)
+    return _wait(order, f"CA: {error.detail}", until)
 
 
 def _failed(order: Order, reason: str) -> Change:

@@ -433,6 +433,7 @@ class Publication:
                             setattr(server, name, value)
                         if "named_at" in news[server.id]:
                             server.order_due_at = self._first_order(server, now)
+                            server.queue_round = None
                         noted.append(server.id)
             for server_id in noted:
                 self._learn(server_id, news[server_id])

@@ -122,6 +122,8 @@ async def advance(
         server = await servers.get(session, server_id)
         for order in server.orders:
             _note(order, done, now)
+        if done.late_chains:
+            server.counted_at = server.counted_at or now
         if not server.agentless:
             _note_ca_steps(server, now)
         server.removal_error = done.error

@@ -30,6 +30,7 @@ from poolsvc import (
     maintenance,
     monitoring,
     notices,
+    onboarding,
     proofs,
     removal,
     samples,
@@ -216,6 +217,7 @@ class Worker:
         self._post = Post(database, settings, key, Outbound(settings))
         self._watched_at: datetime | None = None
         self._quick_until = 0.0
+        self._queue_seen_at: datetime | None = None
 
     async def run(self) -> None:
         """Work until cancelled, or until the steps under way have ended once the process is stopping."""
@@ -317,12 +319,15 @@ class Worker:
         )
 
     async def _begin_orders(self, now: datetime) -> bool:
-        async def begin(server_id: int) -> None:
-            async with self._database.transaction() as session:
-                issuance.want(await servers.get(session, server_id), now)
-            self._quick_until = time.monotonic() + _YOUNG
-
-        return await self._take(NEW_ORDERS, now, begin)
+        is_look = self._queue_seen_at is None or now - self._queue_seen_at >= onboarding.LOOK
+        async with hold(self._database, NEW_ORDERS, now) as ids:
+            if ids or is_look:
+                async with self._database.transaction() as session:
+                    for server in await onboarding.admit(session, self._settings, ids, now):
+                        issuance.want(server, now)
+                        self._quick_until = time.monotonic() + _YOUNG
+                self._queue_seen_at = now
+        return len(ids) == NEW_ORDERS.batch
 
     async def _advance_orders(self, now: datetime) -> bool:
         account = await self._open_account(now)

@@ -3,6 +3,7 @@
 from poolsvc.api import (
     absence,
     accounts,
+    acme,
     agent,
     agentless,
     export,
@@ -40,6 +41,7 @@ ROUTERS = tuple(
         agentless,
         transfers,
         staff,
+        acme,
         history,
     )
 )

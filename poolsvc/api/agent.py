@@ -30,7 +30,7 @@ from nts_core.control import (
     join_statement,
     rejoin_statement,
 )
-from poolsvc import auth, issuance, proofs, servers, troubles
+from poolsvc import auth, issuance, onboarding, proofs, servers, troubles
 from poolsvc.api.lookup import refuse_gone
 from poolsvc.api.request import (
     CredentialsDep,
@@ -248,7 +248,8 @@ def _clean(text: str, limit: int) -> str:
 
 async def _why(session: AsyncSession, settings: Settings, server: Server) -> str:
     await session.refresh(server, ["holds", "stages"])
-    return why_not(await stages_of(session, settings, server), server)
+    place = await onboarding.place_of(session, settings, server)
+    return why_not(await stages_of(session, settings, server, place), server)
 
 
 async def _assignment(

@@ -10,7 +10,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from nts_core.control import ServerState
-from poolsvc import addresses, agentless, auth, issuance, removal, samples, servers, terms
+from poolsvc import addresses, agentless, auth, issuance, onboarding, removal, samples, servers, terms
 from poolsvc.api.idempotent import idempotent
 from poolsvc.api.lookup import server_for, server_to_read
 from poolsvc.api.paging import MAX_LIMIT, Page, PagingDep, cursor_of
@@ -25,6 +25,7 @@ from poolsvc.api.request import (
     TextQuery,
 )
 from poolsvc.auth import Operation, Principal
+from poolsvc.budget import Place
 from poolsvc.config import Settings
 from poolsvc.errors import WrongState
 from poolsvc.explain import StageView, explain, why_not
@@ -77,6 +78,14 @@ class AgentView(Document):
     traffic: float | None = Field(description="and how many come, as the agent says")
 
 
+class QueueView(Document):
+    """Its place among the servers that wait for the CA's limits."""
+
+    position: int = Field(description="the next has 1; everybody's first server goes before anybody's second")
+    waiting: int
+    turn_at: datetime = Field(description="when its order begins, as things stand")
+
+
 class ServerView(Document):
     """A server as its member and the operator see it."""
 
@@ -88,6 +97,7 @@ class ServerView(Document):
     in_dns: bool = Field(description="whether the SRV answer may hold it now")
     why: str = Field(description="why it is not in DNS: the first stage that is not met; empty when it is")
     stages: list[StageView]
+    queue: QueueView | None = Field(description="empty unless its first order waits for the CA's limits")
     addresses: list[AddressView]
     agent: AgentView
     agentless: bool
@@ -312,10 +322,13 @@ def address_view(settings: Settings, row: Address) -> AddressView:
     )
 
 
-async def stages_of(session: AsyncSession, settings: Settings, server: Server) -> list[StageView]:
-    """What `explain` says of a server in its pool."""
+async def stages_of(
+    session: AsyncSession, settings: Settings, server: Server, place: Place | None
+) -> list[StageView]:
+    """What `explain` says of a server in its pool, and at its place in the queue."""
     pool = await the_pool(session, settings)
-    return explain(server, pool, settings, active=await count_until_open(session, pool, settings))
+    active = await count_until_open(session, pool, settings)
+    return explain(server, pool, settings, active=active, place=place)
 
 
 async def changed_view(session: AsyncSession, settings: Settings, server: Server) -> ServerView:
@@ -325,7 +338,8 @@ async def changed_view(session: AsyncSession, settings: Settings, server: Server
 
 
 async def view_of(session: AsyncSession, settings: Settings, server: Server) -> ServerView:
-    views = await stages_of(session, settings, server)
+    place = await onboarding.place_of(session, settings, server)
+    views = await stages_of(session, settings, server, place)
     return ServerView(
         name=server.name,
         domain=settings.domain_of(server.name),
@@ -335,6 +349,7 @@ async def view_of(session: AsyncSession, settings: Settings, server: Server) -> 
         in_dns=is_in_dns(server),
         why=why_not(views, server),
         stages=views,
+        queue=None if place is None else QueueView.model_validate(place),
         addresses=[address_view(settings, row) for row in server.addresses],
         agent=AgentView(
             seen_at=server.agent_seen_at,

@@ -28,7 +28,10 @@ from poolsvc.models.events import Event, IdempotencyKey, Lease, WorkerReport
 from poolsvc.models.notices import Channel, Delivery, DeliveryStatus, Notice, SentMail, Webhook
 from poolsvc.models.servers import (
     ENDED_STATES,
+    OPEN_ORDERS,
     Address,
+    CaLimits,
+    CaRefusal,
     ConnectBack,
     DailyCount,
     Hold,
@@ -46,9 +49,12 @@ from poolsvc.models.zone_changes import ZoneChange
 
 __all__ = [
     "ENDED_STATES",
+    "OPEN_ORDERS",
     "Acceptance",
     "Address",
     "Base",
+    "CaLimits",
+    "CaRefusal",
     "Channel",
     "ConnectBack",
     "DailyCount",

@@ -19,7 +19,7 @@ from poolsvc.db import Base, RecordedSession
 from poolsvc.models.accounts import Acceptance, Identity, Invitation, Member, Membership, Token, User
 from poolsvc.models.events import Event
 from poolsvc.models.notices import Webhook
-from poolsvc.models.servers import Address, Hold, MaintenanceWindow, Order, Pool, Server, Transfer
+from poolsvc.models.servers import Address, CaLimits, Hold, MaintenanceWindow, Order, Pool, Server, Transfer
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,7 @@ def _rule(noun: str, shown: str, hidden: str = "") -> _Rule:
 
 _AUDITED: Mapping[type[Base], _Rule] = {
     Pool: _rule("pool", "domain opened_at account_uri frozen_at"),
+    CaLimits: _rule("ca-limits", "certificates orders until note"),
     User: _rule("user", "staff confirmed_at blocked_at blocked_reason erased_at", "email name"),
     Member: _rule("member", "kind status status_reason public max_servers", "name"),
     Membership: _rule("membership", "member_id user_id role mail"),

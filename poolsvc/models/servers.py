@@ -46,6 +46,10 @@ class OrderStatus(StrEnum):
     FAILED = "failed"
 
 
+# Those that may still become a certificate.
+OPEN_ORDERS = frozenset(OrderStatus) - {OrderStatus.ISSUED, OrderStatus.FAILED}
+
+
 class Pool(Base):
     """The one pool of this registry, and what must survive a restart."""
 
@@ -60,6 +64,31 @@ class Pool(Base):
     frozen_at: Mapped[datetime | None] = mapped_column(
         UtcDateTime
     )  # restored: nothing is published until confirmed
+
+
+class CaLimits(Base):
+    """What the CA has granted beyond its usual limits, as the operator says; None where nothing."""
+
+    __tablename__ = "ca_limits"
+    __table_args__ = (CheckConstraint("id = 1", name="single"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    certificates: Mapped[int | None] = mapped_column()
+    orders: Mapped[int | None] = mapped_column()
+    until: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    note: Mapped[str] = mapped_column(String(200), default="")
+
+
+class CaRefusal(Base):
+    """The last 429 to an order for a first certificate, and until when it holds the others back."""
+
+    __tablename__ = "ca_refusals"
+    __table_args__ = (CheckConstraint("id = 1", name="single"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    at: Mapped[datetime] = mapped_column(UtcDateTime)
+    until: Mapped[datetime] = mapped_column(UtcDateTime)
+    detail: Mapped[str] = mapped_column(String(1000))
 
 
 class Server(Base):
@@ -81,6 +110,15 @@ class Server(Base):
             "state_since",
             sqlite_where=text("state = 'registered' AND burnt_at IS NULL"),
             postgresql_where=text("state = 'registered' AND burnt_at IS NULL"),
+        ),
+        # The queue for the CA's limits, in its order.
+        Index(
+            "ix_servers_queue",
+            "queue_round",
+            "named_at",
+            "id",
+            sqlite_where=text("queue_round IS NOT NULL"),
+            postgresql_where=text("queue_round IS NOT NULL"),
         ),
     )
 
@@ -122,6 +160,12 @@ class Server(Base):
     probe_due_at: Mapped[datetime | None] = mapped_column(UtcDateTime, index=True)
     order_due_at: Mapped[datetime | None] = mapped_column(UtcDateTime, index=True)
     order_failures: Mapped[int] = mapped_column(default=0)
+    queue_round: Mapped[int | None] = (
+        mapped_column()
+    )  # it waits for the CA's limits, and `order_due_at` is its turn
+    counted_at: Mapped[datetime | None] = mapped_column(
+        UtcDateTime, index=True
+    )  # when its first certificate was issued; without an agent: when its member could order
 
     leave_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # the name lives until then
     leave_final: Mapped[bool] = mapped_column(default=False)  # it only waits for caches: nobody can cancel
@@ -277,7 +321,7 @@ class Order(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     server_id: Mapped[int] = mapped_column(ForeignKey("servers.id"), index=True)
     status: Mapped[OrderStatus] = mapped_column(text_enum(OrderStatus, "status"), index=True)
-    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
     due_at: Mapped[datetime | None] = mapped_column(UtcDateTime, index=True)
     attempts: Mapped[int] = mapped_column(default=0)  # failed tries of the present step
     error: Mapped[str | None] = mapped_column(String(1000))

@@ -60,6 +60,7 @@ ROLES = {
     "judge-server": "operator",
     "invite": "operator",
     "appoint-staff": "operator",
+    "set-ca-limits": "operator",
     "join": "join",
     "agent": "agent",
 }
@@ -302,6 +303,9 @@ ENDPOINTS = [
     ("DELETE", USER + "/block", None, Operation.JUDGE_USER),
     ("PUT", USER + "/staff", {"role": "support"}, Operation.APPOINT_STAFF),
     ("DELETE", USER + "/staff", None, Operation.APPOINT_STAFF),
+    ("GET", "/v1/acme/budget", None, Operation.READ_POOL),
+    ("GET", "/v1/acme/limits", None, Operation.READ_POOL),
+    ("PUT", "/v1/acme/limits", {"certificates": 300}, Operation.SET_CA_LIMITS),
     ("GET", "/v1/events", None, Operation.READ_POOL),
     ("GET", "/v1/servers", None, Operation.READ_SELF),
     (

@@ -22,7 +22,7 @@ from poolsvc.config import load_settings
 from poolsvc.db import Database
 from poolsvc.derived import RegistryKey
 from poolsvc.errors import SignInInvalid, Unauthenticated
-from poolsvc.models import Order, OrderStatus, StaffRole, User
+from poolsvc.models import Event, Order, OrderStatus, StaffRole, User
 
 CONFIG = """\
 pool = "pool.example"
@@ -467,3 +467,45 @@ def test_copies_that_cannot_be_made_say_so(ready, tmp_path):
         (("db", "move", "--to", "postgresql+psycopg://127.0.0.1:1/x"), ExitStatus.DATABASE, "`database`"),
     ):
         failed(poolsvc(*arguments, "--config", ready), status, remedy)
+
+
+def test_the_cas_limits_are_shown_and_what_it_granted_is_set(config, empty_database):
+    path = config(empty_database)
+    poolsvc("migrate", "--config", path)
+    shown = poolsvc("acme", "budget", "--config", path)
+    assert shown.status == ExitStatus.OK
+    assert shown.stdout.splitlines() == [
+        "certificates  50 of 50 left, 0 spent in 168 h",
+        "orders        300 of 300 left, 0 spent in 3 h",
+        "under way     0",
+        "waiting       0",
+    ]
+    granted = ("--certificates", "400", "--until", "2099-06-01", "--note", "ticket 7")
+    assert poolsvc("acme", "limits", "--config", path, *granted).status == ExitStatus.OK
+    assert "400 of 400 left" in poolsvc("acme", "budget", "--config", path).stdout
+
+    async def noted(session):
+        return (await session.scalars(select(Event).where(Event.kind == "ca-limits-created"))).one()
+
+    event = in_transaction(empty_database, noted)
+    assert (event.actor, event.after["until"]) == ("console", "2099-06-01T00:00:00+00:00")
+    failed(
+        poolsvc("acme", "limits", "--config", path, "--until", "2020-01-01"),
+        ExitStatus.USAGE,
+        "give a time that is ahead",
+    )
+    assert poolsvc("acme", "limits", "--config", path).status == ExitStatus.OK
+    assert "50 of 50 left" in poolsvc("acme", "budget", "--config", path).stdout
+
+
+def test_a_ca_with_other_limits_is_described_in_the_settings(config, empty_database):
+    path = config(empty_database, "[ca.limits]\ncertificates = {count = 9, hours = 24}\n")
+    assert poolsvc("migrate", "--config", path).status == ExitStatus.OK
+    shown = poolsvc("acme", "budget", "--config", path)
+    assert shown.stdout.splitlines()[0] == "certificates  9 of 9 left, 0 spent in 24 h"
+
+
+@pytest.mark.parametrize("value", ["{count = 0, hours = 24}", "{count = 5, hours = 0}", "{count = 5}"])
+def test_limits_that_are_none_are_refused(config, value):
+    path = config(more=f"[ca.limits]\ncertificates = {value}\n")
+    failed(poolsvc("config", "check", "--config", path), ExitStatus.CONFIGURATION, "correct the setting")
