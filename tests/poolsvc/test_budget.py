@@ -393,16 +393,23 @@ async def test_on_boarding_of_many_members_at_once(database, settings, members):
     assert took <= (members - 50) * SLOT + 3 * DAY, "and nothing is left lying"
 
 
-async def test_two_workers_at_once_never_take_more_than_there_is(postgresql_url, settings):
+async def test_workers_at_once_never_take_more_than_there_is(postgresql_url, settings):
+    """Each has claimed another share of those that are due, and none sees what the others have not committed."""
+    now = NOW + HOUR
     databases = [Database(postgresql_url) for _ in range(4)]
+
+    async def begin(database, claimed):
+        async with database.transaction() as session:
+            for server in await onboarding.admit(session, settings, claimed, now):
+                issuance.want(server, now)
+
     try:
-        await populate(databases[0], [NOW + number * timedelta(seconds=1) for number in range(90)])
-        for minute in range(3):
-            now = NOW + HOUR + minute * MINUTE
-            await asyncio.gather(*(look(database, settings, now) for database in databases))
-            assert await begun(databases[0]) == list(range(1, 51)), "the first fifty, once each"
-        async with databases[0].transaction() as session:
-            assert await session.scalar(select(func.count(Order.id))) == 50
+        await populate(databases[0], [NOW] * 100)
+        shares = [range(first, 101, len(databases)) for first in range(1, len(databases) + 1)]
+        await asyncio.gather(*map(begin, databases, shares))
+        assert len(await begun(databases[0])) == 50
+        await asyncio.gather(*(look(database, settings, now + MINUTE) for database in databases))
+        assert len(await begun(databases[0])) == 50
     finally:
         for database in databases:
             await database.close()
