@@ -119,10 +119,6 @@ class Budget:
         """When the first order of that number may begin, counted from 1."""
         return max(now, self.certificates.there_at(self.reserved + number), self.orders.there_at(number))
 
-    def left(self, now: datetime) -> int:
-        """How many first orders may begin now."""
-        return max(0, min(self.certificates.left(now) - self.reserved, self.orders.left(now)))
-
 
 def stand(
     limits: Limits,

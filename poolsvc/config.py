@@ -137,7 +137,7 @@ class LimitSettings(_Section):
     """A limit of a CA: so many within so many hours, one back after each share of them."""
 
     count: int = Field(ge=1, le=MOST)
-    hours: float = Field(gt=0, le=8760)
+    hours: float = Field(ge=0.01, le=8760)
 
     @property
     def limit(self) -> Limit:

@@ -247,9 +247,9 @@ async def note_refusal(
         await queue_for(session, _THING)
         refused = await session.get(CaRefusal, 1)
         if refused is None:
-            refused = CaRefusal(id=1)
-            session.add(refused)
-        refused.at, refused.until, refused.detail = now, until, error.detail[:_MAX_DETAIL]
+            session.add(CaRefusal(id=1, at=now, until=until, detail=error.detail[:_MAX_DETAIL]))
+        elif until > refused.until:
+            refused.at, refused.until, refused.detail = now, until, error.detail[:_MAX_DETAIL]
 
 
 async def put_off(session: AsyncSession, server: Server, order: Order, now: datetime) -> bool:

@@ -19,6 +19,7 @@ from lab.web import WebServer, http, says
 from nts_core.control import ServerState, Stage
 from nts_core.tls import new_key_and_csr
 from poolsvc import auth, budget, issuance, members, onboarding, servers
+from poolsvc.acme import AcmeError
 from poolsvc.budget import Grant, Limit, Limits, Place, Refusal, Waiting, fill, next_round, plan
 from poolsvc.config import LimitSettings
 from poolsvc.db import Database
@@ -702,6 +703,27 @@ async def test_a_429_holds_back_all_first_orders_until_its_time_and_no_renewal(f
         await again.close()
 
 
+async def test_of_refusals_the_one_that_lasts_longest_counts(database, settings):
+    await populate(database, [NOW])
+    (server,) = await rows(database, Server)
+
+    async def refuse(at, wait, code="rate-limited"):
+        error = AcmeError(code, f"after {wait}")
+        await onboarding.note_refusal(database, server.Server, error, at, at + wait)
+        async with database.transaction() as session:
+            found = (await onboarding.state(session, settings, at)).refusal
+            return found and (found.at, found.until, found.detail)
+
+    assert await refuse(NOW, HOUR, "server-error") is None
+    first = await refuse(NOW, 2 * HOUR)
+    assert first == (NOW, NOW + 2 * HOUR, "after 2:00:00")
+    assert await refuse(NOW + MINUTE, MINUTE) == first
+    assert await refuse(NOW + HOUR, 2 * HOUR) == (NOW + HOUR, NOW + 3 * HOUR, "after 2:00:00")
+    assert await refuse(NOW + DAY, MINUTE) == (NOW + DAY, NOW + DAY + MINUTE, "after 0:01:00")
+    server.Server.counted_at = NOW
+    assert (await refuse(NOW + 2 * DAY, HOUR))[0] == NOW + DAY, "a renewal's 429 is its own"
+
+
 # What people see.
 
 
@@ -802,28 +824,31 @@ async def test_the_operator_sees_the_budget_and_sets_what_the_ca_granted(waiting
     assert await begun(database) == waiting.ids
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        {"certificates": 0},
-        {"certificates": -1},
-        {"certificates": 10**7},
-        {"orders": 1.5},
-        {"orders": "9"},
-        {"until": "2099-01-01T00:00:00"},
-        {"until": "2020-01-01T00:00:00Z"},
-        {"note": "x" * 201},
-        {"note": "a\0b"},
-        {"what": 1},
-        [],
-    ],
-)
-async def test_nonsense_is_refused_and_changes_nothing(registry, call, body):
+NONSENSE = [
+    {"certificates": 0},
+    {"certificates": -1},
+    {"certificates": 10**7},
+    {"certificates": 10**30},
+    {"orders": 1.5},
+    {"orders": "9"},
+    {"until": "2099-01-01T00:00:00"},
+    {"until": "2020-01-01T00:00:00Z"},
+    {"note": "x" * 201},
+    {"note": "a\0b"},
+    {"what": 1},
+    [],
+]
+
+
+async def test_nonsense_is_refused_and_changes_nothing(registry, client):
     async with registry.database.transaction("test") as session:
         _, operator = await members.create_operator(session, datetime.now(UTC))
-    answer = await call(operator, "PUT", "/v1/acme/limits", json=body)
-    assert answer.status_code in {400, 422}, answer.text
-    assert (await call(operator, "GET", "/v1/acme/limits")).json()["certificates"] is None
+    async with client(operator) as http:
+        before = (await http.get("/v1/acme/limits")).headers["ETag"]
+        for body in NONSENSE:
+            answer = await http.put("/v1/acme/limits", json=body)
+            assert answer.status_code in {400, 422}, f"{body}: {answer.text}"
+        assert (await http.get("/v1/acme/limits")).headers["ETag"] == before
 
 
 async def test_two_operators_at_once_lose_nothing(registry, call):

@@ -505,7 +505,7 @@ def test_a_ca_with_other_limits_is_described_in_the_settings(config, empty_datab
     assert shown.stdout.splitlines()[0] == "certificates  9 of 9 left, 0 spent in 24 h"
 
 
-@pytest.mark.parametrize("value", ["{count = 0, hours = 24}", "{count = 5, hours = 0}", "{count = 5}"])
+@pytest.mark.parametrize("value", ["{count = 0, hours = 24}", "{count = 5, hours = 0.001}", "{count = 5}"])
 def test_limits_that_are_none_are_refused(config, value):
     path = config(more=f"[ca.limits]\ncertificates = {value}\n")
     failed(poolsvc("config", "check", "--config", path), ExitStatus.CONFIGURATION, "correct the setting")
