@@ -121,9 +121,7 @@ async def advance(
     async with database.transaction() as session:
         server = await servers.get(session, server_id)
         for order in server.orders:
-            _note(order, done, now)
-        if done.late_chains:
-            server.counted_at = server.counted_at or now
+            _note(server, order, done, now)
         if not server.agentless:
             _note_ca_steps(server, now)
         server.removal_error = done.error
@@ -212,10 +210,11 @@ def _is_unsettled(order: Order) -> bool:
     return order.authorization_url is not None and order.deactivated_at is None
 
 
-def _note(order: Order, done: _Done, now: datetime) -> None:
+def _note(server: Server, order: Order, done: _Done, now: datetime) -> None:
     if order.id in done.late_chains:
         issuance.keep_chain(order, done.late_chains[order.id])
         order.status, order.issued_at = OrderStatus.ISSUED, now
+        server.counted_at = server.counted_at or now
     if order.id in done.settled:
         order.deactivated_at = now
     if order.id in done.revoked:
