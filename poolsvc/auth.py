@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
 
-from sqlalchemy import ColumnExpressionArgument, select
+from sqlalchemy import ColumnExpressionArgument, bindparam, select
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import selectinload
+from sqlalchemy.orm import joinedload, selectinload
 
 from poolsvc.errors import Forbidden, MemberBlocked, TokenExpired, TokenUsed, Unauthenticated
 from poolsvc.models import Member, MemberRole, MemberStatus, Scope, Server, StaffRole, Token, TokenKind, User
@@ -246,16 +246,20 @@ async def revoke(session: AsyncSession, now: datetime, *conditions: ColumnExpres
     return len(found)
 
 
+# Made once: it is looked up with every request.
+_BY_HASH = (
+    select(Token)
+    .where(Token.sha256 == bindparam("sha256"))
+    .options(joinedload(Token.user).selectinload(User.memberships))
+)
+
+
 async def authenticate(session: AsyncSession, secret: str | None, now: datetime) -> Principal:
     """The principal of a token. Neither the lookup by hash nor the comparison tells of it by its timing."""
     if not secret:
         raise Unauthenticated("no token", remedy="send it as `Authorization: Bearer TOKEN`")
     digest = hash_secret(secret)
-    token = await session.scalar(
-        select(Token)
-        .where(Token.sha256 == digest)
-        .options(selectinload(Token.user).selectinload(User.memberships))
-    )
+    token = await session.scalar(_BY_HASH, {"sha256": digest})
     if token is None or not hmac.compare_digest(token.sha256, digest):
         raise Unauthenticated("the token is not valid", remedy="check that it was copied whole")
     if token.revoked_at is not None:

@@ -18,7 +18,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import Select, and_, exists, func, or_, select, true
+from sqlalchemy import Select, and_, bindparam, exists, func, or_, select, true
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import joinedload, selectinload
 
@@ -332,7 +332,7 @@ async def get(session: AsyncSession, server_id: int) -> Server:
 
     As it is once the lock is there, also when the session has seen it before.
     """
-    server = await session.scalar(_locked(server_id).options(*WHOLE))
+    server: Server | None = await session.scalar(_LOCKED, {"server": server_id})
     if server is None:
         raise NotFound("there is no such server")
     return server
@@ -343,8 +343,7 @@ async def get_reporting(session: AsyncSession, server_id: int) -> tuple[Server, 
 
     Without holds and stages, which a report of a server in DNS does not need: reports are most of the API's work.
     """
-    unmet = exists().where(StageRecord.server_id == Server.id, StageRecord.status != StageStatus.MET)
-    found = await session.execute(_locked(server_id).add_columns(~unmet).options(*_REPORTED))
+    found = await session.execute(_REPORTING, {"server": server_id})
     row = found.unique().one_or_none()
     if row is None:
         raise NotFound("there is no such server")
@@ -352,13 +351,9 @@ async def get_reporting(session: AsyncSession, server_id: int) -> tuple[Server, 
     return server, is_full
 
 
-# Few addresses come with the server's own row, orders with their chains do not.
-_REPORTED = (joinedload(Server.addresses), selectinload(Server.orders))
-
-
-def _locked(server_id: int) -> Select[Server]:
-    locked = select(Server).where(Server.id == server_id).with_for_update(of=Server)
-    return locked.execution_options(populate_existing=True)
+def _locked(*columns: Any) -> Select[Any]:
+    chosen = select(Server, *columns).where(Server.id == bindparam("server"))
+    return chosen.with_for_update(of=Server).execution_options(populate_existing=True)
 
 
 WHOLE = (
@@ -367,6 +362,11 @@ WHOLE = (
     selectinload(Server.holds),
     selectinload(Server.stages),
 )
+# Made once each, for they are executed all the time.
+_LOCKED = _locked().options(*WHOLE)
+_UNMET = exists().where(StageRecord.server_id == Server.id, StageRecord.status != StageStatus.MET)
+# Few addresses come with the server's own row, orders with their chains do not.
+_REPORTING = _locked(~_UNMET).options(joinedload(Server.addresses), selectinload(Server.orders))
 
 
 def publishable(server: Server) -> list[Address]:
