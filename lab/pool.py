@@ -56,6 +56,9 @@ caa_identity = "{caa}"
 account_key_file = "acme-account.pem"
 ca_file = "{ca_file}"
 
+[ca.limits]
+certificates = {{ count = 1000, hours = 1 }}
+
 [policy]
 opening_size = {opening_size}
 max_stratum = 15
