@@ -100,9 +100,10 @@ def _fillings(servers: int, now: datetime) -> Iterator[_Filling]:
 
     yield table(
         "pool",
-        "id domain opened_at epoch account_uri",
-        iter([(1, POOL, then, 1, ACCOUNT)]),
+        "id domain opened_at epoch",
+        iter([(1, POOL, then, 1)]),
     )
+    yield table("ca_accounts", "ca uri profiles", iter([("ca.example", ACCOUNT, "[]")]))
     yield table("users", "id name staff created_at", iter([(1, "", StaffRole.OPERATOR.value, then)]))
     yield table(
         "members",
@@ -114,13 +115,13 @@ def _fillings(servers: int, now: datetime) -> Iterator[_Filling]:
     )
     yield table(
         "servers",
-        "id member_id name state state_since created_at weight ipv4 ipv6 public agentless waive_source skeleton"
-        " joined_at agent_key agent_seen_at agent_engine agent_clock burnt_at named_at listed_at order_failures"
+        "id member_id name state state_since created_at weight ipv4 ipv6 public agentless waive_source short_lived"
+        " skeleton joined_at agent_key agent_seen_at agent_engine agent_clock burnt_at named_at listed_at order_failures"
         " dead_warnings",
         (
             (
                 *(n, n % min(servers, _MEMBERS) + 1, name(n), ServerState.ACTIVE.value, then, then),
-                *(1, True, True, False, False, False, name(n)),
+                *(1, True, True, False, False, False, False, name(n)),
                 *(then, "A" * 43 + "=", now, "builtin", "synchronised", then, then, then, 0, 0),
             )
             for n in numbers

@@ -56,11 +56,17 @@ from poolsvc.certificates import (
     load_chain,
     printable,
 )
-from poolsvc.config import CaSettings
+from poolsvc.config import AUTO_PROFILE, AuthoritySettings
 
 NONCE_RETRIES = 8  # of one request whose nonce is refused; the stock client makes one
 LONGEST_WAIT = dt.timedelta(days=7).total_seconds()
 MAX_ANSWER = 256 * 1024  # octets of one body, decoded; a chain has a few thousand
+# Between looks at a certificate's renewal information (RFC 9773 section 4.3.2), whatever the CA says.
+RENEWAL_LOOKS = (60.0, dt.timedelta(days=1).total_seconds())
+RENEWAL_LOOK = dt.timedelta(hours=6).total_seconds()  # when it says nothing
+# Names that Let's Encrypt gave to profiles.
+TLS_SERVER = "tlsserver"
+SHORT_LIVED = "shortlived"
 
 # Refusals that no repetition of the same request can turn, when they come with a 4xx status.
 _PERMANENT = {
@@ -75,6 +81,9 @@ _PERMANENT = {
     "unsupportedContact",
     "unsupportedIdentifier",
 }
+# Refusals that may be meant for a wish in an order that the CA does not owe us; their use differs between CAs.
+_NO_REPLACEMENT = {"alreadyReplaced", "malformed", "unauthorized"}
+_NO_PROFILE = {"invalidProfile", "malformed", "unauthorized"}
 _SECRET_LIMIT = 65_536
 _POLL = dt.timedelta(seconds=0.02)
 _MAX_POLL = dt.timedelta(seconds=30)
@@ -124,11 +133,11 @@ class AcmeConfig:
     contact: tuple[str, ...] = ()
     ca_file: Path | None = None
     user_agent: str = "truechimer"
-    profile: str | None = None
+    profile: str = AUTO_PROFILE
     timeout: int = 30
 
     @classmethod
-    def of(cls, ca: CaSettings) -> Self:
+    def of(cls, ca: AuthoritySettings) -> Self:
         """The CA as the settings describe it."""
         return cls(
             directory_url=ca.directory_url,
@@ -167,8 +176,40 @@ async def roll_account_key(config: AcmeConfig) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class AccountFacts:
+    """What the CA has of our account; many keep no contact, or do not show it."""
+
+    uri: str
+    contact: tuple[str, ...]
+    terms: Terms
+
+
+async def read_account(config: AcmeConfig) -> AccountFacts:
+    """Ask the CA for the account of the key in the file, which must exist. Raises AcmeError."""
+    return await asyncio.to_thread(_account_facts, config, None)
+
+
+async def change_contact(config: AcmeConfig, contact: tuple[str, ...]) -> AccountFacts:
+    """Give the account other contact URLs (RFC 8555 section 7.3.2). Raises AcmeError."""
+    return await asyncio.to_thread(_account_facts, config, {"contact": list(contact)})
+
+
+@dataclass(frozen=True, slots=True)
+class RenewalInfo:
+    """When the CA would have a certificate renewed (RFC 9773 section 4.2), and after how many seconds to ask again."""
+
+    start: dt.datetime
+    end: dt.datetime
+    explanation_url: str | None
+    retry_after: float
+
+
+@dataclass(frozen=True, slots=True)
 class PendingOrder:
-    """An order as created. Without a token the authorization is valid already: go on to `finalize`."""
+    """An order as created. Without a token the authorization is valid already: go on to `finalize`.
+
+    `profile` and `replaces` are what the CA has accepted of them.
+    """
 
     url: str
     authorization_url: str
@@ -176,6 +217,8 @@ class PendingOrder:
     token: str | None
     key_authorization: str | None
     expires: dt.datetime | None
+    profile: str | None
+    replaces: str | None
 
 
 class OrderFailed(Exception):
@@ -238,14 +281,14 @@ class AcmeAccount:
         network: "_Network",
         directory: Mapping[str, Any],
         uri: str,
-        profile: str | None,
+        config: AcmeConfig,
         key_file: BinaryIO,
     ) -> None:
         self.uri = uri
         self._thread = ThreadPoolExecutor(1, "acme")
         self._network = network
         self._directory = directory
-        self._profile = profile
+        self._config = config
         self._key_file = key_file
 
     @classmethod
@@ -284,21 +327,35 @@ class AcmeAccount:
         self._key_file.close()
 
     @_call
-    def order(self, csr_pem: str, domain: str) -> PendingOrder:
-        """Create an order for `domain` after `check_csr` (CsrError); a CA may return an order it has open."""
+    def read_directory(self) -> Terms:
+        """Read the CA's directory again, in which addresses and profiles change."""
+        self._directory = _read_directory(self._network, self._config)
+        return _terms_of(self._directory)
+
+    @_call
+    def order(
+        self, csr_pem: str, domain: str, *, short_lived: bool = False, replaces: str | None = None
+    ) -> PendingOrder:
+        """Create an order for `domain` after `check_csr` (CsrError); a CA may return an order it has open.
+
+        `short_lived` prefers the profile of that name. `replaces` is the identifier of the certificate before
+        (`certificate_id`). A CA that refuses one of these wishes is asked again without it.
+        """
         check_csr(csr_pem, domain)
         self._check_key(csr_pem)
         request: dict[str, Any] = {"identifiers": [{"type": "dns", "value": domain}]}
-        if self._profile is not None:
-            request["profile"] = self._profile
-        response = self._network.call(self._directory["newOrder"], request)
+        if (profile := self._choose_profile(short_lived=short_lived)) is not None:
+            request["profile"] = profile
+        if replaces is not None and self._renewal_info_url is not None:  # RFC 9773 section 5
+            request["replaces"] = replaces
+        response = self._create(request)
         order = _object(response)
         url, authorization_url = _location(response), _authorization_url(order)
         authorization, _ = self._fetch(authorization_url)
         status = authorization.get("status")
-        expires = _instant(order.get("expires"))
+        expires, accepted = _instant(order.get("expires")), (request.get("profile"), request.get("replaces"))
         if status == "valid":
-            return PendingOrder(url, authorization_url, None, None, None, expires)
+            return PendingOrder(url, authorization_url, None, None, None, expires, *accepted)
         challenge = _http01(authorization)
         if challenge is None:
             raise AcmeError("no-http-01", "the CA offers no HTTP-01 challenge", permanent=True)
@@ -312,6 +369,52 @@ class AcmeAccount:
             token,
             f"{token}.{self._network.thumbprint}",
             expires,
+            *accepted,
+        )
+
+    def _choose_profile(self, *, short_lived: bool) -> str | None:
+        """The first wish that the CA has; without any, the CA's own choice."""
+        settled = self._config.profile
+        wishes = [*([SHORT_LIVED] if short_lived else []), TLS_SERVER if settled == AUTO_PROFILE else settled]
+        offered = _terms_of(self._directory).profiles
+        return next((wish for wish in wishes if wish in offered), None)
+
+    def _create(self, request: dict[str, Any]) -> requests.Response:
+        """POST a new order, and take out of it what the CA refuses and does not owe us."""
+        while True:
+            try:
+                return self._network.call(self._directory["newOrder"], request)
+            except AcmeError as error:
+                if (wish := _refused_wish(request, error)) is None:
+                    raise
+                del request[wish]
+
+    @property
+    def _renewal_info_url(self) -> str | None:
+        url = self._directory.get("renewalInfo")
+        return url if isinstance(url, str) else None
+
+    @_call
+    def renewal_info(self, certificate_id: str) -> RenewalInfo | None:
+        """When the CA would have a certificate renewed, asked unsigned; None of a CA that does not say it."""
+        if self._renewal_info_url is None:
+            return None
+        with _translated(), _within(self._config.timeout):
+            response = self._network.get(f"{self._renewal_info_url.rstrip('/')}/{certificate_id}")
+        answer = _object(response)
+        window = answer.get("suggestedWindow")
+        start, end = (
+            _instant(window.get(name)) if isinstance(window, dict) else None for name in ("start", "end")
+        )
+        if start is None or end is None or end <= start:
+            raise AcmeError("server-error", "the CA's renewal information has no usable window")
+        why, (least, most) = answer.get("explanationURL"), RENEWAL_LOOKS
+        wait = _retry_after(response)
+        return RenewalInfo(
+            start,
+            end,
+            printable(why) if isinstance(why, str) else None,
+            RENEWAL_LOOK if wait is None else min(max(wait, least), most),
         )
 
     @_call
@@ -532,6 +635,10 @@ def _connect(
         network.thumbprint = _base64url(key.thumbprint())
         network.key_sha256 = key_sha256(private.public_key())
     network.session.mount("https://", _Bounded())
+    return network, _read_directory(network, config)
+
+
+def _read_directory(network: _Network, config: AcmeConfig) -> dict[str, Any]:
     with _translated(), _within(config.timeout):
         directory = _object(network.get(config.directory_url))
     network.new_nonce_url = _text(directory, "newNonce")
@@ -539,7 +646,7 @@ def _connect(
         _text(directory, name)
     endpoints = [config.directory_url, *(url for url in directory.values() if isinstance(url, str))]
     network.origins = frozenset(map(_origin, endpoints))
-    return network, directory
+    return directory
 
 
 def _origin(url: str) -> str:
@@ -564,7 +671,7 @@ def _open(cls: type[_A], config: AcmeConfig) -> _A:
     except BaseException:
         key_file.close()
         raise
-    return cls(network, directory, uri, config.profile, key_file)
+    return cls(network, directory, uri, config, key_file)
 
 
 def _held(path: Path, how: int) -> BinaryIO:
@@ -596,6 +703,18 @@ def _binding(config: AcmeConfig, network: _Network, directory: Mapping[str, Any]
     return {"externalAccountBinding": json.loads(signed.json_dumps())}
 
 
+def _account_facts(config: AcmeConfig, change: Mapping[str, Any] | None) -> AccountFacts:
+    _finish_roll(config)
+    network, directory = _connect(config, load_account_key(config.account_key_file))
+    try:
+        uri = _enter(network, directory, {"onlyReturnExisting": True})
+        contact = _object(network.call(uri, change)).get("contact")
+    finally:
+        network.session.close()
+    known = contact if isinstance(contact, list) else []
+    return AccountFacts(uri, tuple(printable(str(url)) for url in known), _terms_of(directory))
+
+
 def _enter(network: _Network, directory: Mapping[str, Any], request: Mapping[str, Any]) -> str:
     """Sign as the account of the network's key from here on; its URI."""
     response = network.call(_text(directory, "newAccount"), request)
@@ -614,6 +733,10 @@ def _read_terms(config: AcmeConfig) -> Terms:
             network.head(network.new_nonce_url)
     finally:
         network.session.close()
+    return _terms_of(directory)
+
+
+def _terms_of(directory: Mapping[str, Any]) -> Terms:
     meta = directory.get("meta")
     known: Mapping[str, Any] = meta if isinstance(meta, dict) else {}
     terms, identities, profiles = (
@@ -786,6 +909,16 @@ def _refusal(response: requests.Response) -> AcmeError:
         permanent=code in _PERMANENT and 400 <= status < 500,
         status=status,
     )
+
+
+def _refused_wish(order: Mapping[str, Any], error: AcmeError) -> str | None:
+    """Which member of an order was perhaps refused, and can be left out."""
+    if not _refused(error):
+        return None
+    is_conflict = error.status == requests.codes.conflict
+    if "replaces" in order and (is_conflict or error.code in _NO_REPLACEMENT):
+        return "replaces"
+    return "profile" if "profile" in order and error.code in _NO_PROFILE else None
 
 
 def _refused(error: AcmeError) -> bool:

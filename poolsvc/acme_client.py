@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from poolsvc.acme import AcmeAccount, AcmeError
 from poolsvc.acme_process import Charge
 from poolsvc.acme_wire import CALL_DEADLINE, LINE_LIMIT, OPEN, TABLE, Answer, Request
-from poolsvc.config import Settings
+from poolsvc.config import AuthoritySettings, Settings
 
 # For the process, which has a deadline of its own, to say so.
 _PATIENCE = CALL_DEADLINE + 5
@@ -41,9 +41,9 @@ class RemoteAccount(AcmeAccount):
         self._listening = asyncio.create_task(self._listen(reader))
 
     @classmethod
-    async def reach(cls, settings: Settings) -> Self:
-        """The account, open. Raises AcmeError."""
-        account = await cls.connect(settings)
+    async def reach(cls, settings: Settings, ca: AuthoritySettings) -> Self:
+        """The account at a CA, open. Raises AcmeError."""
+        account = await cls.connect(settings, ca)
         try:
             await account.enter()
         except BaseException:
@@ -52,18 +52,18 @@ class RemoteAccount(AcmeAccount):
         return account
 
     @classmethod
-    async def connect(cls, settings: Settings) -> Self:
-        """A way to the account, not open yet: `ca.socket`, or a child that ends with us. Raises AcmeError."""
+    async def connect(cls, settings: Settings, ca: AuthoritySettings) -> Self:
+        """A way to the account, not open yet: the CA's `socket`, or a child that ends with us. Raises AcmeError."""
         sock, child = None, None
         try:
-            if settings.ca.socket is None:
-                sock, child = await asyncio.to_thread(_start_child, Charge.of(settings))
+            if ca.socket is None:
+                sock, child = await asyncio.to_thread(_start_child, Charge.of(settings, ca))
             async with asyncio.timeout(_CONNECTING):
                 reader, writer = await asyncio.open_unix_connection(
-                    None if sock else str(settings.ca.socket), sock=sock, limit=LINE_LIMIT
+                    None if sock else str(ca.socket), sock=sock, limit=LINE_LIMIT
                 )
         except (OSError, TimeoutError) as error:
-            where = settings.ca.socket or "its process"
+            where = ca.socket or "its process"
             raise AcmeError(
                 "unreachable", f"the account at the CA: {where}: {error or 'no answer'}"
             ) from error

@@ -30,7 +30,7 @@ from nts_core.shell import configure_logging
 from poolsvc.acme import AcmeAccount, AcmeConfig, AcmeError
 from poolsvc.acme_wire import CALL_DEADLINE, LINE_LIMIT, OPEN, TABLE, Answer, Refusal, Request
 from poolsvc.certificates import ChainError, CsrError, check_csr, csr_name, printable
-from poolsvc.config import Settings
+from poolsvc.config import AuthoritySettings, Settings
 from poolsvc.errors import PoolError
 from poolsvc.names import is_label
 
@@ -49,16 +49,16 @@ class SocketUnusable(PoolError):
 
 @dataclass(frozen=True, slots=True)
 class Charge:
-    """All that the process knows: the CA, with the files of our keys there, and what it may order for."""
+    """All that the process knows: one CA, with the files of our keys there, and what it may order for."""
 
     ca: AcmeConfig
     servers_domain: str
     web_host: str | None
 
     @classmethod
-    def of(cls, settings: Settings) -> Self:
-        web_host = settings.web_host if settings.web_tls.acme else None
-        return cls(AcmeConfig.of(settings.ca), settings.servers_domain, web_host)
+    def of(cls, settings: Settings, ca: AuthoritySettings) -> Self:
+        is_for_web = settings.web_tls.acme and ca.name == settings.ca.name
+        return cls(AcmeConfig.of(ca), settings.servers_domain, settings.web_host if is_for_web else None)
 
     def has_name(self, domain: str) -> bool:
         """Whether it is a server's name, or the registry's own."""
@@ -90,6 +90,8 @@ def _leave_to_account(_charge: Charge, _arguments: Mapping[str, Any]) -> None:
 
 # Every call there is. One that is not here is none.
 RULES: Mapping[str, Callable[[Charge, Mapping[str, Any]], None]] = {
+    "read_directory": _leave_to_account,
+    "renewal_info": _leave_to_account,
     "order": _check_order,
     "answer": _leave_to_account,
     "poll": _leave_to_account,
@@ -216,13 +218,13 @@ def main() -> None:
     asyncio.run(_serve_parent(TypeAdapter(Charge).validate_json(sys.argv[1])))
 
 
-def serve(settings: Settings) -> None:
-    """Listen on `ca.socket` until SIGTERM. Raises SocketUnusable."""
-    assert settings.ca.socket is not None
+def serve(settings: Settings, ca: AuthoritySettings) -> None:
+    """Listen on the CA's `socket` until SIGTERM. Raises SocketUnusable."""
+    assert ca.socket is not None
     _forget_on_crash()
-    group = _group(settings.ca.socket_group)
-    sock = _bind(settings.ca.socket, group)
-    asyncio.run(_listen(Charge.of(settings), sock, group))
+    group = _group(ca.socket_group)
+    sock = _bind(ca.socket, group)
+    asyncio.run(_listen(Charge.of(settings, ca), sock, group))
 
 
 async def _listen(charge: Charge, sock: socket.socket, group: int | None) -> None:

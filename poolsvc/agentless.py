@@ -24,13 +24,13 @@ def require(server: Server) -> None:
 
 
 def set_account(settings: Settings, server: Server, uri: str) -> None:
-    """Let this account of the pool's CA, and no other, order for the server. Raises InvalidDocument."""
-    wanted, own = urlsplit(uri), urlsplit(settings.ca.directory_url)
+    """Let this account of a CA of the pool, and no other, order for the server. Raises InvalidDocument."""
+    wanted, hosts = urlsplit(uri), [ca.name for ca in settings.ca.all]
     plain = CAA_WORD.fullmatch(uri) is not None and len(uri) <= _MAX_URI
     is_bare = wanted.path.strip("/") and not (wanted.query or wanted.fragment or "@" in wanted.netloc)
-    if not (plain and is_bare and (wanted.scheme, wanted.netloc) == (own.scheme, own.netloc)):
+    if not (plain and is_bare and wanted.scheme == "https" and wanted.netloc in hosts):
         raise InvalidDocument(
-            f"not the URI of an account at https://{own.netloc}",
+            f"not the URI of an account at https://{' or https://'.join(hosts)}",
             remedy="give the account URL that your ACME client shows, such as `certbot show_account`",
             field="account_uri",
         )

@@ -1,5 +1,6 @@
 """Requests and chains: what may be ordered and what may be installed. Pure."""
 
+import base64
 import datetime as dt
 import hashlib
 from dataclasses import dataclass
@@ -147,6 +148,37 @@ def renew_at(not_before: dt.datetime, not_after: dt.datetime) -> dt.datetime:
     """When a third of the life is left; when half is left for lives under 10 days."""
     life = not_after - not_before
     return not_after - life / (2 if life < SHORT_LIFE else 3)
+
+
+def renew_by(not_before: dt.datetime, not_after: dt.datetime) -> dt.datetime:
+    """The latest moment of a renewal, whatever a CA suggests: with a quarter of the time that `renew_at` leaves gone.
+
+    Enough is left for an order that fails, and for its repetitions.
+    """
+    begin = renew_at(not_before, not_after)
+    return begin + (not_after - begin) / 4
+
+
+def moment_of(start: dt.datetime, end: dt.datetime, draw: float) -> dt.datetime:
+    """The moment of a CA's window (RFC 9773 section 4.2) that a random number from 0 to 1 draws."""
+    return start + (end - start) * draw
+
+
+def certificate_id(chain_pem: str) -> str:
+    """How a CA with renewal information knows the first certificate (RFC 9773 section 4.1).
+
+    ChainError of one that cannot be known: without a key identifier of its issuer.
+    """
+    leaf = load_chain(chain_pem)[0]
+    try:
+        issuer = leaf.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
+    except (*_X509_FAULTS, x509.ExtensionNotFound) as error:
+        raise ChainError(f"no authority key identifier: {printable(str(error))}") from error
+    if issuer is None:
+        raise ChainError("no authority key identifier")
+    # As in DER: an octet more where the first bit is set, which would make it negative.
+    serial = leaf.serial_number.to_bytes(leaf.serial_number.bit_length() // 8 + 1)
+    return ".".join(base64.urlsafe_b64encode(part).rstrip(b"=").decode() for part in (issuer, serial))
 
 
 def printable(text: str) -> str:

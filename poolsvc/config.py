@@ -25,6 +25,7 @@ from poolsvc.budget import MOST, Limit, Limits
 from poolsvc.names import DOMAIN
 
 _SQLITE = "sqlite+aiosqlite:///"
+AUTO_PROFILE = "auto"
 _HOST = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 
 
@@ -83,6 +84,13 @@ def _https(text: str) -> str:
     return text
 
 
+def check_contact(text: str) -> str:
+    """A URL by which a CA reaches us. Raises ValueError."""
+    if not re.fullmatch(r"[a-z][a-z0-9+.-]*:[!-~]{1,250}", text):
+        raise ValueError("write it as a URL, mailto:NAME@DOMAIN")
+    return text
+
+
 def _http(text: str) -> str:
     if not text.startswith(("https://", "http://")) or not urlsplit(text).hostname:
         raise ValueError("write it as https://HOST")
@@ -91,6 +99,7 @@ def _http(text: str) -> str:
 
 HttpsUrl = Annotated[str, AfterValidator(_https)]
 HttpUrl = Annotated[str, AfterValidator(_http)]
+ContactUrl = Annotated[str, AfterValidator(check_contact)]
 DatabaseUrl = Annotated[str, AfterValidator(_database)]
 EndpointText = Annotated[str, AfterValidator(_endpoint)]
 HostEndpoint = Annotated[str, AfterValidator(_host_endpoint)]
@@ -164,8 +173,8 @@ class CaLimitSettings(_Section):
         )
 
 
-class CaSettings(_Section):
-    """The CA and the identity by which CAA records name it."""
+class AuthoritySettings(_Section):
+    """A CA, the identity by which CAA records name it, and the registry's account there."""
 
     directory_url: HttpsUrl
     caa_identity: DomainName
@@ -174,10 +183,46 @@ class CaSettings(_Section):
     binding_key_file: Path | None = Field(None, description="its key, base64url as the CA gave it")
     socket: Path | None = Field(None, description="where `poolsvc acme serve` holds the account's key")
     socket_group: str | None = Field(None, description="whose users may use that socket as well")
-    contact: tuple[str, ...] = ()
+    contact: tuple[ContactUrl, ...] = Field((), max_length=8)
     ca_file: Path | None = None
-    profile: str | None = None
+    profile: str = Field(
+        AUTO_PROFILE,
+        pattern=r"^[A-Za-z0-9._-]{1,64}$",
+        description=f'certificate profile to ask for; "{AUTO_PROFILE}": tlsserver where the CA has it',
+    )
+
+    @property
+    def name(self) -> str:
+        """By what commands, orders and alarms know the CA: the host of its directory."""
+        return urlsplit(self.directory_url).netloc
+
+    @model_validator(mode="after")
+    def _binding_is_whole(self) -> Self:
+        if (self.binding_key_id is None) != (self.binding_key_file is None):
+            raise ValueError("binding_key_id and binding_key_file go together")
+        return self
+
+
+class CaSettings(AuthoritySettings):
+    """The CA that gets all orders, and those that get them when it is away or refuses for too long."""
+
     limits: CaLimitSettings = CaLimitSettings()
+    fallback: tuple[AuthoritySettings, ...] = Field((), max_length=3)
+
+    @property
+    def all(self) -> tuple[AuthoritySettings, ...]:
+        """In the order of preference."""
+        return self, *self.fallback
+
+    @model_validator(mode="after")
+    def _are_different(self) -> Self:
+        for what, values in (
+            ("directory_url", [ca.name for ca in self.all]),
+            ("account_key_file", [ca.account_key_file for ca in self.all]),
+        ):
+            if len(set(values)) < len(values):
+                raise ValueError(f"fallback: every CA needs {what} of its own")
+        return self
 
     @model_validator(mode="after")
     def _binding_is_whole(self) -> Self:
@@ -270,6 +315,11 @@ class PolicySettings(_Section):
     proofs_per_hour_and_prefix: int = Field(5, ge=1, description="connections back to a /24 or /48")
     retry: tuple[float, ...] = Field(
         (60, 600, 6000, 86400), min_length=1, description="waits after failed orders; the last one repeats"
+    )
+    ca_patience: float = Field(
+        21600,
+        gt=0,
+        description="how long an order waits for a CA that is away or refuses, before another one gets it",
     )
     tick: float = Field(1, gt=0, description="how often the worker looks for work that is due")
     step_retry: float = Field(10, gt=0, description="wait after a step whose peer (CA, DNS) was down")
@@ -439,6 +489,9 @@ def load_settings(file: Path) -> Settings:
         raise ConfigError(str(error)) from None
 
 
+_CA_FILES = ("account_key_file", "binding_key_file", "socket", "ca_file")
+
+
 def _resolve_paths(settings: Settings, base: Path) -> Settings:
     def absolute(section: Any, *names: str) -> dict[str, Path]:
         values = {name: getattr(section, name) for name in names}
@@ -459,7 +512,12 @@ def _resolve_paths(settings: Settings, base: Path) -> Settings:
                 for entry in settings.oidc
             ),
             "ca": settings.ca.model_copy(
-                update=absolute(settings.ca, "account_key_file", "binding_key_file", "socket", "ca_file")
+                update={
+                    **absolute(settings.ca, *_CA_FILES),
+                    "fallback": tuple(
+                        ca.model_copy(update=absolute(ca, *_CA_FILES)) for ca in settings.ca.fallback
+                    ),
+                }
             ),
             "mail": mail and mail.model_copy(update=absolute(mail, "password_file", "ca_file")),
         }

@@ -4,14 +4,14 @@ import base64
 import os
 import ssl
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from sqlalchemy import make_url
 
 from nts_core.client import ClientError, load_roots
 from poolsvc.acme import AcmeError, load_account_key, load_binding_key, secret_file
-from poolsvc.config import Settings
+from poolsvc.config import AuthoritySettings, Settings
 from poolsvc.derived import RegistryKey
 from poolsvc.errors import PoolError
 
@@ -32,11 +32,11 @@ def check_files(settings: Settings, without: Collection[str] = ()) -> None:
         raise fault
 
 
-def check_account_files(settings: Settings) -> None:
+def check_account_files(ca: AuthoritySettings) -> None:
     """Raise the first fault of those files that only the process reads which holds the account."""
     for setting, check in _ACCOUNT_CHECKS.items():
         try:
-            check(settings)
+            check(ca)
         except AcmeError as error:
             raise _fault(setting, error.detail, _REMEDIES[setting]) from None
 
@@ -44,13 +44,12 @@ def check_account_files(settings: Settings) -> None:
 def faults(settings: Settings, without: Collection[str] = ()) -> Iterator[UnusableFile]:
     """What keeps `serve` and its children from using their files, each with the setting's name.
 
-    With `ca.socket` the account's files are another user's, and looked at by `acme serve`.
+    Of a CA with `socket` the account's files are another user's, and looked at by `acme serve`.
     """
-    without = (*without, *ACCOUNT_FILES) if settings.ca.socket is not None else without
     for setting, check in (
         ("dns.tsig_secret_file", _tsig_secret),
         ("key_file", _registry_key),
-        *_ACCOUNT_CHECKS.items(),
+        *((setting, _of_all(check)) for setting, check in _ACCOUNT_CHECKS.items()),
         ("ca.ca_file", _ca_roots),
         ("mail.password_file", _mail_password),
         ("mail.ca_file", _mail_roots),
@@ -89,10 +88,11 @@ def _secrets(settings: Settings, file: Path) -> Iterator[tuple[str, Path]]:
     """The settings that name secrets, and the files."""
     yield "dns.tsig_secret_file", settings.dns.tsig_secret_file
     yield "key_file", settings.key_file
-    if settings.ca.socket is None:
-        yield "ca.account_key_file", settings.ca.account_key_file
-        if settings.ca.binding_key_file is not None:
-            yield "ca.binding_key_file", settings.ca.binding_key_file
+    for ca in settings.ca.all:
+        if ca.socket is None:
+            yield "ca.account_key_file", ca.account_key_file
+            if ca.binding_key_file is not None:
+                yield "ca.binding_key_file", ca.binding_key_file
     for provider in settings.oidc:
         yield f"oidc {provider.name}: client_secret_file", provider.client_secret_file
     if settings.mail is not None and settings.mail.password_file is not None:
@@ -134,23 +134,34 @@ def _registry_key(settings: Settings) -> None:
         RegistryKey.load(settings.key_file)
 
 
-def _account_key(settings: Settings) -> None:
-    path = settings.ca.account_key_file
-    if secret_file(path).exists():
-        load_account_key(path)
+def _account_key(ca: AuthoritySettings) -> None:
+    if secret_file(ca.account_key_file).exists():
+        load_account_key(ca.account_key_file)
 
 
-def _binding_key(settings: Settings) -> None:
-    if settings.ca.binding_key_file is not None:
-        load_binding_key(settings.ca.binding_key_file)
+def _binding_key(ca: AuthoritySettings) -> None:
+    if ca.binding_key_file is not None:
+        load_binding_key(ca.binding_key_file)
 
 
 _ACCOUNT_CHECKS = dict(zip(ACCOUNT_FILES, (_account_key, _binding_key), strict=True))
 
 
+def _of_all(check: Callable[[AuthoritySettings], None]) -> Callable[[Settings], None]:
+    """A check of all CAs whose accounts are ours to hold."""
+
+    def check_all(settings: Settings) -> None:
+        for ca in settings.ca.all:
+            if ca.socket is None:
+                check(ca)
+
+    return check_all
+
+
 def _ca_roots(settings: Settings) -> None:
-    if settings.ca.ca_file is not None:
-        load_roots(settings.ca.ca_file)
+    for ca in settings.ca.all:
+        if ca.ca_file is not None:
+            load_roots(ca.ca_file)
 
 
 def _mail_password(settings: Settings) -> None:

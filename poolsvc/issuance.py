@@ -5,24 +5,37 @@
 
 Every step names its resources by the URLs in the order's row, is safe to repeat, and is taken under a lease; a
 process that dies leaves the order to the next one. No network I/O happens inside a transaction.
+
+An order goes to the first CA, and to another one only before a CA has taken it: `_choose_ca` and `_other_ca`.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from datetime import datetime, timedelta
 from http import HTTPStatus
 
 import structlog
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import selectinload
 
 from nts_core.control import ACME_PATH, HttpChallenge, IssuedCertificate
 from poolsvc import onboarding, servers, troubles
-from poolsvc.acme import AcmeAccount, AcmeError, OrderFailed, OrderState, RevocationReason, poll_wait
+from poolsvc.acme import (
+    SHORT_LIVED,
+    AcmeAccount,
+    AcmeError,
+    OrderFailed,
+    OrderState,
+    RevocationReason,
+    poll_wait,
+)
 from poolsvc.acme import OrderStatus as AcmeOrderStatus
+from poolsvc.authorities import Accounts, offers
 from poolsvc.certificates import (
     ChainError,
     CsrError,
+    certificate_id,
     chain_facts,
     check_chain,
     check_csr,
@@ -54,7 +67,7 @@ def want(server: Server, now: datetime) -> None:
         # The member's own client may order from now on: there will be something to be seen.
         server.probe_due_at = server.probe_due_at or now
         return
-    if _needs_certificate(server) and open_order(server) is None:
+    if needs_certificate(server) and open_order(server) is None:
         server.orders.append(Order(server_id=server.id, status=OrderStatus.WANTED, created_at=now))
 
 
@@ -87,6 +100,24 @@ def revoke_compromised(server: Server, now: datetime) -> None:
     server.order_due_at = now
 
 
+async def set_short_lived(session: AsyncSession, settings: Settings, server: Server, *, wanted: bool) -> None:
+    """Whether orders from now on ask for certificates that live for days. Raises WrongState."""
+    if wanted and not server.short_lived:
+        if server.agentless:
+            raise WrongState(
+                f"{server.name} has no agent: its certificates are ordered by its member's own client",
+                remedy="ask for the CA's profile of short life there",
+                field="short_lived",
+            )
+        if not await offers(session, settings, SHORT_LIVED):
+            raise WrongState(
+                "no CA of this pool has certificates of short life",
+                remedy="leave short_lived out; the operator decides which CAs there are",
+                field="short_lived",
+            )
+    server.short_lived = wanted
+
+
 def is_revocable(order: Order, now: datetime) -> bool:
     """Whether a certificate is ours to revoke: of one that was only seen there is no chain."""
     if order.chain is None:
@@ -101,10 +132,10 @@ def revocation_reason(order: Order) -> RevocationReason:
 
 def wants_csr(server: Server, order: Order) -> bool:
     """Whether the agent is asked for a signing request; not for a server that leaves."""
-    return order.status is OrderStatus.WANTED and _needs_certificate(server)
+    return order.status is OrderStatus.WANTED and needs_certificate(server)
 
 
-def _needs_certificate(server: Server) -> bool:
+def needs_certificate(server: Server) -> bool:
     """One that leaves on a later day needs no other certificate, if it has one that lasts till then."""
     if servers.may_stay(server) and server.leave_at is not None:
         ends = {order: order.not_after for order in server.orders if order.not_after is not None}
@@ -133,6 +164,59 @@ async def take_csr(
         )
     order.csr, order.key_sha256 = pem, key
     order.status, order.due_at = OrderStatus.REQUESTED, now
+    order.ca, order.ca_since = _choose_ca(settings, server, now), now
+
+
+def ca_of(settings: Settings, order: Order) -> str:
+    """The name of an order's CA."""
+    return order.ca or settings.ca.name
+
+
+def _is_of_first(settings: Settings, order: Order) -> bool:
+    """Whether an order is at the CA whose limits the queue is for."""
+    return ca_of(settings, order) == settings.ca.name
+
+
+def shares_of(settings: Settings) -> Iterator[ColumnElement[bool]]:
+    """Conditions on orders, one for each CA; what no CA of the settings has is the first one's to look at."""
+    others = [ca.name for ca in settings.ca.fallback]
+    yield or_(Order.ca.is_(None), Order.ca.not_in(others))
+    yield from (Order.ca == name for name in others)
+
+
+def _choose_ca(settings: Settings, server: Server, now: datetime) -> str:
+    """The first CA whose orders for this server have not failed for longer than the pool's patience."""
+    names = [ca.name for ca in settings.ca.all]
+    failing_since: dict[str, datetime] = {}
+    for order in reversed(server.orders if server.order_failures else []):
+        if order.status is OrderStatus.ISSUED:
+            break
+        if order.status is OrderStatus.FAILED and order.csr is not None:
+            failing_since[ca_of(settings, order)] = order.created_at
+    patience = timedelta(seconds=settings.policy.ca_patience)
+    return next((name for name in names if now - failing_since.get(name, now) < patience), names[0])
+
+
+def _other_ca(
+    settings: Settings, order: Order, server: Server, error: AcmeError, now: datetime
+) -> str | None:
+    """Which CA gets an order that its own does not take in time; None: it waits on.
+
+    In time: within the pool's patience, and for a CA that says when it will take more, before the certificate ends.
+    What a CA has taken stays there.
+    """
+    names, present = [ca.name for ca in settings.ca.all], ca_of(settings, order)
+    if order.status is not OrderStatus.REQUESTED or present not in names or len(names) == 1:
+        return None
+    following = names.index(present) + 1
+    served = servers.newest_certificate(server)
+    ends = None if served is None else served.not_after
+    again = now + timedelta(seconds=error.retry_after or 0)
+    is_too_late = error.code == "rate-limited" and ends is not None and again >= ends
+    if is_too_late and following < len(names):
+        return names[following]
+    waited = now - (order.ca_since or order.created_at)
+    return names[following % len(names)] if waited.total_seconds() >= settings.policy.ca_patience else None
 
 
 def note_serving(server: Server, tokens: tuple[str, ...], now: datetime) -> None:
@@ -163,25 +247,25 @@ def newest(server: Server) -> IssuedCertificate | None:
 
 
 async def advance(
-    database: Database, settings: Settings, account: AcmeAccount, order_id: int, now: datetime
+    database: Database, settings: Settings, accounts: Accounts, order_id: int, now: datetime
 ) -> None:
     """Take the next step of an order and record it, or record why it could not be taken."""
     async with database.transaction() as session:
-        order = await _load(session, order_id)
+        order = await load(session, order_id)
         server = order.server
-        if await onboarding.put_off(session, server, order, now):
+        if _is_of_first(settings, order) and await onboarding.put_off(session, server, order, now):
             return
     step = _STEPS.get(order.status)
     if step is None:
         return
+    account: AcmeAccount | None = None
     try:
+        account = await accounts(ca_of(settings, order), now)
         change = await step(settings, account, order, server, now)
     except AcmeError as error:
-        # An order that the CA knows no more has expired, or the CA has lost its data.
-        is_over = error.permanent or (error.status in _GONE and not account.lost)
-        until = _again_at(settings, order, error, now)
-        change = _failed(order, error.detail) if is_over else _retry(order, error, until)
-        await onboarding.note_refusal(database, server, error, now, until)
+        is_over = _is_over(error, account)
+        change = _failed(order, error.detail) if is_over else _try_later(settings, order, server, error, now)
+        await _note_refusal(database, settings, order, error, now)
     except (OrderFailed, CsrError, ChainError) as error:
         change = _failed(order, str(error))
     except FetchError as error:
@@ -195,22 +279,34 @@ async def advance(
         if current.status is OrderStatus.FAILED:
             if _schedule_retry(settings, server, current, now) and server.order_failures == 1:
                 await troubles.tell_order(session, server, current, now)
-        elif order.status is OrderStatus.FINALIZING and current.not_before and current.not_after:
-            server.order_failures = 0
-            server.counted_at = server.counted_at or now
-            # Never at once again, whatever times a CA writes into its certificates.
-            soonest = now + settings.policy.order_wait(0)
-            server.order_due_at = max(renew_at(current.not_before, current.not_after), soonest)
-            server.probe_due_at = server.probe_due_at or now
-            troubles.watch_end(current)
+        elif order.status is OrderStatus.FINALIZING and current.status is OrderStatus.ISSUED:
+            _note_issue(settings, server, current, now)
 
 
-async def _load(session: AsyncSession, order_id: int) -> Order:
+def _note_issue(settings: Settings, server: Server, order: Order, now: datetime) -> None:
+    """What follows from a new certificate."""
+    assert order.not_before is not None
+    assert order.not_after is not None
+    server.order_failures = 0
+    server.counted_at = server.counted_at or now
+    # Never at once again, whatever times a CA writes into its certificates.
+    soonest = now + settings.policy.order_wait(0)
+    server.order_due_at = max(renew_at(order.not_before, order.not_after), soonest)
+    order.window_due_at = now
+    server.probe_due_at = server.probe_due_at or now
+    troubles.watch_end(order)
+
+
+async def load(session: AsyncSession, order_id: int) -> Order:
+    """An order to look at, with its server, and that one's addresses and other orders."""
     return (
         await session.scalars(
             select(Order)
             .where(Order.id == order_id)
-            .options(selectinload(Order.server).selectinload(Server.addresses))
+            .options(
+                selectinload(Order.server).selectinload(Server.addresses),
+                selectinload(Order.server).selectinload(Server.orders),
+            )
         )
     ).one()
 
@@ -224,9 +320,15 @@ async def _request(
     settings: Settings, account: AcmeAccount, order: Order, server: Server, _now: datetime
 ) -> Change:
     assert order.csr is not None
-    pending = await account.order(order.csr, settings.domain_of(server.name))
+    pending = await account.order(
+        order.csr,
+        settings.domain_of(server.name),
+        short_lived=server.short_lived,
+        replaces=_replaced(server, account.uri),
+    )
 
     def change(row: Order, now: datetime) -> None:
+        row.ca, row.account_uri, row.profile = ca_of(settings, row), account.uri, pending.profile
         row.url, row.authorization_url = pending.url, pending.authorization_url
         row.challenge_url, row.token = pending.challenge_url, pending.token
         row.key_authorization = pending.key_authorization
@@ -235,8 +337,22 @@ async def _request(
         # serving it wakes the order up.
         row.status = OrderStatus.PENDING if pending.token else OrderStatus.ANSWERED
         row.due_at = None if pending.token else now
+        _log.info("order_placed", order=row.id, ca=row.ca, profile=pending.profile, replaces=pending.replaces)
 
     return change
+
+
+def _replaced(server: Server, account_uri: str) -> str | None:
+    """The certificate before, by its identifier, if this account got it; a CA takes its successor beyond its limits.
+
+    Also one whose key is known to others: it is the predecessor all the same, and its successor is urgent.
+    """
+    served = servers.newest_certificate(server)
+    if served is None or served.chain is None or served.account_uri != account_uri:
+        return None
+    with suppress(ChainError):
+        return certificate_id(served.chain)
+    return None
 
 
 async def _answer(
@@ -391,15 +507,42 @@ def _poll_again(order: Order, found: AcmeOrderStatus, now: datetime) -> Change:
     )
 
 
+async def _note_refusal(
+    database: Database, settings: Settings, order: Order, error: AcmeError, now: datetime
+) -> None:
+    if _is_of_first(settings, order):
+        until = _again_at(settings, order, error, now)
+        await onboarding.note_refusal(database, order.server, error, now, until)
+
+
+def _is_over(error: AcmeError, account: AcmeAccount | None) -> bool:
+    """Whether no repetition helps. An order that the CA knows no more has expired, or the CA has lost its data."""
+    is_gone = error.status in _GONE and account is not None and not account.lost
+    return error.permanent or is_gone
+
+
 def _again_at(settings: Settings, order: Order, error: AcmeError, now: datetime) -> datetime:
     """When a step is tried again that the CA could not, or would not, take."""
     return now + max(settings.policy.step_wait(order.attempts), timedelta(seconds=error.retry_after or 0))
 
 
-def _retry(order: Order, error: AcmeError, until: datetime) -> Change:
-    """The CA is away or busy: the same step again later, the order stays."""
+def _try_later(settings: Settings, order: Order, server: Server, error: AcmeError, now: datetime) -> Change:
+    """The CA is away or busy: the same step again later, and the order stays, unless another CA gets it."""
+    if (other := _other_ca(settings, order, server, error, now)) is not None:
+        return _turn_to(other, error)
     _log.warning("ca_step_failed", order=order.id, step=order.status, code=error.code)
-    return _wait(order, f"CA: {error.detail}", until)
+    return _wait(order, f"CA: {error.detail}", _again_at(settings, order, error, now))
+
+
+def _turn_to(ca: str, error: AcmeError) -> Change:
+    """Another CA gets the order, from the beginning."""
+
+    def change(row: Order, now: datetime) -> None:
+        _log.warning("order_turns_to_other_ca", order=row.id, ca=ca, code=error.code, detail=error.detail)
+        row.ca, row.ca_since, row.due_at = ca, now, now
+        row.attempts, row.error = 0, f"the CA before: {error.detail}"[:1000]
+
+    return change
 
 
 def _failed(order: Order, reason: str) -> Change:

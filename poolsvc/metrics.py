@@ -95,7 +95,7 @@ class Metrics:
         yield from self._of_listeners()
         health = self.health
         up = GaugeMetricFamily("poolsvc_up", "1 unless this part of the pool fails.", labels=["part"])
-        up.add_metric(["ca"], health.ca is None)
+        up.add_metric(["ca"], not health.cas)
         up.add_metric(["dns"], health.dns is None)
         up.add_metric(["mail"], health.mail is None)
         up.add_metric(["database"], self._figures is not None)

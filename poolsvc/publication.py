@@ -29,6 +29,7 @@ from sqlalchemy.orm import InstrumentedAttribute, selectinload
 
 from nts_core.control import ServerState
 from poolsvc import scoring, servers
+from poolsvc.authorities import account_uris
 from poolsvc.config import Settings, split_endpoint
 from poolsvc.db import Database
 from poolsvc.models import Address, Server, ZoneChange
@@ -136,13 +137,14 @@ class Publication:
     async def look(self, now: datetime, *, even_frozen: bool = False) -> bool:
         """Bring the picture in step with the database.
 
-        False while the pool is frozen, and before the CA account exists, without which no CAA can be made. Touches
-        no network.
+        False while the pool is frozen, and before there is an account at any CA, without which no CAA can be made.
+        Touches no network.
         """
         async with self._database.transaction() as session:
             pool = await the_pool(session, self._settings)
             self.is_frozen = pool.frozen_at is not None
-            if pool.account_uri is None or (self.is_frozen and not even_frozen):
+            issuers = _issuers(self._settings, await account_uris(session))
+            if not issuers or (self.is_frozen and not even_frozen):
                 return False
             found = await session.execute(
                 select(ZoneChange.id, ZoneChange.server_id).order_by(ZoneChange.id).limit(_TAKEN)
@@ -158,9 +160,7 @@ class Publication:
             self._read_at, self._zone = now, None
         elif changed:
             await self._read_some(sorted(changed), now)
-        policy = zone_policy(
-            self._settings, CaaIssuer(self._settings.ca.caa_identity, pool.account_uri, _METHODS)
-        )
+        policy = zone_policy(self._settings, *issuers)
         is_other_policy, self._policy = policy != self._policy, policy
         self._stale |= self._rows.keys() if is_other_policy else changed
         is_other_choice = self._note_candidates(changed)
@@ -544,6 +544,15 @@ def _tell(mismatches: Sequence[Mismatch]) -> None:
         owner, kind = mismatch.key or ("", "")
         server = str(mismatch.nameserver)
         _log.warning("zone_mismatch", nameserver=server, owner=owner, type=kind, reason=mismatch.reason)
+
+
+def _issuers(settings: Settings, accounts: Mapping[str, str]) -> list[CaaIssuer]:
+    """The registry's account at each CA of the settings; one of which there is none yet may not issue."""
+    return [
+        CaaIssuer(ca.caa_identity, accounts[ca.name], _METHODS)
+        for ca in settings.ca.all
+        if ca.name in accounts
+    ]
 
 
 def zone_policy(settings: Settings, *issuers: CaaIssuer) -> ZonePolicy:

@@ -5,6 +5,7 @@ dead CA delays no withdrawal. REMOVED is reached when each step has its time. A 
 the CA: account, authorization and certificate are its member's.
 """
 
+import asyncio
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -16,7 +17,8 @@ from sqlalchemy.orm import aliased
 
 from nts_core.control import ServerState
 from poolsvc import issuance, journal, servers
-from poolsvc.acme import AcmeAccount, AcmeError
+from poolsvc.acme import AcmeError
+from poolsvc.authorities import Accounts
 from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.models import ENDED_STATES, Hold, HoldKind, Notice, Order, OrderStatus, Server
@@ -24,6 +26,8 @@ from poolsvc.notices import NoticeKind
 from poolsvc.servers import EventKind
 
 _log = structlog.get_logger()
+# For the steps at one CA; what is left is done in the next pass.
+_CA_DEADLINE = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +101,9 @@ def _exposure(server: Server, settings: Settings, ends: datetime | None) -> str:
 
 
 async def advance(
-    database: Database, settings: Settings, account: AcmeAccount | None, server_id: int, now: datetime
+    database: Database, settings: Settings, accounts: Accounts, server_id: int, now: datetime
 ) -> None:
-    """Take the CA's steps of a removal that are left, and close the removal when nothing is.
-
-    `account` is None while the CA is out of reach.
-    """
+    """Take the CAs' steps of a removal that are left, and close the removal when nothing is."""
     async with database.transaction() as session:
         server = await servers.get(session, server_id)
         if server.state is not ServerState.LEAVING:
@@ -117,7 +118,7 @@ async def advance(
             # Its certificate serves the clients that still come.
             server.removal_due_at = min(server.leave_at, now + timedelta(seconds=settings.policy.step_retry))
             return
-    done = await _ca_steps(account, server, now)
+    done = await _ca_steps(settings, accounts, server, now)
     async with database.transaction() as session:
         server = await servers.get(session, server_id)
         for order in server.orders:
@@ -182,14 +183,30 @@ class _Done:
     error: str | None = None
 
 
-async def _ca_steps(account: AcmeAccount | None, server: Server, now: datetime) -> _Done:
-    done = _Done()
+async def _ca_steps(settings: Settings, accounts: Accounts, server: Server, now: datetime) -> _Done:
+    """Each order's steps at its own CA; one that is away holds up no other."""
+    done, by_ca = _Done(), dict[str, list[Order]]()
     for order in server.orders:
-        if account is None:
-            if _is_unsettled(order) or issuance.is_revocable(order, now):
-                done.error = "the CA is out of reach"
-            continue
+        if _is_unsettled(order) or issuance.is_revocable(order, now):
+            by_ca.setdefault(issuance.ca_of(settings, order), []).append(order)
+    await asyncio.gather(*(_steps_at(accounts, ca, orders, done, now) for ca, orders in by_ca.items()))
+    return done
+
+
+async def _steps_at(accounts: Accounts, ca: str, orders: list[Order], done: _Done, now: datetime) -> None:
+    try:
+        async with asyncio.timeout(_CA_DEADLINE):
+            await _settle_and_revoke(accounts, ca, orders, done, now)
+    except TimeoutError:
+        done.error = f"CA: {ca} does not answer"
+
+
+async def _settle_and_revoke(
+    accounts: Accounts, ca: str, orders: list[Order], done: _Done, now: datetime
+) -> None:
+    for order in orders:
         try:
+            account = await accounts(ca, now)
             if _is_unsettled(order):
                 late = await issuance.settle(account, order)
                 done.settled.add(order.id)
@@ -203,7 +220,6 @@ async def _ca_steps(account: AcmeAccount | None, server: Server, now: datetime) 
                 done.revoked.add(order.id)
         except AcmeError as failure:
             done.error = f"CA: {failure.detail}"[:1000]
-    return done
 
 
 def _is_unsettled(order: Order) -> bool:

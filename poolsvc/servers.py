@@ -472,7 +472,7 @@ def renewal_at(server: Server) -> datetime | None:
     newest = newest_certificate(server)
     if newest is None or newest.not_before is None or newest.not_after is None:
         return None
-    return renew_at(newest.not_before, newest.not_after)
+    return newest.renew_at or renew_at(newest.not_before, newest.not_after)
 
 
 def forget_scores(server: Server, now: datetime) -> None:

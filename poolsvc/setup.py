@@ -391,7 +391,10 @@ directory_url = $ca
 caa_identity = "$caa_identity"
 account_key_file = "$account_key"
 contact = $contact
+# Which certificates to ask for; without it tlsserver, where the CA has such.
 # profile = "shortlived"
+# Others for when this one is away, each with directory_url, caa_identity and account_key_file of its own:
+# [[ca.fallback]]
 
 [policy]
 # Servers that must work before clients are told of any.

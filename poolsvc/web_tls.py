@@ -169,7 +169,7 @@ class AcmeCertificate:
 
     async def _renew(self) -> datetime:
         """One order with a new key; when the next one is due."""
-        account = await RemoteAccount.reach(self._settings)
+        account = await RemoteAccount.reach(self._settings, self._settings.ca)
         try:
             key, csr = new_key_and_csr(self._host)
             order = await account.order(csr, self._host)

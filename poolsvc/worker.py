@@ -10,7 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from sqlalchemy.orm import InstrumentedAttribute
 from poolsvc import (
     addresses,
     alarms,
+    authorities,
     idempotency,
     issuance,
     journal,
@@ -33,14 +34,13 @@ from poolsvc import (
     onboarding,
     proofs,
     removal,
+    renewals,
     samples,
     servers,
     sign_in,
     teams,
     troubles,
 )
-from poolsvc.acme import AcmeAccount, AcmeError
-from poolsvc.acme_client import RemoteAccount
 from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.deliveries import Post
@@ -48,7 +48,6 @@ from poolsvc.derived import RegistryKey
 from poolsvc.leader import Leader
 from poolsvc.models import Address, Channel, Delivery, MaintenanceWindow, Order, Server, Webhook
 from poolsvc.outbound import Outbound
-from poolsvc.pool import the_pool
 
 _log = structlog.get_logger()
 LEASE = timedelta(seconds=20)
@@ -60,8 +59,6 @@ _FAREWELL = 2.0
 _QUICK, _YOUNG = 0.01, 10.0
 # How often silent agents are looked for.
 _WATCH = timedelta(minutes=1)
-# The account's process may end once in this time without a wait.
-_STEADY = timedelta(minutes=1)
 _T = TypeVar("_T")
 
 
@@ -99,7 +96,8 @@ CALLS = Kind(
 )
 CHALLENGES = Kind("challenge_webhooks", Webhook, Webhook.challenge_due_at, batch=50, concurrency=16)
 ENDS = Kind("watch", Order, Order.ending_due_at, batch=200, concurrency=1)
-KINDS = (PROOFS, PROBES, NEW_ORDERS, ORDERS, WINDOWS, REMOVALS, MAILS, CALLS, CHALLENGES, ENDS)
+RENEWALS = Kind("ask_renewals", Order, Order.window_due_at, batch=50, concurrency=4)
+KINDS = (PROOFS, PROBES, NEW_ORDERS, ORDERS, WINDOWS, REMOVALS, MAILS, CALLS, CHALLENGES, ENDS, RENEWALS)
 
 
 async def claim(database: Database, kind: Kind, now: datetime) -> list[int]:
@@ -165,7 +163,8 @@ class Health:
 
     def __init__(self) -> None:
         self.dns: str | None = None
-        self.ca: str | None = None
+        self.cas: dict[str, str] = {}  # that are out of reach, with why
+        self.ca_faults: dict[str, str] = {}  # what does not keep them from issuing
         self.mail: str | None = None
         self.not_ordered = 0  # servers that showed a certificate which the pool did not order
         self.work: dict[str, str] = {}  # kinds of work that failed last time, with the error's name
@@ -175,12 +174,14 @@ class Health:
         self.stopping = asyncio.Event()  # no new work is begun, and the process is not ready
 
     def alarms(self) -> list[str]:
-        parts = (("DNS", self.dns), ("CA", self.ca), ("mail", self.mail))
-        found = [f"{part}: {text}" for part, text in parts if text]
+        found = [f"DNS: {self.dns}"] if self.dns else []
+        found += [f"CA: {name}: {text}" for name, text in self.cas.items()]
+        found += [f"CA settings: {text}" for text in self.ca_faults.values()]
         if self.not_ordered:
             found.append(
                 f"certificates: {self.not_ordered} servers showed one that the pool did not order, in a week"
             )
+        found += [f"mail: {self.mail}"] if self.mail else []
         return found + [f"worker: {work.strip('_')} failed with {error}" for work, error in self.work.items()]
 
 
@@ -203,17 +204,12 @@ class Worker:
         self._settings = settings
         self._roots = roots
         self._health = health
-        self._account: AcmeAccount | None = None
-        self._unopened: RemoteAccount | None = None
+        self._authorities = authorities.Authorities(database, settings, health.cas, health.ca_faults)
         self._holder = leases.new_holder()
         self._leader = Leader(database, settings, self._holder)
         self._reported: list[str] | None = None
         self._reported_at: datetime | None = None
         self._house_kept_at: datetime | None = None
-        self._account_due: datetime | None = None
-        self._account_failures = 0
-        self._account_at: datetime | None = None
-        self._opening = asyncio.Lock()
         self._post = Post(database, settings, key, Outbound(settings))
         self._watched_at: datetime | None = None
         self._quick_until = 0.0
@@ -227,7 +223,9 @@ class Worker:
                     self._prove,
                     self._reconcile,
                     self._begin_orders,
-                    self._advance_orders,
+                    *map(self._orders_at, issuance.shares_of(self._settings)),
+                    self._ask_renewals,
+                    self._keep_accounts,
                     self._probe,
                     self._remove,
                     self._maintain,
@@ -242,9 +240,7 @@ class Worker:
                 ):
                     group.create_task(self._repeat(work))
         finally:
-            for account in (self._account, self._unopened):
-                if account is not None:
-                    account.close()
+            self._authorities.close()
             await self._resign()
 
     async def _resign(self) -> None:
@@ -277,7 +273,7 @@ class Worker:
 
     def _until_next(self, work: Work) -> float:
         """Seconds between two looks for the same work: hardly any while an order of ours is young."""
-        is_quick = work == self._advance_orders and time.monotonic() < self._quick_until
+        is_quick = work.__name__ == ORDERS.name and time.monotonic() < self._quick_until
         return min(_QUICK, self._settings.policy.tick) if is_quick else self._settings.policy.tick
 
     async def _pause(self, seconds: float) -> None:
@@ -329,20 +325,36 @@ class Worker:
                 self._queue_seen_at = now
         return len(ids) == NEW_ORDERS.batch
 
-    async def _advance_orders(self, now: datetime) -> bool:
-        account = await self._open_account(now)
-        if account is None:
-            return False
-        return await self._take(
-            ORDERS,
-            now,
-            lambda row: issuance.advance(self._database, self._settings, account, row, datetime.now(UTC)),
-        )
+    def _orders_at(self, share: ColumnElement[bool]) -> Work:
+        """The orders of one CA: another one that does not answer must not hold them up."""
+
+        async def advance_orders(now: datetime) -> bool:
+            return await self._advance_orders(replace(ORDERS, only=share), now)
+
+        return advance_orders
+
+    async def _advance_orders(self, kind: Kind, now: datetime) -> bool:
+        async def advance(order_id: int) -> None:
+            accounts = self._authorities.account
+            await issuance.advance(self._database, self._settings, accounts, order_id, datetime.now(UTC))
+
+        return await self._take(kind, now, advance)
+
+    async def _ask_renewals(self, now: datetime) -> bool:
+        async def ask(order_id: int) -> None:
+            accounts = self._authorities.account
+            await renewals.ask(self._database, self._settings, accounts, order_id, datetime.now(UTC))
+
+        return await self._take(RENEWALS, now, ask)
+
+    async def _keep_accounts(self, now: datetime) -> bool:
+        await self._authorities.keep(now)
+        return False
 
     async def _remove(self, now: datetime) -> bool:
         async def advance(server_id: int) -> None:
-            account = await self._open_account(now)
-            await removal.advance(self._database, self._settings, account, server_id, datetime.now(UTC))
+            accounts = self._authorities.account
+            await removal.advance(self._database, self._settings, accounts, server_id, datetime.now(UTC))
 
         return await self._take(REMOVALS, now, advance)
 
@@ -413,52 +425,6 @@ class Worker:
                 self._health.not_ordered = await troubles.count_not_ordered(session, now)
             self._watched_at = None if more_silent else now
         return is_more
-
-    async def _open_account(self, now: datetime) -> AcmeAccount | None:
-        """The registry's account at the CA; None while the CA is out of reach."""
-        async with self._opening:
-            return await self._opened(now)
-
-    async def _opened(self, now: datetime) -> AcmeAccount | None:
-        if self._account is not None and not self._account.lost:
-            return self._account
-        if self._account_due is not None and now < self._account_due:
-            return None
-        try:
-            account = await self._reach()
-        except AcmeError as error:
-            if self._health.ca is None:
-                _log.error("ca_unreachable", code=error.code, detail=error.detail)
-            self._health.ca = error.detail
-            wait = self._settings.policy.step_wait(self._account_failures)
-            self._account_due = now + max(wait, timedelta(seconds=error.retry_after or 0))
-            self._account_failures += 1
-            return None
-        self._health.ca = None
-        self._account_failures = 0
-        # A process that ends again and again is started again only after a wait.
-        is_steady = self._account_at is None or now - self._account_at > _STEADY
-        self._account_due = None if is_steady else now + self._settings.policy.step_wait(0)
-        self._account_at = now
-        async with self._database.transaction() as session:
-            pool = await the_pool(session, self._settings, lock=True)
-            pool.account_uri = account.uri
-        if self._account is not None:
-            self._account.close()
-        self._account = account
-        _log.info("acme_account_open", uri=account.uri, at=now.isoformat())
-        return account
-
-    async def _reach(self) -> RemoteAccount:
-        """The account, by the process that is there: a CA that is away costs no start of another one."""
-        if self._unopened is not None and self._unopened.has_ended:
-            self._unopened.close()
-            self._unopened = None
-        if self._unopened is None:
-            self._unopened = await RemoteAccount.connect(self._settings)
-        await self._unopened.enter()
-        account, self._unopened = self._unopened, None
-        return account
 
     async def _reconcile(self, now: datetime) -> bool:
         try:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import lru_cache
 from ipaddress import IPv4Address, ip_address
+from urllib.parse import urlsplit
 
 import dns.ipv6
 import dns.rdata
@@ -81,7 +82,7 @@ class ServerRecords:
 
     `name` is the label, `member` a number that it shares with the other servers of its member, `addresses` the
     proved ones, `listed` whether it may be an SRV target, `weight` its share of SRV answers relative to the others.
-    `account_uri` is the only account that may order for it, in place of the pool's; empty while none may.
+    `account_uri` is the only account that may order for it, in place of the pool's at the same CA; empty while none may.
     """
 
     name: str
@@ -170,8 +171,9 @@ def records_of(server: ServerRecords, policy: ZonePolicy) -> Zone:
 def _caa(server: ServerRecords, policy: ZonePolicy) -> RRset:
     if server.account_uri is None:
         return _issuers(policy)
-    own = (replace(one, account_uri=server.account_uri) for one in policy.caa if server.account_uri)
-    return _caa_of(own, policy)
+    host = urlsplit(server.account_uri).netloc
+    own = [one for one in policy.caa if host and urlsplit(one.account_uri).netloc == host]
+    return _caa_of((replace(one, account_uri=server.account_uri) for one in own), policy)
 
 
 @lru_cache(maxsize=4)

@@ -55,8 +55,12 @@ class CertificateView(Document):
     status: str
     serial: str | None
     fingerprint: str | None
+    ca: str | None = Field(description="the host of its CA's directory")
+    profile: str | None = Field(description="of its CA, that was asked for")
     not_before: datetime | None
     not_after: datetime | None
+    renew_at: datetime | None = Field(description="as its CA suggests; empty while it does not")
+    window_url: str | None = Field(description="where the CA explains that")
     revoked_at: datetime | None
     error: str | None
 

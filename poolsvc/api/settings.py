@@ -3,7 +3,7 @@
 from fastapi import APIRouter, Response
 from pydantic import Field
 
-from poolsvc import addresses
+from poolsvc import addresses, issuance
 from poolsvc.api.etags import NOT_MODIFIED, IfMatch, IfNoneMatch, etag_of, require_match, tagged
 from poolsvc.api.lookup import server_for, server_to_read
 from poolsvc.api.request import Document, Line, NamePath, NowDep, PrincipalDep, ServicesDep, SessionDep
@@ -22,6 +22,9 @@ class SettingsView(Document):
     ipv6: bool
     public: bool = Field(description="whether everybody may see the server's page")
     addresses: list[str]
+    short_lived: bool = Field(
+        description="whether its certificates live for days, and die soon after the server was removed"
+    )
     waive_source: bool = Field(description="proof calls may come from elsewhere (NAT); the operator's to set")
     traffic_cap: float | None = Field(
         description="NTP requests a second that it answers at most; the agent's to set, [limits] traffic_cap"
@@ -36,6 +39,7 @@ class SettingsChange(Document):
     ipv6: bool | None = Field(None, strict=True)
     public: bool | None = Field(None, strict=True)
     addresses: list[Line] | None = Field(None, max_length=64)
+    short_lived: bool | None = Field(None, strict=True)
     waive_source: bool | None = Field(None, strict=True)
 
 
@@ -46,6 +50,7 @@ def _view(server: Server) -> SettingsView:
         ipv6=server.ipv6,
         public=server.public,
         addresses=[row.address for row in server.addresses],
+        short_lived=server.short_lived,
         waive_source=server.waive_source,
         traffic_cap=server.traffic_cap,
     )
@@ -81,6 +86,8 @@ async def change_settings(
     if body.waive_source is not None and body.waive_source != server.waive_source:
         principal.may(Operation.JUDGE_SERVER, server=server)
         server.waive_source = body.waive_source
+    if body.short_lived is not None:
+        await issuance.set_short_lived(session, services.settings, server, wanted=body.short_lived)
     if body.weight is not None:
         server.weight = body.weight
     if body.public is not None:

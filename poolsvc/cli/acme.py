@@ -1,5 +1,7 @@
-"""`poolsvc acme`: the account at the CA in a process of its own, and the CA's limits. Rendering only."""
+"""`poolsvc acme`: the accounts at the CAs, the processes that hold their keys, and the CA's limits. Rendering only."""
 
+import asyncio
+from collections.abc import Awaitable
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -8,27 +10,39 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from nts_core.shell import configure_logging
 from poolsvc import acme_process, onboarding
+from poolsvc.acme import AccountFacts, AcmeConfig, AcmeError, change_contact, read_account
 from poolsvc.budget import MOST, Bucket
-from poolsvc.cli.common import ConfigOption, ExitStatus, fail, in_transaction, read_settings, refuse
+from poolsvc.cli.common import (
+    CaOption,
+    ConfigOption,
+    ExitStatus,
+    authority,
+    fail,
+    in_transaction,
+    read_settings,
+    refuse,
+)
+from poolsvc.config import AuthoritySettings, check_contact
 from poolsvc.files import UnusableFile, check_account_files
 
-app = typer.Typer(no_args_is_help=True, help="the account at the CA, and the CA's limits")
+app = typer.Typer(no_args_is_help=True, help="the accounts at the CAs, and the CA's limits")
 
 
 @app.command("serve")
-def serve(config: ConfigOption) -> None:
-    """Hold the account's key, and order for those who call on `ca.socket`, until SIGTERM."""
+def serve(config: ConfigOption, name: CaOption = None) -> None:
+    """Hold the key of the account at a CA, and order for those who call on its `socket`, until SIGTERM."""
     settings = read_settings(config)
-    if settings.ca.socket is None:
+    ca = authority(settings, name)
+    if ca.socket is None:
         fail(
             ExitStatus.CONFIGURATION,
-            "ca.socket: there is none",
+            f"ca.socket: {ca.name} has none",
             "name one; without it `poolsvc serve` starts this process itself",
         )
     configure_logging()
     try:
-        check_account_files(settings)
-        acme_process.serve(settings)
+        check_account_files(ca)
+        acme_process.serve(settings, ca)
     except (UnusableFile, acme_process.SocketUnusable) as error:
         refuse(ExitStatus.CONFIGURATION, error)
 
@@ -89,3 +103,64 @@ def limits(
 
     in_transaction(read_settings(config), write)
     typer.echo("the queue follows within a minute; `poolsvc acme budget` shows what is left")
+
+
+@app.command("account")
+def account(config: ConfigOption, name: CaOption = None) -> None:
+    """Show the account at a CA, and what that CA says of itself."""
+    ca = authority(read_settings(config), name)
+    _show(ca, _asked(ca, read_account(AcmeConfig.of(ca))))
+
+
+@app.command("contact")
+def contact(
+    config: ConfigOption,
+    urls: Annotated[
+        list[str], typer.Argument(metavar="URL...", help="all there are to be, as mailto:NAME@DOMAIN")
+    ],
+    name: CaOption = None,
+) -> None:
+    """Give the account at a CA other contacts, in place of all that it has."""
+    ca = authority(read_settings(config), name)
+    for url in urls:
+        try:
+            check_contact(url)
+        except ValueError as error:
+            fail(ExitStatus.USAGE, f"{url}: {error}", "give URLs, such as mailto:operator@example.net")
+    _show(ca, _asked(ca, change_contact(AcmeConfig.of(ca), tuple(urls))))
+    if tuple(urls) != ca.contact:
+        typer.echo("set `contact` of this CA in the settings likewise: a new account would get that")
+
+
+def _asked(ca: AuthoritySettings, asking: Awaitable[AccountFacts]) -> AccountFacts:
+    async def ask() -> AccountFacts:
+        return await asking
+
+    try:
+        return asyncio.run(ask())
+    except AcmeError as error:
+        remedies = {
+            "account-key": "give the account's key; `poolsvc serve` makes key and account at its start",
+            "accountDoesNotExist": "start `poolsvc serve`, which makes the account",
+            "invalidContact": "give an address that the CA takes",
+            "unsupportedContact": "give an address of the form mailto:NAME@DOMAIN",
+        }
+        is_ours = error.code == "account-key"
+        fail(
+            ExitStatus.CONFIGURATION if is_ours else ExitStatus.PEER,
+            f"{ca.name}: {error.detail}",
+            remedies.get(error.code, "repeat the command when the CA answers; `poolsvc doctor` tells more"),
+        )
+
+
+def _show(ca: AuthoritySettings, facts: AccountFacts) -> None:
+    terms = facts.terms
+    for label, text in (
+        ("CA", f"{ca.name}, in CAA {ca.caa_identity}"),
+        ("account", facts.uri),
+        ("contact", ", ".join(facts.contact) or "none that the CA shows"),
+        ("terms", terms.terms_of_service or "none"),
+        ("profiles", ", ".join(terms.profiles) or "none"),
+        ("profile asked for", ca.profile),
+    ):
+        typer.echo(f"{label + ':':<19}{text}")

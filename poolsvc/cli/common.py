@@ -11,7 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from poolsvc import schema
-from poolsvc.config import ConfigError, Settings, load_settings
+from poolsvc.config import AuthoritySettings, ConfigError, Settings, load_settings
 from poolsvc.db import Database
 from poolsvc.derived import RegistryKey
 from poolsvc.errors import PoolError
@@ -20,6 +20,11 @@ from poolsvc.schema import DatabaseUnusable
 T = TypeVar("T")
 
 ConfigOption = Annotated[Path, typer.Option("--config", metavar="FILE", help="the settings file (TOML)")]
+
+CaOption = Annotated[
+    str | None,
+    typer.Option("--ca", metavar="HOST", help="the CA, by the host of its directory; the first if left out"),
+]
 
 
 class ExitStatus(IntEnum):
@@ -47,6 +52,14 @@ def read_settings(file: Path) -> Settings:
         return load_settings(file)
     except ConfigError as error:
         fail(ExitStatus.CONFIGURATION, str(error), "correct the setting; docs/operators.md explains each")
+
+
+def authority(settings: Settings, name: str | None) -> AuthoritySettings:
+    """The CA that a command is for."""
+    known = {ca.name: ca for ca in settings.ca.all}
+    if name is None or name in known:
+        return known.get(name or settings.ca.name, settings.ca)
+    fail(ExitStatus.USAGE, f"--ca {name}: the settings have no such CA", f"give one of: {', '.join(known)}")
 
 
 def read_registry_key(settings: Settings) -> RegistryKey:

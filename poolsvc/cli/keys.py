@@ -9,7 +9,16 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from poolsvc import issuance, keys, servers, sign_in, webhooks
 from poolsvc.acme import AcmeConfig, AcmeError, roll_account_key
-from poolsvc.cli.common import ConfigOption, ExitStatus, fail, in_transaction, read_settings, refuse
+from poolsvc.cli.common import (
+    CaOption,
+    ConfigOption,
+    ExitStatus,
+    authority,
+    fail,
+    in_transaction,
+    read_settings,
+    refuse,
+)
 
 app = typer.Typer(no_args_is_help=True, help="new keys; docs/runbook.md has the rest")
 
@@ -39,9 +48,9 @@ Until the primary and the registry both have the new one, nothing is published; 
 
 
 @app.command("acme-account")
-def acme_account(config: ConfigOption) -> None:
-    """Give the account at the CA a new key; the account and all CAA records stay. Stop `serve` first."""
-    ca = read_settings(config).ca
+def acme_account(config: ConfigOption, name: CaOption = None) -> None:
+    """Give the account at a CA a new key; the account and all CAA records stay. Stop `serve` first."""
+    ca = authority(read_settings(config), name)
     try:
         uri = asyncio.run(roll_account_key(AcmeConfig.of(ca)))
     except AcmeError as error:

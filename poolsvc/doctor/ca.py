@@ -1,14 +1,23 @@
-"""The CA, as far as it can be asked without an account."""
+"""The CAs, as far as they can be asked without an account."""
 
+import asyncio
 from dataclasses import replace
 
 from poolsvc.acme import AcmeConfig, AcmeError, read_terms
-from poolsvc.doctor.report import DEADLINE, Examination, Finding, fail, ok, warn
+from poolsvc.config import AUTO_PROFILE, AuthoritySettings
+from poolsvc.doctor.report import DEADLINE, Examination, Finding, Verdict, fail, ok, warn
 
 
 async def directory(at: Examination) -> Finding:
-    """Reachable over TLS that we trust, and of the name, profile and terms that the settings suppose."""
-    ca = at.settings.ca
+    """Each reachable over TLS that we trust, and of the name, profile and terms that the settings suppose."""
+    authorities = at.settings.ca.all
+    found = await asyncio.gather(*map(_directory, authorities))
+    worst = max(found, key=lambda finding: list(Verdict).index(finding.verdict))
+    texts = [f"{ca.name}: {finding.found}" for ca, finding in zip(authorities, found, strict=True)]
+    return replace(worst, found="; ".join(texts)) if len(texts) > 1 else worst
+
+
+async def _directory(ca: AuthoritySettings) -> Finding:
     try:
         terms = await read_terms(replace(AcmeConfig.of(ca), timeout=int(DEADLINE / 3)))
     except AcmeError as error:
@@ -21,9 +30,12 @@ async def directory(at: Examination) -> Finding:
             "the CA wants accounts that are bound to a customer",
             "set ca.binding_key_id and ca.binding_key_file to what the CA gave you",
         )
-    if ca.profile is not None and ca.profile not in terms.profiles:
+    if ca.profile != AUTO_PROFILE and ca.profile not in terms.profiles:
         offered = ", ".join(terms.profiles) or "none"
-        return fail(f"the CA has no profile {ca.profile}", f"set ca.profile to one that it has: {offered}")
+        return fail(
+            f"the CA has no profile {ca.profile}",
+            f'set ca.profile to "{AUTO_PROFILE}" or to one that it has: {offered}',
+        )
     if terms.caa_identities and ca.caa_identity not in terms.caa_identities:
         names = ", ".join(terms.caa_identities)
         return fail(

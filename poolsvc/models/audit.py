@@ -19,7 +19,17 @@ from poolsvc.db import Base, RecordedSession
 from poolsvc.models.accounts import Acceptance, Identity, Invitation, Member, Membership, Token, User
 from poolsvc.models.events import Event
 from poolsvc.models.notices import Webhook
-from poolsvc.models.servers import Address, CaLimits, Hold, MaintenanceWindow, Order, Pool, Server, Transfer
+from poolsvc.models.servers import (
+    Address,
+    CaAccount,
+    CaLimits,
+    Hold,
+    MaintenanceWindow,
+    Order,
+    Pool,
+    Server,
+    Transfer,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +46,8 @@ def _rule(noun: str, shown: str, hidden: str = "") -> _Rule:
 
 
 _AUDITED: Mapping[type[Base], _Rule] = {
-    Pool: _rule("pool", "domain opened_at account_uri frozen_at"),
+    Pool: _rule("pool", "domain opened_at frozen_at"),
+    CaAccount: _rule("ca-account", "ca uri"),
     CaLimits: _rule("ca-limits", "certificates orders until note"),
     User: _rule("user", "staff confirmed_at blocked_at blocked_reason erased_at", "email name"),
     Member: _rule("member", "kind status status_reason public max_servers", "name"),
@@ -47,14 +58,14 @@ _AUDITED: Mapping[type[Base], _Rule] = {
     Token: _rule("token", "kind label member_id server_id scopes expires_at used_at revoked_at"),
     Server: _rule(
         "server",
-        "member_id name weight ipv4 ipv6 public agentless own_account_uri waive_source burnt_at released_at"
-        " joined_at leave_at leave_final leave_reason leave_by_operator",
+        "member_id name weight ipv4 ipv6 public agentless own_account_uri waive_source short_lived burnt_at"
+        " released_at joined_at leave_at leave_final leave_reason leave_by_operator",
         "agent_key",
     ),
     Address: _rule("address", "address proved_at"),
     Hold: _rule("hold", "kind reason lifted_at"),
     MaintenanceWindow: _rule("maintenance", "starts_at ends_at reason cancelled_at"),
-    Order: _rule("order", "status serial not_after deactivated_at compromised_at revoked_at"),
+    Order: _rule("order", "status ca serial not_after deactivated_at compromised_at revoked_at"),
     Transfer: _rule("transfer", "to_member_id expires_at accepted_at declined_at"),
     Webhook: _rule("webhook", "member_id generation enabled_at disabled_at deleted_at", "url"),
 }

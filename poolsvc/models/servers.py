@@ -60,7 +60,6 @@ class Pool(Base):
     domain: Mapped[str] = mapped_column(String(253))
     opened_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     epoch: Mapped[int] = mapped_column(default=0)
-    account_uri: Mapped[str | None] = mapped_column(Text)
     frozen_at: Mapped[datetime | None] = mapped_column(
         UtcDateTime
     )  # restored: nothing is published until confirmed
@@ -89,6 +88,17 @@ class CaRefusal(Base):
     at: Mapped[datetime] = mapped_column(UtcDateTime)
     until: Mapped[datetime] = mapped_column(UtcDateTime)
     detail: Mapped[str] = mapped_column(String(1000))
+
+
+class CaAccount(Base):
+    """The registry's account at one CA, which CAA names, and what that CA offers."""
+
+    __tablename__ = "ca_accounts"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    ca: Mapped[str] = mapped_column(String(253), unique=True)  # the host of its directory
+    uri: Mapped[str] = mapped_column(Text)
+    profiles: Mapped[list[str]] = mapped_column(JSON, default=list)  # that it had when it was last asked
 
 
 class Server(Base):
@@ -136,6 +146,7 @@ class Server(Base):
     agentless: Mapped[bool] = mapped_column(default=False)  # the member runs an ACME client of its own
     own_account_uri: Mapped[str | None] = mapped_column(Text)  # that client's account, for CAA
     waive_source: Mapped[bool] = mapped_column(default=False)  # proof calls may come from elsewhere (NAT)
+    short_lived: Mapped[bool] = mapped_column(default=False)  # its certificates live for days, not weeks
     skeleton: Mapped[str] = mapped_column(
         String(72), index=True, default=""
     )  # equal for names that look alike
@@ -326,6 +337,13 @@ class Order(Base):
     attempts: Mapped[int] = mapped_column(default=0)  # failed tries of the present step
     error: Mapped[str | None] = mapped_column(String(1000))
 
+    ca: Mapped[str | None] = mapped_column(
+        String(253)
+    )  # as in `CaAccount`; the first of the settings if empty
+    ca_since: Mapped[datetime | None] = mapped_column(UtcDateTime)  # when this CA was chosen
+    account_uri: Mapped[str | None] = mapped_column(Text)  # the account there that ordered
+    profile: Mapped[str | None] = mapped_column(String(64))  # that was asked for
+
     csr: Mapped[str | None] = mapped_column(Text)
     key_sha256: Mapped[str | None] = mapped_column(
         String(64), unique=True
@@ -346,6 +364,12 @@ class Order(Base):
     ending_due_at: Mapped[datetime | None] = mapped_column(
         UtcDateTime, index=True
     )  # when a newer one must be there
+    # When the CA would have it renewed (RFC 9773), and the moment that was drawn from this.
+    window_start: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    window_end: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    window_url: Mapped[str | None] = mapped_column(String(1000))  # where the CA explains it
+    window_due_at: Mapped[datetime | None] = mapped_column(UtcDateTime, index=True)  # when it is asked again
+    renew_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     deactivated_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     compromised_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # its key is known to others
     revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)

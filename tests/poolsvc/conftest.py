@@ -47,6 +47,7 @@ from poolsvc.db import Database
 from poolsvc.delegation import NoReply, parent_records
 from poolsvc.derived import Purpose, RegistryKey
 from poolsvc.models import (
+    CaAccount,
     Delivery,
     HoldKind,
     MemberRole,
@@ -245,6 +246,15 @@ class Registry:
         async with self.database.transaction("test") as session:
             yield session, await servers.get(session, server_id)
 
+    async def open_account(self, uri="https://ca.example/acct/1") -> None:
+        """As if the worker had found the registry's account at the CA of the settings."""
+        async with self.database.transaction("test") as session:
+            row = await session.scalar(select(CaAccount).where(CaAccount.ca == self.settings.ca.name))
+            if row is None:
+                session.add(CaAccount(ca=self.settings.ca.name, uri=uri))
+            else:
+                row.uri = uri
+
     async def get(self, server_id: int):
         async with self.change(server_id) as (_, server):
             return server
@@ -386,9 +396,22 @@ class Lab(contextlib.ExitStack):
         super().__init__()
         self.directory, self.resolver, self.responder = directory, resolver, responder
 
-    def pebble(self, **options) -> Pebble:
+    def pebble(self, name="pebble", **options) -> Pebble:
         options = {"http_port": self.responder.endpoints[0][1], **options}
-        return self.enter_context(Pebble(self.directory / "pebble", resolver=self.resolver, **options))
+        return self.enter_context(Pebble(self.directory / name, resolver=self.resolver, **options))
+
+    def settings(self, pebble: Pebble, *fallback: Pebble, **options) -> CaSettings:
+        """The settings of these CAs; `options` are the first one's."""
+
+        def section(pebble: Pebble):
+            return {
+                "directory_url": pebble.directory_url,
+                "caa_identity": f"{pebble.ca_file.parent.name}.example",
+                "account_key_file": self.directory / "keys" / f"{pebble.ca_file.parent.name}.pem",
+                "ca_file": pebble.ca_file,
+            }
+
+        return CaSettings(**section(pebble), fallback=tuple(map(section, fallback)), **options)
 
     def front(self, pebble: Pebble, **options) -> CaFront:
         """A CA that obeys CAA and limits, and fails as it is told."""
@@ -504,6 +527,15 @@ def people(database):
     return People(database)
 
 
+def always(account: AcmeAccount):
+    """Accounts of a registry with one CA."""
+
+    async def accounts(_name, _now):
+        return account
+
+    return accounts
+
+
 class Flow:
     """The server alice at 127.0.0.1 with its orders at a real CA; our responder plays its agent."""
 
@@ -512,6 +544,7 @@ class Flow:
         self.ca: Pebble | CaFront = pebble
         self.database, self.settings = registry.database, registry.settings
         self.now = datetime.now(UTC)
+        self.authorities = None  # those of a test with several CAs
 
     async def start(self):
         self.server_id = await self.registry.server("alice", "127.0.0.1", state=ServerState.VERIFIED)
@@ -550,15 +583,19 @@ class Flow:
     def responder(self) -> Responder:
         return self.lab.responder
 
+    async def accounts(self, name, now) -> AcmeAccount:
+        """The account at the one CA, opened anew, unless there are real ones."""
+        return await (self.authorities.account(name, now) if self.authorities else self.account())
+
     async def step(self, account: AcmeAccount | None = None):
         """The order's next step, in what could be a new process; the order after it."""
-        account = account or await self.account()
-        await issuance.advance(self.database, self.settings, account, (await self.order()).id, self.now)
+        accounts = self.accounts if account is None else always(account)
+        await issuance.advance(self.database, self.settings, accounts, (await self.order()).id, self.now)
         return await self.order()
 
     async def until(self, *statuses: OrderStatus):
         """Steps until the order has one of these states."""
-        account, end = await self.account(), time.monotonic() + 20
+        account, end = None if self.authorities else await self.account(), time.monotonic() + 20
         while (order := await self.order()).status not in statuses:
             assert time.monotonic() < end, f"still {order.status}: {order.error}"
             await self.serve()

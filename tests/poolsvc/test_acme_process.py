@@ -63,7 +63,8 @@ async def reach(at_pebble):
     with contextlib.ExitStack() as stack:
 
         async def open_(pebble, **ca):
-            account = await RemoteAccount.reach(at_pebble(pebble, **ca))
+            settings = at_pebble(pebble, **ca)
+            account = await RemoteAccount.reach(settings, settings.ca)
             stack.callback(account.close)
             return account
 
@@ -83,7 +84,8 @@ def test_every_call_of_the_account_has_a_rule():
 async def test_a_whole_life_of_a_certificate(flow, at_pebble):
     """The steps of issuance do not know the difference."""
     life = await flow()
-    account = await RemoteAccount.reach(at_pebble(life.pebble))
+    settings = at_pebble(life.pebble)
+    account = await RemoteAccount.reach(settings, settings.ca)
     life.account = lambda: asyncio.sleep(0, account)
     order = await life.certified()
     assert order.status is OrderStatus.ISSUED
@@ -133,9 +135,9 @@ async def test_no_other_name_is_ordered_or_finalized(lab, reach, domain):
 
 async def test_the_registrys_own_name_is_ordered_where_it_is_wanted(settings):
     host = {"public_url": "https://registry.example.net"}
-    assert not Charge.of(settings.model_copy(update=host)).has_name("registry.example.net")
+    assert not Charge.of(settings.model_copy(update=host), settings.ca).has_name("registry.example.net")
     web_tls = settings.web_tls.model_copy(update={"acme": True})
-    charge = Charge.of(settings.model_copy(update={**host, "web_tls": web_tls}))
+    charge = Charge.of(settings.model_copy(update={**host, "web_tls": web_tls}), settings.ca)
     assert charge.has_name("registry.example.net")
     assert not charge.has_name("www.registry.example.net")
 
@@ -228,7 +230,7 @@ async def test_a_key_that_cannot_be_used_is_told_by_the_child(lab, at_pebble):
     settings = at_pebble(lab.pebble())
     settings.ca.account_key_file.touch(mode=0o644)
     with pytest.raises(AcmeError, match="0644") as caught:
-        await RemoteAccount.reach(settings)
+        await RemoteAccount.reach(settings, settings.ca)
     assert caught.value.code == "account-key"
 
 
@@ -238,7 +240,8 @@ async def test_a_parent_that_is_killed_takes_the_child_with_it(lab, at_pebble):
         "from poolsvc.acme_client import RemoteAccount\n"
         "from poolsvc.config import Settings\n"
         "async def main():\n"
-        "    account = await RemoteAccount.reach(Settings.model_validate_json(sys.argv[1]))\n"
+        "    settings = Settings.model_validate_json(sys.argv[1])\n"
+        "    account = await RemoteAccount.reach(settings, settings.ca)\n"
         "    print(account._child.pid, flush=True)\n"
         "    time.sleep(60)\n"
         "asyncio.run(main())\n"
@@ -314,7 +317,7 @@ async def test_one_process_serves_several_workers_on_a_socket(serving):
     path = settings.ca.socket
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) & 0o027 == 0
-    first, second = await asyncio.gather(*(RemoteAccount.reach(settings) for _ in range(2)))
+    first, second = await asyncio.gather(*(RemoteAccount.reach(settings, settings.ca) for _ in range(2)))
     assert first.uri == second.uri
     order = await first.order(make_csr(), NAME)
     first.close()
@@ -324,7 +327,7 @@ async def test_one_process_serves_several_workers_on_a_socket(serving):
     with pytest.raises(AcmeError):
         await second.poll(order.url)
     with pytest.raises(AcmeError) as caught:
-        await RemoteAccount.reach(settings)
+        await RemoteAccount.reach(settings, settings.ca)
     assert caught.value.code == "unreachable"
     second.close()
 
@@ -352,7 +355,7 @@ LINES = strategies.one_of(
 
 async def test_garbage_ends_its_connection_and_nothing_else(serving):
     process, settings = serving()
-    good = await RemoteAccount.reach(settings)
+    good = await RemoteAccount.reach(settings, settings.ca)
 
     @hypothesis_settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
     @given(LINES)

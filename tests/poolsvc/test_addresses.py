@@ -78,8 +78,8 @@ async def test_a_list_that_changes_nothing_keeps_proofs_and_scores(registry):
 @pytest.mark.parametrize("state", [S.VERIFIED, S.CERTIFIED, S.ACTIVE, S.SUSPENDED])
 async def test_without_a_proved_address_a_server_is_registered_again_and_out_of_dns(registry, state):
     server = await registry.server("alice", ONE, state=state)
+    await registry.open_account()
     async with registry.database.transaction() as session:
-        (await the_pool(session, registry.settings)).account_uri = "https://ca.example/acct/1"
         (await the_pool(session, registry.settings)).opened_at = registry.now
     leader = Publication(registry.database, registry.settings)
     await leader.look(registry.now)

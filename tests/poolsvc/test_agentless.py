@@ -39,8 +39,7 @@ async def alice(registry, responder):
     owner = await registry.member("Owner")
     registry.alice = await registry.server("alice", HERE, member=owner, agentless=True)
     registry.token = await registry.owner_token(owner)
-    async with registry.database.transaction() as session:
-        (await the_pool(session, registry.settings)).account_uri = "https://ca.example/acct/1"
+    await registry.open_account()
     return registry
 
 

@@ -13,11 +13,14 @@ from poolsvc.certificates import (
     DETAIL_LIMIT,
     ChainError,
     CsrError,
+    certificate_id,
     chain_facts,
     check_chain,
     check_csr,
+    moment_of,
     printable,
     renew_at,
+    renew_by,
 )
 
 NAME = "alice.servers.pool.example"
@@ -167,6 +170,48 @@ def test_a_chain_for_another_key_or_name_or_out_of_order_is_refused():
 @pytest.mark.parametrize(("life", "after"), [(90, 60), (45, 30), (10, 10 * 2 / 3), (6, 3), (1, 0.5)])
 def test_renewal_is_due_with_a_third_of_the_life_left_or_half_of_a_short_one(life, after):
     assert renew_at(NOW, NOW + dt.timedelta(days=life)) == NOW + dt.timedelta(days=after)
+
+
+@pytest.mark.parametrize("days", [1, 6, 10, 45, 90])
+def test_the_latest_renewal_is_between_the_right_moment_and_the_warning(days):
+    end = NOW + dt.timedelta(days=days)
+    begin = renew_at(NOW, end)
+    assert begin < renew_by(NOW, end) < begin + (end - begin) / 2
+
+
+def test_a_draw_is_a_moment_of_the_window():
+    end = NOW + dt.timedelta(hours=4)
+    assert [moment_of(NOW, end, draw) for draw in (0, 0.25, 1)] == [NOW, NOW + dt.timedelta(hours=1), end]
+
+
+def issued_by(key_identifier, serial) -> str:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "x")])
+    end = NOW + dt.timedelta(days=6)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), serial, NOW, end)
+    builder = builder.add_extension(x509.AuthorityKeyIdentifier(*key_identifier), critical=False)
+    return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
+
+
+@pytest.mark.parametrize(
+    ("serial", "end"), [(0x87654321, "AIdlQyE"), (0x7F, "fw"), (0x80, "AIA"), (0x0100, "AQA")]
+)
+def test_a_certificate_is_known_by_its_issuers_key_and_its_serial(serial, end):
+    """The first one is the example of RFC 9773 section 4.1."""
+    issuer = bytes.fromhex("69885b6b87464041e1b37b847ba0ae2cde01c8d4")
+    assert certificate_id(issued_by((issuer, None, None), serial)) == f"aYhba4dGQEHhs3uEe6CuLN4ByNQ.{end}"
+
+
+def test_a_certificate_that_does_not_name_its_issuers_key_is_not_known():
+    name = x509.DirectoryName(x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "x")]))
+    for pem in (
+        self_signed(ec.generate_private_key(ec.SECP256R1())),
+        issued_by((None, [name], 7), 1),
+        "",
+        "x",
+    ):
+        with pytest.raises(ChainError):
+            certificate_id(pem)
 
 
 def test_a_peers_words_are_bounded_and_without_control_characters():

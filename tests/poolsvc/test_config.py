@@ -273,6 +273,58 @@ def test_a_file_that_is_missing_or_no_toml_is_told_by_its_path(tmp_path):
         refused(path)
 
 
+FALLBACK = """
+[[ca.fallback]]
+directory_url = "https://acme.second.example/dir"
+caa_identity = "second.example"
+account_key_file = "keys/second.pem"
+ca_file = "second-root.pem"
+binding_key_id = "customer-7"
+binding_key_file = "keys/binding.key"
+"""
+
+
+def test_other_cas_stand_behind_the_first_and_each_is_known_by_its_host(file, tmp_path):
+    path = file()
+    path.write_text(path.read_text() + FALLBACK)
+    first, second = load_settings(path).ca.all
+    assert (first.name, second.name) == ("ca.example", "acme.second.example")
+    assert (first.profile, second.profile, first.binding_key_id) == ("auto", "auto", None)
+    assert second.account_key_file == tmp_path / "keys" / "second.pem"
+    assert second.binding_key_file == tmp_path / "keys" / "binding.key"
+    assert second.ca_file == tmp_path / "second-root.pem"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        ("acme.second.example/dir", "ca.example/other", "directory_url of its own"),
+        ("keys/second.pem", "keys/account.pem", "account_key_file of its own"),
+        ('binding_key_id = "customer-7"\n', "", "go together"),
+        ('binding_key_file = "keys/binding.key"\n', "", "go together"),
+        ('caa_identity = "second.example"\n', "", "ca.fallback.0.caa_identity: "),
+        ("[[ca.fallback]]", 'contact = ["operator"]\n[[ca.fallback]]', "ca.contact.0: write it as a URL"),
+        ("[[ca.fallback]]", 'profile = "a b"\n[[ca.fallback]]', "ca.profile: "),
+    ],
+)
+def test_a_mistake_in_the_settings_of_cas_is_told(file, old, new, fault):
+    path = file()
+    text = path.read_text() + FALLBACK
+    assert old in text
+    path.write_text(text.replace(old, new))
+    assert fault in refused(path)
+
+
+def test_of_cas_there_are_four_at_most(file):
+    path = file()
+    more = "".join(
+        FALLBACK.replace("second.example", f"ca{number}.example").replace("second.pem", f"{number}.pem")
+        for number in range(4)
+    )
+    path.write_text(path.read_text() + more)
+    assert "ca.fallback: " in refused(path)
+
+
 def test_settings_cannot_be_changed(file):
     settings = load_settings(file())
     with pytest.raises(ValidationError):

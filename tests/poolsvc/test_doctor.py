@@ -432,7 +432,7 @@ def test_a_directory_that_lacks_an_address(site, directory_server, monkeypatch):
 def test_a_ca_that_binds_accounts(site, directory_server, monkeypatch):
     where, served = directory_server
     monkeypatch.setitem(served, "meta", {"externalAccountRequired": True})
-    failed(examined(site.examination(ca=where))["ca"], "external account binding")
+    failed(examined(site.examination(ca=where))["ca"], "ca.binding_key_id")
 
 
 def test_a_taken_port(site):

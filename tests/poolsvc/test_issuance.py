@@ -307,7 +307,7 @@ async def test_a_loss_that_is_told_during_an_order_ends_that_order_too(flow):
     if order.serial is not None:
         assert flow.pebble.revocation_reason(order.serial) == RevocationReason.KEY_COMPROMISE
         assert order.revoked_at == flow.now
-    await issuance.advance(flow.database, flow.settings, await flow.account(), lost.id, flow.now)
+    await issuance.advance(flow.database, flow.settings, flow.accounts, lost.id, flow.now)
     assert flow.pebble.certificate_status(lost.serial) == "Revoked"
     assert (await flow.certified()).status is S.ISSUED
 

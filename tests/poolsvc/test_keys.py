@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +14,7 @@ from poolsvc.acme import (
     AcmeError,
     load_account_key,
     new_account_key,
+    read_account,
     roll_account_key,
 )
 from poolsvc.cli import ExitStatus
@@ -242,3 +244,95 @@ def test_the_command_without_a_key(init, tmp_path):
     assert done.status == ExitStatus.CONFIGURATION
     assert "docs/runbook.md" in done.stderr
     assert not (tmp_path / "new" / "acme-account.pem").exists()
+
+
+@pytest.fixture
+async def two(lab, tmp_path, init):
+    """Settings with two real CAs, and the registry's accounts there, by their CA."""
+    await asyncio.to_thread(init)
+    file = tmp_path / "new" / "poolsvc.toml"
+    first, second = lab.pebble(), lab.pebble("second")
+    text = file.read_text().replace(
+        '"https://acme-v02.api.letsencrypt.org/directory"',
+        f'"{first.directory_url}"\nca_file = "{first.ca_file}"',
+    )
+    more = f"""
+[[ca.fallback]]
+directory_url = "{second.directory_url}"
+caa_identity = "second.example"
+account_key_file = "second.pem"
+ca_file = "{second.ca_file}"
+contact = ["mailto:old@example.net"]
+"""
+    file.write_text(text + more)
+    cas = load_settings(file).ca.all
+    return SimpleNamespace(
+        file=file, cas=cas, uris=[await uri(AcmeConfig.of(ca)) for ca in cas], second=second
+    )
+
+
+async def poolsvc(two, *arguments):
+    return await asyncio.to_thread(run, "poolsvc", *arguments, f"--config={two.file}")
+
+
+async def test_the_key_of_one_of_several_accounts(two):
+    before = [ca.account_key_file.read_bytes() for ca in two.cas]
+    done = await poolsvc(two, "key", "acme-account", f"--ca={two.cas[1].name}")
+    assert done.status == ExitStatus.OK, done.stderr
+    assert two.uris[1] in done.stdout
+    assert two.cas[0].account_key_file.read_bytes() == before[0]
+    assert two.cas[1].account_key_file.read_bytes() != before[1]
+    assert [await uri(AcmeConfig.of(ca)) for ca in two.cas] == two.uris
+
+
+async def test_an_account_and_its_contact_by_command(two):
+    shown = await poolsvc(two, "acme", "account", f"--ca={two.cas[1].name}")
+    assert shown.status == ExitStatus.OK, shown.stderr
+    for words in (two.uris[1], two.cas[1].name, "mailto:old@example.net", "second.example"):
+        assert words in shown.stdout
+    first = await poolsvc(two, "acme", "account")
+    assert two.uris[0] in first.stdout
+    changed = await poolsvc(
+        two, "acme", "contact", f"--ca={two.cas[1].name}", "mailto:new@example.net", "mailto:b@example.net"
+    )
+    assert changed.status == ExitStatus.OK, changed.stderr
+    assert "in the settings likewise" in changed.stdout
+    known = await read_account(AcmeConfig.of(two.cas[1]))
+    assert (known.uri, set(known.contact)) == (
+        two.uris[1],
+        {"mailto:new@example.net", "mailto:b@example.net"},
+    )
+    same = await poolsvc(two, "acme", "contact", f"--ca={two.cas[1].name}", "mailto:old@example.net")
+    assert "likewise" not in same.stdout, "the settings say the same"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (("account", "--ca=acme.gone.example"), ExitStatus.USAGE, "acme.gone.example"),
+        (("contact", "operator@example.net"), ExitStatus.USAGE, "operator@example.net"),
+        (("contact", "mailto:a b@example.net"), ExitStatus.USAGE, "mailto:a b"),
+        (("contact", "mailto:" + "o" * 400), ExitStatus.USAGE, "mailto:ooo"),
+        (("contact", "tel:+49123"), ExitStatus.PEER, "mailto:NAME@DOMAIN"),
+        (("contact",), ExitStatus.USAGE, "URL"),
+    ],
+)
+async def test_a_mistake_about_an_account_is_told(two, arguments, status, words):
+    done = await poolsvc(two, "acme", *arguments)
+    assert done.status == status, done.stderr
+    assert words in done.stderr
+    assert (await read_account(AcmeConfig.of(two.cas[1]))).contact == ("mailto:old@example.net",)
+
+
+async def test_an_account_that_is_out_of_reach_or_not_there(two):
+    two.second.stop()
+    name = f"--ca={two.cas[1].name}"
+    away = await poolsvc(two, "acme", "contact", name, "mailto:new@example.net")
+    assert (away.status, "repeat the command" in away.stderr) == (ExitStatus.PEER, True)
+    two.second.start()
+    unknown = await poolsvc(two, "acme", "account", name)
+    assert (unknown.status, "which makes the account" in unknown.stderr) == (ExitStatus.PEER, True)
+    two.cas[1].account_key_file.unlink()
+    lost = await poolsvc(two, "acme", "account", name)
+    assert (lost.status, "second.pem" in lost.stderr) == (ExitStatus.CONFIGURATION, True)
+    assert not two.cas[1].account_key_file.exists()

@@ -71,8 +71,7 @@ def seen(epoch):
 @pytest.fixture
 async def world(database, knot, published_by, registry_of):
     registry = registry_of(database, published_by(step_retry=10))
-    async with database.transaction() as session:
-        (await the_pool(session, registry.settings)).account_uri = "https://ca.example/acct/1"
+    await registry.open_account()
     return World(registry, knot)
 
 
@@ -213,7 +212,7 @@ account_key_file = "account.pem"
 """
 
 
-def worker_process(knot, directory, database):
+def worker_process(knot, directory, database, nothing):
     directory.mkdir()
     (directory / "tsig.secret").write_text(knot.tsig_secret)
     port = free_port()
@@ -224,7 +223,7 @@ def worker_process(knot, directory, database):
             port=port,
             dns=f"{knot.address}:{knot.port}",
             tsig_name=knot.tsig_name,
-            nothing=free_port(),
+            nothing=nothing,
         )
     )
     argv = [script("poolsvc"), "serve", "--role", "worker", "--config", str(config)]
@@ -235,7 +234,8 @@ def test_a_killed_leader_is_followed_within_seconds(
     knot, postgresql_url, published_by, tmp_path, registry_of
 ):
     """Two real processes at one PostgreSQL, with the lives and intervals of a real pool."""
-    settings = published_by()
+    nothing = free_port()  # where both look for the CA
+    settings = published_by(ca={"directory_url": f"https://127.0.0.1:{nothing}/dir"})
 
     def in_registry(work):
         async def run():
@@ -247,17 +247,15 @@ def test_a_killed_leader_is_followed_within_seconds(
 
         return asyncio.run(run())
 
-    async def account(registry):
-        async with registry.database.transaction() as session:
-            (await the_pool(session, settings)).account_uri = "https://ca.example/acct/1"
-
     async def add_alice(registry):
         # A worker with a clock of today would withdraw an address that was confirmed months ago.
         registry.now = datetime.now(UTC)
         await registry.server("alice", "127.0.0.1", state=ServerState.VERIFIED)
 
-    in_registry(account)
-    first, second = (worker_process(knot, tmp_path / name, postgresql_url) for name in ("first", "second"))
+    in_registry(lambda registry: registry.open_account())
+    first, second = (
+        worker_process(knot, tmp_path / name, postgresql_url, nothing) for name in ("first", "second")
+    )
     with first, second:
         first.start(lambda: ask(knot, FENCE, "TXT"))
         second.start()

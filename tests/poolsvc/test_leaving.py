@@ -47,9 +47,9 @@ async def said(registry, kind):
 @pytest.fixture
 async def alice(registry):
     """An ACTIVE server in an open pool."""
+    await registry.open_account()
     async with registry.database.transaction() as session:
-        pool = await the_pool(session, registry.settings)
-        pool.account_uri, pool.opened_at = "https://ca.example/acct/1", registry.now
+        (await the_pool(session, registry.settings)).opened_at = registry.now
     registry.alice = await registry.server(state=S.ACTIVE)
     return registry
 

@@ -307,3 +307,38 @@ def test_what_the_version_before_kept_is_there_and_works(empty_url, alembic):
     assert gone.journal_due_at is not None
     assert address.confirmed_at is not None
     assert len(member.opaque_id) == 16
+
+
+BEFORE_SEVERAL_CAS = """
+INSERT INTO pool (id, domain, epoch, account_uri) VALUES (1, 'pool.example', 3, 'https://ca.example/acct/1');
+INSERT INTO members (id, name, kind, status, opaque_id, public, created_at)
+  VALUES (1, 'M', 'person', 'active', 'm1', false, '2026-03-01 12:00:00');
+INSERT INTO servers (id, member_id, name, state, state_since, created_at, weight, agent_engine, agent_clock, order_failures)
+  VALUES (1, 1, 'alice', 'active', '2026-03-01 12:00:00', '2026-03-01 12:00:00', 1, '', '', 0);
+INSERT INTO orders (id, server_id, status, created_at, attempts, url) VALUES
+  (1, 1, 'issued', '2026-03-01 12:00:00', 0, 'https://ca.example/order/1'),
+  (2, 1, 'failed', '2026-03-01 12:00:00', 0, 'https://ca.before.example:8443/order/7'),
+  (3, 1, 'wanted', '2026-03-01 12:00:00', 0, NULL)
+"""
+
+
+def test_the_account_and_its_orders_belong_to_the_ca_whose_host_they_have(empty_url, alembic):
+    config = alembic(empty_url)
+    command.upgrade(config, "b5d07c1e92a4")
+    engine = sa.create_engine(empty_url.replace("+aiosqlite", ""), poolclass=sa.NullPool)
+    with engine.begin() as connection:
+        for statement in BEFORE_SEVERAL_CAS.split(";"):
+            connection.execute(sa.text(statement))
+    command.upgrade(config, "7d0c3b1e95a2")
+    with engine.connect() as connection:
+        accounts = connection.execute(sa.text("SELECT ca, uri FROM ca_accounts")).all()
+        orders = connection.execute(sa.text("SELECT ca, account_uri FROM orders ORDER BY id")).all()
+    assert accounts == [("ca.example", "https://ca.example/acct/1")]
+    assert orders == [
+        ("ca.example", "https://ca.example/acct/1"),
+        ("ca.before.example:8443", None),
+        (None, None),
+    ]
+    command.downgrade(config, "b5d07c1e92a4")
+    with engine.connect() as connection:
+        assert connection.scalar(sa.text("SELECT account_uri FROM pool")) == "https://ca.example/acct/1"

@@ -14,7 +14,6 @@ from lab.processes import free_port
 from nts_core.control import ServerState
 from poolsvc import agentless, servers
 from poolsvc.models import Address, HoldKind, Server, ZoneChange
-from poolsvc.pool import the_pool
 from poolsvc.publication import Publication
 from poolsvc.servers import EventKind
 
@@ -85,8 +84,7 @@ def owner(name):
 @pytest.fixture
 async def world(database, knot, published_by, registry_of):
     registry = registry_of(database, published_by(reconcile_interval=60, full_pass_interval=600))
-    async with database.transaction() as session:
-        (await the_pool(session, registry.settings)).account_uri = "https://ca.example/acct/1"
+    await registry.open_account()
     world = World(registry, knot)
     await world.publication.look(NOW)
     await world.publication.publisher.take_fence(1)
@@ -269,8 +267,7 @@ async def test_another_account_turns_the_caa_of_every_name(world):
     await world.server("bob", "192.0.2.2")
     await world.passes()
     transfers = world.transfers()
-    async with world.database.transaction() as session:
-        (await the_pool(session, world.registry.settings)).account_uri = "https://ca.example/acct/2"
+    await world.registry.open_account("https://ca.example/acct/2")
     assert await world.passes()
     for name in ("alice", "bob"):
         (caa,) = world.ask(owner(name), "CAA")

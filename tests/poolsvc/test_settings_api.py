@@ -4,12 +4,13 @@ import asyncio
 from datetime import UTC, datetime
 
 import pytest
+from sqlalchemy import select
 
 from nts_core.control import ServerState
 from poolsvc import members
 from poolsvc.api.etags import is_known, require_match
 from poolsvc.errors import PreconditionFailed
-from poolsvc.models import StaffRole
+from poolsvc.models import CaAccount, StaffRole
 
 URL = "/v1/servers/alice/settings"
 ONE, SIX = "198.18.0.1", "fd00::1"
@@ -33,6 +34,7 @@ async def test_settings_are_read_changed_and_read_again(alice, client):
             "ipv6": True,
             "public": False,
             "addresses": [ONE, SIX],
+            "short_lived": False,
             "waive_source": False,
             "traffic_cap": None,
         }
@@ -107,6 +109,7 @@ def test_a_weak_tag_is_known_and_matches_no_change():
         ({"weight": 1001}, 422, "invalid-document", "weight"),
         ({"weight": True}, 422, "invalid-document", "weight"),
         ({"weight": "9"}, 422, "invalid-document", "weight"),
+        ({"short_lived": "yes"}, 422, "invalid-document", "short_lived"),
         ({"ipv4": "no"}, 422, "invalid-document", "ipv4"),
         ({"ipv4": False, "ipv6": False}, 422, "invalid-document", "ipv4"),
         ({"addresses": []}, 422, "invalid-address", "addresses"),
@@ -135,6 +138,18 @@ async def test_only_an_operator_waives_the_source_address(alice, client):
         assert (await http.patch(URL, json={"waive_source": False, "weight": 7})).status_code == 200
     async with client(operator) as http:
         assert (await http.patch(URL, json={"waive_source": True})).json()["waive_source"] is True
+
+
+async def test_short_life_is_chosen_where_a_ca_has_it(alice, client):
+    await alice.open_account()
+    async with client(alice.token) as http:
+        refused = await http.patch(URL, json={"short_lived": True})
+        assert (refused.status_code, refused.json()["field"]) == (409, "short_lived")
+        assert refused.json()["remedy"]
+        async with alice.database.transaction() as session:
+            (await session.scalars(select(CaAccount))).one().profiles = ["shortlived"]
+        assert (await http.patch(URL, json={"short_lived": True})).json()["short_lived"] is True
+        assert (await http.patch(URL, json={"short_lived": False})).json()["short_lived"] is False
 
 
 @pytest.mark.parametrize("state", [ServerState.LEAVING, ServerState.REMOVED])

@@ -151,7 +151,7 @@ async def test_the_registry_gets_its_certificate_from_the_pools_ca(lab, ports, s
     assert running.file.stat().st_mode & 0o777 == 0o600
     assert running.file.parent.stat().st_mode & 0o777 == 0o700
     assert not running.health.work
-    await until(lambda: asyncio.sleep(0, running.health.ca is None))
+    await until(lambda: asyncio.sleep(0, not running.health.cas))
     assert "There are now 1 accounts" in pebble.process.output()
     assert "There are now 2 accounts" not in pebble.process.output(), (
         "one for the members' orders and for this"

@@ -1,7 +1,6 @@
 """The worker: what it claims, under which lease, and that nothing it meets ends it."""
 
 import asyncio
-import contextlib
 import time
 from datetime import UTC, datetime, timedelta
 
@@ -13,7 +12,6 @@ from lab.processes import free_port
 from nts_core.control import ServerState
 from poolsvc import alarms, members, servers, teams
 from poolsvc import worker as engine
-from poolsvc.acme import AcmeError
 from poolsvc.db import Database
 from poolsvc.derived import RegistryKey
 from poolsvc.errors import NotFound
@@ -355,7 +353,7 @@ async def test_a_ca_that_is_away_is_told_and_holds_up_nothing_else(start, regist
     async with registry.database.transaction() as session:
         await session.execute(update(Server).values(state_since=NOW - timedelta(days=900)))
     worker = start()
-    await until(lambda: worker.health.ca)
+    await until(lambda: worker.health.cas)
     end = time.monotonic() + 30
     while (await registry.get(server)).state is not ServerState.REMOVED:
         assert time.monotonic() < end
@@ -378,46 +376,3 @@ async def test_due_orders_become_wanted_orders(start, registry):
         assert time.monotonic() < end
         await asyncio.sleep(0.02)
     assert found.orders == [], "only a server that is in DNS can be certified"
-
-
-class TestAccount:
-    """The registry's account at a real CA."""
-
-    @pytest.fixture
-    async def worker(self, lab, database, tuned):
-        self.pebble = lab.pebble()
-        settings = tuned(
-            ca={
-                "directory_url": self.pebble.directory_url,
-                "ca_file": self.pebble.ca_file,
-                "account_key_file": lab.directory / "account.pem",
-            }
-        )
-        worker = Worker(database, settings, [], Health(), RegistryKey(bytes(32)))
-        yield worker
-        if worker._account is not None:
-            worker._account.close()
-
-    async def test_a_ca_that_refuses_is_asked_again_only_after_a_wait(self, worker):
-        """Each failure doubles the wait; the next success ends it."""
-        self.pebble.stop()
-        retry = timedelta(seconds=worker._settings.policy.step_retry)
-        assert await worker._open_account(NOW) is None
-        self.pebble.start()
-        assert await worker._open_account(NOW + retry / 2) is None
-        assert await worker._open_account(NOW + retry) is not None
-
-    async def test_it_is_opened_once_for_all_who_ask_at_the_same_time(self, worker):
-        found = await asyncio.gather(*(worker._open_account(NOW) for _ in range(3)))
-        assert len({id(account) for account in found}) == 1
-
-    async def test_it_is_opened_again_when_the_ca_has_lost_it(self, worker):
-        first = await worker._open_account(NOW)
-        assert await worker._open_account(NOW) is first
-        self.pebble.restart()
-        with contextlib.suppress(AcmeError):
-            await first.poll(self.pebble.directory_url.replace("dir", "my-order/1"))
-        assert first.lost
-        second = await worker._open_account(NOW)
-        assert second is not first
-        assert not second.lost
