@@ -10,7 +10,7 @@ from enum import StrEnum
 
 from sqlalchemy import ColumnExpressionArgument, bindparam, select
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import joinedload, selectinload
+from sqlalchemy.orm import joinedload
 
 from poolsvc.errors import Forbidden, MemberBlocked, TokenExpired, TokenUsed, Unauthenticated
 from poolsvc.models import Member, MemberRole, MemberStatus, Scope, Server, StaffRole, Token, TokenKind, User
