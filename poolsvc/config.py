@@ -224,12 +224,6 @@ class CaSettings(AuthoritySettings):
                 raise ValueError(f"fallback: every CA needs {what} of its own")
         return self
 
-    @model_validator(mode="after")
-    def _binding_is_whole(self) -> Self:
-        if (self.binding_key_id is None) != (self.binding_key_file is None):
-            raise ValueError("binding_key_id and binding_key_file go together")
-        return self
-
 
 class WebTlsSettings(_Section):
     """The certificate of the registry's own web address, from the pool's CA."""
