@@ -690,13 +690,17 @@ async def test_a_429_holds_back_all_first_orders_until_its_time_and_no_renewal(f
                 until,
                 "rateLimited: too many certificates",
             )
+
+        async def accounts(_name, _now):
+            return account
+
         # The CA is away: had it been asked, the step would have been noted as a failed one.
-        await issuance.advance(again, flow.settings, account, held, flow.now + MINUTE)
+        await issuance.advance(again, flow.settings, accounts, held, flow.now + MINUTE)
         async with again.transaction() as session:
             order = await session.get_one(Order, held)
             assert (order.due_at, order.attempts) == (until, 0)
             assert order.error.startswith("the CA takes no order for a new name before ")
-        await issuance.advance(again, flow.settings, account, held, until)
+        await issuance.advance(again, flow.settings, accounts, held, until)
         async with again.transaction() as session:
             assert (await session.get_one(Order, held)).attempts == 1, "at that time it is asked"
     finally:
