@@ -25,6 +25,7 @@ from poolsvc.models import (
 )
 
 POOL = "pool.example"
+CA = "127.0.0.1:9"  # where nobody answers
 ACCOUNT = "https://ca.example/acct/1"
 OPERATOR = "tc_api_bench-operator"
 _BATCH = 2_000
@@ -103,7 +104,7 @@ def _fillings(servers: int, now: datetime) -> Iterator[_Filling]:
         "id domain opened_at epoch",
         iter([(1, POOL, then, 1)]),
     )
-    yield table("ca_accounts", "ca uri profiles", iter([("ca.example", ACCOUNT, "[]")]))
+    yield table("ca_accounts", "ca uri profiles", iter([(CA, ACCOUNT, "[]")]))
     yield table("users", "id name staff created_at", iter([(1, "", StaffRole.OPERATOR.value, then)]))
     yield table(
         "members",

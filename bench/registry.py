@@ -59,7 +59,7 @@ nameservers = ["127.0.0.1:{dns}"]
 srv_ttl = 3600
 
 [ca]
-directory_url = "https://127.0.0.1:{nothing}/dir"
+directory_url = "https://{ca}/dir"
 caa_identity = "ca.example"
 account_key_file = "account.pem"
 
@@ -108,7 +108,7 @@ class Bench:
                 database=database,
                 port=free_port(),
                 dns=free_port() if self._knot is None else self._knot.port,
-                nothing=free_port(),
+                ca=pools.CA,
             )
         )
         return file, load_settings(file)
