@@ -62,7 +62,7 @@ class ApiLife(RuleBasedStateMachine):
 
     def register(self):
         number = next(self.numbers)
-        self.name = f"s{self.space}-{number}"
+        self.name = f"box{self.space}-{number}"
         body = {"name": self.name, "addresses": [f"fd00:{self.space:x}::{number:x}"]}
         answer = self.call("owner", "POST", "", body)
         assert answer.status_code == 201, answer.text
