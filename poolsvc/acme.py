@@ -469,20 +469,20 @@ class AcmeAccount:
 
     @_call
     def deactivate_authorization(self, url: str) -> None:
-        """End an authorization (section 7.5.2); one that is over or gone is success as well."""
+        """End an authorization (section 7.5.2); one that is over or gone is success as well.
+
+        Of nothing else: the same request to the account's own URL would end the account (section 7.3.6).
+        """
         try:
-            self._network.call(url, {"status": "deactivated"})
+            found, _ = self._fetch(url)
         except AcmeError as error:
-            if not _refused(error):
-                raise
-            try:
-                status = self._fetch(url)[0].get("status")
-            except AcmeError as gone:
-                if gone.status in {404, 410}:
-                    return
-                raise
-            if status in {"pending", "valid"}:
-                raise
+            if error.status in {404, 410}:
+                return
+            raise
+        if not {"identifier", "challenges"} <= found.keys():
+            raise AcmeError("refused", f"{printable(url)} is no authorization", permanent=True)
+        if found.get("status") in {"pending", "valid"}:
+            self._network.call(url, {"status": "deactivated"})
 
     @_call
     def revoke(self, cert_pem: str, reason: RevocationReason) -> None:

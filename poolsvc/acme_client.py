@@ -63,6 +63,9 @@ class RemoteAccount(AcmeAccount):
                     None if sock else str(ca.socket), sock=sock, limit=LINE_LIMIT
                 )
         except (OSError, TimeoutError) as error:
+            if child is not None:
+                child.kill()
+                child.wait()
             where = ca.socket or "its process"
             raise AcmeError(
                 "unreachable", f"the account at the CA: {where}: {error or 'no answer'}"

@@ -25,6 +25,8 @@ _DIRECTORY_LIFE = timedelta(days=1)
 # An account's process may end once in this time before it is waited for.
 _STEADY = timedelta(minutes=1)
 
+UNKNOWN_CA = "unknown-ca"
+
 Accounts = Callable[[str, datetime], Awaitable[AcmeAccount]]
 """Gives the account at the CA of a name. Raises AcmeError: not permanent while the CA is out of reach, permanent for a
 name that the settings do not have."""
@@ -79,7 +81,7 @@ class Authorities:
         """As `Accounts` says."""
         place = self._places.get(name)
         if place is None:
-            raise AcmeError("unknown-ca", f"the settings have no CA {name} (any more)", permanent=True)
+            raise AcmeError(UNKNOWN_CA, f"the settings have no CA {name} (any more)", permanent=True)
         async with place.lock:
             if place.account is None or place.account.lost:
                 return await self._open(place, now)
@@ -103,7 +105,7 @@ class Authorities:
             place.read_at = now
             await self._note(place, account.uri, await account.read_directory())
         except AcmeError as error:
-            _log.info("ca_not_read", ca=place.settings.name, code=error.code)
+            _log.debug("ca_not_read", ca=place.settings.name, code=error.code)
 
     async def _open(self, place: _Place, now: datetime) -> AcmeAccount:
         if place.due_at is not None and place.error is not None and now < place.due_at:

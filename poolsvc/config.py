@@ -79,7 +79,7 @@ def _database(text: str) -> str:
 
 
 def _https(text: str) -> str:
-    if not text.startswith("https://") or not urlsplit(text).hostname:
+    if not text.startswith("https://") or not urlsplit(text).hostname or "@" in urlsplit(text).netloc:
         raise ValueError("write it as https://HOST/PATH")
     return text
 

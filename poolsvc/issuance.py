@@ -31,7 +31,7 @@ from poolsvc.acme import (
     poll_wait,
 )
 from poolsvc.acme import OrderStatus as AcmeOrderStatus
-from poolsvc.authorities import Accounts, offers
+from poolsvc.authorities import UNKNOWN_CA, Accounts, offers
 from poolsvc.certificates import (
     ChainError,
     CsrError,
@@ -177,11 +177,11 @@ def _is_of_first(settings: Settings, order: Order) -> bool:
     return ca_of(settings, order) == settings.ca.name
 
 
-def shares_of(settings: Settings) -> Iterator[ColumnElement[bool]]:
-    """Conditions on orders, one for each CA; what no CA of the settings has is the first one's to look at."""
+def shares_of(settings: Settings) -> Iterator[tuple[str, ColumnElement[bool]]]:
+    """Each CA, with the condition on its orders; what no CA of the settings has is the first one's to look at."""
     others = [ca.name for ca in settings.ca.fallback]
-    yield or_(Order.ca.is_(None), Order.ca.not_in(others))
-    yield from (Order.ca == name for name in others)
+    yield settings.ca.name, or_(Order.ca.is_(None), Order.ca.not_in(others))
+    yield from ((name, Order.ca == name) for name in others)
 
 
 def _choose_ca(settings: Settings, server: Server, now: datetime) -> str:
@@ -197,13 +197,10 @@ def _choose_ca(settings: Settings, server: Server, now: datetime) -> str:
     return next((name for name in names if now - failing_since.get(name, now) < patience), names[0])
 
 
-def _other_ca(
-    settings: Settings, order: Order, server: Server, error: AcmeError, now: datetime
-) -> str | None:
-    """Which CA gets an order that its own does not take in time; None: it waits on.
+def _other_ca(settings: Settings, order: Order, server: Server, again: datetime, now: datetime) -> str | None:
+    """Which CA gets an order that its own does not take before `again`; None: that is soon enough.
 
-    In time: within the pool's patience, and for a CA that says when it will take more, before the certificate ends.
-    What a CA has taken stays there.
+    In time: within the pool's patience, and before the certificate ends. What a CA has taken stays there.
     """
     names, present = [ca.name for ca in settings.ca.all], ca_of(settings, order)
     if order.status is not OrderStatus.REQUESTED or present not in names or len(names) == 1:
@@ -211,12 +208,11 @@ def _other_ca(
     following = names.index(present) + 1
     served = servers.newest_certificate(server)
     ends = None if served is None else served.not_after
-    again = now + timedelta(seconds=error.retry_after or 0)
-    is_too_late = error.code == "rate-limited" and ends is not None and again >= ends
+    since, patience = order.ca_since or order.created_at, timedelta(seconds=settings.policy.ca_patience)
+    is_too_late = again - since >= patience or (ends is not None and again >= ends)
     if is_too_late and following < len(names):
         return names[following]
-    waited = now - (order.ca_since or order.created_at)
-    return names[following % len(names)] if waited.total_seconds() >= settings.policy.ca_patience else None
+    return names[following % len(names)] if now - since >= patience else None
 
 
 def note_serving(server: Server, tokens: tuple[str, ...], now: datetime) -> None:
@@ -253,7 +249,7 @@ async def advance(
     async with database.transaction() as session:
         order = await load(session, order_id)
         server = order.server
-        if _is_of_first(settings, order) and await onboarding.put_off(session, server, order, now):
+        if _is_of_first(settings, order) and await _is_held_back(session, settings, order, now):
             return
     step = _STEPS.get(order.status)
     if step is None:
@@ -263,7 +259,7 @@ async def advance(
         account = await accounts(ca_of(settings, order), now)
         change = await step(settings, account, order, server, now)
     except AcmeError as error:
-        is_over = _is_over(error, account)
+        is_over = _is_over(error, order, account)
         change = _failed(order, error.detail) if is_over else _try_later(settings, order, server, error, now)
         await _note_refusal(database, settings, order, error, now)
     except (OrderFailed, CsrError, ChainError) as error:
@@ -515,8 +511,13 @@ async def _note_refusal(
         await onboarding.note_refusal(database, order.server, error, now, until)
 
 
-def _is_over(error: AcmeError, account: AcmeAccount | None) -> bool:
-    """Whether no repetition helps. An order that the CA knows no more has expired, or the CA has lost its data."""
+def _is_over(error: AcmeError, order: Order, account: AcmeAccount | None) -> bool:
+    """Whether no repetition helps. An order that the CA knows no more has expired, or the CA has lost its data.
+
+    A CA that the settings name no more may be named again: until then a revocation that is due there is not forgotten.
+    """
+    if error.code == UNKNOWN_CA and order.status not in OPEN_ORDERS:
+        return False
     is_gone = error.status in _GONE and account is not None and not account.lost
     return error.permanent or is_gone
 
@@ -528,19 +529,34 @@ def _again_at(settings: Settings, order: Order, error: AcmeError, now: datetime)
 
 def _try_later(settings: Settings, order: Order, server: Server, error: AcmeError, now: datetime) -> Change:
     """The CA is away or busy: the same step again later, and the order stays, unless another CA gets it."""
-    if (other := _other_ca(settings, order, server, error, now)) is not None:
-        return _turn_to(other, error)
+    asked = now + timedelta(seconds=error.retry_after or 0)
+    if (other := _other_ca(settings, order, server, asked, now)) is not None:
+        return _turn_to(other, error.detail)
     _log.warning("ca_step_failed", order=order.id, step=order.status, code=error.code)
     return _wait(order, f"CA: {error.detail}", _again_at(settings, order, error, now))
 
 
-def _turn_to(ca: str, error: AcmeError) -> Change:
+async def _is_held_back(session: AsyncSession, settings: Settings, order: Order, now: datetime) -> bool:
+    """Whether the CA has refused another server's order by a 429; then this one waits, or turns to another CA."""
+    refusal = await onboarding.refusal_for(session, order.server, order, now)
+    if refusal is None:
+        return False
+    # The CA's words may name somebody else's server.
+    reason = f"the CA takes no order for a new name before {refusal.until:%Y-%m-%d %H:%M} UTC"
+    if (other := _other_ca(settings, order, order.server, refusal.until, now)) is not None:
+        _turn_to(other, reason)(order, now)
+    else:
+        order.error, order.due_at = reason, refusal.until
+    return True
+
+
+def _turn_to(ca: str, reason: str) -> Change:
     """Another CA gets the order, from the beginning."""
 
     def change(row: Order, now: datetime) -> None:
-        _log.warning("order_turns_to_other_ca", order=row.id, ca=ca, code=error.code, detail=error.detail)
+        _log.warning("order_turns_to_other_ca", order=row.id, ca=ca, reason=reason)
         row.ca, row.ca_since, row.due_at = ca, now, now
-        row.attempts, row.error = 0, f"the CA before: {error.detail}"[:1000]
+        row.attempts, row.error = 0, f"the CA before: {reason}"[:1000]
 
     return change
 

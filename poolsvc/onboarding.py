@@ -130,14 +130,17 @@ def _was_looked_at(order: Order) -> bool:
 
 
 async def _enter(session: AsyncSession, entering: Sequence[Server]) -> None:
-    """Give those that have no round one, the first in DNS first."""
+    """Give those that have no round one, the first in DNS first; who has had a turn goes behind all who wait."""
     new = [server for server in entering if server.queue_round is None]
     if not new:
         return
     found = await session.execute(select(Server.member_id, Server.queue_round).where(_WAITS))
     rounds = [(row.member_id, row.queue_round or 0) for row in found]
     for server in sorted(new, key=lambda row: (row.named_at, row.id)):
-        server.queue_round = budget.next_round(rounds, server.member_id)
+        number = budget.next_round(rounds, server.member_id)
+        if server.orders:
+            number = max([number, *(waiting + 1 for _, waiting in rounds)])
+        server.queue_round = number
         rounds.append((server.member_id, server.queue_round))
     await session.flush()
 
@@ -199,7 +202,12 @@ async def _stand(session: AsyncSession, limits: Limits, now: datetime) -> Budget
     orders = await session.scalars(
         select(Order.created_at)
         .join(Server, Server.id == Order.server_id)
-        .where(Order.created_at > now - limits.orders.memory, _is_first())
+        .where(
+            Order.created_at > now - limits.orders.memory,
+            _is_first(),
+            # One that was given up before the CA could hear of it has cost nothing.
+            or_(Order.csr.is_not(None), Order.status.in_(OPEN_ORDERS)),
+        )
     )
     return budget.stand(
         limits,
@@ -252,17 +260,12 @@ async def note_refusal(
             refused.at, refused.until, refused.detail = now, until, error.detail[:_MAX_DETAIL]
 
 
-async def put_off(session: AsyncSession, server: Server, order: Order, now: datetime) -> bool:
-    """Whether an order that the CA has not seen yet has to wait for a 429 of another one; if so, it gets that time."""
+async def refusal_for(session: AsyncSession, server: Server, order: Order, now: datetime) -> CaRefusal | None:
+    """The 429 to another one that holds back an order which the CA has not seen yet, if there is one."""
     if order.status is not OrderStatus.REQUESTED or server.counted_at is not None:
-        return False
+        return None
     refused = await session.get(CaRefusal, 1)
-    if refused is None or refused.until <= now:
-        return False
-    # The CA's words may name somebody else's server.
-    order.error = f"the CA takes no order for a new name before {refused.until:%Y-%m-%d %H:%M} UTC"
-    order.due_at = refused.until
-    return True
+    return refused if refused is not None and refused.until > now else None
 
 
 async def place_of(session: AsyncSession, settings: Settings, server: Server) -> Place | None:

@@ -150,8 +150,12 @@ def _let_name_live(server: Server, settings: Settings, now: datetime) -> None:
     """Until when the addresses of a server that leaves in order stay; in an emergency `leave_at` is empty already."""
     if server.leave_at is None:
         return
-    server.leave_at = (server.srv_withdrawn_at or now) + settings.leaving_grace
-    if server.name_broken_at is not None or (server.srv_withdrawn_at is not None and server.leave_at <= now):
+    if server.srv_withdrawn_at is None:
+        # At the earliest. The same at each look: it is in the audit log, and DNS may be away for a day.
+        server.leave_at = max(server.leave_at, server.state_since + settings.leaving_grace)
+        return
+    server.leave_at = server.srv_withdrawn_at + settings.leaving_grace
+    if server.name_broken_at is not None or server.leave_at <= now:
         server.leave_at = None
 
 

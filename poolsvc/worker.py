@@ -6,6 +6,7 @@ work only.
 """
 
 import asyncio
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -223,7 +224,7 @@ class Worker:
                     self._prove,
                     self._reconcile,
                     self._begin_orders,
-                    *map(self._orders_at, issuance.shares_of(self._settings)),
+                    *itertools.starmap(self._orders_at, issuance.shares_of(self._settings)),
                     self._ask_renewals,
                     self._keep_accounts,
                     self._probe,
@@ -273,7 +274,7 @@ class Worker:
 
     def _until_next(self, work: Work) -> float:
         """Seconds between two looks for the same work: hardly any while an order of ours is young."""
-        is_quick = work.__name__ == ORDERS.name and time.monotonic() < self._quick_until
+        is_quick = work.__name__.startswith(ORDERS.name) and time.monotonic() < self._quick_until
         return min(_QUICK, self._settings.policy.tick) if is_quick else self._settings.policy.tick
 
     async def _pause(self, seconds: float) -> None:
@@ -325,12 +326,14 @@ class Worker:
                 self._queue_seen_at = now
         return len(ids) == NEW_ORDERS.batch
 
-    def _orders_at(self, share: ColumnElement[bool]) -> Work:
+    def _orders_at(self, ca: str, share: ColumnElement[bool]) -> Work:
         """The orders of one CA: another one that does not answer must not hold them up."""
 
         async def advance_orders(now: datetime) -> bool:
             return await self._advance_orders(replace(ORDERS, only=share), now)
 
+        if ca != self._settings.ca.name:
+            advance_orders.__name__ += f" at {ca}"
         return advance_orders
 
     async def _advance_orders(self, kind: Kind, now: datetime) -> bool:

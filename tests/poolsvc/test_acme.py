@@ -530,3 +530,12 @@ async def test_a_refused_request_never_reaches_the_ca(lab):
     with pytest.raises(CsrError):
         await account.order(make_csr("bob.servers.pool.example"), NAME)
     assert "new order" not in pebble.process.output().lower().replace("-", " ")
+
+
+async def test_only_an_authorization_is_ended(lab):
+    """The same request to the account's own address would end the account for good (RFC 8555 section 7.3.6)."""
+    account = await lab.account(lab.pebble())
+    with pytest.raises(AcmeError) as caught:
+        await account.deactivate_authorization(account.uri)
+    assert (caught.value.code, caught.value.permanent) == ("refused", True)
+    assert (await account.order(new_key_and_csr(NAME)[1], NAME)).token
