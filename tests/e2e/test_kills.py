@@ -228,11 +228,12 @@ def live(pool, keeper, kills, lives):
     assert keeper.restarts >= kills
 
     def quiet():
-        return pool.operator.call("GET", "/v1/pool")["alarms"] == [] and targets(pool) == {
-            member.name for member in active
-        }
+        if alarms := pool.operator.call("GET", "/v1/pool")["alarms"]:
+            raise LabError(f"alarms: {alarms}")
+        if (found := targets(pool)) != {member.name for member in active}:
+            raise LabError(f"in DNS: {found}")
 
-    wait_until(lambda: insist(quiet, "the pool"), "no alarm", DEADLINE)
+    insist(quiet, "all in order")
     return active, removed
 
 
