@@ -9,6 +9,7 @@ process that dies leaves the order to the next one. No network I/O happens insid
 An order goes to the first CA, and to another one only before a CA has taken it: `_choose_ca` and `_other_ca`.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from datetime import datetime, timedelta
@@ -359,19 +360,25 @@ async def _answer(
     addresses = servers.published_addresses(server)
     if not addresses:
         raise FetchError("no address is published")
-    outbound = Outbound(settings)
-    for address in addresses:
-        url = f"{http_origin(address, settings.ports.http)}{ACME_PATH}{order.token}"
-        answer = await outbound.get(
-            url,
-            host=settings.domain_of(server.name),
-            deadline=settings.policy.proof_deadline,
-            limit=_KEY_AUTHORIZATION_LIMIT,
-        )
-        if answer.require_ok().decode("ascii", "replace").strip() != order.key_authorization:
-            raise FetchError(f"{address} answers the challenge with something else")
+    # All at once: silent ones would otherwise hold up the orders of others, each by a deadline.
+    looks = (_precheck(settings, order, server, address) for address in addresses)
+    for failure in await asyncio.gather(*looks, return_exceptions=True):
+        if failure is not None:
+            raise failure
     await account.answer(order.challenge_url)
     return _move(OrderStatus.ANSWERED)
+
+
+async def _precheck(settings: Settings, order: Order, server: Server, address: str) -> None:
+    """Raises FetchError unless the address answers the challenge."""
+    answer = await Outbound(settings).get(
+        f"{http_origin(address, settings.ports.http)}{ACME_PATH}{order.token}",
+        host=settings.domain_of(server.name),
+        deadline=settings.policy.proof_deadline,
+        limit=_KEY_AUTHORIZATION_LIMIT,
+    )
+    if answer.require_ok().decode("ascii", "replace").strip() != order.key_authorization:
+        raise FetchError(f"{address} answers the challenge with something else")
 
 
 async def _await_validation(

@@ -573,6 +573,8 @@ async def cancel_leave(session: AsyncSession, server: Server, *, actor: str, now
     await apply(session, server, EventKind.LEAVE_CANCELLED, actor=actor, reason="it stays after all", now=now)
     server.leave_at = server.leave_reason = server.removal_due_at = server.srv_withdrawn_at = None
     server.leave_by_operator = False
+    if (newest := newest_certificate(server)) is not None:
+        newest.window_due_at = now  # the CA was asked no more when to renew it
     forget_scores(server, now)
     server.probe_due_at = now
     for row in server.addresses:
