@@ -173,6 +173,7 @@ class LabPool:
         *,
         database: str | None = None,
         authz_reuse: int | None = None,
+        nonce_reject: int = 5,
         addresses: int = 6,
         registry_address: str = "127.0.0.1",
         opening_size: int = 4,
@@ -201,6 +202,7 @@ class LabPool:
             resolver=f"{self.unbound.address}:{self.unbound.port}",
             http_port=self.http_port,
             authz_reuse=authz_reuse,
+            nonce_reject=nonce_reject,
             validity=validity,
         )
         resolver = self.unbound.address, self.unbound.port
