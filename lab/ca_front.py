@@ -10,16 +10,16 @@ import base64
 import json
 import math
 import ssl
-import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from enum import StrEnum
 from http import HTTPStatus
-from typing import Any, Self
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -31,10 +31,11 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from lab.caa import Issuer, refusal
 from lab.pebble import Pebble
-from lab.processes import LabError, free_port
+from lab.processes import free_port
+from lab.threads import InThread
 from lab.web import WebServer, http
 
-_READY_DEADLINE = 10.0
+_DEADLINE = 10.0
 _DRIP = 0.05  # seconds between two octets
 _LATER = 120  # what faults say in Retry-After, in seconds
 _ERROR = "urn:ietf:params:acme:error:"
@@ -174,7 +175,7 @@ class _Authorization:
     refused: dict[str, Any] | None = None  # the problem for which it did not
 
 
-class CaFront:
+class CaFront(InThread):
     """A CA at `directory_url` with a CAA identity; a context manager that runs in a thread of its own.
 
     `resolver` answers its CAA queries. `faults` says which resources fail now and how, and may be changed at any time;
@@ -191,6 +192,7 @@ class CaFront:
         dates: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        super().__init__("the CA's front")
         self._pebble, self._identity, self._resolver = pebble, identity, resolver
         self._port = free_port()
         self.directory_url = f"https://127.0.0.1:{self._port}/{Resource.DIRECTORY}"
@@ -207,38 +209,17 @@ class CaFront:
         self._authorizations: dict[str, _Authorization] = {}
         self._challenges: dict[str, tuple[str, dict[str, Any]]] = {}  # with their authorizations
         self._csr: x509.CertificateSigningRequest | None = None
-        self._ready = threading.Event()
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, name="ca-front", daemon=True)
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        if not self._ready.wait(_READY_DEADLINE) or self._failure is not None:
-            raise LabError(f"the CA's front did not come up: {self._failure}")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._end.set)
-        self._thread.join(_READY_DEADLINE)
-
-    def _work(self) -> None:
-        try:
-            asyncio.run(self._run())
-        except OSError as error:
-            self._failure = error
-            self._ready.set()
-
-    async def _run(self) -> None:
-        self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[None]:
         tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         tls.load_cert_chain(self._pebble.directory / "front.pem", self._pebble.directory / "front.key")
         trust = ssl.create_default_context(cafile=str(self.ca_file))
         async with (
-            httpx.AsyncClient(verify=trust, timeout=_READY_DEADLINE, trust_env=False) as self._client,
+            httpx.AsyncClient(verify=trust, timeout=_DEADLINE, trust_env=False) as self._client,
             WebServer(self._serve, port=self._port, tls=tls) as self._web,
         ):
-            self._ready.set()
-            await self._end.wait()
+            yield
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         request = await _read(self._web.heads[-1], reader)

@@ -8,33 +8,27 @@ Signed requests count: those for a nonce or the directory change nothing.
 import os
 import signal
 import sys
-from functools import wraps
 from itertools import count
-from typing import Any
 
 from requests import PreparedRequest, Response
-from requests.adapters import HTTPAdapter
 
-from poolsvc import cli
+from lab import asked_ca
 
 
 def main() -> None:
     at, when, *arguments = sys.argv[1:]
-    numbers, ask = count(1), HTTPAdapter.send
+    numbers = count(1)
 
-    @wraps(ask)
-    def send(self: HTTPAdapter, request: PreparedRequest, *args: Any, **kwargs: Any) -> Response:
+    def around(request: PreparedRequest, ask: asked_ca.Ask) -> Response:
         is_last = request.method == "POST" and next(numbers) == int(at)
         if is_last and when == "before":
             os.kill(os.getpid(), signal.SIGKILL)
-        answer = ask(self, request, *args, **kwargs)
+        answer = ask()
         if is_last:
             os.kill(os.getpid(), signal.SIGKILL)
         return answer
 
-    HTTPAdapter.send = send  # type: ignore[method-assign]
-    sys.argv[1:] = arguments
-    cli.main()
+    asked_ca.run(arguments, around)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,15 @@ passed on whole.
 import asyncio
 import random
 import socket
-import threading
-from collections.abc import Callable
-from contextlib import suppress
-from typing import Any, Self
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 from lab.processes import LabError
+from lab.threads import InThread
 
 SocketMaker = Callable[[socket.SocketKind], socket.socket]
 Endpoint = tuple[str, int]
-_READY_DEADLINE = 10.0
 _READ = 16 * 1024
 # One for each source port of a client; the oldest is closed first.
 _MAX_FLOWS = 64
@@ -28,7 +27,7 @@ def host_socket(kind: socket.SocketKind) -> socket.socket:
     return socket.socket(socket.AF_INET, kind)
 
 
-class Relay:
+class Relay(InThread):
     """From `address` to a server's two endpoints; a context manager that runs in a thread of its own.
 
     `loss` is the share of datagrams that get lost, and may be changed while it runs; `lost` and `passed` count them,
@@ -46,6 +45,7 @@ class Relay:
         listening: SocketMaker = host_socket,
         sending: SocketMaker = host_socket,
     ) -> None:
+        super().__init__(f"the relay on {address}")
         self.address = address
         self.ke_port, self._ke_target = ke
         self.ntp_port, self._ntp_target = ntp
@@ -58,21 +58,6 @@ class Relay:
         self._draw = random.Random(seed)
         self._flows: dict[Endpoint, socket.socket] = {}
         self._streams: set[asyncio.Task[Any]] = set()
-        self._ready = threading.Event()
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, name="relay", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        if not self._ready.wait(_READY_DEADLINE) or self._failure is not None:
-            raise LabError(f"the relay on {self.address} did not come up: {self._failure}")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._end.set)
-        self._thread.join(_READY_DEADLINE)
-        if self._failure is not None:
-            raise LabError("the relay itself failed") from self._failure
 
     def passes(self) -> bool:
         """Draw the fate of one datagram."""
@@ -83,25 +68,16 @@ class Relay:
         return True
 
     def _note(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        self._failure = context.get("exception") or LabError(context["message"])
+        self.failure = context.get("exception") or LabError(context["message"])
 
-    def _work(self) -> None:
-        try:
-            asyncio.run(self._run())
-        except OSError as error:
-            self._failure = error
-            self._ready.set()
-
-    async def _run(self) -> None:
-        self._loop = asyncio.get_running_loop()
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[None]:
         self._loop.set_exception_handler(self._note)
-        self._end = asyncio.Event()
         with self._bound(socket.SOCK_DGRAM, self.ntp_port) as udp:
             tcp = self._bound(socket.SOCK_STREAM, self.ke_port)
             async with await asyncio.start_server(self._pass_stream, sock=tcp):
                 self._loop.add_reader(udp, self._from_client, udp)
-                self._ready.set()
-                await self._end.wait()
+                yield
             self._loop.remove_reader(udp)
         while self._flows:
             self._close_oldest()
