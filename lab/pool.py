@@ -69,6 +69,10 @@ tick = 0.1
 step_retry = 0.5
 leaving_margin = {leaving_margin:g}
 retry = [1, 2, 4]
+# Here all agents, and all who look on, are one address.
+requests_per_second_and_address = 1000
+requests_per_second_and_token = 1000
+request_burst = 1000
 servers_per_member = 1000
 unproved_servers_per_member = 1000
 """
