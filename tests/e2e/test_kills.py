@@ -404,7 +404,7 @@ def account_dies_at(pool, account, url, number, when):
         reach(pool, member, "removed")
     wait_until(lambda: is_quiet(url), "all orders and notices settled", DEADLINE)
     found = orders_of(url, name)
-    assert [order.status for order in found] == [OrderStatus.ISSUED] * 2, "an order was given up"
+    assert [order.status for order in found] == [OrderStatus.ISSUED] * 2, [order.error for order in found]
     assert len({order.url for order in found}) == 2
     for order in found:
         assert None not in (order.deactivated_at, order.revoked_at)

@@ -46,10 +46,10 @@ def make_csr(name=NAME) -> str:
 
 async def validated(lab, account, csr_pem):
     """An order whose challenge was answered with success."""
-    order = await account.order(csr_pem, NAME)
+    order = await patient(lambda: account.order(csr_pem, NAME))
     lab.responder.publish(NAME, ACME_PATH + order.token, order.key_authorization.encode())
-    await account.answer(order.challenge_url)
-    status = await polled(account, order.url)
+    await patient(lambda: account.answer(order.challenge_url))
+    status = await patient(lambda: polled(account, order.url))
     assert status.status is OrderState.READY, status
     return order
 
@@ -68,7 +68,7 @@ async def test_a_whole_issue_with_half_of_the_nonces_refused(lab):
     pebble = lab.pebble(nonce_reject=50, validity=5 * 86_400)
     csr = make_csr()
     account = await patient(lambda: lab.account(pebble))
-    order = await patient(lambda: validated(lab, account, csr))
+    order = await validated(lab, account, csr)
     assert order.expires > dt.datetime.now(dt.UTC)
     await patient(lambda: account.finalize(order.url, csr))
     status = await patient(lambda: polled(account, order.url, until=(OrderState.VALID,)))
