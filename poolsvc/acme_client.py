@@ -150,10 +150,12 @@ def _ended() -> AcmeError:
 def _start_child(charge: Charge) -> tuple[socket.socket, subprocess.Popen[bytes]]:
     """Our end of the pair, and the process at the other; nothing else of ours is handed on."""
     ours, theirs = socket.socketpair()
-    document = TypeAdapter(Charge).dump_json(charge).decode()
+    ours.sendall(
+        TypeAdapter(Charge).dump_json(charge) + b"\n"
+    )  # not as an argument, which every user could read
     with theirs:
         child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "poolsvc.acme_process", document],
+            [sys.executable, "-P", "-m", "poolsvc.acme_process"],
             stdin=theirs.fileno(),
             stdout=subprocess.DEVNULL,
             # The registry's settings are not for it, and may hold a password.

@@ -15,6 +15,7 @@ import socket
 import stat
 import struct
 import sys
+from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -35,7 +36,8 @@ from poolsvc.errors import PoolError
 from poolsvc.names import is_label
 
 MAX_CALLS = 64  # of one connection under way; the next is read when one has ended
-MAX_CONNECTIONS = 32
+# In all, and of one user: none who may call keeps the others out.
+MAX_CONNECTIONS, MAX_CONNECTIONS_OF_USER = 128, 32
 _WRITING = 10.0
 _PEER = struct.Struct("iII")
 _log = structlog.get_logger()
@@ -201,21 +203,23 @@ def _end(listened: Path | None = None) -> None:
     os._exit(0)
 
 
-async def _serve_parent(charge: Charge) -> None:
+async def _serve_parent() -> None:
     sock = socket.socket(fileno=os.dup(0))
     reader, writer = await asyncio.open_unix_connection(sock=sock, limit=LINE_LIMIT)
-    await Custodian(charge).serve(reader, writer)
+    if line := await reader.readline():  # empty: the parent ended as soon as it had begun
+        charge = TypeAdapter(Charge).validate_json(line)
+        await Custodian(charge).serve(reader, writer)
     _end()
 
 
 def main() -> None:
-    """The child of `poolsvc serve`: its charge is the argument, its calls come by standard input."""
+    """The child of `poolsvc serve`: by standard input come its charge, in the first line, and its calls."""
     configure_logging()
     _forget_on_crash()
     # A signal for the whole group is the parent's to answer: steps under way need this process until it ends.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    asyncio.run(_serve_parent(TypeAdapter(Charge).validate_json(sys.argv[1])))
+    asyncio.run(_serve_parent())
 
 
 def serve(settings: Settings, ca: AuthoritySettings) -> None:
@@ -228,19 +232,20 @@ def serve(settings: Settings, ca: AuthoritySettings) -> None:
 
 
 async def _listen(charge: Charge, sock: socket.socket, group: int | None) -> None:
-    custodian, peers = Custodian(charge), set[asyncio.StreamWriter]()
+    custodian, peers = Custodian(charge), Counter[int]()
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         pid, uid, gid = _peer(writer)
-        if not _may_call(uid, gid, group) or len(peers) >= MAX_CONNECTIONS:
-            _log.warning("acme_peer_refused", pid=pid, uid=uid, connections=len(peers))
+        is_full = peers.total() >= MAX_CONNECTIONS or peers[uid] >= MAX_CONNECTIONS_OF_USER
+        if is_full or not _may_call(uid, gid, group):
+            _log.warning("acme_peer_refused", pid=pid, uid=uid, connections=peers[uid])
             writer.transport.abort()
             return
-        peers.add(writer)
+        peers[uid] += 1
         try:
             await custodian.serve(reader, writer)
         finally:
-            peers.discard(writer)
+            peers[uid] -= 1
 
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -448,12 +448,14 @@ def keep_chain(order: Order, chain: str) -> None:
 
 
 async def _wind_up(
-    _settings: Settings, account: AcmeAccount, order: Order, _server: Server, now: datetime
+    settings: Settings, account: AcmeAccount, order: Order, server: Server, now: datetime
 ) -> Change:
     """A cached authorization would let a removed name be renewed: it ends with the order it was made for.
 
-    A certificate whose key is known to others ends as well.
+    A certificate whose key is known to others ends as well, and that at once.
     """
+    if order.compromised_at is None and _is_lent(settings, order, server):
+        return _wait(order, None, now + settings.policy.step_wait(order.attempts))
     late_chain = await settle(account, order)
     chain = late_chain or (order.chain if is_revocable(order, now) else None)
     revoked = False
@@ -471,6 +473,13 @@ async def _wind_up(
         row.attempts, row.error = 0, None
 
     return change
+
+
+def _is_lent(settings: Settings, order: Order, server: Server) -> bool:
+    """Whether a newer order at the same CA is on its way: it may rest on this one's authorization, and would fail."""
+    newest, ca = server.orders[-1], ca_of(settings, order)
+    is_under_way = newest.status in OPEN_ORDERS and newest.status is not OrderStatus.WANTED
+    return newest.id != order.id and is_under_way and ca_of(settings, newest) == ca
 
 
 _STEPS: dict[OrderStatus, Step] = {

@@ -587,11 +587,12 @@ class Flow:
         """The account at the one CA, opened anew, unless there are real ones."""
         return await (self.authorities.account(name, now) if self.authorities else self.account())
 
-    async def step(self, account: AcmeAccount | None = None):
-        """The order's next step, in what could be a new process; the order after it."""
+    async def step(self, account: AcmeAccount | None = None, *, order: int | None = None):
+        """The next step of the newest order, or of another one, in what could be a new process; the order after it."""
         accounts = self.accounts if account is None else always(account)
-        await issuance.advance(self.database, self.settings, accounts, (await self.order()).id, self.now)
-        return await self.order()
+        chosen = (await self.order()).id if order is None else order
+        await issuance.advance(self.database, self.settings, accounts, chosen, self.now)
+        return next(row for row in (await self.server()).orders if row.id == chosen)
 
     async def until(self, *statuses: OrderStatus):
         """Steps until the order has one of these states."""

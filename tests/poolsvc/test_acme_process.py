@@ -23,7 +23,7 @@ from lab.programs import run, script
 from nts_core.tls import new_key_and_csr
 from poolsvc.acme import CALLS, AcmeError, OrderState, RevocationReason, load_account_key
 from poolsvc.acme_client import RemoteAccount
-from poolsvc.acme_process import RULES, Charge
+from poolsvc.acme_process import MAX_CONNECTIONS_OF_USER, RULES, Charge
 from poolsvc.acme_wire import LINE_LIMIT, TABLE, Refusal
 from poolsvc.certificates import ChainError, CsrError
 from poolsvc.cli.common import ExitStatus
@@ -395,6 +395,7 @@ def listens(path) -> bool:
         return sock.connect_ex(str(path)) == 0
 
 
+OPENING = b'{"id":1,"call":"open"}\n'
 CALL = (
     "import socket, sys\n"
     "s = socket.socket(socket.AF_UNIX); s.settimeout(10); s.connect(sys.argv[1])\n"
@@ -439,6 +440,18 @@ class TestStrangers:
         answer = json.loads(self.ask(path, f"--regid={group}").stdout)
         assert "/my-account/" in answer["result"]
         assert self.ask(path, "--regid=daemon").stdout.strip() == ""
+
+    def test_a_user_with_many_idle_connections_keeps_nobody_else_out(self, serving):
+        process, settings = serving('socket_group = "nogroup"')
+        path = settings.ca.socket
+        path.parent.chmod(0o711)
+        with contextlib.ExitStack() as stack:
+            for _ in range(MAX_CONNECTIONS_OF_USER):
+                stack.enter_context(socket.socket(socket.AF_UNIX)).connect(str(path))
+            assert answer_to(path, OPENING) == b""
+            assert "acme_peer_refused" in process.output()
+            assert "/my-account/" in self.ask(path, "--regid=nogroup").stdout
+        wait_until(lambda: answer_to(path, OPENING), "there is room again", 10)
 
 
 def refused(file, *words):

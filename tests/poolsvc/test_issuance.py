@@ -224,6 +224,36 @@ async def test_a_cached_authorization_is_used_by_an_order_and_is_gone_after_it(f
     assert third.authorization_url != first.authorization_url
 
 
+async def test_an_authorization_does_not_end_under_a_newer_order_that_rests_on_it(flow):
+    """The process of the account died between the issue and the end of the authorization, and a renewal began."""
+    flow = await flow(authz_reuse=100)
+    await flow.begin()
+    first = await flow.until(S.ISSUED)
+    await flow.begin()
+    second = await flow.step()
+    assert second.authorization_url == first.authorization_url
+    first = await flow.step(order=first.id)
+    assert (first.deactivated_at, first.error) == (None, None)
+    assert first.due_at == flow.now + flow.settings.policy.step_wait(0)
+    second = await flow.until(S.ISSUED)
+    assert second.url != first.url
+    assert (await flow.step()).deactivated_at == flow.now
+    first = await flow.step(order=first.id)
+    assert (first.deactivated_at, first.error, first.due_at) == (flow.now, None, None)
+
+
+async def test_an_authorization_of_a_key_that_others_know_ends_at_once(flow):
+    flow = await flow(authz_reuse=100)
+    await flow.begin()
+    first = await flow.until(S.ISSUED)
+    async with flow.registry.change(flow.server_id) as (_, server):
+        issuance.revoke_compromised(server, flow.now)
+    await flow.begin()
+    await flow.step()
+    first = await flow.step(order=first.id)
+    assert (first.deactivated_at, first.revoked_at) == (flow.now, flow.now)
+
+
 async def test_two_processes_with_the_same_order_make_one_certificate_of_it(flow):
     """A lease may end while its holder still works."""
     flow = await flow()
