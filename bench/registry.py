@@ -13,7 +13,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
@@ -45,6 +45,8 @@ _SQLITE_SHARE = 10  # one writer at a time, and a pool that SQLite is for is sma
 _WARM_UP = 5.0
 _MAX_SERVERS = 1_000_000
 _READY = 60.0
+# At rest: for so many seconds less than this share of a core.
+_QUIET, _IDLE, _SETTLED_WITHIN = 2.0, 0.2, 120.0
 _CONFIG = """\
 pool = "{pool}"
 database = "{database}"
@@ -173,10 +175,15 @@ class Bench:
                 running[part] = process.start(partial(_answers, settings), _READY)
                 if role != "worker":
                     ports.append(_port(settings))
+            with self._timed("start_s"):
+                _settle(running.values())
             asyncio.run(Client(ports).run(_calls(count, int(_WARM_UP * self._rate)), self._rate))
             calls = _calls(count, int(seconds * self._rate))
             cpu = {part: _cpu(process.pid) for part, process in running.items()}
+            reads = pools.whole_reads(database) if split else 0
             answers = asyncio.run(Client(ports).run(calls, self._rate))
+            if split:
+                self.figures["whole_reads"] = pools.whole_reads(database) - reads
             if wrong := {answer.status for answer in answers} - {
                 HTTPStatus.OK,
                 HTTPStatus.SERVICE_UNAVAILABLE,
@@ -237,6 +244,17 @@ def _cpu(pid: int) -> float:
     """User and system time of a process, in seconds."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _settle(running: Collection[Process]) -> None:
+    """Wait until the processes have done what they do once: a leader reads the whole pool."""
+    end = time.monotonic() + _SETTLED_WITHIN
+    while time.monotonic() < end:
+        before = sum(_cpu(process.pid) for process in running)
+        time.sleep(_QUIET)
+        if sum(_cpu(process.pid) for process in running) - before < _IDLE * _QUIET:
+            return
+    raise LabError(f"the registry has not come to rest within {_SETTLED_WITHIN:g} s")
 
 
 def measure(

@@ -28,6 +28,9 @@ from sqlalchemy.orm import DeclarativeBase, Session, mapped_column
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.types import TypeDecorator
 
+# To PostgreSQL, of one process. All are kept: to open one costs the server more than twenty requests do, and it would
+# have to just when there are too many requests already.
+_CONNECTIONS: dict[str, Any] = {"pool_size": 15, "max_overflow": 0, "pool_use_lifo": True}
 _IDLE = 5.0  # seconds after which a connection is asked whether it lives
 _NAMING = {
     "ix": "ix_%(column_0_label)s",
@@ -95,7 +98,8 @@ class Database:
 
     def __init__(self, url: str) -> None:
         # Parameters stay out of errors: some are hashes of tokens.
-        self.engine: AsyncEngine = create_async_engine(url, hide_parameters=True)
+        more = {} if url.startswith("sqlite") else _CONNECTIONS
+        self.engine: AsyncEngine = create_async_engine(url, hide_parameters=True, **more)
         self._sessions = async_sessionmaker(
             self.engine, expire_on_commit=False, sync_session_class=RecordedSession
         )

@@ -15,7 +15,8 @@ from poolsvc.config import Settings
 from poolsvc.errors import WrongState
 from poolsvc.models import Address, Pool, Server
 
-_CENSUS_LIFE = 1.0
+_CENSUS_LIFE, _CENSUS_MAX_LIFE = 1.0, 30.0
+_CENSUS_SHARE = 100  # a count takes a hundredth of the time between two
 
 
 async def the_pool(session: AsyncSession, settings: Settings, *, lock: bool = False) -> Pool:
@@ -88,15 +89,18 @@ class Census:
 
 
 class CensusTaker:
-    """Counts at most once a second, however often it is asked: counting reads every server."""
+    """Counts at most once a second, and less often in a large pool, however often it is asked: it reads every server."""
 
     def __init__(self) -> None:
         self._last: Census | None = None
-        self._taken_at = 0.0
+        self._due_at = 0.0
 
     async def census(self, session: AsyncSession) -> Census:
-        if self._last is None or time.monotonic() - self._taken_at >= _CENSUS_LIFE:
+        began = time.monotonic()
+        if self._last is None or began >= self._due_at:
             # Others that ask meanwhile are content with the last one.
-            self._taken_at = time.monotonic()
+            self._due_at = began + _CENSUS_LIFE
             self._last = Census(await count_by_state(session), await count_kept_low(session))
+            took = time.monotonic() - began
+            self._due_at = began + min(max(_CENSUS_LIFE, _CENSUS_SHARE * took), _CENSUS_MAX_LIFE)
         return self._last

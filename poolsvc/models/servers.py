@@ -114,6 +114,8 @@ class Server(Base):
             sqlite_where=text("released_at IS NULL"),
             postgresql_where=text("released_at IS NULL"),
         ),
+        # Whoever held a name, the last one first.
+        Index("ix_servers_name", "name", "id"),
         # What the worker asks every second, and finds next to nothing.
         Index(
             "ix_servers_unfinished",

@@ -39,6 +39,17 @@ def test_the_bench_gives_every_figure_of_every_pool():
             assert figures[f"{part}_rss_mib"] > 10
 
 
+def test_no_request_reads_a_whole_table():
+    """Counts of the pool do, and are made rarely. So many servers that PostgreSQL uses an index where there is one."""
+    sizes = ("--servers", "3000", "--zone-servers", "1", "--sqlite-servers", "1")
+    done = run(*sizes, "--seconds", "4", "--rate", "50", "--json")
+    assert done.returncode == 0, done.stderr
+    large = next(iter(json.loads(done.stdout)["results"].values()))
+    assert large["api_ms"]["server"]["count"] > 10
+    assert large["api_ms"]["list"]["count"] > 3
+    assert large["whole_reads"] < 30, "two processes and a worker count, once a second each"
+
+
 @pytest.mark.parametrize("options", [("--servers", "0"), ("--seconds", "601"), ("--zone-servers", "1000001")])
 def test_the_bench_is_bounded(options):
     done = run(*options)
