@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
@@ -193,7 +194,8 @@ def _add_problems(app: FastAPI) -> None:
         )
 
     @app.exception_handler(OperationalError)
-    async def database_away(request: Request, _error: OperationalError) -> JSONResponse:
+    @app.exception_handler(PoolTimeout)
+    async def database_away(request: Request, _error: OperationalError | PoolTimeout) -> JSONResponse:
         return problem(
             request.scope,
             HTTPStatus.SERVICE_UNAVAILABLE,

@@ -3,11 +3,12 @@
 Network I/O never happens inside a transaction. Times are aware UTC; a naive one is refused.
 """
 
+import asyncio
 import os
 import secrets
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from datetime import UTC, datetime
 from enum import StrEnum
 from functools import partial
@@ -17,6 +18,7 @@ from sqlalchemy import BigInteger, DateTime, Dialect, Enum, Integer, MetaData, e
 from sqlalchemy.engine import Connection
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DisconnectionError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import (
     AsyncConnection,
     AsyncEngine,
@@ -30,7 +32,8 @@ from sqlalchemy.types import TypeDecorator
 
 # To PostgreSQL, of one process. All are kept: to open one costs the server more than twenty requests do, and it would
 # have to just when there are too many requests already.
-_CONNECTIONS: dict[str, Any] = {"pool_size": 15, "max_overflow": 0, "pool_use_lifo": True}
+_CONNECTIONS: dict[str, Any] = {"pool_size": 15, "max_overflow": 0, "pool_use_lifo": True, "pool_timeout": 10}
+_TURN = 10.0  # seconds that a transaction waits for those before it, on SQLite; for another process as well
 _IDLE = 5.0  # seconds after which a connection is asked whether it lives
 _NAMING = {
     "ix": "ix_%(column_0_label)s",
@@ -103,6 +106,7 @@ class Database:
         self._sessions = async_sessionmaker(
             self.engine, expire_on_commit=False, sync_session_class=RecordedSession
         )
+        self._turn = asyncio.Lock()
         if self.engine.dialect.name == "sqlite":
             _make_private(self.engine.url.database)
             event.listen(self.engine.sync_engine, "connect", _prepare_sqlite)
@@ -117,8 +121,25 @@ class Database:
 
         `actor` is who the audit log says made the changes; `act_as` names another one later.
         """
-        async with self._sessions(info={"actor": actor}) as session, session.begin():
+        async with (
+            self._in_turn() if self.engine.dialect.name == "sqlite" else nullcontext(),
+            self._sessions(info={"actor": actor}) as session,
+            session.begin(),
+        ):
             yield session
+
+    @asynccontextmanager
+    async def _in_turn(self) -> AsyncIterator[None]:
+        """One after the other, as they came: SQLite has one writer at a time, and takes the next by chance."""
+        try:
+            async with asyncio.timeout(_TURN):
+                await self._turn.acquire()
+        except TimeoutError:
+            raise PoolTimeout(f"no turn at the database within {_TURN:g} s") from None
+        try:
+            yield
+        finally:
+            self._turn.release()
 
     @asynccontextmanager
     async def snapshot(self, *, exclusive: bool = False) -> AsyncIterator[AsyncConnection]:
@@ -179,7 +200,12 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
     # The driver would begin transactions late, at the first write, and then lose to another writer.
     connection.isolation_level = None
     cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "foreign_keys=ON", "busy_timeout=10000", "synchronous=NORMAL"):
+    for pragma in (
+        "journal_mode=WAL",
+        "foreign_keys=ON",
+        f"busy_timeout={_TURN * 1000:.0f}",
+        "synchronous=NORMAL",
+    ):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 
