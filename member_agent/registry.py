@@ -157,7 +157,7 @@ class Registry:
                 body = await _read(response)
         except (httpx.HTTPError, OSError) as error:
             raise RegistryError(
-                f"the registry {self._url} does not answer: {error or type(error).__name__}",
+                f"the registry {self._url} does not answer: {str(error) or type(error).__name__}",
                 "check the registry's address, its certificate (--ca) and the network; a running agent tries"
                 " again by itself",
             ) from None

@@ -56,6 +56,7 @@ class Operation(StrEnum):
     CREATE_MEMBER = "create-member"
     JUDGE_MEMBER = "judge-member"
     JUDGE_USER = "judge-user"
+    VIEW_AS = "view-as"  # to read what somebody else reads
     JUDGE_SERVER = "judge-server"
     INVITE = "invite"
     APPOINT_STAFF = "appoint-staff"
@@ -106,6 +107,8 @@ PERMISSIONS: Mapping[Operation, Permission] = {
     _O.CREATE_MEMBER: _permission("operator", Scope.POOL),
     _O.JUDGE_MEMBER: _permission("operator", Scope.POOL),
     _O.JUDGE_USER: _permission("operator", Scope.POOL),
+    # Not for a program: who looks has a name.
+    _O.VIEW_AS: _permission(_STAFF, None),
     _O.JUDGE_SERVER: _permission("operator", Scope.POOL),
     _O.INVITE: _permission("operator", Scope.POOL),
     _O.APPOINT_STAFF: _permission("operator", Scope.POOL),

@@ -195,7 +195,7 @@ class Provider:
             )
             claims.validate(int(now.timestamp()), _LEEWAY)
         except (JoseError, ValueError, TypeError, KeyError) as error:
-            raise self._failure(f"its id_token is not valid: {error or type(error).__name__}") from None
+            raise self._failure(f"its id_token is not valid: {str(error) or type(error).__name__}") from None
         subject = claims["sub"]
         if not (isinstance(subject, str) and 1 <= len(subject) <= _MAX_TEXT and subject.isprintable()):
             raise self._failure("its id_token names nobody")

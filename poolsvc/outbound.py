@@ -261,7 +261,7 @@ class Outbound:
         except (TimeoutError, httpx.TimeoutException):
             raise FetchError(f"no HTTP answer within {deadline:g} s") from None
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
-            raise FetchError(f"no HTTP answer: {error or type(error).__name__}") from None
+            raise FetchError(f"no HTTP answer: {str(error) or type(error).__name__}") from None
 
 
 async def _body(response: httpx.Response, limit: int) -> bytes:

@@ -10,17 +10,19 @@ Rules:
 """
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from poolsvc import members, servers, teams, transfers
+from poolsvc import auth, members, servers, teams, transfers
 from poolsvc.errors import LastOwner, NotFound, WrongState
-from poolsvc.models import HoldKind, Member, MemberStatus, Server, StaffRole, User
+from poolsvc.models import HoldKind, Member, MemberStatus, Scope, Server, StaffRole, Token, TokenKind, User
 from poolsvc.notices import NoticeKind, announce
 
 BLOCK_HOLD = "its member is blocked"
+VIEW_LIFE = timedelta(minutes=30)
+_LABEL = 100  # characters that a token's label has room for
 
 
 async def approve(session: AsyncSession, member_id: int, now: datetime) -> Member:
@@ -126,6 +128,29 @@ async def unblock_user(session: AsyncSession, user_id: int) -> User:
     user = await _lock_user(session, user_id)
     user.blocked_at = user.blocked_reason = None
     return user
+
+
+async def view_as(
+    session: AsyncSession, user_id: int, reason: str, now: datetime, *, by: StaffRole
+) -> tuple[Token, str]:
+    """A token that reads what a person can read, and its text. They see it among their own, with the reason.
+
+    It ends soon, and the person can end it before. Raises NotFound, WrongState.
+    """
+    user = await _lock_user(session, user_id)
+    if user.staff is not None:
+        raise WrongState("the person is staff", remedy="ask them what they see")
+    if user.blocked_at is not None:
+        raise WrongState("the person is blocked, and can read nothing", remedy="unblock them first")
+    return await auth.issue(
+        session,
+        TokenKind.API,
+        now=now,
+        user_id=user.id,
+        scopes={Scope.READ},
+        label=f"{by} of the pool: {reason}"[:_LABEL],
+        expires_at=now + VIEW_LIFE,
+    )
 
 
 async def appoint(session: AsyncSession, user_id: int, role: StaffRole | None) -> User:

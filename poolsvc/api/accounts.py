@@ -1,7 +1,7 @@
 """One's own account: who one is, how one signs in, one's sessions and tokens, and its end."""
 
 from datetime import datetime
-from typing import Any
+from typing import Any, Self
 
 from fastapi import APIRouter, Response
 from pydantic import AwareDatetime, Field
@@ -88,6 +88,20 @@ class ApiTokenView(Document):
     created_at: datetime
     expires_at: datetime | None
     last_used_at: datetime | None = Field(description="to the hour")
+
+    @classmethod
+    def of(cls, row: Token, **more: str) -> Self:
+        return cls(
+            id=row.id,
+            label=row.label,
+            hint=row.hint,
+            scopes=[Scope(scope) for scope in row.scopes],
+            member=row.member_id,
+            created_at=row.created_at,
+            expires_at=row.expires_at,
+            last_used_at=row.last_used_at,
+            **more,
+        )
 
 
 class ApiTokenCreated(ApiTokenView):
@@ -265,20 +279,7 @@ async def list_tokens(
     principal.may(Operation.READ_SELF)
     found = people.tokens(principal, TokenKind.API, now)
     rows, further = await paging.rows(session, found, Token.id, newest_first=True)
-    return Page(items=[_token(row) for row in rows], next=further)
-
-
-def _token(row: Token) -> ApiTokenView:
-    return ApiTokenView(
-        id=row.id,
-        label=row.label,
-        hint=row.hint,
-        scopes=[Scope(scope) for scope in row.scopes],
-        member=row.member_id,
-        created_at=row.created_at,
-        expires_at=row.expires_at,
-        last_used_at=row.last_used_at,
-    )
+    return Page(items=[ApiTokenView.of(row) for row in rows], next=further)
 
 
 @router.post("/tokens", status_code=201)
@@ -297,7 +298,7 @@ async def make_token(
         expires_at=body.expires_at,
         now=now,
     )
-    return ApiTokenCreated(**_token(row).model_dump(), token=text)
+    return ApiTokenCreated.of(row, token=text)
 
 
 @router.delete("/tokens/{token_id}", status_code=204)

@@ -7,6 +7,8 @@ from pydantic import Field
 from sqlalchemy import func, or_, select
 
 from poolsvc import standing
+from poolsvc.api.accounts import ApiTokenCreated
+from poolsvc.api.idempotent import idempotent
 from poolsvc.api.paging import Page, PagingDep
 from poolsvc.api.request import Document, IdPath, NowDep, PrincipalDep, Reason, SessionDep, TextQuery
 from poolsvc.auth import Operation
@@ -65,6 +67,18 @@ async def unblock_user(user: IdPath, principal: PrincipalDep, session: SessionDe
     """Let a person in again."""
     principal.may(Operation.JUDGE_USER)
     return UserView.model_validate(await standing.unblock_user(session, user))
+
+
+@router.post("/users/{user}/view", status_code=201)
+@idempotent
+async def view_as(
+    user: IdPath, body: Reason, principal: PrincipalDep, session: SessionDep, now: NowDep
+) -> ApiTokenCreated:
+    """A token to read what a person can read, for half an hour: to see what they ask about. It changes nothing."""
+    principal.may(Operation.VIEW_AS)
+    assert principal.staff is not None
+    row, text = await standing.view_as(session, user, body.reason, now, by=principal.staff)
+    return ApiTokenCreated.of(row, token=text)
 
 
 @router.put("/users/{user}/staff")

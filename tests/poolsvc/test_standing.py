@@ -1,6 +1,7 @@
 """How members and people stand with the pool: approval, blocks, closing and staff."""
 
 import asyncio
+from datetime import UTC, datetime
 
 import pytest
 from sqlalchemy import select, update
@@ -281,6 +282,52 @@ async def test_a_blocked_person_is_refused_and_comes_back_with_what_they_had(cal
         answer = await call(pool.operator.token, "DELETE", path)
         assert (answer.json()["blocked_at"], answer.json()["blocked_reason"]) == (None, None)
     assert (await call(pool.owner.token, "GET", "/v1/me")).status_code == 200
+
+
+async def test_support_reads_what_a_person_reads_and_changes_nothing(call, pool):
+    support = await pool.person(staff=StaffRole.SUPPORT)
+    answer = await call(support.token, "POST", f"/v1/users/{pool.owner.id}/view", json=REASON)
+    assert (answer.status_code, answer.json()["scopes"]) == (201, ["read"])
+    token = answer.json()["token"]
+    assert (await call(token, "GET", "/v1/me")).json()["email"] == "owner@example.org"
+    assert (await call(token, "GET", pool.path)).status_code == 200
+    for method, path, body in (
+        ("PATCH", "/v1/me", {"name": "Somebody"}),
+        ("POST", "/v1/me/tokens", {"label": "more", "scopes": ["read"]}),
+        ("POST", "/v1/servers", {"name": "alice", "addresses": ["198.18.0.1"]}),
+        ("DELETE", "/v1/me", None),
+    ):
+        refusal = await call(token, method, path, json=body)
+        assert (refusal.status_code, refusal.json()["code"]) == (403, "forbidden"), path
+    (seen,) = (await call(pool.owner.token, "GET", "/v1/me/tokens")).json()["items"]
+    assert seen["label"] == "support of the pool: sends wrong time"
+    noted = (await call(pool.owner.token, "GET", "/v1/me/events")).json()["items"]
+    assert [entry["kind"] for entry in noted if entry["actor"] == "operator"] == ["token-created"]
+    path = f"/v1/events?actor=user%20{support.id}"
+    noted = (await call(pool.operator.token, "GET", path)).json()["items"]
+    assert [entry["kind"] for entry in noted] == ["token-created"], "the pool's own log says who"
+    assert (await call(pool.owner.token, "DELETE", f"/v1/me/tokens/{seen['id']}")).status_code == 204
+    assert (await call(token, "GET", "/v1/me")).status_code == 401
+
+
+async def test_a_view_ends_by_itself(call, pool):
+    now = datetime.now(UTC)
+    async with pool.database.transaction() as session:
+        row, text = await standing.view_as(session, pool.owner.id, "why", now, by=OPERATOR)
+        assert row.expires_at == now + standing.VIEW_LIFE
+        row.expires_at = now
+    assert (await call(text, "GET", "/v1/me")).json()["code"] == "token-expired"
+
+
+async def test_nobody_reads_as_staff_as_who_is_blocked_or_without_a_reason(call, pool):
+    support, path = await pool.person(staff=StaffRole.SUPPORT), f"/v1/users/{pool.owner.id}"
+    answer = await call(support.token, "POST", f"/v1/users/{pool.operator.id}/view", json=REASON)
+    assert (answer.status_code, answer.json()["detail"]) == (409, "the person is staff")
+    assert (await call(support.token, "POST", path + "/view", json={"reason": ""})).status_code == 422
+    assert (await call(support.token, "POST", "/v1/users/999999/view", json=REASON)).status_code == 404
+    await call(pool.operator.token, "PUT", path + "/block", json=REASON)
+    answer = await call(support.token, "POST", path + "/view", json=REASON)
+    assert (answer.status_code, answer.json()["remedy"]) == (409, "unblock them first")
 
 
 async def test_people_are_found_by_name_or_address(call, pool):
