@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Self
 
 import structlog
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -111,7 +113,7 @@ class ProgramSettings(BaseSettings):
         except ValidationError as error:
             faults = (
                 f"{'.'.join(map(str, each['loc'])) or 'settings'}: {_fault(each['type'], each['msg'])}"
-                for each in error.errors()
+                for each in _causes(error.errors())
             )
             raise SettingsError(f"{place}{'; '.join(faults)}") from None
         except SourceError as error:
@@ -136,6 +138,14 @@ def _is_ipv6(text: str) -> bool:
         return ip_address(text).version == 6
     except ValueError:
         return False
+
+
+def _causes(faults: list[ErrorDetails]) -> Iterator[ErrorDetails]:
+    """Without what a list is told that is empty for no other reason than a fault in its only entry."""
+    for each in faults:
+        loc = each["loc"]
+        if not any(len(loc) < len(other["loc"]) and other["loc"][: len(loc)] == loc for other in faults):
+            yield each
 
 
 def _fault(kind: str, message: str) -> str:

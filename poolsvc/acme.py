@@ -616,9 +616,16 @@ def _translated() -> Iterator[None]:
     except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as error:
         raise AcmeError("server-error", f"not a usable address: {error}") from error
     except OSError as error:  # requests' exceptions, and a CA file that cannot be read
-        raise AcmeError("unreachable", printable(str(error))) from error
+        raise AcmeError("unreachable", printable(_reason(error))) from error
     except (errors.Error, JoseError) as error:
         raise AcmeError("server-error", printable(str(error))) from error
+
+
+def _reason(error: OSError) -> str:
+    """What went wrong, without the names of the libraries' parts around it."""
+    inner = getattr(error.args[0], "reason", None) if error.args else None
+    text = str(inner or error)
+    return text.partition("): ")[2] or text
 
 
 def _connect(

@@ -172,10 +172,10 @@ async def public_url(at: Examination) -> Finding:
     except UnicodeError:
         return fail(f"{host!r} is not a host", "correct public_url")
     addresses = sorted({str(entry[4][0]) for entry in found})
-    text = f"{host} is {', '.join(addresses)}"
+    text = host if [host] == addresses else f"{host} is {', '.join(addresses)}"
     public = [address for address in addresses if ip_address(address.partition("%")[0]).is_global]
     if not public and not at.settings.allow_private_addresses:
-        return warn(f"{text}, which members cannot reach", "set public_url to the registry's public address")
+        return warn(f"members cannot reach {text}", "set public_url to the registry's public address")
     if parts.scheme == "http" and public:
         return fail(f"{text}, over plain http", "set public_url to https://: agents accept nothing else")
     return Finding(Verdict.OK, text)

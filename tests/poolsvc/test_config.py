@@ -161,6 +161,12 @@ def test_a_mistake_in_the_file_names_the_setting(file, before, replacements, set
     assert "\n" not in message
 
 
+def test_a_list_is_not_blamed_for_its_only_entry(file):
+    message = refused(file('listen = ["127.0.0.1:99999"]\n'))
+    assert message.count("listen") == 1
+    assert "listen.0: " in message
+
+
 def test_a_variable_that_sets_nothing_is_told(file, monkeypatch):
     monkeypatch.setenv("POOLSVC_POL", "pool.example")
     with pytest.raises(ConfigError, match="POOLSVC_POL sets nothing"):
