@@ -58,7 +58,7 @@ ca_file = "{ca_file}"
 
 [ca.limits]
 certificates = {{ count = 1000, hours = 1 }}
-
+{rehearsal}
 [policy]
 opening_size = {opening_size}
 max_stratum = 15
@@ -75,6 +75,13 @@ requests_per_second_and_token = 1000
 request_burst = 1000
 servers_per_member = 1000
 unproved_servers_per_member = 1000
+"""
+_REHEARSAL = """
+[ca.rehearsal]
+directory_url = "{ca.directory_url}"
+caa_identity = "staging.pool.test"
+account_key_file = "acme-staging.pem"
+ca_file = "{ca.ca_file}"
 """
 
 
@@ -184,11 +191,13 @@ class LabPool:
         validity: int = SIX_DAYS,
         leaving_margin: float = 1,
         fronted: bool = False,
+        staged: bool = False,
         program: Sequence[str] | None = None,
     ) -> None:
         """`program` is run instead of `poolsvc serve`, with --config and the settings.
 
         `fronted` puts before Pebble what obeys CAA as a real CA does: `ca` is where everybody orders.
+        `staged` adds a CA at which orders are rehearsed, `staging`.
         """
         self.directory = directory.resolve()
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -201,6 +210,13 @@ class LabPool:
         self.registry_root = authority.root
         self.knot = Knot(self.directory / "knot", zone=POOL, ttl=_TTL, soa_minimum=_TTL)
         self.unbound = Unbound(self.directory / "unbound", [self.knot])
+        self.staging: Pebble | None = None
+        if staged:
+            self.staging = Pebble(
+                self.directory / "staging",
+                resolver=f"{self.unbound.address}:{self.unbound.port}",
+                http_port=self.http_port,
+            )
         self.pebble = Pebble(
             self.directory / "pebble",
             resolver=f"{self.unbound.address}:{self.unbound.port}",
@@ -228,6 +244,8 @@ class LabPool:
             stack.enter_context(self.knot)
             stack.enter_context(self.unbound)
             stack.enter_context(self.pebble)
+            if self.staging is not None:
+                stack.enter_context(self.staging)
             if self._front is not None:
                 stack.enter_context(self._front)
             self.write_files()
@@ -272,6 +290,7 @@ class LabPool:
                 ca_file=self.ca.ca_file,
                 leaving_margin=self._leaving_margin,
                 opening_size=self._opening_size,
+                rehearsal="" if self.staging is None else _REHEARSAL.format(ca=self.staging),
             )
         )
 

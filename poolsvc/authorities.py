@@ -75,7 +75,7 @@ class Authorities:
         self._settings = settings
         self._away = away
         self._faults = faults
-        self._places = {ca.name: _Place(ca) for ca in settings.ca.all}
+        self._places = {ca.name: _Place(ca) for ca in settings.ca.with_rehearsal}
 
     async def account(self, name: str, now: datetime) -> AcmeAccount:
         """As `Accounts` says."""

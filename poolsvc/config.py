@@ -208,20 +208,33 @@ class CaSettings(AuthoritySettings):
 
     limits: CaLimitSettings = CaLimitSettings()
     fallback: tuple[AuthoritySettings, ...] = Field((), max_length=3)
+    rehearsal: AuthoritySettings | None = Field(
+        None, description="a staging CA, where orders are tried first"
+    )
 
     @property
     def all(self) -> tuple[AuthoritySettings, ...]:
-        """In the order of preference."""
+        """Those that issue, in the order of preference."""
         return self, *self.fallback
+
+    @property
+    def with_rehearsal(self) -> tuple[AuthoritySettings, ...]:
+        """All at which there is an account of the registry's."""
+        return self.all if self.rehearsal is None else (*self.all, self.rehearsal)
+
+    def is_rehearsal(self, name: str | None) -> bool:
+        """Whether the CA of a name is the staging CA."""
+        return self.rehearsal is not None and name == self.rehearsal.name
 
     @model_validator(mode="after")
     def _are_different(self) -> Self:
         for what, values in (
-            ("directory_url", [ca.name for ca in self.all]),
-            ("account_key_file", [ca.account_key_file for ca in self.all]),
+            ("a directory_url", [ca.name for ca in self.with_rehearsal]),
+            ("an account_key_file", [ca.account_key_file for ca in self.with_rehearsal]),
+            ("a socket", [ca.socket for ca in self.with_rehearsal if ca.socket is not None]),
         ):
             if len(set(values)) < len(values):
-                raise ValueError(f"fallback: every CA needs {what} of its own")
+                raise ValueError(f"every CA, of fallback and rehearsal too, needs {what} of its own")
         return self
 
 
@@ -494,7 +507,7 @@ def _resolve_paths(settings: Settings, base: Path) -> Settings:
     database = settings.database
     if settings.database_file is not None:
         database = _SQLITE + str(base / settings.database_file)
-    mail = settings.mail
+    mail, rehearsal = settings.mail, settings.ca.rehearsal
     return settings.model_copy(
         update={
             "database": database,
@@ -511,6 +524,7 @@ def _resolve_paths(settings: Settings, base: Path) -> Settings:
                     "fallback": tuple(
                         ca.model_copy(update=absolute(ca, *_CA_FILES)) for ca in settings.ca.fallback
                     ),
+                    "rehearsal": rehearsal and rehearsal.model_copy(update=absolute(rehearsal, *_CA_FILES)),
                 }
             ),
             "mail": mail and mail.model_copy(update=absolute(mail, "password_file", "ca_file")),

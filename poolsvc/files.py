@@ -88,7 +88,7 @@ def _secrets(settings: Settings, file: Path) -> Iterator[tuple[str, Path]]:
     """The settings that name secrets, and the files."""
     yield "dns.tsig_secret_file", settings.dns.tsig_secret_file
     yield "key_file", settings.key_file
-    for ca in settings.ca.all:
+    for ca in settings.ca.with_rehearsal:
         if ca.socket is None:
             yield "ca.account_key_file", ca.account_key_file
             if ca.binding_key_file is not None:
@@ -151,7 +151,7 @@ def _of_all(check: Callable[[AuthoritySettings], None]) -> Callable[[Settings], 
     """A check of all CAs whose accounts are ours to hold."""
 
     def check_all(settings: Settings) -> None:
-        for ca in settings.ca.all:
+        for ca in settings.ca.with_rehearsal:
             if ca.socket is None:
                 check(ca)
 
@@ -159,7 +159,7 @@ def _of_all(check: Callable[[AuthoritySettings], None]) -> Callable[[Settings], 
 
 
 def _ca_roots(settings: Settings) -> None:
-    for ca in settings.ca.all:
+    for ca in settings.ca.with_rehearsal:
         if ca.ca_file is not None:
             load_roots(ca.ca_file)
 

@@ -6,7 +6,9 @@
 Every step names its resources by the URLs in the order's row, is safe to repeat, and is taken under a lease; a
 process that dies leaves the order to the next one. No network I/O happens inside a transaction.
 
-An order goes to the first CA, and to another one only before a CA has taken it: `_choose_ca` and `_other_ca`.
+An order goes to the first CA, and to another one only before a CA has taken it: `_choose_ca` and `_other_ca`. With a
+staging CA in the settings a server's first order, and one after a failure, goes through REQUESTED to FINALIZING there
+first and is never finalized; then it begins anew, with nothing that the staging CA gave: `is_rehearsal`.
 """
 
 import asyncio
@@ -32,7 +34,7 @@ from poolsvc.acme import (
     poll_wait,
 )
 from poolsvc.acme import OrderStatus as AcmeOrderStatus
-from poolsvc.authorities import UNKNOWN_CA, Accounts, offers
+from poolsvc.authorities import UNKNOWN_CA, Accounts, account_uris, offers
 from poolsvc.certificates import (
     ChainError,
     CsrError,
@@ -54,6 +56,8 @@ _KEY_AUTHORIZATION_LIMIT = 512
 _GONE = frozenset({HTTPStatus.NOT_FOUND, HTTPStatus.GONE})
 # After about an hour, or seven minutes where the CA has told of a failure and keeps the challenge open, as some do.
 _MAX_POLLS, _MAX_POLLS_OF_FAILED = 128, 20
+# Of a step at a staging CA that is away or busy: a rehearsal holds up an order for minutes at most.
+_REHEARSAL_TRIES = 4
 
 
 def open_order(server: Server) -> Order | None:
@@ -165,7 +169,10 @@ async def take_csr(
         )
     order.csr, order.key_sha256 = pem, key
     order.status, order.due_at = OrderStatus.REQUESTED, now
-    order.ca, order.ca_since = _choose_ca(settings, server, now), now
+    order.ca, order.ca_since = (
+        await _rehearse_at(session, settings, server) or _choose_ca(settings, server, now),
+        now,
+    )
 
 
 def ca_of(settings: Settings, order: Order) -> str:
@@ -178,9 +185,29 @@ def _is_of_first(settings: Settings, order: Order) -> bool:
     return ca_of(settings, order) == settings.ca.name
 
 
+def is_rehearsal(settings: Settings, order: Order) -> bool:
+    """Whether an order is tried at the staging CA, or has failed there: it never becomes a certificate.
+
+    One that did is of the time when that CA was the pool's own.
+    """
+    return order.chain is None and settings.ca.is_rehearsal(order.ca)
+
+
+async def _rehearse_at(session: AsyncSession, settings: Settings, server: Server) -> str | None:
+    """The CA at which a new order is tried first: one of a server without a certificate, or after a failure.
+
+    None also while there is no account, which CAA would have to name.
+    """
+    rehearsal = settings.ca.rehearsal
+    is_renewal = servers.newest_certificate(server) is not None and server.order_failures == 0
+    if rehearsal is None or is_renewal or rehearsal.name not in await account_uris(session):
+        return None
+    return rehearsal.name
+
+
 def shares_of(settings: Settings) -> Iterator[tuple[str, ColumnElement[bool]]]:
     """Each CA, with the condition on its orders; what no CA of the settings has is the first one's to look at."""
-    others = [ca.name for ca in settings.ca.fallback]
+    others = [ca.name for ca in settings.ca.with_rehearsal if ca.name != settings.ca.name]
     yield settings.ca.name, or_(Order.ca.is_(None), Order.ca.not_in(others))
     yield from ((name, Order.ca == name) for name in others)
 
@@ -252,7 +279,8 @@ async def advance(
         server = order.server
         if _is_of_first(settings, order) and await _is_held_back(session, settings, order, now):
             return
-    step = _STEPS.get(order.status)
+    steps = _REHEARSAL_STEPS if is_rehearsal(settings, order) else _STEPS
+    step = steps.get(order.status)
     if step is None:
         return
     account: AcmeAccount | None = None
@@ -260,17 +288,16 @@ async def advance(
         account = await accounts(ca_of(settings, order), now)
         change = await step(settings, account, order, server, now)
     except AcmeError as error:
-        is_over = _is_over(error, order, account)
-        change = _failed(order, error.detail) if is_over else _try_later(settings, order, server, error, now)
+        change = _refused(settings, order, server, account, error, now)
         await _note_refusal(database, settings, order, error, now)
     except (OrderFailed, CsrError, ChainError) as error:
-        change = _failed(order, str(error))
+        change = _failed(settings, order, str(error))
     except FetchError as error:
         change = _wait(order, f"precheck: {error}", now + settings.policy.step_wait(0))
     async with database.transaction() as session:
         server = await servers.get(session, order.server_id)
         current = next(row for row in server.orders if row.id == order_id)
-        if current.status is not order.status:
+        if (current.status, current.ca) != (order.status, order.ca):
             return
         change(current, now)
         if current.status is OrderStatus.FAILED:
@@ -419,7 +446,63 @@ async def _collect(
     return change
 
 
-async def settle(account: AcmeAccount, order: Order) -> str | None:
+async def _await_rehearsal(
+    settings: Settings, account: AcmeAccount, order: Order, server: Server, now: datetime
+) -> Change:
+    """As far as an order comes without a certificate."""
+    assert order.url is not None
+    found = await account.poll(order.url)
+    if found.status is OrderState.INVALID:
+        raise OrderFailed(found.error_detail or "the CA declared the order invalid")
+    if found.status in (OrderState.READY, OrderState.VALID):
+        return _move(OrderStatus.FINALIZING)
+    asked = timedelta(seconds=found.retry_after or 0)
+    if order.attempts < _MAX_POLLS_OF_FAILED and asked < _patience_of_rehearsal(settings):
+        return _poll_again(order, found, now)
+    if found.error_detail is not None:
+        raise OrderFailed(found.error_detail)
+    return _give_up_rehearsal(settings, order, server, f"the CA left the order {found.status}", now)
+
+
+async def _end_rehearsal(
+    settings: Settings, account: AcmeAccount, order: Order, server: Server, now: datetime
+) -> Change:
+    """A step of its own, as an order whose authorization has ended looks like one that was refused."""
+    if order.authorization_url is not None:
+        await account.deactivate_authorization(order.authorization_url)
+    _log.info("order_rehearsed", order=order.id, ca=order.ca)
+    return _begin_at(_choose_ca(settings, server, now))
+
+
+def _begin_at(ca: str) -> Change:
+    """The rehearsal is over, and the order begins."""
+
+    def change(row: Order, now: datetime) -> None:
+        row.ca, row.ca_since = ca, now
+        row.status, row.due_at = OrderStatus.REQUESTED, now
+        row.account_uri = row.profile = row.url = row.authorization_url = None
+        row.challenge_url = row.token = row.key_authorization = row.served_at = None
+        row.attempts, row.error = 0, None
+
+    return change
+
+
+def _patience_of_rehearsal(settings: Settings) -> timedelta:
+    """A step that has to wait for longer is not waited for; as many waits as there are tries come before that."""
+    return settings.policy.step_wait(_REHEARSAL_TRIES)
+
+
+def _give_up_rehearsal(
+    settings: Settings, order: Order, server: Server, reason: str, now: datetime
+) -> Change:
+    """What the staging CA does not do has to be done without it; an authorization there ends by itself."""
+    if order.status is OrderStatus.FAILED:
+        return _failed(settings, order, reason)
+    _log.warning("rehearsal_given_up", order=order.id, ca=order.ca, step=order.status, reason=reason)
+    return _begin_at(_choose_ca(settings, server, now))
+
+
+async def settle(settings: Settings, account: AcmeAccount, order: Order) -> str | None:
     """End an order's authorization; then an order under way can only have become a certificate already.
 
     Returns the chain of such a certificate, which nobody asked for any more and which has to be revoked one
@@ -427,7 +510,7 @@ async def settle(account: AcmeAccount, order: Order) -> str | None:
     """
     if order.authorization_url is not None:
         await account.deactivate_authorization(order.authorization_url)
-    if order.url is None or order.chain is not None:
+    if order.url is None or order.chain is not None or is_rehearsal(settings, order):
         return None
     try:
         status = (await account.poll(order.url)).status
@@ -456,7 +539,7 @@ async def _wind_up(
     """
     if order.compromised_at is None and _is_lent(settings, order, server):
         return _wait(order, None, now + settings.policy.step_wait(order.attempts))
-    late_chain = await settle(account, order)
+    late_chain = await settle(settings, account, order)
     chain = late_chain or (order.chain if is_revocable(order, now) else None)
     revoked = False
     if order.compromised_at is not None and chain is not None:
@@ -470,7 +553,8 @@ async def _wind_up(
         row.revoked_at = now if revoked else row.revoked_at
         # Somebody may have said meanwhile that the key is lost.
         row.due_at = now if row.compromised_at is not None and is_revocable(row, now) else None
-        row.attempts, row.error = 0, None
+        row.attempts = 0
+        _tell(row, None)
 
     return change
 
@@ -490,6 +574,10 @@ _STEPS: dict[OrderStatus, Step] = {
     OrderStatus.ISSUED: _wind_up,
     OrderStatus.FAILED: _wind_up,
 }
+_REHEARSAL_STEPS: dict[OrderStatus, Step] = _STEPS | {
+    OrderStatus.ANSWERED: _await_rehearsal,
+    OrderStatus.FINALIZING: _end_rehearsal,
+}
 
 
 def _move(status: OrderStatus) -> Change:
@@ -504,9 +592,16 @@ def _wait(order: Order, error: str | None, until: datetime) -> Change:
     attempts = order.attempts + 1
 
     def change(row: Order, _now: datetime) -> None:
-        row.attempts, row.error, row.due_at = attempts, error and error[:1000], until
+        row.attempts, row.due_at = attempts, until
+        _tell(row, error)
 
     return change
+
+
+def _tell(row: Order, error: str | None) -> None:
+    """Let people know how it goes. What an order failed for is not hidden by how its cleaning goes."""
+    if row.status is not OrderStatus.FAILED or row.error is None:
+        row.error = error and error[:1000]
 
 
 def _poll_again(order: Order, found: AcmeOrderStatus, now: datetime) -> Change:
@@ -527,6 +622,24 @@ async def _note_refusal(
         await onboarding.note_refusal(database, order.server, error, now, until)
 
 
+def _refused(
+    settings: Settings,
+    order: Order,
+    server: Server,
+    account: AcmeAccount | None,
+    error: AcmeError,
+    now: datetime,
+) -> Change:
+    """What follows when the CA does not take a step."""
+    if _is_over(error, order, account):
+        is_lost = is_rehearsal(settings, order) and not error.permanent
+        if is_lost:
+            # Staging CAs forget.
+            return _give_up_rehearsal(settings, order, server, error.detail, now)
+        return _failed(settings, order, error.detail)
+    return _try_later(settings, order, server, error, now)
+
+
 def _is_over(error: AcmeError, order: Order, account: AcmeAccount | None) -> bool:
     """Whether no repetition helps. An order that the CA knows no more has expired, or the CA has lost its data.
 
@@ -545,11 +658,14 @@ def _again_at(settings: Settings, order: Order, error: AcmeError, now: datetime)
 
 def _try_later(settings: Settings, order: Order, server: Server, error: AcmeError, now: datetime) -> Change:
     """The CA is away or busy: the same step again later, and the order stays, unless another CA gets it."""
+    again = _again_at(settings, order, error, now)
+    if is_rehearsal(settings, order) and again - now >= _patience_of_rehearsal(settings):
+        return _give_up_rehearsal(settings, order, server, error.detail, now)
     asked = now + timedelta(seconds=error.retry_after or 0)
     if (other := _other_ca(settings, order, server, asked, now)) is not None:
         return _turn_to(other, error.detail)
     _log.warning("ca_step_failed", order=order.id, step=order.status, code=error.code)
-    return _wait(order, f"CA: {error.detail}", _again_at(settings, order, error, now))
+    return _wait(order, f"CA: {error.detail}", again)
 
 
 async def _is_held_back(session: AsyncSession, settings: Settings, order: Order, now: datetime) -> bool:
@@ -577,12 +693,14 @@ def _turn_to(ca: str, reason: str) -> Change:
     return change
 
 
-def _failed(order: Order, reason: str) -> Change:
+def _failed(settings: Settings, order: Order, reason: str) -> Change:
     """The order is over. A failure while cleaning up after one only ends the cleaning."""
     is_over = order.status in (OrderStatus.ISSUED, OrderStatus.FAILED)
+    if is_rehearsal(settings, order):
+        reason = f"rehearsal: {reason}"
 
     def change(row: Order, now: datetime) -> None:
-        row.error = reason[:1000]
+        _tell(row, reason)
         row.due_at = None if is_over or row.authorization_url is None else now
         if not is_over:
             row.status = OrderStatus.FAILED

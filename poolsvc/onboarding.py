@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import ColumnElement, and_, case, func, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, and_, case, false, func, not_, or_, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import selectinload
 
 from poolsvc import budget, servers
 from poolsvc.acme import AcmeError
-from poolsvc.budget import Budget, Grant, Limits, Place, Refusal, Waiting
+from poolsvc.budget import Budget, Grant, Place, Refusal, Waiting
 from poolsvc.config import Settings
 from poolsvc.db import Database, queue_for
 from poolsvc.errors import InvalidDocument
@@ -57,13 +57,12 @@ async def admit(session: AsyncSession, settings: Settings, due: Sequence[int], n
     await queue_for(session, _THING)
     going: list[Server] = []
     entering: list[Server] = []
-    limits = settings.ca.limits.terms
     for server in await _locked(session, due):
         if not _is_to_certify(server) or _renews(server):
             going.append(server)
         elif server.counted_at is not None:
             # Its agent has lost the key: nothing but the name's own limits is in the way.
-            free_at = _free_at(server, limits, now)
+            free_at = _free_at(settings, server, now)
             if free_at <= now:
                 going.append(server)
             else:
@@ -74,7 +73,7 @@ async def admit(session: AsyncSession, settings: Settings, due: Sequence[int], n
         else:
             entering.append(server)
     await _enter(session, entering)
-    starts = await _plan(session, limits, now)
+    starts = await _plan(session, settings, now)
     turn = [server_id for server_id, at in starts.items() if at <= now][:_AT_ONCE]
     going += await _locked(session, turn, skip_locked=True)
     last = max(starts.values(), default=now)
@@ -115,18 +114,28 @@ def _renews(server: Server) -> bool:
     return newest is not None and (server.joined_at is None or newest.created_at >= server.joined_at)
 
 
-def _free_at(server: Server, limits: Limits, now: datetime) -> datetime:
+def _free_at(settings: Settings, server: Server, now: datetime) -> datetime:
     """When the CA takes another order for the name, by what it has issued and refused for it."""
+    limits = settings.ca.limits.terms
     issued = [order.issued_at for order in server.orders if order.issued_at is not None]
-    failed = [order.created_at for order in server.orders if _was_looked_at(order)]
+    failed = [order.created_at for order in server.orders if _was_looked_at(settings, order)]
     return max(
         budget.fill(limits.same_name, issued, now).there_at(1),
         budget.fill(limits.failed_validations, failed, now).there_at(1),
     )
 
 
-def _was_looked_at(order: Order) -> bool:
-    return order.status is OrderStatus.FAILED and order.token is not None
+def _was_looked_at(settings: Settings, order: Order) -> bool:
+    is_failed = order.status is OrderStatus.FAILED and order.token is not None
+    return is_failed and not settings.ca.is_rehearsal(order.ca)
+
+
+def _has_failed_rehearsal(settings: Settings) -> ColumnElement[bool]:
+    """Whether an order is one of which no CA with limits has heard."""
+    rehearsal = settings.ca.rehearsal
+    if rehearsal is None:
+        return false()
+    return and_(Order.status == OrderStatus.FAILED, Order.ca.is_not_distinct_from(rehearsal.name))
 
 
 async def _enter(session: AsyncSession, entering: Sequence[Server]) -> None:
@@ -145,13 +154,14 @@ async def _enter(session: AsyncSession, entering: Sequence[Server]) -> None:
     await session.flush()
 
 
-async def _plan(session: AsyncSession, limits: Limits, now: datetime) -> dict[int, datetime]:
+async def _plan(session: AsyncSession, settings: Settings, now: datetime) -> dict[int, datetime]:
     """The turns of all that wait, as far as they are planned."""
+    limits = settings.ca.limits.terms
     columns = (Server.id, Server.member_id, Server.queue_round, Server.named_at)
     rows = list(await session.execute(select(*columns).where(_WAITS).order_by(*_TURN).limit(_PLANNED)))
     if not rows:
         return {}
-    failures = await _failures(session, limits, now)
+    failures = await _failures(session, settings, now)
     waiting = [
         Waiting(
             round=row.queue_round or 0,
@@ -162,11 +172,12 @@ async def _plan(session: AsyncSession, limits: Limits, now: datetime) -> dict[in
         )
         for row in rows
     ]
-    return budget.plan(waiting, await _stand(session, limits, now), now)
+    return budget.plan(waiting, await _stand(session, settings, now), now)
 
 
-async def _failures(session: AsyncSession, limits: Limits, now: datetime) -> Mapping[int, list[datetime]]:
+async def _failures(session: AsyncSession, settings: Settings, now: datetime) -> Mapping[int, list[datetime]]:
     """When orders of those that wait were begun, for which the CA found no answer."""
+    memory = settings.ca.limits.terms.failed_validations.memory
     found = await session.execute(
         select(Order.server_id, Order.created_at)
         .join(Server, Server.id == Order.server_id)
@@ -174,7 +185,8 @@ async def _failures(session: AsyncSession, limits: Limits, now: datetime) -> Map
             _WAITS,
             Order.status == OrderStatus.FAILED,
             Order.token.is_not(None),
-            Order.created_at > now - limits.failed_validations.memory,
+            Order.created_at > now - memory,
+            not_(_has_failed_rehearsal(settings)),
         )
     )
     failures: dict[int, list[datetime]] = {}
@@ -194,7 +206,8 @@ async def _set_times(session: AsyncSession, starts: Mapping[int, datetime]) -> N
         )
 
 
-async def _stand(session: AsyncSession, limits: Limits, now: datetime) -> Budget:
+async def _stand(session: AsyncSession, settings: Settings, now: datetime) -> Budget:
+    limits = settings.ca.limits.terms
     refused = await session.get(CaRefusal, 1)
     certificates = await session.scalars(
         select(Server.counted_at).where(Server.counted_at > now - limits.certificates.memory)
@@ -207,6 +220,7 @@ async def _stand(session: AsyncSession, limits: Limits, now: datetime) -> Budget
             _is_first(),
             # One that was given up before the CA could hear of it has cost nothing.
             or_(Order.csr.is_not(None), Order.status.in_(OPEN_ORDERS)),
+            not_(_has_failed_rehearsal(settings)),
         )
     )
     return budget.stand(
@@ -295,10 +309,9 @@ class State:
 
 async def state(session: AsyncSession, settings: Settings, now: datetime) -> State:
     """How things stand, for the operator."""
-    limits = settings.ca.limits.terms
-    starts = await _plan(session, limits, now)
+    starts = await _plan(session, settings, now)
     return State(
-        budget=await _stand(session, limits, now),
+        budget=await _stand(session, settings, now),
         waiting=await session.scalar(select(func.count()).where(_WAITS)) or 0,
         last_turn_at=max(starts.values(), default=None),
         refusal=await session.get(CaRefusal, 1),

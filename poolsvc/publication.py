@@ -550,7 +550,7 @@ def _issuers(settings: Settings, accounts: Mapping[str, str]) -> list[CaaIssuer]
     """The registry's account at each CA of the settings; one of which there is none yet may not issue."""
     return [
         CaaIssuer(ca.caa_identity, accounts[ca.name], _METHODS)
-        for ca in settings.ca.all
+        for ca in settings.ca.with_rehearsal
         if ca.name in accounts
     ]
 

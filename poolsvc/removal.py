@@ -122,9 +122,9 @@ async def advance(
     async with database.transaction() as session:
         server = await servers.get(session, server_id)
         for order in server.orders:
-            _note(server, order, done, now)
+            _note(settings, server, order, done, now)
         if not server.agentless:
-            _note_ca_steps(server, now)
+            _note_ca_steps(settings, server, now)
         server.removal_error = done.error
         server.removal_due_at = now + timedelta(seconds=settings.policy.step_retry)
         if _is_complete(server):
@@ -159,8 +159,8 @@ def _let_name_live(server: Server, settings: Settings, now: datetime) -> None:
         server.leave_at = None
 
 
-def _note_ca_steps(server: Server, now: datetime) -> None:
-    ended = [order.deactivated_at for order in server.orders if order.authorization_url]
+def _note_ca_steps(settings: Settings, server: Server, now: datetime) -> None:
+    ended = [order.deactivated_at for order in server.orders if _has_authorization(settings, order)]
     if None not in ended:
         # Each order's authorization ends with its issue already: the receipt tells when the last one did.
         last = server.authorization_deactivated_at or now
@@ -191,28 +191,32 @@ async def _ca_steps(settings: Settings, accounts: Accounts, server: Server, now:
     """Each order's steps at its own CA; one that is away holds up no other."""
     done, by_ca = _Done(), dict[str, list[Order]]()
     for order in server.orders:
-        if _is_unsettled(order) or issuance.is_revocable(order, now):
+        if _is_unsettled(settings, order) or issuance.is_revocable(order, now):
             by_ca.setdefault(issuance.ca_of(settings, order), []).append(order)
-    await asyncio.gather(*(_steps_at(accounts, ca, orders, done, now) for ca, orders in by_ca.items()))
+    await asyncio.gather(
+        *(_steps_at(settings, accounts, ca, orders, done, now) for ca, orders in by_ca.items())
+    )
     return done
 
 
-async def _steps_at(accounts: Accounts, ca: str, orders: list[Order], done: _Done, now: datetime) -> None:
+async def _steps_at(
+    settings: Settings, accounts: Accounts, ca: str, orders: list[Order], done: _Done, now: datetime
+) -> None:
     try:
         async with asyncio.timeout(_CA_DEADLINE):
-            await _settle_and_revoke(accounts, ca, orders, done, now)
+            await _settle_and_revoke(settings, accounts, ca, orders, done, now)
     except TimeoutError:
         done.error = f"CA: {ca} does not answer"
 
 
 async def _settle_and_revoke(
-    accounts: Accounts, ca: str, orders: list[Order], done: _Done, now: datetime
+    settings: Settings, accounts: Accounts, ca: str, orders: list[Order], done: _Done, now: datetime
 ) -> None:
     for order in orders:
         try:
             account = await accounts(ca, now)
-            if _is_unsettled(order):
-                late = await issuance.settle(account, order)
+            if _is_unsettled(settings, order):
+                late = await issuance.settle(settings, account, order)
                 done.settled.add(order.id)
                 if late is not None:
                     done.late_chains[order.id] = late
@@ -226,11 +230,16 @@ async def _settle_and_revoke(
             done.error = f"CA: {failure.detail}"[:1000]
 
 
-def _is_unsettled(order: Order) -> bool:
-    return order.authorization_url is not None and order.deactivated_at is None
+def _has_authorization(settings: Settings, order: Order) -> bool:
+    """Of a rehearsal none counts: it gives certificates that nobody trusts, and a removal does not wait for its end."""
+    return order.authorization_url is not None and not issuance.is_rehearsal(settings, order)
 
 
-def _note(server: Server, order: Order, done: _Done, now: datetime) -> None:
+def _is_unsettled(settings: Settings, order: Order) -> bool:
+    return _has_authorization(settings, order) and order.deactivated_at is None
+
+
+def _note(settings: Settings, server: Server, order: Order, done: _Done, now: datetime) -> None:
     if order.id in done.late_chains:
         issuance.keep_chain(order, done.late_chains[order.id])
         order.status, order.issued_at = OrderStatus.ISSUED, now
@@ -240,8 +249,9 @@ def _note(server: Server, order: Order, done: _Done, now: datetime) -> None:
     if order.id in done.revoked:
         order.revoked_at = now
     if order.status not in (OrderStatus.ISSUED, OrderStatus.FAILED):
-        order.status, order.error = OrderStatus.FAILED, "the server leaves the pool"
-    order.due_at = None
+        order.status, order.error, order.due_at = OrderStatus.FAILED, "the server leaves the pool", now
+    if not issuance.is_rehearsal(settings, order):
+        order.due_at = None
 
 
 # A server whose score holds it for so long is dead; its member is warned three times before it is taken out.

@@ -395,6 +395,8 @@ contact = $contact
 # profile = "shortlived"
 # Others for when this one is away, each with directory_url, caa_identity and account_key_file of its own:
 # [[ca.fallback]]
+# A staging CA, where first orders are tried, likewise:
+# [ca.rehearsal]
 
 [policy]
 # Servers that must work before clients are told of any.

@@ -56,7 +56,7 @@ def read_settings(file: Path) -> Settings:
 
 def authority(settings: Settings, name: str | None) -> AuthoritySettings:
     """The CA that a command is for."""
-    known = {ca.name: ca for ca in settings.ca.all}
+    known = {ca.name: ca for ca in settings.ca.with_rehearsal}
     if name is None or name in known:
         return known.get(name or settings.ca.name, settings.ca)
     fail(ExitStatus.USAGE, f"--ca {name}: the settings have no such CA", f"give one of: {', '.join(known)}")

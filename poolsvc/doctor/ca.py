@@ -10,7 +10,7 @@ from poolsvc.doctor.report import DEADLINE, Examination, Finding, Verdict, fail,
 
 async def directory(at: Examination) -> Finding:
     """Each reachable over TLS that we trust, and of the name, profile and terms that the settings suppose."""
-    authorities = at.settings.ca.all
+    authorities = at.settings.ca.with_rehearsal
     found = await asyncio.gather(*map(_directory, authorities))
     worst = max(found, key=lambda finding: list(Verdict).index(finding.verdict))
     texts = [f"{ca.name}: {finding.found}" for ca, finding in zip(authorities, found, strict=True)]

@@ -41,7 +41,7 @@ class OrderStatus(StrEnum):
     REQUESTED = "requested"  # the CSR is here
     PENDING = "pending"  # the CA gave a challenge, the agent is to serve it
     ANSWERED = "answered"  # the CA was told to look
-    FINALIZING = "finalizing"  # the CA has the CSR
+    FINALIZING = "finalizing"  # the CA has the CSR; a staging CA is to end the authorization
     ISSUED = "issued"
     FAILED = "failed"
 

@@ -400,10 +400,16 @@ class Lab(contextlib.ExitStack):
         options = {"http_port": self.responder.endpoints[0][1], **options}
         return self.enter_context(Pebble(self.directory / name, resolver=self.resolver, **options))
 
-    def settings(self, pebble: Pebble, *fallback: Pebble, **options) -> CaSettings:
+    def settings(
+        self,
+        pebble: Pebble | CaFront,
+        *fallback: Pebble,
+        rehearsal: Pebble | CaFront | None = None,
+        **options,
+    ) -> CaSettings:
         """The settings of these CAs; `options` are the first one's."""
 
-        def section(pebble: Pebble):
+        def section(pebble: Pebble | CaFront):
             return {
                 "directory_url": pebble.directory_url,
                 "caa_identity": f"{pebble.ca_file.parent.name}.example",
@@ -411,6 +417,8 @@ class Lab(contextlib.ExitStack):
                 "ca_file": pebble.ca_file,
             }
 
+        if rehearsal is not None:
+            options["rehearsal"] = section(rehearsal)
         return CaSettings(**section(pebble), fallback=tuple(map(section, fallback)), **options)
 
     def front(self, pebble: Pebble, **options) -> CaFront:

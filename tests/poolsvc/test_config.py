@@ -321,6 +321,53 @@ def test_a_mistake_in_the_settings_of_cas_is_told(file, old, new, fault):
     assert fault in refused(path)
 
 
+REHEARSAL = FALLBACK.replace("[[ca.fallback]]", "[ca.rehearsal]")
+
+
+def test_a_staging_ca_is_none_of_those_that_issue(file, tmp_path):
+    path = file()
+    path.write_text(path.read_text() + REHEARSAL + 'socket = "run/staging.sock"\n')
+    ca = load_settings(path).ca
+    assert [one.name for one in ca.all] == ["ca.example"]
+    assert [one.name for one in ca.with_rehearsal] == ["ca.example", "acme.second.example"]
+    assert ca.rehearsal.account_key_file == tmp_path / "keys" / "second.pem"
+    assert ca.rehearsal.binding_key_file == tmp_path / "keys" / "binding.key"
+    assert ca.rehearsal.ca_file == tmp_path / "second-root.pem"
+    assert ca.rehearsal.socket == tmp_path / "run" / "staging.sock"
+    assert (ca.is_rehearsal("acme.second.example"), ca.is_rehearsal("ca.example")) == (True, False)
+    assert not ca.is_rehearsal(None)
+    path.write_text(path.read_text().replace(REHEARSAL, "").replace('socket = "run/staging.sock"', ""))
+    ca = load_settings(path).ca
+    assert ca.with_rehearsal == ca.all
+    assert not ca.is_rehearsal(None)
+
+
+@pytest.mark.parametrize("others", ["", FALLBACK.replace("second", "third")])
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        ("acme.second.example/dir", "ca.example/other", "a directory_url of its own"),
+        ("acme.second.example/dir", "acme.third.example/dir", "a directory_url of its own"),
+        ("keys/second.pem", "keys/account.pem", "an account_key_file of its own"),
+        ("keys/second.pem", "keys/third.pem", "an account_key_file of its own"),
+        (
+            "[ca.rehearsal]",
+            'socket = "acme.sock"\n[ca.rehearsal]\nsocket = "acme.sock"',
+            "a socket of its own",
+        ),
+        ("[ca.rehearsal]", "[[ca.rehearsal]]", "ca.rehearsal: "),
+    ],
+)
+def test_a_staging_ca_shares_nothing_with_another_one(file, others, old, new, fault):
+    path = file()
+    text = path.read_text()
+    path.write_text(text + REHEARSAL.replace(old, new) + others)
+    if "third" in new and not others:
+        load_settings(path)
+    else:
+        assert fault in refused(path)
+
+
 def test_of_cas_there_are_four_at_most(file):
     path = file()
     more = "".join(
