@@ -60,6 +60,10 @@ _MAX_POLLS, _MAX_POLLS_OF_FAILED = 128, 20
 _REHEARSAL_TRIES = 4
 
 
+class _NotValidated(OrderFailed):
+    """The CA has looked at the member's host, and says what it found there."""
+
+
 def open_order(server: Server) -> Order | None:
     """The order under way, if any."""
     return next((order for order in reversed(server.orders) if order.status in OPEN_ORDERS), None)
@@ -80,7 +84,7 @@ def start_anew(server: Server, now: datetime) -> None:
     """An agent has joined. One that joined again has lost the keys of all orders before: order once more."""
     order = open_order(server)
     if order is not None:
-        order.status, order.error = OrderStatus.FAILED, "the agent joined again"
+        _give_up(order, "the agent joined again")
         order.due_at = now if order.authorization_url else None
     if server.named_at is not None:
         server.order_due_at = now
@@ -98,11 +102,18 @@ def revoke_compromised(server: Server, now: datetime) -> None:
             remedy="one that your own ACME client got is revoked by that client",
         )
     if (order := open_order(server)) is not None:
-        order.status, order.error, order.due_at = OrderStatus.FAILED, "its key may be known to others", None
+        _give_up(order, "its key may be known to others")
+        order.due_at = None
         lost += [order] if order.authorization_url else []
     for order in lost:
         order.compromised_at = order.due_at = now
     server.order_due_at = now
+
+
+def _give_up(order: Order, reason: str) -> None:
+    """End an order for what is no CA's doing; what no CA has taken keeps no request that one could have refused."""
+    order.status, order.error = OrderStatus.FAILED, reason
+    order.csr = None if order.url is None else order.csr
 
 
 async def set_short_lived(session: AsyncSession, settings: Settings, server: Server, *, wanted: bool) -> None:
@@ -213,13 +224,17 @@ def shares_of(settings: Settings) -> Iterator[tuple[str, ColumnElement[bool]]]:
 
 
 def _choose_ca(settings: Settings, server: Server, now: datetime) -> str:
-    """The first CA whose orders for this server have not failed for longer than the pool's patience."""
+    """The first CA that has not let orders of this server fail for longer than the pool's patience.
+
+    What it found at the member's host is not its doing: such an order has kept its token.
+    """
     names = [ca.name for ca in settings.ca.all]
     failing_since: dict[str, datetime] = {}
     for order in reversed(server.orders if server.order_failures else []):
         if order.status is OrderStatus.ISSUED:
             break
-        if order.status is OrderStatus.FAILED and order.csr is not None:
+        is_failed = order.status is OrderStatus.FAILED and order.csr is not None
+        if is_failed and order.token is None:
             failing_since[ca_of(settings, order)] = order.created_at
     patience = timedelta(seconds=settings.policy.ca_patience)
     return next((name for name in names if now - failing_since.get(name, now) < patience), names[0])
@@ -291,7 +306,7 @@ async def advance(
         change = _refused(settings, order, server, account, error, now)
         await _note_refusal(database, settings, order, error, now)
     except (OrderFailed, CsrError, ChainError) as error:
-        change = _failed(settings, order, str(error))
+        change = _failed(settings, order, str(error), is_of_member=isinstance(error, _NotValidated))
     except FetchError as error:
         change = _wait(order, f"precheck: {error}", now + settings.policy.step_wait(0))
     async with database.transaction() as session:
@@ -418,7 +433,7 @@ async def _await_validation(
         case OrderState.PENDING:
             return _poll_again(order, found, now)
         case OrderState.INVALID:
-            raise OrderFailed(found.error_detail or "the CA declared the order invalid")
+            raise _verdict(order, found, "the CA declared the order invalid")
         case OrderState.READY:
             await account.finalize(order.url, order.csr)
     return _move(OrderStatus.FINALIZING)
@@ -608,10 +623,17 @@ def _poll_again(order: Order, found: AcmeOrderStatus, now: datetime) -> Change:
     """Ask later what became of it. Raises OrderFailed for an order that the CA leaves undecided."""
     detail = found.error_detail
     if order.attempts >= (_MAX_POLLS if detail is None else _MAX_POLLS_OF_FAILED):
-        raise OrderFailed(detail or f"the CA left the order {found.status}, asked {order.attempts} times")
+        raise _verdict(order, found, f"the CA left the order {found.status}, asked {order.attempts} times")
     return _wait(
         order, detail, now + max(poll_wait(order.attempts), timedelta(seconds=found.retry_after or 0))
     )
+
+
+def _verdict(order: Order, found: AcmeOrderStatus, otherwise: str) -> OrderFailed:
+    """Why an order is over, in the CA's words if there are any."""
+    if order.status is OrderStatus.ANSWERED and found.error_detail is not None:
+        return _NotValidated(found.error_detail)
+    return OrderFailed(found.error_detail or otherwise)
 
 
 async def _note_refusal(
@@ -693,8 +715,8 @@ def _turn_to(ca: str, reason: str) -> Change:
     return change
 
 
-def _failed(settings: Settings, order: Order, reason: str) -> Change:
-    """The order is over. A failure while cleaning up after one only ends the cleaning."""
+def _failed(settings: Settings, order: Order, reason: str, *, is_of_member: bool = False) -> Change:
+    """The order is over; it keeps its token if the CA looked for that in vain. A failure while cleaning up after one only ends the cleaning."""
     is_over = order.status in (OrderStatus.ISSUED, OrderStatus.FAILED)
     if is_rehearsal(settings, order):
         reason = f"rehearsal: {reason}"
@@ -704,6 +726,7 @@ def _failed(settings: Settings, order: Order, reason: str) -> Change:
         row.due_at = None if is_over or row.authorization_url is None else now
         if not is_over:
             row.status = OrderStatus.FAILED
+            row.token = row.token if is_of_member else None
             _log.warning("order_failed", order=row.id, reason=reason)
 
     return change

@@ -353,7 +353,9 @@ class Order(Base):
     url: Mapped[str | None] = mapped_column(Text)
     authorization_url: Mapped[str | None] = mapped_column(Text)
     challenge_url: Mapped[str | None] = mapped_column(Text)
-    token: Mapped[str | None] = mapped_column(String(128))
+    token: Mapped[str | None] = mapped_column(
+        String(128)
+    )  # of a failed order only if the CA looked for it in vain
     key_authorization: Mapped[str | None] = mapped_column(String(200))
     served_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # the agent says it serves the challenge
 

@@ -7,6 +7,7 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import select
 
+from lab.ca_front import Fault, Resource
 from lab.pebble import PROFILES
 from lab.peers import PEBBLE_SID
 from lab.processes import free_port
@@ -321,7 +322,7 @@ async def two(flow, lab):
     async def make(**options):
         one = await flow(**options)
         one.second = lab.pebble("second")
-        one.settings = one.settings.model_copy(update={"ca": lab.settings(one.pebble, one.second)})
+        one.settings = one.settings.model_copy(update={"ca": lab.settings(one.ca, one.second)})
         one.first_name, one.second_name = (ca.name for ca in one.settings.ca.all)
         one.away = {}
         one.authorities = Authorities(one.database, one.settings, one.away, {})
@@ -450,13 +451,20 @@ async def test_a_removal_says_that_the_ca_of_a_certificate_is_in_the_settings_no
     flow.authorities.close()
 
 
-async def test_orders_that_a_ca_lets_fail_for_too_long_go_to_another_one(two):
-    """The first CA looks at another port than members serve on."""
-    flow = await two(http_port=free_port())
+@pytest.mark.parametrize(
+    ("resource", "fault"),
+    [(Resource.CERTIFICATE, Fault.OTHER_KEY), (Resource.ORDER, Fault.UNDECIDED)],
+)
+async def test_orders_that_a_ca_lets_fail_for_too_long_go_to_another_one(two, resource, fault):
+    flow = await two(front={}, nonce_reject=0, authz_reuse=0)
+    flow.ca.faults = {resource: fault}
     began = flow.now
     for after in (timedelta(0), PATIENCE - HOUR):
         flow.now = began + after
         await flow.begin()
+        await flow.until(S.ANSWERED)
+        async with flow.registry.change(flow.server_id) as (_, server):
+            server.orders[-1].attempts = 128  # an hour has passed with the same answer
         order = await flow.until(S.FAILED)
         assert order.ca == flow.first_name
         await flow.step()
@@ -469,14 +477,43 @@ async def test_orders_that_a_ca_lets_fail_for_too_long_go_to_another_one(two):
     assert (await flow.order()).ca == flow.first_name, "success begins anew"
 
 
-async def test_what_fails_for_other_reasons_than_the_ca_does_not_count(two):
+async def test_orders_that_a_member_lets_fail_stay_at_the_first_ca(two):
+    """No CA finds the challenge, as behind a firewall: the next one would refuse in the same way."""
+    flow = await two(http_port=free_port())
+    for _ in range(2):
+        await flow.begin()
+        assert (await flow.until(S.FAILED)).token is not None
+        await flow.step()
+        flow.now += PATIENCE
+    await flow.begin()
+    assert (await flow.order()).ca == flow.first_name
+
+
+@pytest.mark.parametrize("status", [S.WANTED, S.REQUESTED, S.PENDING])
+async def test_what_fails_for_other_reasons_than_the_ca_does_not_count(two, status):
     flow = await two()
     await flow.begin()
+    if status is S.PENDING:
+        await flow.until(status)
     async with flow.registry.change(flow.server_id) as (_, server):
+        if status is S.WANTED:
+            server.orders[-1].status, server.orders[-1].csr = status, None
         issuance.start_anew(server, flow.now)
+        server.order_failures = 1  # of another order
     flow.now += 2 * PATIENCE
     await flow.begin()
     assert (await flow.order()).ca == flow.first_name
+
+
+async def test_an_order_that_no_ca_would_take_counts(two):
+    """One without a URL: the control of those that were given up."""
+    flow = await two()
+    await flow.begin()
+    async with flow.registry.change(flow.server_id) as (_, server):
+        server.orders[-1].status, server.order_failures = S.FAILED, 1
+    flow.now += 2 * PATIENCE
+    await flow.begin()
+    assert (await flow.order()).ca == flow.second_name
 
 
 @pytest.mark.parametrize(
