@@ -58,6 +58,8 @@ _GONE = frozenset({HTTPStatus.NOT_FOUND, HTTPStatus.GONE})
 _MAX_POLLS, _MAX_POLLS_OF_FAILED = 128, 20
 # Of a step at a staging CA that is away or busy: a rehearsal holds up an order for minutes at most.
 _REHEARSAL_TRIES = 4
+# After which no CA of which we know uses an authorization again, whatever it does not tell us.
+_AUTHORIZATION_LIFE = timedelta(days=30)
 
 
 class _NotValidated(OrderFailed):
@@ -141,6 +143,14 @@ def is_revocable(order: Order, now: datetime) -> bool:
     return order.revoked_at is None and order.not_after is not None and order.not_after > now
 
 
+def lapses_at(order: Order) -> datetime:
+    """From when on nothing can come of an order any more, though its CA was told nothing."""
+    ends = [] if order.not_after is None else [order.not_after]
+    if order.authorization_url is not None and order.deactivated_at is None:
+        ends.append(order.created_at + _AUTHORIZATION_LIFE)
+    return max(ends, default=order.created_at)
+
+
 def revocation_reason(order: Order) -> RevocationReason:
     is_lost = order.compromised_at is not None
     return RevocationReason.KEY_COMPROMISE if is_lost else RevocationReason.CESSATION_OF_OPERATION
@@ -189,6 +199,11 @@ async def take_csr(
 def ca_of(settings: Settings, order: Order) -> str:
     """The name of an order's CA."""
     return order.ca or settings.ca.name
+
+
+def is_out_of_reach(settings: Settings, order: Order) -> bool:
+    """Whether its CA was taken out of the settings: nothing of it can be ended or revoked."""
+    return ca_of(settings, order) not in (ca.name for ca in settings.ca.with_rehearsal)
 
 
 def _is_of_first(settings: Settings, order: Order) -> bool:
@@ -653,7 +668,7 @@ def _refused(
     now: datetime,
 ) -> Change:
     """What follows when the CA does not take a step."""
-    if _is_over(error, order, account):
+    if _is_over(error, order, account, now):
         is_lost = is_rehearsal(settings, order) and not error.permanent
         if is_lost:
             # Staging CAs forget.
@@ -662,13 +677,13 @@ def _refused(
     return _try_later(settings, order, server, error, now)
 
 
-def _is_over(error: AcmeError, order: Order, account: AcmeAccount | None) -> bool:
+def _is_over(error: AcmeError, order: Order, account: AcmeAccount | None, now: datetime) -> bool:
     """Whether no repetition helps. An order that the CA knows no more has expired, or the CA has lost its data.
 
-    A CA that the settings name no more may be named again: until then a revocation that is due there is not forgotten.
+    A CA that the settings name no more may be named again: as long as it matters, what is due there is not forgotten.
     """
     if error.code == UNKNOWN_CA and order.status not in OPEN_ORDERS:
-        return False
+        return lapses_at(order) <= now
     is_gone = error.status in _GONE and account is not None and not account.lost
     return error.permanent or is_gone
 

@@ -128,6 +128,7 @@ async def advance(
         server.removal_error = done.error
         server.removal_due_at = now + timedelta(seconds=settings.policy.step_retry)
         if _is_complete(server):
+            server.removal_error = server.removal_error or _unrevoked(settings, server)
             if server.journal_due_at is not None:
                 # Or a copy of before, restored, would know nothing of what people were told is done.
                 journal.write(settings, [server])
@@ -169,6 +170,21 @@ def _note_ca_steps(settings: Settings, server: Server, now: datetime) -> None:
         server.certificate_revoked_at = server.certificate_revoked_at or now
 
 
+def _unrevoked(settings: Settings, server: Server) -> str | None:
+    """What a removal had to wait for, since no CA could be told."""
+    ends = [
+        order.not_after
+        for order in server.orders
+        if order.not_after is not None
+        and order.revoked_at is None
+        and issuance.is_out_of_reach(settings, order)
+    ]
+    end = max(ends, default=server.state_since)
+    if end <= server.state_since:
+        return None
+    return f"not revoked: its CA is named no more in the settings; ended at {end.isoformat()}"
+
+
 def _is_complete(server: Server) -> bool:
     steps = [server.srv_withdrawn_at, server.name_broken_at]
     if not server.agentless:
@@ -181,7 +197,7 @@ def _is_complete(server: Server) -> bool:
 class _Done:
     """What the CA did in one pass, by order id."""
 
-    settled: set[int] = field(default_factory=set)
+    settled: dict[int, datetime] = field(default_factory=dict)  # and since when
     revoked: set[int] = field(default_factory=set)
     late_chains: dict[int, str] = field(default_factory=dict)
     error: str | None = None
@@ -191,7 +207,9 @@ async def _ca_steps(settings: Settings, accounts: Accounts, server: Server, now:
     """Each order's steps at its own CA; one that is away holds up no other."""
     done, by_ca = _Done(), dict[str, list[Order]]()
     for order in server.orders:
-        if _is_unsettled(settings, order) or issuance.is_revocable(order, now):
+        if _has_lapsed(settings, order, now):
+            done.settled[order.id] = issuance.lapses_at(order)
+        elif _is_unsettled(settings, order) or issuance.is_revocable(order, now):
             by_ca.setdefault(issuance.ca_of(settings, order), []).append(order)
     await asyncio.gather(
         *(_steps_at(settings, accounts, ca, orders, done, now) for ca, orders in by_ca.items())
@@ -217,7 +235,7 @@ async def _settle_and_revoke(
             account = await accounts(ca, now)
             if _is_unsettled(settings, order):
                 late = await issuance.settle(settings, account, order)
-                done.settled.add(order.id)
+                done.settled[order.id] = now
                 if late is not None:
                     done.late_chains[order.id] = late
             chain = done.late_chains.get(order.id) or (
@@ -239,13 +257,19 @@ def _is_unsettled(settings: Settings, order: Order) -> bool:
     return _has_authorization(settings, order) and order.deactivated_at is None
 
 
+def _has_lapsed(settings: Settings, order: Order, now: datetime) -> bool:
+    """Whether a CA that cannot be told need not be told any more."""
+    is_left = issuance.is_out_of_reach(settings, order) and _is_unsettled(settings, order)
+    return is_left and issuance.lapses_at(order) <= now
+
+
 def _note(settings: Settings, server: Server, order: Order, done: _Done, now: datetime) -> None:
     if order.id in done.late_chains:
         issuance.keep_chain(order, done.late_chains[order.id])
         order.status, order.issued_at = OrderStatus.ISSUED, now
         server.counted_at = server.counted_at or now
-    if order.id in done.settled:
-        order.deactivated_at = now
+    if order.id in done.settled and order.deactivated_at is None:
+        order.deactivated_at = done.settled[order.id]
     if order.id in done.revoked:
         order.revoked_at = now
     if order.status not in (OrderStatus.ISSUED, OrderStatus.FAILED):

@@ -437,17 +437,86 @@ async def test_a_ca_that_is_away_keeps_a_removal_from_nothing_at_the_other(two):
     assert [order.revoked_at for order in server.orders] == [None, flow.now]
 
 
-async def test_a_removal_says_that_the_ca_of_a_certificate_is_in_the_settings_no_more(two, lab):
-    flow = await two()
-    await flow.certified()
-    second = await at_second(flow)
+def without_second(flow, lab):
+    """Take the second CA out of the settings."""
     flow.settings = flow.settings.model_copy(update={"ca": lab.settings(flow.pebble)})
     flow.authorities.close()
     flow.authorities = Authorities(flow.database, flow.settings, {}, {})
+
+
+async def look_at_removal(flow):
+    await removal.advance(flow.database, flow.settings, flow.accounts, flow.server_id, flow.now)
+    return await flow.server()
+
+
+async def test_a_removal_waits_for_the_end_of_a_certificate_whose_ca_the_settings_name_no_more(two, lab):
+    flow = await two()
+    first, second = await flow.certified(), await at_second(flow)
+    without_second(flow, lab)
     server = await taken_out(flow)
     assert server.state is ServerState.LEAVING
     assert flow.second_name in server.removal_error
     assert flow.second.certificate_status(second.serial) == "Valid"
+    flow.now = second.not_after - timedelta(seconds=1)
+    assert (await look_at_removal(flow)).state is ServerState.LEAVING
+    flow.now = second.not_after
+    server = await look_at_removal(flow)
+    assert server.state is ServerState.REMOVED
+    receipt = removal.receipt(server, flow.settings)
+    end = second.not_after.isoformat()
+    assert receipt.error == f"not revoked: its CA is named no more in the settings; ended at {end}"
+    assert [order.revoked_at is None for order in server.orders] == [False, True]
+    assert flow.pebble.certificate_status(first.serial) == "Revoked"
+    flow.authorities.close()
+
+
+async def test_a_removal_revokes_at_a_ca_that_is_named_again(two, lab):
+    flow = await two()
+    second = await at_second(flow)
+    with_both = flow.settings
+    without_second(flow, lab)
+    assert (await taken_out(flow)).state is ServerState.LEAVING
+    flow.settings = with_both
+    flow.authorities.close()
+    flow.authorities = Authorities(flow.database, flow.settings, {}, {})
+    server = await look_at_removal(flow)
+    assert (server.state, server.removal_error) == (ServerState.REMOVED, None)
+    assert flow.second.certificate_status(second.serial) == "Revoked"
+    flow.authorities.close()
+
+
+@BOTH
+async def test_an_authorization_whose_ca_the_settings_name_no_more_ends_by_itself(two, lab):
+    """The certificate of six days has ended long before."""
+    flow = await two()
+    second = await at_second(flow)
+    async with flow.registry.change(flow.server_id) as (_, server):
+        server.orders[-1].deactivated_at = None
+    without_second(flow, lab)
+    assert (await taken_out(flow)).state is ServerState.LEAVING
+    end = second.created_at + 30 * DAY
+    flow.now = end - timedelta(seconds=1)
+    server = await look_at_removal(flow)
+    assert (server.state, server.authorization_deactivated_at) == (ServerState.LEAVING, None)
+    assert flow.second_name in server.removal_error
+    flow.now = end
+    server = await look_at_removal(flow)
+    assert server.state is ServerState.REMOVED
+    assert server.authorization_deactivated_at == end
+    assert "not revoked: " in server.removal_error
+    flow.authorities.close()
+
+
+async def test_what_is_due_at_a_ca_that_the_settings_name_no_more_is_forgotten_once_it_has_ended(two, lab):
+    flow = await two()
+    second = await at_second(flow)
+    async with flow.registry.change(flow.server_id) as (_, server):
+        order = server.orders[-1]
+        order.deactivated_at, order.due_at, order.compromised_at = None, flow.now, flow.now
+    without_second(flow, lab)
+    assert (await flow.step()).due_at > flow.now
+    flow.now = second.created_at + 30 * DAY
+    assert (await flow.step()).due_at is None
     flow.authorities.close()
 
 
