@@ -149,10 +149,9 @@ def _ended() -> AcmeError:
 
 def _start_child(charge: Charge) -> tuple[socket.socket, subprocess.Popen[bytes]]:
     """Our end of the pair, and the process at the other; nothing else of ours is handed on."""
+    line = TypeAdapter(Charge).dump_json(charge) + b"\n"
     ours, theirs = socket.socketpair()
-    ours.sendall(
-        TypeAdapter(Charge).dump_json(charge) + b"\n"
-    )  # not as an argument, which every user could read
+    ours.sendall(line)  # not as an argument, which every user could read
     with theirs:
         child = subprocess.Popen(
             [sys.executable, "-P", "-m", "poolsvc.acme_process"],

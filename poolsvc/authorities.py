@@ -88,8 +88,14 @@ class Authorities:
             return place.account
 
     async def keep(self, now: datetime) -> None:
-        """Open what is not open, since CAA names all accounts from the start, and read old directories again."""
-        await asyncio.gather(*(self._keep(place, now) for place in self._places.values()))
+        """Open what is not open, since CAA names all accounts from the start, and read old directories again.
+
+        What nobody foresaw at one CA is raised once all others are looked after.
+        """
+        looks = (self._keep(place, now) for place in self._places.values())
+        outcomes = await asyncio.gather(*looks, return_exceptions=True)
+        if failures := [outcome for outcome in outcomes if isinstance(outcome, Exception)]:
+            raise ExceptionGroup("accounts could not be kept", failures)
 
     def close(self) -> None:
         for place in self._places.values():

@@ -103,7 +103,10 @@ def _exposure(server: Server, settings: Settings, ends: datetime | None) -> str:
 async def advance(
     database: Database, settings: Settings, accounts: Accounts, server_id: int, now: datetime
 ) -> None:
-    """Take the CAs' steps of a removal that are left, and close the removal when nothing is."""
+    """Take the CAs' steps of a removal that are left, and close the removal when nothing is.
+
+    What nobody foresaw at one CA is raised once all others' steps are recorded.
+    """
     async with database.transaction() as session:
         server = await servers.get(session, server_id)
         if server.state is not ServerState.LEAVING:
@@ -128,23 +131,30 @@ async def advance(
         server.removal_error = done.error
         server.removal_due_at = now + timedelta(seconds=settings.policy.step_retry)
         if _is_complete(server):
-            server.removal_error = server.removal_error or _unrevoked(settings, server)
-            if server.journal_due_at is not None:
-                # Or a copy of before, restored, would know nothing of what people were told is done.
-                journal.write(settings, [server])
-            server.removal_due_at = None
-            if server.burnt_at is None:
-                server.released_at = now  # nobody can have seen the name
-            await servers.apply(
-                session,
-                server,
-                EventKind.CLOSED,
-                actor="worker",
-                reason=server.leave_reason or "every step is done",
-                now=now,
-                receipt=_for_notice(receipt(server, settings), now),
-            )
-            _log.info("server_removed", server=server.name)
+            await _close(session, settings, server, now)
+    if done.failures:
+        raise ExceptionGroup("steps at CAs failed", done.failures)
+
+
+async def _close(session: AsyncSession, settings: Settings, server: Server, now: datetime) -> None:
+    """Every step is done: tell."""
+    server.removal_error = server.removal_error or _unrevoked(settings, server)
+    if server.journal_due_at is not None:
+        # Or a copy of before, restored, would know nothing of what people were told is done.
+        journal.write(settings, [server])
+    server.removal_due_at = None
+    if server.burnt_at is None:
+        server.released_at = now  # nobody can have seen the name
+    await servers.apply(
+        session,
+        server,
+        EventKind.CLOSED,
+        actor="worker",
+        reason=server.leave_reason or "every step is done",
+        now=now,
+        receipt=_for_notice(receipt(server, settings), now),
+    )
+    _log.info("server_removed", server=server.name)
 
 
 def _let_name_live(server: Server, settings: Settings, now: datetime) -> None:
@@ -201,6 +211,7 @@ class _Done:
     revoked: set[int] = field(default_factory=set)
     late_chains: dict[int, str] = field(default_factory=dict)
     error: str | None = None
+    failures: list[Exception] = field(default_factory=list)  # of ours
 
 
 async def _ca_steps(settings: Settings, accounts: Accounts, server: Server, now: datetime) -> _Done:
@@ -211,9 +222,10 @@ async def _ca_steps(settings: Settings, accounts: Accounts, server: Server, now:
             done.settled[order.id] = issuance.lapses_at(order)
         elif _is_unsettled(settings, order) or issuance.is_revocable(order, now):
             by_ca.setdefault(issuance.ca_of(settings, order), []).append(order)
-    await asyncio.gather(
-        *(_steps_at(settings, accounts, ca, orders, done, now) for ca, orders in by_ca.items())
-    )
+    steps = (_steps_at(settings, accounts, ca, orders, done, now) for ca, orders in by_ca.items())
+    for outcome in await asyncio.gather(*steps, return_exceptions=True):
+        if isinstance(outcome, Exception):
+            done.failures.append(outcome)
     return done
 
 

@@ -5,6 +5,7 @@ import contextlib
 import socket
 import time
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from sqlalchemy import select
@@ -120,6 +121,16 @@ async def test_one_ca_that_is_away_holds_up_nothing_of_the_other(office, lab, no
     assert await made.open(now, 0) is None
     assert [*made.away] == [made.settings.ca.name]
     assert [*await made.uris()] == [made.settings.ca.all[1].name]
+
+
+async def test_what_nobody_foresaw_at_one_ca_is_told_after_the_others_are_looked_after(office, lab, now):
+    ca = lab.settings(lab.pebble(), lab.pebble("second"))
+    made = office(ca.model_copy(update={"account_key_file": Path("\udcff")}))
+    with pytest.raises(ExceptionGroup) as caught:
+        await made.authorities.keep(now)
+    (failure,) = caught.value.exceptions
+    assert isinstance(failure, ValueError), "a path that no document can have"
+    assert [*await made.uris()] == [ca.fallback[0].name]
 
 
 async def test_all_cas_are_in_the_caa_of_every_name_from_the_start(office, lab, registry, now):

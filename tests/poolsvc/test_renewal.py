@@ -437,6 +437,30 @@ async def test_a_ca_that_is_away_keeps_a_removal_from_nothing_at_the_other(two):
     assert [order.revoked_at for order in server.orders] == [None, flow.now]
 
 
+@BOTH
+async def test_what_nobody_foresaw_at_one_ca_loses_nothing_that_the_other_one_did(two):
+    flow = await two()
+    first, second = await flow.certified(), await at_second(flow)
+    authorities = flow.authorities
+
+    async def broken(name, now):
+        if name == flow.first_name:
+            raise RuntimeError("a fault of ours")
+        return await authorities.account(name, now)
+
+    async with flow.registry.change(flow.server_id) as (session, server):
+        await servers.leave(session, server, actor="member 1", reason="test", now=flow.now)
+        server.srv_withdrawn_at = server.name_broken_at = flow.now
+    with pytest.raises(ExceptionGroup) as caught:
+        await removal.advance(flow.database, flow.settings, broken, flow.server_id, flow.now)
+    assert [str(failure) for failure in caught.value.exceptions] == ["a fault of ours"]
+    server = await flow.server()
+    assert server.state is ServerState.LEAVING
+    assert server.removal_due_at > flow.now
+    assert {order.id: order.revoked_at for order in server.orders} == {first.id: None, second.id: flow.now}
+    assert (await look_at_removal(flow)).state is ServerState.REMOVED
+
+
 def without_second(flow, lab):
     """Take the second CA out of the settings."""
     flow.settings = flow.settings.model_copy(update={"ca": lab.settings(flow.pebble)})
