@@ -33,6 +33,7 @@ CHECKS = (
     Check("ds", zone.ds),
     Check("chain", zone.chain),
     Check("ca", ca.directory),
+    Check("ca-socket", ca.sockets),
     Check("mail", mail.server),
 )
 

@@ -41,10 +41,15 @@ LATE = 0.2  # of a certificate's life; whoever renews it should have done so
 
 async def files(at: Examination) -> Finding:
     found = [fail(fault.detail, fault.remedy) for fault in await asyncio.to_thread(list, faults(at.settings))]
-    ca = at.settings.ca
-    if not found and ca.socket is None and not secret_file(ca.account_key_file).exists():
+    keyless = [
+        ca.name
+        for ca in at.settings.ca.with_rehearsal
+        if ca.socket is None and not secret_file(ca.account_key_file).exists()
+    ]
+    if keyless and not found:
         return warn(
-            "there is no ca.account_key_file", "`serve` makes it at its first start; keep a copy of it then"
+            f"there is no ca.account_key_file for {', '.join(keyless)}",
+            "`serve` makes it at its first start; keep a copy of it then",
         )
     return worst(found) if found else ok("all can be used")
 

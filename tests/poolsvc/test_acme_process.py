@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,8 @@ from poolsvc.acme_wire import LINE_LIMIT, TABLE, Refusal
 from poolsvc.certificates import ChainError, CsrError
 from poolsvc.cli.common import ExitStatus
 from poolsvc.config import load_settings
+from poolsvc.doctor.ca import sockets
+from poolsvc.doctor.report import Examination, Verdict
 from poolsvc.models import OrderStatus
 
 NAME = "alice.servers.pool.example"
@@ -497,3 +500,67 @@ def test_a_socket_that_was_left_is_replaced_and_one_that_answers_is_not(serving,
     process.wait()
     assert settings.ca.socket.exists()
     process.start(lambda: listens(settings.ca.socket))
+
+
+# As the doctor sees it
+
+
+async def doctors_word(settings):
+    return await sockets(Examination(settings, Path("poolsvc.toml"), datetime.now(UTC)))
+
+
+async def test_the_doctor_is_content_with_our_process_whatever_its_ca_does(serving):
+    process, settings = serving()
+    path = settings.ca.socket
+    found = await doctors_word(settings)
+    assert (found.verdict, found.found) == (Verdict.OK, f"{path}: our process answers")
+    (await RemoteAccount.reach(settings, settings.ca)).close()
+    assert (await doctors_word(settings)).verdict is Verdict.OK, "with an open account as well"
+    await asyncio.to_thread(process.stop)
+    found = await doctors_word(settings)
+    assert (found.verdict, found.found) == (Verdict.FAIL, f"{path}: No such file or directory")
+    assert "poolsvc acme serve" in found.remedy
+
+
+@pytest.mark.parametrize(
+    ("mode", "of_socket", "words"),
+    [(0o770, 0o600, "may write to"), (0o707, 0o600, "may write to"), (0o750, 0o606, "everybody may connect")],
+)
+async def test_the_doctor_sees_whom_else_the_socket_lets_in(serving, mode, of_socket, words):
+    _, settings = serving()
+    path = settings.ca.socket
+    path.parent.chmod(mode)
+    path.chmod(of_socket)
+    found = await doctors_word(settings)
+    assert found.verdict is Verdict.FAIL
+    assert words in found.found
+    assert "chmod" in found.remedy
+
+
+async def test_the_doctor_does_not_take_another_program_for_ours(written):
+    """A file; one that is silent; one that says what is no answer; one that nobody listens on any more."""
+    path = load_settings(written()).ca.socket
+    settings = load_settings(path.parent.parent / "poolsvc.toml")
+    path.parent.mkdir(mode=0o700)
+    path.touch(mode=0o600)
+    assert "is no socket" in (await doctors_word(settings)).found
+    path.unlink()
+
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(path))
+        silent.listen()
+        path.chmod(0o600)
+        assert "no answer within" in (await doctors_word(settings)).found
+    path.unlink()
+
+    async def talk(_, writer):
+        with contextlib.closing(writer):
+            writer.write(b"220 mail.example ESMTP\n")
+
+    async with await asyncio.start_unix_server(talk, path):
+        path.chmod(0o600)
+        found = await doctors_word(settings)
+    assert found.verdict is Verdict.FAIL
+    assert "is not ours" in found.found
+    assert path.is_socket()
+    assert "Connection refused" in (await doctors_word(settings)).found

@@ -25,7 +25,7 @@ from nts_core.packet import Leap
 from nts_core.resolve import TrustAnchors
 from poolsvc import doctor
 from poolsvc.cli import ExitStatus
-from poolsvc.config import load_settings
+from poolsvc.config import AuthoritySettings, load_settings
 from poolsvc.db import Database
 from poolsvc.delegation import parent_records
 from poolsvc.doctor.host import judge_certificate, judge_clock
@@ -108,6 +108,7 @@ def test_a_pool_in_order(site):
     assert [*results] == [check.name for check in doctor.CHECKS]
     expected = dict.fromkeys(results, Verdict.OK) | {"caa": Verdict.WARN, "ca": results["ca"].verdict}
     expected["mail"] = Verdict.WARN  # the laboratory sends none
+    expected["ca-socket"] = Verdict.SKIPPED
     del results["clock"], expected["clock"]
     assert {name: result.verdict for name, result in results.items()} == expected, results
     assert results["ca"].verdict is not Verdict.FAIL
@@ -344,6 +345,15 @@ def test_a_ca_that_is_down(site):
     failed(found["ca"], "ca.directory_url")
 
 
+@pytest.mark.parametrize("section", ["fallback", "rehearsal"])
+def test_another_ca_that_is_down(site, section):
+    url = f"https://127.0.0.1:{free_port()}/dir"
+    other = site.settings.ca.model_copy(update={"directory_url": url})
+    found = faulty(site, ca={section: (other,) if section == "fallback" else other})
+    assert {*found} == {"ca"}
+    failed(found["ca"], url, site.settings.ca.name)
+
+
 def test_a_ca_that_is_not_trusted(site):
     failed(faulty(site, ca={"ca_file": site.pool.registry_root})["ca"], "ca.ca_file")
 
@@ -522,6 +532,33 @@ def test_a_secret_that_others_can_read(site, tmp_path):
     found = faulty(site, dns={"tsig_secret_file": secret})
     assert {*found} == {"secrets"}
     failed(found["secrets"], "dns.tsig_secret_file", "0644", f"chmod 600 {secret}")
+
+
+@pytest.mark.parametrize("section", ["fallback", "rehearsal"])
+def test_the_account_key_of_another_ca(site, tmp_path, section):
+    """Not there, seen by others, and not a key: as the first CA's is looked at."""
+    key = tmp_path / "other.pem"
+    other = AuthoritySettings(
+        directory_url="https://other.example/dir", caa_identity="other.example", account_key_file=key
+    )
+    ca = {section: (other,) if section == "fallback" else other}
+    missing = examined(site.examination(ca=ca))["files"]
+    assert (missing.verdict, missing.found) == (
+        Verdict.WARN,
+        "there is no ca.account_key_file for other.example",
+    )
+    key.write_text("no key")
+    key.chmod(0o640)
+    found = examined(site.examination(ca=ca))
+    failed(found["secrets"], "ca.account_key_file", "0640", f"chmod 600 {key}")
+    key.chmod(0o600)
+    failed(examined(site.examination(ca=ca))["files"], "ca.account_key_file", str(key))
+    key.unlink()
+    with_socket = other.model_copy(update={"socket": tmp_path / "acme.sock"})
+    ca = {section: (with_socket,) if section == "fallback" else with_socket}
+    found = examined(site.examination(ca=ca))
+    assert found["files"].verdict is Verdict.OK, "another user's to look after"
+    failed(found["ca-socket"], str(tmp_path / "acme.sock"), "poolsvc acme serve")
 
 
 def test_settings_with_a_password_that_others_can_read(site, tmp_path):
