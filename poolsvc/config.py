@@ -328,6 +328,9 @@ class PolicySettings(_Section):
         gt=0,
         description="how long an order waits for a CA that is away or refuses, before another one gets it",
     )
+    queue_patience: float = Field(
+        2_592_000, gt=0, description="an alarm tells when the last in the queue for the CA waits for longer"
+    )
     tick: float = Field(1, gt=0, description="how often the worker looks for work that is due")
     step_retry: float = Field(10, gt=0, description="wait after a step whose peer (CA, DNS) was down")
     leaving_margin: float = Field(

@@ -11,6 +11,7 @@ from sqlalchemy import QueuePool, func, select, true
 from sqlalchemy.exc import SQLAlchemyError
 
 from nts_core.control import ServerState
+from poolsvc import onboarding
 from poolsvc.db import Database
 from poolsvc.listener import Listeners
 from poolsvc.models import Server
@@ -27,9 +28,13 @@ _DUE = {kind.name: (kind.due, kind.only) for kind in KINDS} | {"journal": (Serve
 
 @dataclass(frozen=True, slots=True)
 class _Figures:
-    """What the database says: for each kind of work how many rows are due and since when, and servers by state."""
+    """What the database says.
+
+    For each kind of work how many rows are due and since when; who waits for the CA's limits; servers by state.
+    """
 
     due: dict[str, tuple[int, datetime | None]]
+    queue: onboarding.Queue
     servers: dict[ServerState, int]
 
 
@@ -86,7 +91,7 @@ class Metrics:
                 found = select(func.count(), func.min(column)).where(column <= now, only)
                 rows, oldest = (await session.execute(found)).one()
                 due[kind] = (rows, oldest)
-            return _Figures(due, await count_by_state(session))
+            return _Figures(due, await onboarding.queue(session), await count_by_state(session))
 
     def _families(self) -> Iterable[Metric]:
         now = datetime.now(UTC)
@@ -138,6 +143,13 @@ class Metrics:
         for state in ServerState:
             states.add_metric([state], self._figures.servers.get(state, 0))
         yield from (rows, age, states)
+        queue = self._figures.queue
+        yield GaugeMetricFamily("poolsvc_queue", "Servers that wait for the CA's limits.", queue.waiting)
+        yield GaugeMetricFamily(
+            "poolsvc_queue_wait_seconds",
+            "Until the last of them has its turn, as things stand.",
+            queue.wait(now).total_seconds(),
+        )
 
     def _of_listeners(self) -> Iterable[Metric]:
         open_now = GaugeMetricFamily("poolsvc_connections", "Open connections.", labels=["service"])

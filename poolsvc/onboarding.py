@@ -298,6 +298,32 @@ async def place_of(session: AsyncSession, settings: Settings, server: Server) ->
 
 
 @dataclass(frozen=True, slots=True)
+class Queue:
+    """How many servers wait, and when the last of them has its turn, as things stand."""
+
+    waiting: int
+    last_turn_at: datetime | None
+
+    def wait(self, now: datetime) -> timedelta:
+        """How long the last one waits yet."""
+        return timedelta(0) if self.last_turn_at is None else max(timedelta(0), self.last_turn_at - now)
+
+
+async def queue(session: AsyncSession) -> Queue:
+    """The queue by the times that were given last, which is a minute ago at most: no plan is made."""
+    found = select(func.count(), func.max(Server.order_due_at)).where(_WAITS)
+    waiting, last = (await session.execute(found)).one()
+    return Queue(waiting, last)
+
+
+def alarm(settings: Settings, queue: Queue, now: datetime) -> str | None:
+    """What the operator is told of a queue that has become too long."""
+    if queue.wait(now) <= timedelta(seconds=settings.policy.queue_patience):
+        return None
+    return f"{queue.waiting} servers wait for the CA's limits, the last until about {queue.last_turn_at:%Y-%m-%d}"
+
+
+@dataclass(frozen=True, slots=True)
 class State:
     """The budget, and who waits for it: all of that for first certificates."""
 

@@ -166,6 +166,7 @@ class Health:
         self.dns: str | None = None
         self.cas: dict[str, str] = {}  # that are out of reach, with why
         self.ca_faults: dict[str, str] = {}  # what does not keep them from issuing
+        self.queue: str | None = None  # for the CA's limits, when it is too long
         self.mail: str | None = None
         self.not_ordered = 0  # servers that showed a certificate which the pool did not order
         self.work: dict[str, str] = {}  # kinds of work that failed last time, with the error's name
@@ -182,6 +183,7 @@ class Health:
             found.append(
                 f"certificates: {self.not_ordered} servers showed one that the pool did not order, in a week"
             )
+        found += [f"queue: {self.queue}"] if self.queue else []
         found += [f"mail: {self.mail}"] if self.mail else []
         return found + [f"worker: {work.strip('_')} failed with {error}" for work, error in self.work.items()]
 
@@ -426,6 +428,8 @@ class Worker:
             async with self._database.transaction() as session:
                 more_silent = await troubles.tell_silence(session, now)
                 self._health.not_ordered = await troubles.count_not_ordered(session, now)
+                queue = await onboarding.queue(session)
+            self._health.queue = onboarding.alarm(self._settings, queue, now)
             self._watched_at = None if more_silent else now
         return is_more
 

@@ -217,6 +217,20 @@ async def test_metrics_tell_of_states_and_of_what_is_late(app, registry):
     assert "poolsvc_publish_age_seconds" not in found, "nothing was published yet"
 
 
+async def test_metrics_tell_of_the_queue(app, registry):
+    now = datetime.now(UTC)
+    found = await figures(app)
+    assert (found["poolsvc_queue"], found["poolsvc_queue_wait_seconds"]) == (0, 0)
+    for number, name in enumerate(("alice", "bob"), start=1):
+        server = await registry.server(name, f"198.18.0.{number}", state=ServerState.VERIFIED)
+        async with registry.change(server) as (_, row):
+            row.queue_round, row.order_due_at = 0, now + timedelta(hours=number)
+    again = create_app(registry.settings, registry.database, [], RegistryKey(bytes(32)))
+    found = await figures(again)
+    assert found["poolsvc_queue"] == 2
+    assert 7100 < found["poolsvc_queue_wait_seconds"] <= 7200
+
+
 async def test_metrics_tell_of_the_worker(database, tuned):
     settings = tuned(
         tick=0.01,

@@ -616,6 +616,32 @@ async def test_the_operator_sees_the_budget_and_sets_what_the_ca_granted(waiting
     assert await begun(database) == waiting.ids
 
 
+async def test_a_queue_that_is_too_long_is_an_alarm(waiting, database, tuned):
+    now = datetime.now(UTC)
+    async with database.transaction("test") as session:
+        assert await onboarding.queue(session) == onboarding.Queue(3, NOW + 3 * SLOT)
+        last = now + DAY
+        await session.execute(update(Server).where(Server.id == waiting.ids[2]).values(order_due_at=last))
+        queue = await onboarding.queue(session)
+    assert queue == onboarding.Queue(3, last)
+    assert queue.wait(now) == DAY
+    assert queue.wait(now + 2 * DAY) == timedelta(0)
+    text = f"queue: 3 servers wait for the CA's limits, the last until about {last:%Y-%m-%d}"
+    for patience, alarms in ((DAY + MINUTE, []), (DAY - MINUTE, [text])):
+        health = Health()
+        policy = tuned(queue_patience=patience.total_seconds())
+        await Worker(database, policy, [], health, RegistryKey(bytes(32)))._watch(now)
+        assert health.alarms() == alarms
+
+
+async def test_without_a_queue_there_is_no_wait_and_no_alarm(database, tuned):
+    async with database.transaction() as session:
+        queue = await onboarding.queue(session)
+    assert queue == onboarding.Queue(0, None)
+    assert queue.wait(NOW) == timedelta(0)
+    assert onboarding.alarm(tuned(queue_patience=0.001), queue, NOW) is None
+
+
 NONSENSE = [
     {"certificates": 0},
     {"certificates": -1},
