@@ -226,7 +226,10 @@ async def _rehearse_at(session: AsyncSession, settings: Settings, server: Server
     """
     rehearsal = settings.ca.rehearsal
     is_renewal = servers.newest_certificate(server) is not None and server.order_failures == 0
-    if rehearsal is None or is_renewal or rehearsal.name not in await account_uris(session):
+    if rehearsal is None or is_renewal:
+        return None
+    if rehearsal.name not in await account_uris(session):
+        _log.warning("order_not_rehearsed", server=server.name, ca=rehearsal.name, reason="no account there")
         return None
     return rehearsal.name
 
@@ -731,7 +734,10 @@ def _turn_to(ca: str, reason: str) -> Change:
 
 
 def _failed(settings: Settings, order: Order, reason: str, *, is_of_member: bool = False) -> Change:
-    """The order is over; it keeps its token if the CA looked for that in vain. A failure while cleaning up after one only ends the cleaning."""
+    """The order is over; it keeps its token if the CA looked for that in vain.
+
+    A failure while cleaning up after one only ends the cleaning.
+    """
     is_over = order.status in (OrderStatus.ISSUED, OrderStatus.FAILED)
     if is_rehearsal(settings, order):
         reason = f"rehearsal: {reason}"

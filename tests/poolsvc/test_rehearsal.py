@@ -1,6 +1,7 @@
 """Orders that are tried at a staging CA first: two real CAs, of which one never gives a certificate."""
 
 import asyncio
+import time
 from datetime import timedelta
 from urllib.parse import urlsplit
 
@@ -12,7 +13,7 @@ from lab.ca_front import Fault, Resource
 from lab.processes import free_port
 from nts_core.control import ServerState
 from poolsvc import issuance, onboarding, removal, servers
-from poolsvc.acme import AcmeError
+from poolsvc.acme import AcmeError, OrderState
 from poolsvc.authorities import Authorities, account_uris
 from poolsvc.models import CaAccount, CaRefusal, Order, OrderStatus
 from poolsvc.publication import Publication
@@ -239,8 +240,47 @@ async def test_before_there_is_an_account_at_the_staging_ca_nothing_is_rehearsed
     flow = await staged()
     async with flow.database.transaction() as session:
         await session.execute(delete(CaAccount).where(CaAccount.ca == flow.staging_name))
-    await flow.begin()
+    with capture_logs() as logs:
+        await flow.begin()
     assert (await flow.order()).ca == flow.real_name
+    assert [line["event"] for line in logs] == ["order_not_rehearsed"]
+
+
+async def test_a_certificate_of_the_staging_ca_is_nobodys(staged):
+    """However one came to be: here the test itself asks for it."""
+    flow = await staged()
+    await flow.begin()
+    order = await flow.until(S.ANSWERED)
+    account = await flow.authorities.account(flow.staging_name, flow.now)
+    for wanted in (OrderState.READY, OrderState.VALID):
+        end = time.monotonic() + 10
+        while (await account.poll(order.url)).status is not wanted:
+            assert time.monotonic() < end
+            await asyncio.sleep(0.02)
+        if wanted is OrderState.READY:
+            await account.finalize(order.url, order.csr)
+    assert (await flow.step()).status is S.FINALIZING
+    async with flow.registry.change(flow.server_id) as (_, server):
+        issuance.start_anew(server, flow.now)
+    ended = await flow.step()
+    assert (ended.status, ended.deactivated_at, ended.chain) == (S.FAILED, flow.now, None)
+
+
+async def test_a_late_answer_of_the_staging_ca_is_not_taken_for_one_of_the_real_ca(staged):
+    """Another process has given up the rehearsal meanwhile; the order is REQUESTED again."""
+    flow = await staged()
+    await flow.begin()
+    order = await flow.order()
+
+    async def slow(name, now):
+        async with flow.database.transaction() as session:
+            await session.execute(update(Order).values(ca=flow.real_name))
+        return await flow.authorities.account(name, now)
+
+    await issuance.advance(flow.database, flow.settings, slow, order.id, flow.now)
+    assert requests(flow.staging, Resource.NEW_ORDER) == [1]
+    order = await flow.order()
+    assert (order.status, order.ca, order.url) == (S.REQUESTED, flow.real_name, None)
 
 
 async def test_a_renewal_is_rehearsed_only_after_a_failure(staged):
