@@ -22,10 +22,11 @@ def _is_described(name: str | None, kind: str, _parents: object) -> bool:
 
 def _run(connection: Connection) -> None:
     if connection.dialect.name == "postgresql":
+        # Of two machines that migrate at once the second one waits, and then finds nothing to do.
+        connection.execute(text("SET lock_timeout = '10min'"))
+        connection.execute(text("SELECT pg_advisory_lock(:lock)"), {"lock": MIGRATION_LOCK})
         # A migration that cannot get its lock gives up instead of stopping everybody behind it.
         connection.execute(text("SET lock_timeout = '2s'"))
-        # Of two machines that migrate at once the second one waits, and then finds nothing to do.
-        connection.execute(text("SELECT pg_advisory_lock(:lock)"), {"lock": MIGRATION_LOCK})
         connection.commit()
     context.configure(
         connection=connection,
@@ -51,7 +52,7 @@ def _let_tables_be_replaced(connection: Any, _record: object) -> None:
 async def _run_online() -> None:
     config = context.config
     url: str = config.attributes.get("url") or config.get_main_option("sqlalchemy.url") or ""
-    database = Database(url)
+    database = Database(url, patient=True)
     if database.engine.dialect.name == "sqlite":
         event.listen(database.engine.sync_engine, "connect", _let_tables_be_replaced)
     try:

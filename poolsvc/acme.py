@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import re
 import ssl
 import stat
 import tempfile
@@ -621,11 +622,18 @@ def _translated() -> Iterator[None]:
         raise AcmeError("server-error", printable(str(error))) from error
 
 
+_AROUND = re.compile(r"^HTTPS?Connection(Pool)?\([^)]*\): ")
+
+
 def _reason(error: OSError) -> str:
     """What went wrong, without the names of the libraries' parts around it."""
-    inner = getattr(error.args[0], "reason", None) if error.args else None
-    text = str(inner or error)
-    return text.partition("): ")[2] or text
+    first = error.args[0] if error.args else None
+    candidates = (getattr(first, "reason", None), first, error)
+    inner = next(candidate for candidate in candidates if isinstance(candidate, Exception))
+    if inner.args and isinstance(inner.args[-1], OSError):
+        inner = inner.args[-1]  # as in ProtocolError("Connection aborted.", ConnectionResetError(...))
+    text = (inner.strerror if isinstance(inner, OSError) else None) or str(inner)
+    return _AROUND.sub("", text) or type(error).__name__
 
 
 def _connect(

@@ -33,6 +33,24 @@ from sqlalchemy.types import TypeDecorator
 # To PostgreSQL, of one process. All are kept: to open one costs the server more than twenty requests do, and it would
 # have to just when there are too many requests already.
 _CONNECTIONS: dict[str, Any] = {"pool_size": 15, "max_overflow": 0, "pool_use_lifo": True, "pool_timeout": 10}
+# What one session of PostgreSQL may take, on its side of the connection and on ours: a machine that has gone, or a
+# process that hangs, would else keep its locks, the leader's among them, for hours.
+_DEADLINES = {
+    "idle_in_transaction_session_timeout": "15s",
+    "lock_timeout": "10s",
+    "statement_timeout": "60s",
+    "tcp_keepalives_idle": "5",
+    "tcp_keepalives_interval": "2",
+    "tcp_keepalives_count": "3",
+    "tcp_user_timeout": "15s",
+}
+_REACHING = {
+    "connect_timeout": 10,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 15_000,
+}
 _TURN = 10.0  # seconds that a transaction waits for those before it, on SQLite; for another process as well
 _IDLE = 5.0  # seconds after which a connection is asked whether it lives
 _NAMING = {
@@ -97,11 +115,11 @@ class RecordedSession(Session):
 
 
 class Database:
-    """An engine and its sessions."""
+    """An engine and its sessions. `patient`: for migrations and copies, whose statements take as long as they take."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, patient: bool = False) -> None:
         # Parameters stay out of errors: some are hashes of tokens.
-        more = {} if url.startswith("sqlite") else _CONNECTIONS
+        more = {} if url.startswith("sqlite") else {**_CONNECTIONS, "connect_args": _REACHING}
         self.engine: AsyncEngine = create_async_engine(url, hide_parameters=True, **more)
         self._sessions = async_sessionmaker(
             self.engine, expire_on_commit=False, sync_session_class=RecordedSession
@@ -112,6 +130,8 @@ class Database:
             event.listen(self.engine.sync_engine, "connect", _prepare_sqlite)
             event.listen(self.engine.sync_engine, "begin", _begin_immediate)
         else:
+            if not patient:
+                event.listen(self.engine.sync_engine, "connect", _set_deadlines)
             event.listen(self.engine.sync_engine, "checkin", _note_use)
             event.listen(self.engine.sync_engine, "checkout", partial(_check_idle, self.engine.dialect))
 
@@ -208,6 +228,13 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
     ):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
+
+
+def _set_deadlines(connection: Any, _record: object) -> None:
+    cursor = connection.cursor()
+    cursor.execute("; ".join(f"SET {name} = '{value}'" for name, value in _DEADLINES.items()))
+    cursor.close()
+    connection.commit()
 
 
 def _begin_immediate(connection: Connection) -> None:

@@ -1,5 +1,6 @@
 """The pool's one row, and the pool in numbers."""
 
+import asyncio
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -89,18 +90,23 @@ class Census:
 
 
 class CensusTaker:
-    """Counts at most once a second, and less often in a large pool, however often it is asked: it reads every server."""
+    """Counts at most once a second, and less often in a large pool, however often it is asked: it reads every server.
+
+    Never twice at a time: who asks meanwhile is content with the last count, and waits only for the first one.
+    """
 
     def __init__(self) -> None:
         self._last: Census | None = None
         self._due_at = 0.0
+        self._counting = asyncio.Lock()
 
     async def census(self, session: AsyncSession) -> Census:
-        began = time.monotonic()
-        if self._last is None or began >= self._due_at:
-            # Others that ask meanwhile are content with the last one.
-            self._due_at = began + _CENSUS_LIFE
-            self._last = Census(await count_by_state(session), await count_kept_low(session))
-            took = time.monotonic() - began
-            self._due_at = began + min(max(_CENSUS_LIFE, _CENSUS_SHARE * took), _CENSUS_MAX_LIFE)
+        if self._last is not None and (self._counting.locked() or time.monotonic() < self._due_at):
+            return self._last
+        async with self._counting:
+            began = time.monotonic()
+            if self._last is None or began >= self._due_at:
+                self._last = Census(await count_by_state(session), await count_kept_low(session))
+                took = time.monotonic() - began
+                self._due_at = began + min(max(_CENSUS_LIFE, _CENSUS_SHARE * took), _CENSUS_MAX_LIFE)
         return self._last

@@ -1,5 +1,6 @@
 """The database's tables and this version's migrations: bring them together, or say that they differ."""
 
+import asyncio
 import io
 import time
 from functools import cache
@@ -10,11 +11,14 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
 from psycopg.errors import LockNotAvailable
+from sqlalchemy import select
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 import migrations
 from poolsvc.config import Settings
+from poolsvc.db import Database
 from poolsvc.errors import PoolError
+from poolsvc.models import Pool
 
 _PLACE = str(Path(migrations.__file__).parent)
 _FAULTS = (SQLAlchemyError, CommandError, OSError)
@@ -38,6 +42,11 @@ def upgrade(settings: Settings) -> None:
         except DBAPIError as error:
             if not isinstance(error.orig, LockNotAvailable):
                 raise _unusable(error) from None
+            if "pg_advisory_lock" in (error.statement or ""):
+                raise DatabaseUnusable(
+                    "the database: another machine migrates it, and does not come to an end",
+                    remedy="wait for it: whatever ends it has it begin anew",
+                ) from None
             if wait is None:
                 raise DatabaseUnusable(
                     "the database: another session holds a lock that the migration needs; nothing was changed",
@@ -55,7 +64,7 @@ def _unusable(error: Exception) -> DatabaseUnusable:
 
 
 def check_current(settings: Settings) -> None:
-    """Whether the tables are this version's. Blocks as `upgrade` does."""
+    """Whether the tables are this version's, and the pool in them is that of the settings. Blocks as `upgrade` does."""
     try:
         command.current(_alembic(settings), check_heads=True)
     except CommandError as error:
@@ -66,6 +75,21 @@ def check_current(settings: Settings) -> None:
         raise DatabaseUnusable(
             f"the database: {error}", remedy="check `database` in the settings, and that it runs"
         ) from None
+    if (found := asyncio.run(_pool_in(settings))) not in (None, settings.pool):
+        raise DatabaseUnusable(
+            f"the database is that of the pool {found}, not of {settings.pool}",
+            remedy="check `database` and `pool` in the settings",
+            field="database",
+        )
+
+
+async def _pool_in(settings: Settings) -> str | None:
+    database = Database(settings.database)
+    try:
+        async with database.transaction() as session:
+            return await session.scalar(select(Pool.domain))
+    finally:
+        await database.close()
 
 
 @cache

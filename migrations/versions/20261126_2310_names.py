@@ -9,7 +9,10 @@ depends_on = None
 
 
 def upgrade() -> None:
-    op.create_index("ix_servers_name", "servers", ["name", "id"], unique=False)
+    # Without a lock that would keep everybody from writing while it is made; one that was left half made goes first.
+    with op.get_context().autocommit_block():
+        op.drop_index("ix_servers_name", "servers", if_exists=True, postgresql_concurrently=True)
+        op.create_index("ix_servers_name", "servers", ["name", "id"], postgresql_concurrently=True)
 
 
 def downgrade() -> None:

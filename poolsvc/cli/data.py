@@ -26,7 +26,7 @@ def _run(settings: Settings, work: Callable[[Database], Awaitable[T]]) -> T:
     """Do something with the database, and say what went wrong in words."""
 
     async def with_database() -> T:
-        database = Database(settings.database)
+        database = Database(settings.database, patient=True)
         try:
             return await work(database)
         finally:
@@ -133,7 +133,7 @@ def move(
     target = settings.model_copy(update={"database": url})
 
     async def copy(database: Database) -> dict[str, int]:
-        other = Database(url)
+        other = Database(url, patient=True)
         try:
             return await recovery.move(database, other, settings, datetime.now(UTC))
         finally:

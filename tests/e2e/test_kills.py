@@ -31,9 +31,8 @@ from poolsvc.db import Database
 from poolsvc.models import Delivery, DeliveryStatus, Event, Order, OrderStatus, Server
 from poolsvc.servers import TRANSITIONS, EventKind
 
-DEADLINE = (
-    300  # a process that is killed while it works leaves its lease, and under 200 kills that comes often
-)
+# A process that is killed while it works leaves its lease, and under 200 kills that comes often.
+DEADLINE = 300
 ONCE = {EventKind.REGISTERED, EventKind.LEAVE, EventKind.CLOSED}
 
 

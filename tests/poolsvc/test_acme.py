@@ -10,11 +10,15 @@ import time
 from dataclasses import replace
 
 import pytest
+import requests
+import urllib3
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
+from urllib3.exceptions import MaxRetryError, NewConnectionError, ProtocolError
 
 from nts_core.control import ACME_PATH
 from nts_core.tls import new_key_and_csr
+from poolsvc import acme
 from poolsvc.acme import (
     AcmeAccount,
     AcmeConfig,
@@ -101,6 +105,36 @@ async def test_refused_nonces_are_tried_again_far_more_often_than_the_stock_clie
     assert set(failed) <= {"badNonce"}
     assert len(failed) <= 5
     assert pebble.process.output().count("POST /") - before > 130, "no nonce was refused"
+
+
+def _connection():
+    return urllib3.connection.HTTPSConnection("ca.example", 443)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            requests.ConnectionError(
+                MaxRetryError(None, "/", NewConnectionError(_connection(), "no route (): to it"))
+            ),
+            "no route (): to it",
+        ),
+        (
+            requests.ConnectionError(
+                ProtocolError("Connection aborted.", ConnectionResetError(104, "Connection reset by peer"))
+            ),
+            "Connection reset by peer",
+        ),
+        (FileNotFoundError(2, "No such file or directory", "roots.pem"), "No such file or directory"),
+        (requests.ReadTimeout("read timed out"), "read timed out"),
+        (OSError(), "OSError"),
+    ],
+)
+def test_what_keeps_us_from_a_ca_is_told_without_the_librarys_parts(error, words):
+    with pytest.raises(AcmeError) as caught, acme._translated():
+        raise error
+    assert (caught.value.code, caught.value.detail) == ("unreachable", words)
 
 
 async def test_every_step_goes_on_in_a_new_process_by_url(lab):

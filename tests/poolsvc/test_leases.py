@@ -5,8 +5,9 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from sqlalchemy import select, update
+from sqlalchemy.exc import DBAPIError, OperationalError
 
-from poolsvc import leases
+from poolsvc import db, leases
 from poolsvc.db import Database
 from poolsvc.leases import LeaseLost
 from poolsvc.models import Lease
@@ -70,6 +71,37 @@ async def test_of_many_that_ask_at_once_one_gets_it(database, database_url):
         for other in others:
             await other.close()
     assert sum(held is not None for held in found) == 1
+
+
+async def test_a_holder_that_stops_in_mid_transaction_keeps_nobody_from_taking_over(
+    postgresql_url, postgresql, monkeypatch
+):
+    """As a machine that loses its power would leave it: the server sees no end of the connection."""
+    monkeypatch.setitem(db._DEADLINES, "idle_in_transaction_session_timeout", "2s")
+    await take(postgresql)
+    await let_it_end(postgresql)
+    stopped = Database(postgresql_url)
+    try:
+        async with stopped.engine.connect() as connection:
+            await connection.execute(update(Lease).values(holder="nobody"))
+            assert (await take(postgresql, "other")).epoch == 2
+            with pytest.raises(DBAPIError, match="idle-in-transaction"):
+                await connection.execute(select(Lease))
+    finally:
+        await stopped.close()
+
+
+async def test_nobody_waits_without_end_for_anothers_lock(postgresql_url, postgresql, monkeypatch):
+    monkeypatch.setitem(db._DEADLINES, "lock_timeout", "200ms")
+    await take(postgresql)
+    hurried = Database(postgresql_url)
+    try:
+        async with postgresql.transaction() as session:
+            await session.execute(update(Lease).values(holder="busy"))
+            with pytest.raises(OperationalError, match="lock timeout"):
+                await take(hurried, "other")
+    finally:
+        await hurried.close()
 
 
 async def test_on_postgresql_its_clock_alone_counts(postgresql, monkeypatch):

@@ -1,16 +1,19 @@
 """The migrations on both engines: up, down, up, and that they make what the models describe."""
 
 import asyncio
+import re
 import subprocess
 import sys
 import threading
 from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 from alembic import command
 from sqlalchemy.exc import IntegrityError, StatementError
 
+import migrations
 from nts_core.control import ServerState, Stage, StageStatus
 from nts_core.tls import new_key_and_csr
 from poolsvc import auth, schema
@@ -34,6 +37,7 @@ from poolsvc.models import (
     TokenKind,
 )
 from poolsvc.names import skeleton
+from poolsvc.pool import the_pool
 from poolsvc.schema import DatabaseUnusable
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -127,6 +131,48 @@ def test_two_that_migrate_at_once_do_it_once(before_this_version, at):
     both = [subprocess.Popen([sys.executable, "-c", code, settings]) for _ in range(2)]
     assert [process.wait(60) for process in both] == [0, 0]
     assert tables(url) == set(Base.metadata.tables)
+
+
+def test_who_migrates_waits_for_another_one_longer_than_for_a_lock(before_this_version, at, monkeypatch):
+    url, session = before_this_version
+    session.execute(sa.text("SELECT pg_advisory_lock(:lock)"), {"lock": 0x7472_7565_0002})
+    monkeypatch.setattr(schema, "_WAITS", ())
+    release = threading.Timer(3, session.invalidate)
+    release.start()
+    schema.upgrade(at(url))
+    release.join()
+    assert tables(url) == set(Base.metadata.tables)
+
+
+def test_a_database_of_another_pool_is_refused(database_url, settings):
+    other = settings.model_copy(update={"database": database_url, "pool": "other.example"})
+    schema.check_current(other)
+
+    async def begin():
+        database = Database(database_url)
+        async with database.transaction() as session:
+            await the_pool(session, settings)
+        await database.close()
+
+    asyncio.run(begin())
+    with pytest.raises(DatabaseUnusable, match=r"that of the pool pool\.example, not of other\.example"):
+        schema.check_current(other)
+    schema.check_current(settings.model_copy(update={"database": database_url}))
+
+
+# Before the first release, on tables that had next to nothing in them.
+_AT_ONCE = ("1000_", "1600_", "1710_", "1730_", "1740_", "1745_")
+
+
+def test_no_migration_builds_an_index_under_everybodys_writes():
+    for file in (Path(migrations.__file__).parent / "versions").glob("*.py"):
+        if file.stem[9:].startswith(_AT_ONCE):
+            continue
+        text = file.read_text()
+        made = set(re.findall(r'create_table\(\s*"(\w+)"', text))
+        for call in re.findall(r"create_index\((.*?)\)\n", text, re.DOTALL):
+            table = re.findall(r'"(\w+)"', call)[1]
+            assert table in made or "postgresql_concurrently=True" in call, f"{file.stem}: {table}"
 
 
 def constraints(url):
