@@ -217,6 +217,7 @@ async def issue(
     user_id: int | None = None,
     member_id: int | None = None,
     server_id: int | None = None,
+    viewer_id: int | None = None,
     scopes: Collection[Scope] = frozenset(Scope),
     label: str = "",
     expires_at: datetime | None = None,
@@ -232,6 +233,7 @@ async def issue(
         user_id=user_id,
         member_id=member_id,
         server_id=server_id,
+        viewer_id=viewer_id,
         scopes=sorted(scopes) if kind is TokenKind.API else [],
         created_at=now,
         expires_at=expires_at,
@@ -282,8 +284,17 @@ def refuse_blocked(user: User) -> None:
         raise Unauthenticated("the account is blocked or erased", remedy="ask the pool's operator")
 
 
+async def _refuse_view(session: AsyncSession, viewer_id: int, user: User) -> None:
+    """A view lasts no longer than what it was given for: its maker is staff, and who is looked at is not."""
+    viewer = await session.get_one(User, viewer_id)
+    if viewer.staff is None or viewer.blocked_at is not None or user.staff is not None:
+        raise Unauthenticated("the view has ended", remedy="ask for another one: POST /v1/users/U/view")
+
+
 async def _person(session: AsyncSession, token: Token, user: User) -> Principal:
     refuse_blocked(user)
+    if token.viewer_id is not None:
+        await _refuse_view(session, token.viewer_id, user)
     roles = {membership.member_id: membership.role for membership in user.memberships}
     limited = await session.scalars(
         select(Member.id).where(Member.id.in_(roles), Member.status != MemberStatus.ACTIVE)

@@ -30,16 +30,14 @@ async def team(session: AsyncSession, member_id: int) -> frozenset[int]:
 async def names_for(
     session: AsyncSession, events: Sequence[Event], known: Collection[int]
 ) -> Mapping[str, str]:
-    """How readers who are not staff see the actors of events: which of the staff it was is not said.
+    """How readers who are not staff see the actors of events: which of the staff, then or now, it was is not said.
 
     People in `known` are named by their ids, whatever else they are.
     """
     actors = {event.actor for event in events}
     people = {int(actor.removeprefix(_PERSON)) for actor in actors if actor.startswith(_PERSON)}
     staff = set(
-        await session.scalars(
-            select(User.id).where(User.id.in_(people - set(known)), User.staff.is_not(None))
-        )
+        await session.scalars(select(User.id).where(User.id.in_(people - set(known)), User.was_staff))
     )
     hidden = {f"{_PERSON}{identifier}" for identifier in staff} | {"console"}
     return {actor: _OPERATOR if actor in hidden else actor for actor in actors}

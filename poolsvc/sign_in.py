@@ -499,5 +499,6 @@ async def expire(session: AsyncSession, now: datetime) -> None:
 
 
 async def end_all_sessions(session: AsyncSession, now: datetime) -> int:
-    """Sign everybody out; how many sessions that were."""
+    """Sign everybody out, and end what the staff reads as others; how many sessions that were."""
+    await auth.revoke(session, now, Token.viewer_id.is_not(None))
     return await auth.revoke(session, now, Token.kind == TokenKind.SESSION)

@@ -22,7 +22,7 @@ from poolsvc.notices import NoticeKind, announce
 
 BLOCK_HOLD = "its member is blocked"
 VIEW_LIFE = timedelta(minutes=30)
-_LABEL = 100  # characters that a token's label has room for
+VIEW_LABEL = "the pool's staff: "
 
 
 async def approve(session: AsyncSession, member_id: int, now: datetime) -> Member:
@@ -131,11 +131,11 @@ async def unblock_user(session: AsyncSession, user_id: int) -> User:
 
 
 async def view_as(
-    session: AsyncSession, user_id: int, reason: str, now: datetime, *, by: StaffRole
+    session: AsyncSession, user_id: int, reason: str, now: datetime, *, by: int | None
 ) -> tuple[Token, str]:
     """A token that reads what a person can read, and its text. They see it among their own, with the reason.
 
-    It ends soon, and the person can end it before. Raises NotFound, WrongState.
+    It ends soon, with its maker's being staff, or when the person ends it. Raises NotFound, WrongState.
     """
     user = await _lock_user(session, user_id)
     if user.staff is not None:
@@ -147,8 +147,9 @@ async def view_as(
         TokenKind.API,
         now=now,
         user_id=user.id,
+        viewer_id=by,
         scopes={Scope.READ},
-        label=f"{by} of the pool: {reason}"[:_LABEL],
+        label=f"{VIEW_LABEL}{reason}",
         expires_at=now + VIEW_LIFE,
     )
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from fastapi import Depends, Path, Query, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from poolsvc import auth
@@ -108,6 +108,7 @@ TextQuery = Annotated[str | None, Query(max_length=100, pattern=_LINE)]
 # 200: what is made of it, such as "until 2026-03-01 18:00 UTC: new disk", has room where 300 have.
 ReasonText = Annotated[
     Line,
+    StringConstraints(strip_whitespace=True),
     Field(
         max_length=200,
         description="shown to whom it concerns, and kept in the log: without names or addresses of people",

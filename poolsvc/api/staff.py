@@ -1,16 +1,26 @@
 """People as the pool's staff sees them, and who is of the staff."""
 
 from datetime import datetime
+from typing import Annotated
 
 from fastapi import APIRouter
-from pydantic import Field
+from pydantic import Field, StringConstraints
 from sqlalchemy import func, or_, select
 
 from poolsvc import standing
 from poolsvc.api.accounts import ApiTokenCreated
 from poolsvc.api.idempotent import idempotent
 from poolsvc.api.paging import Page, PagingDep
-from poolsvc.api.request import Document, IdPath, NowDep, PrincipalDep, Reason, SessionDep, TextQuery
+from poolsvc.api.request import (
+    Document,
+    IdPath,
+    Line,
+    NowDep,
+    PrincipalDep,
+    Reason,
+    SessionDep,
+    TextQuery,
+)
 from poolsvc.auth import Operation
 from poolsvc.models import StaffRole, User
 
@@ -31,6 +41,13 @@ class UserView(Document):
 
 class StaffRequest(Document):
     role: StaffRole
+
+
+class ViewRequest(Document):
+    # What a token's label has room for.
+    reason: Annotated[Line, StringConstraints(strip_whitespace=True, min_length=1, max_length=80)] = Field(
+        description="the person sees it"
+    )
 
 
 @router.get("/users")
@@ -72,12 +89,11 @@ async def unblock_user(user: IdPath, principal: PrincipalDep, session: SessionDe
 @router.post("/users/{user}/view", status_code=201)
 @idempotent
 async def view_as(
-    user: IdPath, body: Reason, principal: PrincipalDep, session: SessionDep, now: NowDep
+    user: IdPath, body: ViewRequest, principal: PrincipalDep, session: SessionDep, now: NowDep
 ) -> ApiTokenCreated:
     """A token to read what a person can read, for half an hour: to see what they ask about. It changes nothing."""
     principal.may(Operation.VIEW_AS)
-    assert principal.staff is not None
-    row, text = await standing.view_as(session, user, body.reason, now, by=principal.staff)
+    row, text = await standing.view_as(session, user, body.reason, now, by=principal.user_id)
     return ApiTokenCreated.of(row, token=text)
 
 

@@ -5,7 +5,7 @@ from enum import StrEnum
 from typing import Any
 
 from sqlalchemy import JSON, ForeignKey, Index, String, UniqueConstraint
-from sqlalchemy.orm import Mapped, mapped_column, relationship
+from sqlalchemy.orm import Mapped, mapped_column, relationship, validates
 
 from poolsvc.db import Base, UtcDateTime, random_key, text_enum
 
@@ -69,6 +69,7 @@ class User(Base):
     email: Mapped[str | None] = mapped_column(String(254), unique=True)  # lower case
     name: Mapped[str] = mapped_column(String(100), default="")  # never a mail address
     staff: Mapped[StaffRole | None] = mapped_column(text_enum(StaffRole, "staff"))
+    was_staff: Mapped[bool] = mapped_column(default=False)  # now or ever: members do not learn who it was
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     confirmed_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # the address is theirs
     blocked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
@@ -76,6 +77,11 @@ class User(Base):
     erased_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
     memberships: Mapped[list["Membership"]] = relationship(lazy="raise", back_populates="user")
+
+    @validates("staff")
+    def _remember_staff(self, _name: str, role: StaffRole | None) -> StaffRole | None:
+        self.was_staff = self.was_staff or role is not None
+        return role
 
 
 class Member(Base):
@@ -194,6 +200,9 @@ class Token(Base):
     hint: Mapped[str] = mapped_column(String(8), default="")
     label: Mapped[str] = mapped_column(String(100), default="")
     user_id: Mapped[int | None] = mapped_column(ForeignKey("users.id"), index=True)
+    viewer_id: Mapped[int | None] = mapped_column(
+        ForeignKey("users.id")
+    )  # of the staff, who reads as `user_id`
     member_id: Mapped[int | None] = mapped_column(ForeignKey("members.id"))  # good for this member only
     server_id: Mapped[int | None] = mapped_column(ForeignKey("servers.id"), index=True)
     scopes: Mapped[list[str]] = mapped_column(JSON, default=list)
@@ -203,4 +212,4 @@ class Token(Base):
     last_used_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # to the hour
     revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
-    user: Mapped[User | None] = relationship(lazy="raise")
+    user: Mapped[User | None] = relationship(lazy="raise", foreign_keys=user_id)

@@ -55,7 +55,7 @@ _AUDITED: Mapping[type[Base], _Rule] = {
     Invitation: _rule("invitation", "member_id role invited_by expires_at accepted_at revoked_at"),
     Acceptance: _rule("acceptance", "document version"),
     Identity: _rule("identity", "issuer"),
-    Token: _rule("token", "kind label member_id server_id scopes expires_at used_at revoked_at"),
+    Token: _rule("token", "kind label viewer_id member_id server_id scopes expires_at used_at revoked_at"),
     Server: _rule(
         "server",
         "member_id name weight ipv4 ipv6 public agentless own_account_uri waive_source short_lived burnt_at"

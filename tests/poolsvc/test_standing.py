@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import select, update
 
 from nts_core.control import ServerState
-from poolsvc import members, servers, standing, teams, transfers
+from poolsvc import members, servers, sign_in, standing, teams, transfers
 from poolsvc.errors import LastOwner, LimitReached, NotFound, WrongState
 from poolsvc.models import (
     Event,
@@ -300,7 +300,7 @@ async def test_support_reads_what_a_person_reads_and_changes_nothing(call, pool)
         refusal = await call(token, method, path, json=body)
         assert (refusal.status_code, refusal.json()["code"]) == (403, "forbidden"), path
     (seen,) = (await call(pool.owner.token, "GET", "/v1/me/tokens")).json()["items"]
-    assert seen["label"] == "support of the pool: sends wrong time"
+    assert seen["label"] == "the pool's staff: sends wrong time"
     noted = (await call(pool.owner.token, "GET", "/v1/me/events")).json()["items"]
     assert [entry["kind"] for entry in noted if entry["actor"] == "operator"] == ["token-created"]
     path = f"/v1/events?actor=user%20{support.id}"
@@ -313,17 +313,45 @@ async def test_support_reads_what_a_person_reads_and_changes_nothing(call, pool)
 async def test_a_view_ends_by_itself(call, pool):
     now = datetime.now(UTC)
     async with pool.database.transaction() as session:
-        row, text = await standing.view_as(session, pool.owner.id, "why", now, by=OPERATOR)
+        row, text = await standing.view_as(session, pool.owner.id, "why", now, by=pool.operator.id)
         assert row.expires_at == now + standing.VIEW_LIFE
         row.expires_at = now
     assert (await call(text, "GET", "/v1/me")).json()["code"] == "token-expired"
+
+
+@pytest.mark.parametrize("change", ["dismissed", "blocked", "appointed"])
+async def test_a_view_ends_with_what_it_was_given_for(call, pool, change):
+    support = await pool.person(staff=StaffRole.SUPPORT)
+    answer = await call(support.token, "POST", f"/v1/users/{pool.owner.id}/view", json=REASON)
+    token = answer.json()["token"]
+    assert (await call(token, "GET", "/v1/me")).status_code == 200
+    method, path, body = {
+        "dismissed": ("DELETE", f"/v1/users/{support.id}/staff", None),
+        "blocked": ("PUT", f"/v1/users/{support.id}/block", REASON),
+        "appointed": ("PUT", f"/v1/users/{pool.owner.id}/staff", {"role": "support"}),
+    }[change]
+    assert (await call(pool.operator.token, method, path, json=body)).status_code == 200
+    answer = await call(token, "GET", "/v1/me")
+    assert (answer.status_code, answer.json()["detail"]) == (401, "the view has ended")
+    noted = (await call(pool.owner.token, "GET", "/v1/me/events")).json()["items"]
+    if change == "dismissed":
+        assert {entry["actor"] for entry in noted} == {"operator", "test"}
+
+
+async def test_all_views_end_with_all_sessions(call, pool):
+    answer = await call(pool.operator.token, "POST", f"/v1/users/{pool.owner.id}/view", json=REASON)
+    async with pool.database.transaction() as session:
+        await sign_in.end_all_sessions(session, datetime.now(UTC))
+    assert (await call(answer.json()["token"], "GET", "/v1/me")).status_code == 401
 
 
 async def test_nobody_reads_as_staff_as_who_is_blocked_or_without_a_reason(call, pool):
     support, path = await pool.person(staff=StaffRole.SUPPORT), f"/v1/users/{pool.owner.id}"
     answer = await call(support.token, "POST", f"/v1/users/{pool.operator.id}/view", json=REASON)
     assert (answer.status_code, answer.json()["detail"]) == (409, "the person is staff")
-    assert (await call(support.token, "POST", path + "/view", json={"reason": ""})).status_code == 422
+    for reason in ("", " ", "x" * 81):
+        answer = await call(support.token, "POST", path + "/view", json={"reason": reason})
+        assert (answer.status_code, answer.json()["field"]) == (422, "reason")
     assert (await call(support.token, "POST", "/v1/users/999999/view", json=REASON)).status_code == 404
     await call(pool.operator.token, "PUT", path + "/block", json=REASON)
     answer = await call(support.token, "POST", path + "/view", json=REASON)
