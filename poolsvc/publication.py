@@ -258,7 +258,11 @@ class Publication:
             ids = list(found)
         rows: dict[int, _Row] = {}
         for some in _batches(ids, _READ):
+            began = time.monotonic()
             rows |= await self._read(_between(some[0], some[-1]), now)
+            if self._rows:
+                # Not the first time: what is in DNS stays meanwhile, and requests need the processors too.
+                await asyncio.sleep(time.monotonic() - began)
         return rows
 
     async def _read_some(self, ids: Sequence[int], now: datetime) -> None:

@@ -112,8 +112,9 @@ def _check_files(settings: Settings, without: Collection[str] = ()) -> None:
 @config_app.command("check")
 def config_check(config: ConfigOption) -> None:
     """Say whether the settings and the files that they name can be used."""
-    _check_files(read_settings(config))
-    typer.echo("ok")
+    settings = read_settings(config)
+    _check_files(settings)
+    typer.echo("ok, for a trial: allow_private_addresses is on" if settings.allow_private_addresses else "ok")
 
 
 @config_app.command("show")

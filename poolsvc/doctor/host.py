@@ -183,4 +183,7 @@ async def public_url(at: Examination) -> Finding:
         return warn(f"members cannot reach {text}", "set public_url to the registry's public address")
     if parts.scheme == "http" and public:
         return fail(f"{text}, over plain http", "set public_url to https://: agents accept nothing else")
+    if at.settings.allow_private_addresses:
+        remedy = "leave allow_private_addresses out but for a trial on one machine"
+        return warn(f"{text}; the registry dials private addresses as well", remedy)
     return Finding(Verdict.OK, text)
