@@ -1,4 +1,5 @@
-"""What a real CA does and Pebble does not: a front before it that looks at CAA, limits rates, and fails as it is told.
+"""What a real CA does and Pebble does not: a front before it that looks at CAA, limits rates, lets an account revoke by
+its authorizations, and fails as it is told.
 
 It speaks HTTPS with Pebble's own front certificate and passes requests on with the Host by which it was called, so that
 all URLs are its own. What Pebble answers it keeps in mind: whose order, for which name, by which challenge. Signatures
@@ -173,6 +174,7 @@ class _Authorization:
     name: str
     method: str | None = None  # by which control was proved, once CAA has let it
     refused: dict[str, Any] | None = None  # the problem for which it did not
+    is_valid: bool = False
 
 
 class CaFront(InThread):
@@ -209,6 +211,11 @@ class CaFront(InThread):
         self._authorizations: dict[str, _Authorization] = {}
         self._challenges: dict[str, tuple[str, dict[str, Any]]] = {}  # with their authorizations
         self._csr: x509.CertificateSigningRequest | None = None
+        self._revoked: set[str] = set()  # serials of what Pebble would not revoke
+
+    def certificate_status(self, serial: str) -> str:
+        """Either Valid or Revoked for a serial in hex."""
+        return "Revoked" if serial in self._revoked else self._pebble.certificate_status(serial)
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
@@ -252,7 +259,31 @@ class CaFront(InThread):
         )
         if got.is_success:
             self._learn(request, answer)
+        elif (
+            request.resource is Resource.REVOCATION and answer.document.get("type") == f"{_ERROR}unauthorized"
+        ):
+            return await self._revoke(request) or answer
         return answer
+
+    async def _revoke(self, request: _Request) -> _Answer | None:
+        """What another account ordered, for one with authorizations for all names in it (RFC 8555 section 7.6).
+
+        Pebble has checked the signature and found the certificate by now, and leaves this to be done.
+        """
+        leaf = x509.load_der_x509_certificate(_decoded(request.signed("payload")["certificate"]))
+        names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        held = {
+            one.name
+            for one in self._authorizations.values()
+            if one.is_valid and one.account == request.signed("protected").get("kid")
+        }
+        if not held.issuperset(names.get_values_for_type(x509.DNSName)):
+            return None
+        serial = f"{leaf.serial_number:x}"
+        if serial in self._revoked:
+            return await self._problem("alreadyRevoked", "it was revoked before", HTTPStatus.BAD_REQUEST)
+        self._revoked.add(serial)
+        return await self._answer(HTTPStatus.OK, {})
 
     def _learn(self, request: _Request, answer: _Answer) -> None:
         """Keep what an answer of Pebble's says, and put into it what the front knows better."""
@@ -267,6 +298,8 @@ class CaFront(InThread):
             case Resource.ORDER:
                 order = self._orders.get(request.url)
                 for url in order.authorizations if order is not None else ():
+                    # An order of which one has been ended is told to be so.
+                    self._authorizations[url].is_valid = document["status"] in ("ready", "valid")
                     if (refused := self._authorizations[url].refused) is not None:
                         document |= {"status": "invalid", "error": refused}
             case Resource.FINALIZE:
@@ -295,6 +328,7 @@ class CaFront(InThread):
         if found is None:
             return
         found.name = document["identifier"]["value"]
+        found.is_valid = document["status"] == "valid"
         for challenge in document["challenges"]:
             self._challenges[challenge["url"]] = request.url, dict(challenge)
         if found.refused is not None:

@@ -1,4 +1,4 @@
-"""The registry's ACME account (RFC 8555), HTTP-01 only: the one module that imports acme and josepy.
+"""The registry's ACME account (RFC 8555), HTTP-01 and DNS-01: the one module that imports acme and josepy.
 
 A pure adapter without a database: each call names its resource by URL, so that a process may die
 between any two calls and another goes on. The worker journals what is returned and does the polling.
@@ -11,6 +11,7 @@ import asyncio
 import base64
 import datetime as dt
 import fcntl
+import hashlib
 import io
 import json
 import math
@@ -99,8 +100,9 @@ class AcmeError(Exception):
 
     `code` is the last part of the ACME problem type, or "unreachable" (no answer), "rate-limited" (429 or
     rateLimited), "server-error" (5xx, serverInternal, or an answer that is not ACME), "account-key",
-    "no-http-01", "refused" (by the process that holds the key). `retry_after` is in seconds, `status` the HTTP status. `permanent`: the same request will
-    never be accepted. CAs use codes differently, so show `detail`, the CA's own words.
+    "no-challenge" (none of the kind that is wanted), "refused" (by the process that holds the key). `retry_after` is in
+    seconds, `status` the HTTP status. `permanent`: the same request will never be accepted. CAs use codes differently,
+    so show `detail`, the CA's own words.
     """
 
     def __init__(
@@ -118,6 +120,11 @@ class AcmeError(Exception):
         self.retry_after = retry_after
         self.permanent = permanent
         self.status = status
+
+    @property
+    def is_refusal(self) -> bool:
+        """Whether the CA understood and said no, in contrast to being away, busy or broken."""
+        return self.status is not None and 400 <= self.status < 500 and self.code != "rate-limited"
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,11 +212,20 @@ class RenewalInfo:
     retry_after: float
 
 
+class Challenge(StrEnum):
+    """How a CA looks whether somebody controls a name (RFC 8555 section 8)."""
+
+    HTTP_01 = "http-01"
+    DNS_01 = "dns-01"
+
+
 @dataclass(frozen=True, slots=True)
 class PendingOrder:
     """An order as created. Without a token the authorization is valid already: go on to `finalize`.
 
-    `profile` and `replaces` are what the CA has accepted of them.
+    By HTTP-01 `key_authorization` is what the name's host has to serve, by DNS-01 `txt` what the TXT record of
+    `_acme-challenge` has to hold (section 8.4); the other one is empty. `profile` and `replaces` are what the CA has
+    accepted of them.
     """
 
     url: str
@@ -217,6 +233,7 @@ class PendingOrder:
     challenge_url: str | None
     token: str | None
     key_authorization: str | None
+    txt: str | None
     expires: dt.datetime | None
     profile: str | None
     replaces: str | None
@@ -335,7 +352,13 @@ class AcmeAccount:
 
     @_call
     def order(
-        self, csr_pem: str, domain: str, *, short_lived: bool = False, replaces: str | None = None
+        self,
+        csr_pem: str,
+        domain: str,
+        *,
+        challenge: Challenge = Challenge.HTTP_01,
+        short_lived: bool = False,
+        replaces: str | None = None,
     ) -> PendingOrder:
         """Create an order for `domain` after `check_csr` (CsrError); a CA may return an order it has open.
 
@@ -344,11 +367,19 @@ class AcmeAccount:
         """
         check_csr(csr_pem, domain)
         self._check_key(csr_pem)
-        request: dict[str, Any] = {"identifiers": [{"type": "dns", "value": domain}]}
+        request = _order_of(domain)
         if (profile := self._choose_profile(short_lived=short_lived)) is not None:
             request["profile"] = profile
         if replaces is not None and self._renewal_info_url is not None:  # RFC 9773 section 5
             request["replaces"] = replaces
+        return self._place(request, challenge)
+
+    @_call
+    def authorize(self, domain: str, challenge: Challenge) -> PendingOrder:
+        """Create an order for `domain` that nobody finalizes: who proves control of a name may revoke (section 7.6)."""
+        return self._place(_order_of(domain), challenge)
+
+    def _place(self, request: dict[str, Any], kind: Challenge) -> PendingOrder:
         response = self._create(request)
         order = _object(response)
         url, authorization_url = _location(response), _authorization_url(order)
@@ -356,19 +387,22 @@ class AcmeAccount:
         status = authorization.get("status")
         expires, accepted = _instant(order.get("expires")), (request.get("profile"), request.get("replaces"))
         if status == "valid":
-            return PendingOrder(url, authorization_url, None, None, None, expires, *accepted)
-        challenge = _http01(authorization)
+            return PendingOrder(url, authorization_url, None, None, None, None, expires, *accepted)
+        challenge = next((one for one in _challenges(authorization) if one.get("type") == kind), None)
         if challenge is None:
-            raise AcmeError("no-http-01", "the CA offers no HTTP-01 challenge", permanent=True)
+            raise AcmeError("no-challenge", f"the CA offers no {kind} challenge", permanent=True)
         if status != "pending":
             raise AcmeError("unauthorized", f"a new order with an authorization that is {status}")
         token = _text(challenge, "token")
+        key_authorization = f"{token}.{self._network.thumbprint}"
+        is_by_dns = kind is Challenge.DNS_01
         return PendingOrder(
             url,
             authorization_url,
             _text(challenge, "url"),
             token,
-            f"{token}.{self._network.thumbprint}",
+            None if is_by_dns else key_authorization,
+            _base64url(hashlib.sha256(key_authorization.encode()).digest()) if is_by_dns else None,
             expires,
             *accepted,
         )
@@ -424,7 +458,7 @@ class AcmeAccount:
         try:
             self._network.call(challenge_url, {})
         except AcmeError as error:
-            if not _refused(error) or self._fetch(challenge_url)[0].get("status") == "pending":
+            if not error.is_refusal or self._fetch(challenge_url)[0].get("status") == "pending":
                 raise
 
     @_call
@@ -437,11 +471,13 @@ class AcmeAccount:
         try:
             authorization, authorization_wait = self._fetch(_authorization_url(order))
         except AcmeError as error:
-            if state is OrderState.INVALID and _refused(error):  # CAs delete authorizations of the past
+            if state is OrderState.INVALID and error.is_refusal:  # CAs delete authorizations of the past
                 return OrderStatus(state, detail, wait)
             raise
         status = authorization.get("status")
-        why = _problem_text((_http01(authorization) or {}).get("error"))
+        why = next(
+            filter(None, (_problem_text(one.get("error")) for one in _challenges(authorization))), None
+        )
         if status not in {"pending", "valid"}:
             state, detail = OrderState.INVALID, why or detail or f"the authorization is {status}"
         return OrderStatus(state, why or detail, wait or authorization_wait)
@@ -928,17 +964,12 @@ def _refusal(response: requests.Response) -> AcmeError:
 
 def _refused_wish(order: Mapping[str, Any], error: AcmeError) -> str | None:
     """Which member of an order was perhaps refused, and can be left out."""
-    if not _refused(error):
+    if not error.is_refusal:
         return None
     is_conflict = error.status == requests.codes.conflict
     if "replaces" in order and (is_conflict or error.code in _NO_REPLACEMENT):
         return "replaces"
     return "profile" if "profile" in order and error.code in _NO_PROFILE else None
-
-
-def _refused(error: AcmeError) -> bool:
-    """The CA understood and said no, in contrast to being away, busy or broken."""
-    return error.status is not None and 400 <= error.status < 500 and error.code != "rate-limited"
 
 
 def _object(response: requests.Response) -> dict[str, Any]:
@@ -982,13 +1013,14 @@ def _order_state(order: Mapping[str, Any]) -> OrderState:
         raise AcmeError("server-error", f"unknown order status: {printable(str(error))}") from error
 
 
-def _http01(authorization: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The HTTP-01 challenge among types that we may not know."""
+def _order_of(domain: str) -> dict[str, Any]:
+    return {"identifiers": [{"type": "dns", "value": domain}]}
+
+
+def _challenges(authorization: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Also those of types that we do not know."""
     challenges = authorization.get("challenges")
-    for challenge in challenges if isinstance(challenges, list) else []:
-        if isinstance(challenge, dict) and challenge.get("type") == "http-01":
-            return challenge
-    return None
+    return [one for one in challenges if isinstance(one, dict)] if isinstance(challenges, list) else []
 
 
 def _problem_text(problem: object) -> str | None:

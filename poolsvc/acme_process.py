@@ -28,7 +28,7 @@ import structlog
 from pydantic import TypeAdapter
 
 from nts_core.shell import configure_logging
-from poolsvc.acme import AcmeAccount, AcmeConfig, AcmeError
+from poolsvc.acme import AcmeAccount, AcmeConfig, AcmeError, Challenge
 from poolsvc.acme_wire import CALL_DEADLINE, LINE_LIMIT, OPEN, TABLE, Answer, Refusal, Request
 from poolsvc.certificates import ChainError, CsrError, check_csr, csr_name, printable
 from poolsvc.config import AuthoritySettings, Settings
@@ -64,14 +64,25 @@ class Charge:
 
     def has_name(self, domain: str) -> bool:
         """Whether it is a server's name, or the registry's own."""
+        return self.has_server(domain) or domain == self.web_host
+
+    def has_server(self, domain: str) -> bool:
+        """Whether it is a server's name, in the zone that the registry writes."""
         label, _, parent = domain.partition(".")
-        is_server = parent == self.servers_domain and is_label(label) and label.islower()
-        return is_server or domain == self.web_host
+        return parent == self.servers_domain and is_label(label) and label.islower()
 
 
 def _check_order(charge: Charge, arguments: Mapping[str, Any]) -> None:
     """The account itself checks the request: this name alone, and not for the account's own key."""
-    _check_name(charge, arguments["domain"])
+    if arguments["challenge"] is Challenge.HTTP_01:
+        _check_name(charge, arguments["domain"])
+    else:
+        _check_server(charge, arguments)
+
+
+def _check_server(charge: Charge, arguments: Mapping[str, Any]) -> None:
+    if not charge.has_server(domain := arguments["domain"]):
+        raise AcmeError("refused", f"{printable(domain)} is not a server of this pool", permanent=True)
 
 
 def _check_request(charge: Charge, arguments: Mapping[str, Any]) -> None:
@@ -95,6 +106,7 @@ RULES: Mapping[str, Callable[[Charge, Mapping[str, Any]], None]] = {
     "read_directory": _leave_to_account,
     "renewal_info": _leave_to_account,
     "order": _check_order,
+    "authorize": _check_server,
     "answer": _leave_to_account,
     "poll": _leave_to_account,
     "finalize": _check_request,

@@ -345,6 +345,17 @@ def caa():
     CAA_ANSWERS.clear()
 
 
+# And of TXT: an owner's texts.
+TXT_ANSWERS: dict[str, list[str]] = {}
+
+
+@pytest.fixture
+def txt():
+    """TXT answers of this test's DNS: `txt["_acme-challenge.alice.servers.pool.example."] = ["text"]`."""
+    yield TXT_ANSWERS
+    TXT_ANSWERS.clear()
+
+
 def answer_dns(octets: bytes) -> bytes:
     """Names under servers.pool.example have the address 127.0.0.1, others do not exist."""
     query = dns.message.from_wire(octets)
@@ -358,6 +369,9 @@ def answer_dns(octets: bytes) -> bytes:
         answer.answer.append(dns.rrset.from_text(question.name, 1, "IN", "CAA", *known))
     elif not question.name.to_text().lower().endswith(".servers.pool.example."):
         answer.set_rcode(dns.rcode.NXDOMAIN)
+    elif question.rdtype == dns.rdatatype.TXT:
+        for text in TXT_ANSWERS.get(question.name.to_text().lower(), ()):
+            answer.answer.append(dns.rrset.from_text(question.name, 1, "IN", "TXT", f'"{text}"'))
     elif question.rdtype == dns.rdatatype.A:
         answer.answer.append(dns.rrset.from_text(question.name, 1, "IN", "A", "127.0.0.1"))
     return answer.to_wire()

@@ -8,6 +8,7 @@ import datetime as dt
 import secrets
 import socket
 import ssl
+import time
 
 import dns.rcode
 import httpx
@@ -20,7 +21,7 @@ from lab.pebble import PROFILES
 from lab.peers import PEBBLE_SID
 from nts_core.control import ACME_PATH
 from nts_core.tls import new_key_and_csr
-from poolsvc.acme import AcmeAccount, AcmeError, OrderState, read_terms
+from poolsvc.acme import AcmeAccount, AcmeError, Challenge, OrderState, RevocationReason, read_terms
 from poolsvc.certificates import chain_facts
 
 NAME = "alice.servers.pool.example"
@@ -54,6 +55,15 @@ async def issued(lab, account):
                 await account.finalize(order.url, csr)
             await asyncio.sleep(0.02)
     return await account.download(order.url)
+
+
+async def decided(account, url):
+    """What became of a challenge."""
+    end = time.monotonic() + 20
+    while (status := await account.poll(url)).status is OrderState.PENDING:
+        assert time.monotonic() < end, status
+        await asyncio.sleep(0.02)
+    return status
 
 
 @pytest.fixture
@@ -169,6 +179,20 @@ async def test_the_front_refuses_a_challenge_by_caa_and_says_why(lab, caa):
     assert account.uri.startswith(front.directory_url.removesuffix("/dir"))
 
 
+@pytest.mark.parametrize(
+    ("methods", "lets"), [("http-01", False), ("dns-01", True), ("http-01,dns-01", True)]
+)
+async def test_the_front_looks_by_which_method_control_is_proved(lab, caa, txt, methods, lets):
+    account = await lab.account(lab.front(lab.pebble(nonce_reject=0)))
+    caa[f"{NAME}."] = [f'0 issue "ca.example; accounturi={account.uri}; validationmethods={methods}"']
+    order = await account.authorize(NAME, Challenge.DNS_01)
+    txt[f"_acme-challenge.{NAME}."] = [order.txt]
+    await account.answer(order.challenge_url)
+    status = await decided(account, order.url)
+    assert status.status is (OrderState.READY if lets else OrderState.INVALID)
+    assert ("caa: " in (status.error_detail or "")) is not lets
+
+
 async def test_the_front_looks_at_caa_again_for_an_authorization_of_before(lab, caa):
     """What a deactivated authorization and a CAA lock are both needed for: Pebble alone issues."""
     pebble = lab.pebble(nonce_reject=0, authz_reuse=100)
@@ -184,6 +208,42 @@ async def test_the_front_looks_at_caa_again_for_an_authorization_of_before(lab, 
     assert "servers.pool.example prevents issuance" in caught.value.detail
     caa["servers.pool.example."] = [OURS.replace("https://ca.example/account/1", account.uri)]
     await account.finalize(order.url, csr)
+
+
+@pytest.mark.parametrize("fronted", [True, False])
+async def test_the_front_lets_an_account_revoke_by_its_authorizations_and_pebble_does_not(lab, fronted):
+    pebble = lab.pebble(nonce_reject=0)
+    ca = lab.front(pebble) if fronted else pebble
+    owner, other = [
+        await AcmeAccount.open(dataclasses.replace(lab.config(ca), account_key_file=lab.directory / name))
+        for name in ("owner.pem", "other.pem")
+    ]
+    lab.callback(owner.close)
+    lab.callback(other.close)
+    chain = await issued(lab, owner)
+    serial = chain_facts(chain).serial
+
+    async def refused():
+        with pytest.raises(AcmeError) as caught:
+            await other.revoke(chain, RevocationReason.CESSATION_OF_OPERATION)
+        assert (caught.value.code, ca.certificate_status(serial)) == ("unauthorized", "Valid")
+
+    await refused()
+    order = await other.authorize(NAME, Challenge.HTTP_01)
+    await refused()
+    lab.responder.publish(NAME, ACME_PATH + order.token, order.key_authorization.encode())
+    await other.answer(order.challenge_url)
+    assert (await decided(other, order.url)).status is OrderState.READY
+    if not fronted:
+        await refused()
+        return
+    for _ in range(2):  # the second time it is revoked already
+        await other.revoke(chain, RevocationReason.CESSATION_OF_OPERATION)
+    assert ca.certificate_status(serial) == "Revoked"
+    await other.deactivate_authorization(order.authorization_url)
+    with pytest.raises(AcmeError) as caught:
+        await other.revoke(chain, RevocationReason.CESSATION_OF_OPERATION)
+    assert caught.value.code == "unauthorized"
 
 
 LIMITS = Limits(domain=Limit(2, 1000), name=Limit(2, 5000), orders=Limit(5, 10), failures=Limit(1, 300))
