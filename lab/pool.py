@@ -60,6 +60,7 @@ ca_file = "{ca_file}"
 certificates = {{ count = 1000, hours = 1 }}
 {rehearsal}
 [policy]
+dns_01 = true
 opening_size = {opening_size}
 max_stratum = 15
 probe_interval = 0.5
@@ -192,12 +193,14 @@ class LabPool:
         leaving_margin: float = 1,
         fronted: bool = False,
         staged: bool = False,
+        closed: bool = False,
         program: Sequence[str] | None = None,
     ) -> None:
         """`program` is run instead of `poolsvc serve`, with --config and the settings.
 
         `fronted` puts before Pebble what obeys CAA as a real CA does: `ca` is where everybody orders.
-        `staged` adds a CA at which orders are rehearsed, `staging`.
+        `staged` adds a CA at which orders are rehearsed, `staging`. `closed`: the CA finds port 80 of every member
+        closed.
         """
         self.directory = directory.resolve()
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -220,7 +223,7 @@ class LabPool:
         self.pebble = Pebble(
             self.directory / "pebble",
             resolver=f"{self.unbound.address}:{self.unbound.port}",
-            http_port=self.http_port,
+            http_port=free_port(*everywhere) if closed else self.http_port,
             authz_reuse=authz_reuse,
             nonce_reject=nonce_reject,
             validity=validity,

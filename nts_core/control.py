@@ -207,6 +207,7 @@ class ProbeResult:
     serial: str | None = None  # of the leaf, lower-case hex
     not_before: int | None = None  # of the leaf, seconds since 1970
     not_after: int | None = None
+    leaf: str | None = None  # in PEM; None of one that is longer than a certificate has to be
     version: int = VERSION
 
 

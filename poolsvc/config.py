@@ -357,6 +357,14 @@ class PolicySettings(_Section):
         2, ge=1, description="a member's registrations without a proved address"
     )
     unproved_address_days: float = Field(7, gt=0, description="after which an unproved address is dropped")
+    dns_01: bool = Field(
+        False, description="whether members may choose that the registry answers the CA, in DNS, for a server"
+    )
+    revocation_patience: float = Field(
+        86400,
+        gt=0,
+        description="how long the registry tries to revoke what the own account of a member had, who has left",
+    )
     address_proof_days: float = Field(
         30, gt=0, description="after which an address that no probe has confirmed is to be proved again"
     )

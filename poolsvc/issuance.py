@@ -28,6 +28,7 @@ from poolsvc.acme import (
     SHORT_LIVED,
     AcmeAccount,
     AcmeError,
+    Challenge,
     OrderFailed,
     OrderState,
     RevocationReason,
@@ -136,11 +137,39 @@ async def set_short_lived(session: AsyncSession, settings: Settings, server: Ser
     server.short_lived = wanted
 
 
-def is_revocable(order: Order, now: datetime) -> bool:
-    """Whether a certificate is ours to revoke: of one that was only seen there is no chain."""
+def set_dns_01(settings: Settings, server: Server, *, wanted: bool) -> None:
+    """Whether the registry answers the CA for orders from now on, in DNS. Raises WrongState."""
+    if wanted and not server.dns_01:
+        if server.agentless:
+            raise WrongState(
+                f"{server.name} has no agent: its certificates are ordered by its member's own client",
+                remedy="answer HTTP-01 there; only the registry writes to the pool's zone",
+                field="dns_01",
+            )
+        if not settings.policy.dns_01:
+            raise WrongState(
+                "in this pool the host of each server answers the CA",
+                remedy="leave dns_01 out and let the agent have port 80; the operator decides this (policy.dns_01)",
+                field="dns_01",
+            )
+    server.dns_01 = wanted
+
+
+def _challenge_for(settings: Settings, server: Server) -> Challenge:
+    """Who answers the CA: the server's host, or the registry where policy and member want that."""
+    return Challenge.DNS_01 if server.dns_01 and settings.policy.dns_01 else Challenge.HTTP_01
+
+
+def is_valid(order: Order, now: datetime) -> bool:
+    """Whether there is a copy of a certificate that has neither ended nor been revoked."""
     if order.chain is None:
         return False
     return order.revoked_at is None and order.not_after is not None and order.not_after > now
+
+
+def is_revocable(order: Order, now: datetime) -> bool:
+    """Whether a certificate is ours to revoke: not one that was only seen, of a member's own account."""
+    return order.url is not None and is_valid(order, now)
 
 
 def lapses_at(order: Order) -> datetime:
@@ -281,6 +310,8 @@ def note_serving(server: Server, tokens: tuple[str, ...], now: datetime) -> None
     order = open_order(server)
     if order is None or order.status is not OrderStatus.PENDING or order.served_at is not None:
         return
+    if order.txt is not None:
+        return  # the registry's own to answer
     if order.token in tokens:
         order.served_at = order.due_at = now
 
@@ -380,6 +411,7 @@ async def _request(
     pending = await account.order(
         order.csr,
         settings.domain_of(server.name),
+        challenge=_challenge_for(settings, server),
         short_lived=server.short_lived,
         replaces=_replaced(server, account.uri),
     )
@@ -388,10 +420,10 @@ async def _request(
         row.ca, row.account_uri, row.profile = ca_of(settings, row), account.uri, pending.profile
         row.url, row.authorization_url = pending.url, pending.authorization_url
         row.challenge_url, row.token = pending.challenge_url, pending.token
-        row.key_authorization = pending.key_authorization
+        row.key_authorization, row.txt = pending.key_authorization, pending.txt
         row.attempts, row.error = 0, None
         # Without a challenge the CA still trusts an earlier validation. With one, the agent's report of
-        # serving it wakes the order up.
+        # serving it wakes the order up, or the publication that has seen it on every nameserver.
         row.status = OrderStatus.PENDING if pending.token else OrderStatus.ANSWERED
         row.due_at = None if pending.token else now
         _log.info("order_placed", order=row.id, ca=row.ca, profile=pending.profile, replaces=pending.replaces)
@@ -415,8 +447,19 @@ def _replaced(server: Server, account_uri: str) -> str | None:
 async def _answer(
     settings: Settings, account: AcmeAccount, order: Order, server: Server, _now: datetime
 ) -> Change:
-    """The precheck from here on every published address, then the CA is told to look."""
+    """The precheck from here on every published address, then the CA is told to look.
+
+    What is in DNS the nameservers have shown already.
+    """
     assert order.challenge_url is not None
+    if order.txt is None:
+        await _precheck_all(settings, order, server)
+    await account.answer(order.challenge_url)
+    return _move(OrderStatus.ANSWERED)
+
+
+async def _precheck_all(settings: Settings, order: Order, server: Server) -> None:
+    """Raises FetchError unless every published address answers the challenge."""
     addresses = servers.published_addresses(server)
     if not addresses:
         raise FetchError("no address is published")
@@ -425,8 +468,6 @@ async def _answer(
     for failure in await asyncio.gather(*looks, return_exceptions=True):
         if failure is not None:
             raise failure
-    await account.answer(order.challenge_url)
-    return _move(OrderStatus.ANSWERED)
 
 
 async def _precheck(settings: Settings, order: Order, server: Server, address: str) -> None:
@@ -514,7 +555,7 @@ def _begin_at(ca: str) -> Change:
         row.ca, row.ca_since = ca, now
         row.status, row.due_at = OrderStatus.REQUESTED, now
         row.account_uri = row.profile = row.url = row.authorization_url = None
-        row.challenge_url = row.token = row.key_authorization = row.served_at = None
+        row.challenge_url = row.token = row.key_authorization = row.txt = row.served_at = None
         row.attempts, row.error = 0, None
 
     return change

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from urllib.parse import urlsplit
 
 import structlog
 from cryptography import x509
@@ -121,16 +122,23 @@ def _is_ours(server: Server, result: ProbeResult) -> bool:
 
 
 def _note_certificates(server: Server, results: Sequence[ProbeResult], now: datetime) -> None:
-    """What is seen of certificates that the registry did not order; it cannot revoke them, but tell when they end."""
+    """What is seen of certificates that the registry did not order: when they end, and what revokes them at a removal."""
+    ca = None if server.own_account_uri is None else urlsplit(server.own_account_uri).netloc
     for result in results:
-        known = {order.fingerprint for order in server.orders}
-        if result.fingerprint is None or result.fingerprint in known:
+        known = {order.fingerprint: order for order in server.orders}
+        if result.fingerprint is None:
+            continue
+        if (seen := known.get(result.fingerprint)) is not None:
+            # One that was seen before copies were kept has none.
+            seen.ca, seen.chain = seen.ca or ca, seen.chain or result.leaf
             continue
         order = Order(
             server_id=server.id,
             status=OrderStatus.ISSUED,
             created_at=now,
             issued_at=now,
+            ca=ca,
+            chain=result.leaf,
             fingerprint=result.fingerprint,
             serial=result.serial,
             not_before=_moment(result.not_before),

@@ -23,7 +23,15 @@ from poolsvc.budget import Budget, Grant, Place, Refusal, Waiting
 from poolsvc.config import Settings
 from poolsvc.db import Database, queue_for
 from poolsvc.errors import InvalidDocument
-from poolsvc.models import OPEN_ORDERS, CaLimits, CaRefusal, Order, OrderStatus, Server
+from poolsvc.models import (
+    OPEN_ORDERS,
+    CaLimits,
+    CaRefusal,
+    Order,
+    OrderStatus,
+    RevocationOrder,
+    Server,
+)
 
 _THING = "the CA's limits"
 # How often the queue is looked at without a turn: orders fail, servers leave, the operator is granted more.
@@ -223,12 +231,18 @@ async def _stand(session: AsyncSession, settings: Settings, now: datetime) -> Bu
             not_(_has_failed_rehearsal(settings)),
         )
     )
+    # Those for no certificate are orders all the same, at the first CA as at any other.
+    to_revoke = await session.scalars(
+        select(RevocationOrder.created_at).where(
+            RevocationOrder.created_at > now - limits.orders.memory, RevocationOrder.ca == settings.ca.name
+        )
+    )
     return budget.stand(
         limits,
         await _grant(session),
         None if refused is None else Refusal(refused.at, refused.until),
         certificates=[at for at in certificates if at is not None],
-        orders=list(orders),
+        orders=sorted([*orders, *to_revoke]),
         reserved=await _reserved(session, now),
         now=now,
     )

@@ -24,6 +24,8 @@ _STAGE_OF = {
     Failure.CERTIFICATE: Stage.CERTIFICATE,
     Failure.KE: Stage.KE,
 }
+# Octets of a leaf's PEM that are kept, so that it can be revoked; those of CAs have a quarter.
+_LEAF_LIMIT = 8192
 # Admission wants a full step, which ends at 25 ms; the stage tells people of what makes a server useless.
 OFFSET_LIMIT = 100_000_000
 
@@ -62,6 +64,7 @@ async def probe(
         _refuse_own_fault(error)
         return ProbeResult(address, _STAGE_OF[Failure(error.code)], error.message)
     leaf = established.chain[0]
+    pem = leaf.public_bytes(Encoding.PEM).decode()
     found = ProbeResult(
         address,
         None,
@@ -70,6 +73,7 @@ async def probe(
         serial=f"{leaf.serial_number:x}",
         not_before=int(leaf.not_valid_before_utc.timestamp()),
         not_after=int(leaf.not_valid_after_utc.timestamp()),
+        leaf=pem if len(pem) <= _LEAF_LIMIT else None,
     )
     if (astray := _astray(established, own_addresses, guard)) is not None:
         return replace(found, failed=Stage.KE, detail=f"sends clients astray: {astray}")

@@ -23,20 +23,20 @@ from datetime import datetime, timedelta
 from itertools import islice
 
 import structlog
-from sqlalchemy import ColumnElement, delete, select
+from sqlalchemy import ColumnElement, Select, delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute, selectinload
 
 from nts_core.control import ServerState
 from poolsvc import scoring, servers
+from poolsvc.acme import Challenge
 from poolsvc.authorities import account_uris
 from poolsvc.config import Settings, split_endpoint
 from poolsvc.db import Database
-from poolsvc.models import Address, Server, ZoneChange
+from poolsvc.models import Address, Order, OrderStatus, RevocationOrder, Server, ZoneChange
 from poolsvc.pool import the_pool
 from poolsvc.publisher import Conflict, Mismatch, Nameserver, PrimaryConfig, Publisher
 from poolsvc.zone import (
-    SERVER_TYPES,
     CaaIssuer,
     Change,
     Key,
@@ -51,7 +51,9 @@ from poolsvc.zone import (
 )
 
 _log = structlog.get_logger()
-_METHODS = ("http-01",)
+_BY_HTTP, _BY_BOTH, _BY_DNS = (Challenge.HTTP_01,), tuple(Challenge), (Challenge.DNS_01,)
+# An order whose challenge the CA looks at, or is about to.
+_PROVING = (OrderStatus.PENDING, OrderStatus.ANSWERED)
 _LOGGED_MISMATCHES = 10
 _READ = 2_000  # servers read in one transaction
 _TAKEN = 5_000  # rows of the outbox that one look takes
@@ -72,23 +74,44 @@ class _Row:
     final: bool  # and nothing changes that
     withdrawn: bool
     broken: bool
+    unserved: bool  # it has a proof of control that was not seen everywhere
+    revoking: bool  # the registry has begun to revoke what its member's own account had
+    revoked: bool  # or given that up
+    turned: bool
+    closed: bool
 
     @property
     def published(self) -> ServerRecords:
         """What belongs in DNS; a leaving server's addresses only until its day, and its SRV is out.
 
-        Once that is final nobody may order for it any more.
+        Once that is final nobody may order for it any more. Only the registry proves control, to revoke.
         """
         if self.state is not ServerState.LEAVING:
             return self.records
-        if self.withdrawn and not self.stays:
-            return replace(self.records, addresses=())
-        return replace(self.records, account_uri="") if self.final else self.records
+        is_out = self.withdrawn and not self.stays
+        records = replace(self.records, addresses=()) if is_out else self.records
+        if self.revoking and not self.revoked:
+            return replace(records, account_uri=None, methods=_BY_DNS, keeps_caa=True)
+        return replace(records, account_uri="", proofs=()) if self.final else records
+
+    @property
+    def proves(self) -> bool:
+        """Whether everybody is to see a proof of control that is not known to be everywhere."""
+        shown = self.published
+        return self.unserved and bool(shown.proofs) and (bool(shown.addresses) or shown.keeps_caa)
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the TXT of its name is to be looked at as well."""
+        return bool(self.records.proofs) or self.revoking
 
     def waits(self, *, is_open: bool) -> bool:
         """Whether the row has to learn something yet."""
+        if self.proves:
+            return True
         if self.state is ServerState.LEAVING:
-            return not (self.withdrawn and (self.broken or self.stays))
+            is_told = self.closed if self.revoked else self.turned or not self.revoking
+            return not (self.withdrawn and (self.broken or self.stays) and is_told)
         if self.state is not ServerState.ACTIVE and self.listed:
             return True
         if self.state is ServerState.ACTIVE and is_open and not self.listed:
@@ -125,7 +148,7 @@ class Publication:
         self._serial = 0  # of the zone that `_zone` is
         self._negative_ttl = timedelta()
         self._stale: set[int] = set()  # servers whose records in `_zone` may not be as they should
-        self._gone: set[str] = set()  # owners that nobody has any more
+        self._gone: set[str] = set()  # names that no server has any more
         self._waiting: set[int] = set()  # servers whose rows have to learn something yet
         self._unconfirmed: set[Key] = set()  # what some authoritative server may not show as `_zone` has it
         self._taken: list[int] = []  # rows of the outbox that the picture has and DNS may not have
@@ -247,8 +270,14 @@ class Publication:
         return self._has_passed(self._checked_at, now, self._settings.policy.reconcile_interval)
 
     def _keys(self, row: _Row) -> list[Key]:
-        owner = self._the_policy.domain(row.records.name)
-        return [(owner, kind) for kind in SERVER_TYPES]
+        """What a server's row has to know of."""
+        keys = self._the_policy.keys(row.records.name)
+        return [key for key in keys if key[1] != "TXT" or row.has_text]
+
+    def _is_shown(self, row: _Row, *kinds: str) -> bool:
+        """Whether every authoritative server shows these of a server's records, or all, as the zone has them."""
+        keys = (key for key in self._keys(row) if not kinds or key[1] in kinds)
+        return self._unconfirmed.isdisjoint(keys)
 
     async def _read_all(self, now: datetime) -> dict[int, _Row]:
         async with self._database.transaction() as session:
@@ -273,7 +302,7 @@ class Publication:
                 if server_id in found:
                     self._rows[server_id] = found[server_id]
                 elif before is not None:
-                    self._gone.add(self._the_policy.domain(before.records.name))
+                    self._gone.add(before.records.name)
 
     async def _read(self, among: "_Among", now: datetime) -> dict[int, _Row]:
         """Every server of some that was or is now to be sent to DNS; one that is new there is burnt first."""
@@ -288,6 +317,13 @@ class Publication:
             ):
                 if servers.is_wanted(address, ipv4=ipv4, ipv6=ipv6):
                     proved.setdefault(server_id, []).append((address, score))
+            proofs: dict[int, list[str]] = {}
+            unserved: set[int] = set()
+            for chosen in _proofs(among):
+                for server_id, txt, is_served in await session.execute(chosen):
+                    assert txt is not None
+                    proofs.setdefault(server_id, []).append(txt)
+                    unserved |= set() if is_served else {server_id}
             found = await session.execute(
                 select(
                     Server.id,
@@ -301,10 +337,15 @@ class Publication:
                     Server.listed_at.is_not(None).label("listed"),
                     Server.agentless,
                     Server.own_account_uri,
+                    Server.dns_01,
                     Server.leave_at.is_not(None).label("stays"),
                     Server.leave_final,
                     Server.srv_withdrawn_at.is_not(None).label("withdrawn"),
                     Server.name_broken_at.is_not(None).label("broken"),
+                    Server.revoking_since.is_not(None).label("revoking"),
+                    Server.revoking_ended_at.is_not(None).label("revoked"),
+                    Server.caa_turned_at.is_not(None).label("turned"),
+                    Server.caa_closed_at.is_not(None).label("closed"),
                 ).where(among(Server.id), Server.state.in_(_STATES), Server.burnt_at.is_not(None))
             )
             return {
@@ -317,6 +358,8 @@ class Publication:
                         listed=row.state is ServerState.ACTIVE,
                         weight=scoring.sampling_weight(row.weight, row.traffic_cap, row.traffic),
                         account_uri=_own_account(row.own_account_uri, agentless=row.agentless),
+                        methods=self._methods(chosen=row.dns_01, needed=row.id in proofs),
+                        proofs=tuple(proofs.get(row.id, ())),
                     ),
                     named=row.named,
                     listed=row.listed,
@@ -324,9 +367,18 @@ class Publication:
                     final=row.leave_final,
                     withdrawn=row.withdrawn,
                     broken=row.broken,
+                    unserved=row.id in unserved,
+                    revoking=row.revoking,
+                    revoked=row.revoked,
+                    turned=row.turned,
+                    closed=row.closed,
                 )
                 for row in found
             }
+
+    def _methods(self, *, chosen: bool, needed: bool) -> tuple[Challenge, ...]:
+        """How the pool's accounts may prove control of a name; no more than it takes."""
+        return _BY_BOTH if needed or (chosen and self._settings.policy.dns_01) else _BY_HTTP
 
     def _note_candidates(self, changed: Iterable[int]) -> bool:
         """Keep the candidates in step with the rows; whether the choice of targets may be another one now."""
@@ -358,15 +410,17 @@ class Publication:
             self._waiting.discard(server_id)
             return
         self._waiting.add(server_id)
-        if row.state is ServerState.LEAVING or not row.named:
+        if row.state is ServerState.LEAVING or row.proves or not row.named:
             self._unconfirmed.update(self._keys(row))
 
     def _changes(self, zone: Zone) -> tuple[Change, ...]:
         """What `zone` lacks of the picture, as far as the picture has changed since the zone was made."""
         due: dict[Key, RRset | None] = {self._service_key: self._service}
-        due |= dict.fromkeys((owner, kind) for owner in self._gone for kind in SERVER_TYPES)
+        policy = self._the_policy
+        for name in self._gone:
+            due |= dict.fromkeys(policy.keys(name))
         for row in filter(None, map(self._rows.get, self._stale)):
-            due |= dict.fromkeys(self._keys(row)) | records_of(row.published, self._the_policy)
+            due |= dict.fromkeys(policy.keys(row.records.name)) | records_of(row.published, policy)
         return ordered(
             Change(*key, zone.get(key), rrset) for key, rrset in due.items() if zone.get(key) != rrset
         )
@@ -418,14 +472,15 @@ class Publication:
     async def _note(self, zone: Zone, now: datetime) -> None:
         """Tell the servers' rows what the authoritative servers show."""
         news = {server_id: self._news(self._rows[server_id], zone, now) for server_id in self._waiting}
-        for some in _batches(sorted(server_id for server_id, values in news.items() if values), _NOTED):
+        served = {server_id for server_id in self._waiting if self._serves(self._rows[server_id], zone)}
+        for some in _batches(sorted(served | {key for key, values in news.items() if values}), _NOTED):
             noted: list[int] = []
             async with self._database.transaction() as session:
                 found = await session.scalars(
                     select(Server)
                     .where(Server.id.in_(some))
                     .order_by(Server.id)
-                    .options(selectinload(Server.orders))
+                    .options(selectinload(Server.orders), selectinload(Server.revocation_orders))
                     .with_for_update(of=Server)
                 )
                 for server in found:
@@ -438,9 +493,30 @@ class Publication:
                         if "named_at" in news[server.id]:
                             server.order_due_at = self._first_order(server, now)
                             server.queue_round = None
+                        if server.id in served:
+                            self._note_served(server, row, now)
                         noted.append(server.id)
             for server_id in noted:
-                self._learn(server_id, news[server_id])
+                self._learn(server_id, news[server_id], served=server_id in served)
+
+    def _serves(self, row: _Row, zone: Zone) -> bool:
+        """Whether everybody shows a proof of control, and the CAA that lets it count."""
+        owner = self._the_policy.challenge(row.records.name)
+        return row.proves and (owner, "TXT") in zone and self._is_shown(row, "TXT", "CAA")
+
+    def _note_served(self, server: Server, row: _Row, now: datetime) -> None:
+        """The CA may look once its resolvers have forgotten what was there before."""
+        shown, due_at = row.published.proofs, now + self._forgetting
+        proofs: list[Order | RevocationOrder] = [*server.orders, *server.revocation_orders]
+        for proof in proofs:
+            is_over = isinstance(proof, Order) and proof.status not in _PROVING
+            if proof.txt in shown and proof.served_at is None and not is_over:
+                proof.served_at, proof.due_at = now, due_at
+
+    @property
+    def _forgetting(self) -> timedelta:
+        """How long a resolver may know a server's records, or their absence, as they were."""
+        return max(self._negative_ttl, timedelta(seconds=self._settings.dns.address_ttl))
 
     def _first_order(self, server: Server, now: datetime) -> datetime | None:
         """When an order is due for a name that everybody shows: not before the last resolver forgot its absence.
@@ -449,23 +525,24 @@ class Publication:
         may. A certificate from before the addresses were lost is renewed in its time.
         """
         if server.agentless:
-            wait = max(self._negative_ttl, timedelta(seconds=self._settings.dns.address_ttl))
-            return None if server.own_account_uri is None else now + wait
+            return None if server.own_account_uri is None else now + self._forgetting
         return max(now + self._negative_ttl, servers.renewal_at(server) or now)
 
     def _news(self, row: _Row, zone: Zone, now: datetime) -> dict[str, datetime | None]:
         """The columns of a server's row that what was seen in DNS changes."""
         owner = self._the_policy.domain(row.records.name)
-        is_shown = self._unconfirmed.isdisjoint(self._keys(row))
+        is_shown = self._is_shown(row)
         is_named = (owner, "CAA") in zone
         is_service_right = self._service_key not in self._unconfirmed
         if row.state is ServerState.LEAVING:
             news: dict[str, datetime | None] = {}
             if not row.withdrawn and is_service_right and not _lists(zone.get(self._service_key), owner):
                 news |= {"srv_withdrawn_at": now, "listed_at": None}
-            if not row.broken and not is_named and is_shown:
+            kinds = ("A", "AAAA") if row.revoking else ("A", "AAAA", "CAA")
+            is_out = all((owner, kind) not in zone for kind in kinds) and self._is_shown(row, *kinds)
+            if not row.broken and is_out:
                 news |= {"name_broken_at": now, "removal_due_at": now}
-            return news
+            return news | self._news_of_revocation(row, is_named=is_named, now=now)
         news = {}
         if not row.named and is_named and is_shown:
             # Resolvers may have cached that the name does not exist, or a whole gap of names around it.
@@ -476,7 +553,15 @@ class Publication:
             news["listed_at"] = now
         return news
 
-    def _learn(self, server_id: int, news: Mapping[str, datetime | None]) -> None:
+    def _news_of_revocation(self, row: _Row, *, is_named: bool, now: datetime) -> dict[str, datetime | None]:
+        """Of a server whose CAA is turned to the registry's accounts, and closed when they need it no more."""
+        if not row.revoking or not self._is_shown(row, "CAA", "TXT"):
+            return {}
+        if row.revoked:
+            return {} if row.closed or is_named else {"caa_closed_at": now, "removal_due_at": now}
+        return {} if row.turned or not is_named else {"caa_turned_at": now}
+
+    def _learn(self, server_id: int, news: Mapping[str, datetime | None], *, served: bool) -> None:
         row = self._rows[server_id]
         self._rows[server_id] = replace(
             row,
@@ -484,6 +569,9 @@ class Publication:
             listed=news["listed_at"] is not None if "listed_at" in news else row.listed,
             withdrawn=row.withdrawn or "srv_withdrawn_at" in news,
             broken=row.broken or "name_broken_at" in news,
+            unserved=row.unserved and not served,
+            turned=row.turned or "caa_turned_at" in news,
+            closed=row.closed or "caa_closed_at" in news,
         )
         self._judge(server_id)
 
@@ -521,6 +609,20 @@ async def _burn(session: AsyncSession, among: _Among, now: datetime) -> None:
     await session.flush()
 
 
+def _proofs(among: _Among) -> tuple[Select[int, str | None, bool], ...]:
+    """Of some servers: the texts that prove control of their names to a CA now, and whether everybody shows them."""
+    return (
+        select(Order.server_id, Order.txt, Order.served_at.is_not(None)).where(
+            among(Order.server_id), Order.txt.is_not(None), Order.status.in_(_PROVING)
+        ),
+        select(RevocationOrder.server_id, RevocationOrder.txt, RevocationOrder.served_at.is_not(None)).where(
+            among(RevocationOrder.server_id),
+            RevocationOrder.txt.is_not(None),
+            RevocationOrder.ended_at.is_(None),
+        ),
+    )
+
+
 def _own_account(uri: str | None, *, agentless: bool) -> str | None:
     """The account that a server's CAA names in place of the pool's."""
     return (uri or "") if agentless else None
@@ -552,11 +654,8 @@ def _tell(mismatches: Sequence[Mismatch]) -> None:
 
 def _issuers(settings: Settings, accounts: Mapping[str, str]) -> list[CaaIssuer]:
     """The registry's account at each CA of the settings; one of which there is none yet may not issue."""
-    return [
-        CaaIssuer(ca.caa_identity, accounts[ca.name], _METHODS)
-        for ca in settings.ca.with_rehearsal
-        if ca.name in accounts
-    ]
+    cas = settings.ca.with_rehearsal
+    return [CaaIssuer(ca.caa_identity, accounts[ca.name]) for ca in cas if ca.name in accounts]
 
 
 def zone_policy(settings: Settings, *issuers: CaaIssuer) -> ZonePolicy:

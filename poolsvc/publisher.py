@@ -227,7 +227,8 @@ class Publisher:
         key first; Knot checks the rights before the prerequisites, BIND after them. Returns the primary's time.
         """
         trials = (
-            (f"_trial.{self._policy.servers}", ("A", "AAAA", "CAA")),  # no server can have this name
+            (self._policy.domain("_trial"), ("A", "AAAA", "CAA")),  # no server can have this name
+            (self._policy.challenge("_trial"), ("TXT",)),
             (self._policy.service, ("SRV",)),
             (self._policy.fence, ("TXT",)),
         )

@@ -1,8 +1,8 @@
 """Taking a server out for good: the CA's side of it, and the receipt. DNS's side is `poolsvc.publication`.
 
 The four steps do not wait for each other where they need not: a dead DNS server delays no revocation, and a
-dead CA delays no withdrawal. REMOVED is reached when each step has its time. A server without an agent has no steps at
-the CA: account, authorization and certificate are its member's.
+dead CA delays no withdrawal. REMOVED is reached when each step has its time. What a server without an agent has is its
+member's own: `poolsvc.revocation` revokes that if the CA lets it.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import aliased
 
 from nts_core.control import ServerState
-from poolsvc import issuance, journal, servers
+from poolsvc import issuance, journal, revocation, servers
 from poolsvc.acme import AcmeError
 from poolsvc.authorities import Accounts
 from poolsvc.config import Settings
@@ -32,16 +32,24 @@ _CA_DEADLINE = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """When each step of a removal was done; None while it is outstanding."""
+    """When each step of a removal was done; None while it is outstanding.
+
+    Without an agent: CAA is turned to the registry's accounts, which prove control of the name and revoke. None also for
+    what was given up; `not_revoked` says why.
+    """
 
     srv_withdrawn_at: datetime | None
     name_broken_at: datetime | None
+    caa_turned_at: datetime | None
+    control_proved_at: datetime | None
     authorization_deactivated_at: datetime | None
     certificate_revoked_at: datetime | None
+    caa_closed_at: datetime | None
     removed_at: datetime | None
     last_certificate_ends_at: datetime | None
     outstanding: tuple[str, ...]
     error: str | None
+    not_revoked: str | None
     exposure: str
 
 
@@ -53,19 +61,24 @@ def receipt(server: Server, settings: Settings) -> Receipt | None:
     return Receipt(
         srv_withdrawn_at=server.srv_withdrawn_at,
         name_broken_at=server.name_broken_at,
+        caa_turned_at=server.caa_turned_at,
+        control_proved_at=server.control_proved_at,
         authorization_deactivated_at=server.authorization_deactivated_at,
         certificate_revoked_at=server.certificate_revoked_at,
+        caa_closed_at=server.name_broken_at if server.revoking_since is None else server.caa_closed_at,
         removed_at=server.state_since if server.state is ServerState.REMOVED else None,
         last_certificate_ends_at=ends,
         outstanding=_outstanding(server),
         error=server.removal_error,
+        not_revoked=server.not_revoked,
         exposure=_exposure(server, settings, ends),
     )
 
 
 def _outstanding(server: Server) -> tuple[str, ...]:
     """The steps that are not done."""
-    name = "addresses and CAA: not seen removed on every nameserver"
+    what = "addresses and CAA" if server.revoking_since is None else "addresses"
+    name = f"{what}: not seen removed on every nameserver"
     if server.leave_at is not None and server.srv_withdrawn_at is not None:
         name = f"addresses: they stay until {server.leave_at.isoformat()}, for clients that have the SRV"
     steps = [
@@ -77,6 +90,14 @@ def _outstanding(server: Server) -> tuple[str, ...]:
             (server.authorization_deactivated_at, "authorization: not ended at the CA"),
             (server.certificate_revoked_at, "certificate: not revoked by the CA"),
         ]
+    elif revocation.is_under_way(server):
+        steps += [
+            (server.caa_turned_at, "CAA: not seen turned to the registry's account on every nameserver"),
+            (server.control_proved_at, "control of the name: not proved to the CA"),
+            (None, "certificate: its member's own, not revoked by the CA"),
+        ]
+    elif server.revoking_since is not None:
+        steps += [(server.caa_closed_at, "CAA: not seen closed on every nameserver")]
     return tuple(words for done_at, words in steps if done_at is None)
 
 
@@ -94,7 +115,7 @@ def _exposure(server: Server, settings: Settings, ends: datetime | None) -> str:
     text = f"resolvers may know the name for {cached} s after it was broken"
     if ends is not None:
         text += f"; a client that never looks at DNS or revocation may use its keys until {ends.isoformat()}"
-    if server.agentless:
+    if server.agentless and server.certificate_revoked_at is None:
         until = f", and stays valid until {ends.isoformat()}" if ends is not None else ""
         text += f"; its certificate is the member's own: it was not revoked{until}; CAA lets no CA renew it"
     return text
@@ -121,15 +142,20 @@ async def advance(
             # Its certificate serves the clients that still come.
             server.removal_due_at = min(server.leave_at, now + timedelta(seconds=settings.policy.step_retry))
             return
+        revocation.begin(server, now)
     done = await _ca_steps(settings, accounts, server, now)
+    wait = timedelta(seconds=settings.policy.step_retry)
+    trouble = None
+    if revocation.is_under_way(server):
+        trouble = await revocation.advance(database, settings, accounts, server_id, now, _CA_DEADLINE)
+    if trouble is not None:
+        done.error = f"CA: {trouble.detail}"[:1000]
+        wait = max(wait, timedelta(seconds=trouble.retry_after or 0))
     async with database.transaction() as session:
         server = await servers.get(session, server_id)
-        for order in server.orders:
-            _note(settings, server, order, done, now)
-        if not server.agentless:
-            _note_ca_steps(settings, server, now)
+        _note_ca_steps(settings, server, done, now)
         server.removal_error = done.error
-        server.removal_due_at = now + timedelta(seconds=settings.policy.step_retry)
+        server.removal_due_at = now + wait
         if _is_complete(server):
             await _close(session, settings, server, now)
     if done.failures:
@@ -137,7 +163,7 @@ async def advance(
 
 
 async def _close(session: AsyncSession, settings: Settings, server: Server, now: datetime) -> None:
-    """Every step is done: tell."""
+    """REMOVED, and its people are told."""
     server.removal_error = server.removal_error or _unrevoked(settings, server)
     if server.journal_due_at is not None:
         # Or a copy of before, restored, would know nothing of what people were told is done.
@@ -170,7 +196,11 @@ def _let_name_live(server: Server, settings: Settings, now: datetime) -> None:
         server.leave_at = None
 
 
-def _note_ca_steps(settings: Settings, server: Server, now: datetime) -> None:
+def _note_ca_steps(settings: Settings, server: Server, done: "_Done", now: datetime) -> None:
+    for order in server.orders:
+        _note(settings, server, order, done, now)
+    if server.agentless:
+        return
     ended = [order.deactivated_at for order in server.orders if _has_authorization(settings, order)]
     if None not in ended:
         # Each order's authorization ends with its issue already: the receipt tells when the last one did.
@@ -198,8 +228,10 @@ def _unrevoked(settings: Settings, server: Server) -> str | None:
 def _is_complete(server: Server) -> bool:
     steps = [server.srv_withdrawn_at, server.name_broken_at]
     if not server.agentless:
-        # What a member's own account has is out of our reach; the receipt says so.
         steps += [server.authorization_deactivated_at, server.certificate_revoked_at]
+    elif server.revoking_since is not None:
+        # Whether it was done or given up, as the receipt says.
+        steps += [server.revoking_ended_at, server.caa_closed_at]
     return None not in steps
 
 

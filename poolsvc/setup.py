@@ -473,7 +473,8 @@ zone "$pool" {
     inline-signing no;
     allow-transfer { key "$tsig_name"; };
     update-policy {
-        grant "$tsig_name" subdomain servers.$pool. A AAAA CAA;
+        // TXT for _acme-challenge of each server: BIND has no narrower rule for such names.
+        grant "$tsig_name" subdomain servers.$pool. A AAAA CAA TXT;
         grant "$tsig_name" name _ntske._tcp.$pool. SRV;
         grant "$tsig_name" name _fence.$pool. TXT;
     };

@@ -223,6 +223,8 @@ _TEXTS: Mapping[NoticeKind, _Words] = {
         "Addresses and CAA out of DNS: {name_broken_at}",
         "Authorization at the CA ended: {authorization_deactivated_at}",
         "Certificate revoked: {certificate_revoked_at}",
+        "Certificate not revoked, because: {not_revoked}",
+        "CAA closed: {caa_closed_at}",
         "Last certificate ends: {last_certificate_ends_at}",
         "What remains possible: {exposure}",
         "What to do: stop and remove the agent.",

@@ -2,8 +2,8 @@
 
 DNS is derived state: `wanted` is the one function from servers and policy to RRsets, `diff` the one way to
 find what a primary has to change. A server's addresses and CAA exist from proof to removal, its place in
-the SRV answer only while it is listed; the order of `diff` keeps every SRV target resolvable after each
-single change.
+the SRV answer only while it is listed, a TXT for a CA that asks for one only while it does; the order of `diff` keeps
+every SRV target resolvable after each single change.
 """
 
 import hashlib
@@ -22,7 +22,8 @@ import dns.rdata
 
 LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 CAA_WORD = re.compile(r"[!#-:<-[\]-~]+")  # RFC 8659 section 4.2 without what the quoted form would escape
-SERVER_TYPES = frozenset({"A", "AAAA", "CAA"})
+_SERVER_TYPES = ("A", "AAAA", "CAA")
+_CHALLENGE = "_acme-challenge."
 CLOSED = '0 issue ";"'  # no certification authority may issue (RFC 8659 section 4.2)
 SRV_PRIORITY_AND_WEIGHT = "0 10"  # equal for all: a server's share is given by the sampling alone
 
@@ -33,10 +34,9 @@ class CaaIssuer:
 
     identity: str
     account_uri: str
-    validation_methods: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        for word in (self.identity, self.account_uri, *self.validation_methods):
+        for word in (self.identity, self.account_uri):
             if CAA_WORD.fullmatch(word) is None:
                 raise ValueError(f"a CAA value cannot hold {word!r}")
 
@@ -75,6 +75,14 @@ class ZonePolicy:
         """The owner of a server's addresses and CAA."""
         return f"{name}.{self.servers}"
 
+    def challenge(self, name: str) -> str:
+        """The owner of the TXT by which a CA sees that we control a server's name (RFC 8555 section 8.4)."""
+        return f"{_CHALLENGE}{self.domain(name)}"
+
+    def keys(self, name: str) -> tuple["Key", ...]:
+        """All that a server may have in the zone, the SRV aside."""
+        return *((self.domain(name), kind) for kind in _SERVER_TYPES), (self.challenge(name), "TXT")
+
 
 @dataclass(frozen=True, slots=True)
 class ServerRecords:
@@ -83,6 +91,8 @@ class ServerRecords:
     `name` is the label, `member` a number that it shares with the other servers of its member, `addresses` the
     proved ones, `listed` whether it may be an SRV target, `weight` its share of SRV answers relative to the others.
     `account_uri` is the only account that may order for it, in place of the pool's at the same CA; empty while none may.
+    `methods` are those by which the account may prove control, `proofs` the texts by which it does so in DNS now.
+    `keeps_caa`: also without an address.
     """
 
     name: str
@@ -91,6 +101,9 @@ class ServerRecords:
     listed: bool
     weight: int = 1
     account_uri: str | None = None
+    methods: tuple[str, ...] = ("http-01",)
+    proofs: tuple[str, ...] = ()
+    keeps_caa: bool = False
 
     def __post_init__(self) -> None:
         if LABEL.fullmatch(self.name) is None:
@@ -133,7 +146,9 @@ def managed(owner: str, rdtype: str, policy: ZonePolicy) -> bool:
     """Whether an RRset is ours to change; everything else in the zone is the operator's."""
     if rdtype == "SRV":
         return owner == policy.service
-    return rdtype in SERVER_TYPES and (owner == policy.servers or owner.endswith(f".{policy.servers}"))
+    if rdtype == "TXT":
+        return owner.startswith(_CHALLENGE) and owner.endswith(f".{policy.servers}")
+    return rdtype in _SERVER_TYPES and (owner == policy.servers or owner.endswith(f".{policy.servers}"))
 
 
 def wanted(servers: Iterable[ServerRecords], policy: ZonePolicy, *, is_open: bool, draw: int) -> Zone:
@@ -142,19 +157,19 @@ def wanted(servers: Iterable[ServerRecords], policy: ZonePolicy, *, is_open: boo
     `is_open` is whether the pool offers its service; without it no SRV exists. `draw` numbers the choice
     of SRV targets where more servers are listed than fit: the same draw gives the same choice.
     """
-    present = [server for server in servers if server.addresses]
+    present = list(servers)
     zone: Zone = {(policy.servers, "CAA"): RRset.of(policy.address_ttl, "CAA", [CLOSED])}
     for server in present:
         zone |= records_of(server, policy)
-    listed = (server for server in present if server.listed)
+    listed = (server for server in present if server.listed and server.addresses)
     if is_open and (service := service_of(listed, policy, draw=draw)) is not None:
         zone[policy.service, "SRV"] = service
     return zone
 
 
 def records_of(server: ServerRecords, policy: ZonePolicy) -> Zone:
-    """The records of one server: its addresses and the CAA that lets only our CAs issue; none without an address."""
-    if not server.addresses:
+    """The records of one server: its addresses, the CAA that lets only our CAs issue, and what proves control to them."""
+    if not server.addresses and not server.keeps_caa:
         return {}
     owner, texts = policy.domain(server.name), dict[str, list[str]]()
     for text in server.addresses:
@@ -165,27 +180,30 @@ def records_of(server: ServerRecords, policy: ZonePolicy) -> Zone:
         else:
             texts.setdefault("AAAA", []).append(dns.ipv6.inet_ntoa(address.packed))
     found = {(owner, kind): RRset(policy.address_ttl, frozenset(some)) for kind, some in texts.items()}
+    if server.proofs:
+        proofs = RRset.of(policy.address_ttl, "TXT", (f'"{text}"' for text in server.proofs))
+        found[policy.challenge(server.name), "TXT"] = proofs
     return {(owner, "CAA"): _caa(server, policy), **found}
 
 
 def _caa(server: ServerRecords, policy: ZonePolicy) -> RRset:
     if server.account_uri is None:
-        return _issuers(policy)
+        return _issuers(policy, server.methods)
     host = urlsplit(server.account_uri).netloc
     own = [one for one in policy.caa if host and urlsplit(one.account_uri).netloc == host]
-    return _caa_of((replace(one, account_uri=server.account_uri) for one in own), policy)
+    issuers = (replace(one, account_uri=server.account_uri) for one in own)
+    return _caa_of(issuers, server.methods, policy)
 
 
-@lru_cache(maxsize=4)
-def _issuers(policy: ZonePolicy) -> RRset:
-    """The CAA that every live name with an agent has: one RRset, shared by all."""
-    return _caa_of(policy.caa, policy)
+@lru_cache(maxsize=16)
+def _issuers(policy: ZonePolicy, methods: tuple[str, ...]) -> RRset:
+    """The CAA that live names with an agent have: one RRset for each choice of methods, shared by all."""
+    return _caa_of(policy.caa, methods, policy)
 
 
-def _caa_of(issuers: Iterable[CaaIssuer], policy: ZonePolicy) -> RRset:
+def _caa_of(issuers: Iterable[CaaIssuer], methods: tuple[str, ...], policy: ZonePolicy) -> RRset:
     texts = [
-        f'0 issue "{issuer.identity}; accounturi={issuer.account_uri}; '
-        f'validationmethods={",".join(issuer.validation_methods)}"'
+        f'0 issue "{issuer.identity}; accounturi={issuer.account_uri}; validationmethods={",".join(methods)}"'
         for issuer in issuers
     ]
     return RRset.of(policy.address_ttl, "CAA", texts or [CLOSED])

@@ -21,6 +21,7 @@ from poolsvc.models import (
     Membership,
     Notice,
     Order,
+    RevocationOrder,
     Server,
     Transfer,
     Webhook,
@@ -31,6 +32,7 @@ router = APIRouter(prefix="/v1")
 _OF_SERVERS: dict[str, tuple[Any, InstrumentedAttribute[int]]] = {
     "addresses": (Address, Address.server_id),
     "certificates": (Order, Order.server_id),
+    "revocation_orders": (RevocationOrder, RevocationOrder.server_id),
     "holds": (Hold, Hold.server_id),
     "maintenance": (MaintenanceWindow, MaintenanceWindow.server_id),
 }

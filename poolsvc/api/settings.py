@@ -25,6 +25,9 @@ class SettingsView(Document):
     short_lived: bool = Field(
         description="whether its certificates live for days, and die soon after the server was removed"
     )
+    dns_01: bool = Field(
+        description="whether the registry answers the CA, in DNS, and not the server's host on port 80"
+    )
     waive_source: bool = Field(description="proof calls may come from elsewhere (NAT); the operator's to set")
     traffic_cap: float | None = Field(
         description="NTP requests a second that it answers at most; the agent's to set, [limits] traffic_cap"
@@ -40,6 +43,7 @@ class SettingsChange(Document):
     public: bool | None = Field(None, strict=True)
     addresses: list[Line] | None = Field(None, max_length=64)
     short_lived: bool | None = Field(None, strict=True)
+    dns_01: bool | None = Field(None, strict=True)
     waive_source: bool | None = Field(None, strict=True)
 
 
@@ -51,6 +55,7 @@ def _view(server: Server) -> SettingsView:
         public=server.public,
         addresses=[row.address for row in server.addresses],
         short_lived=server.short_lived,
+        dns_01=server.dns_01,
         waive_source=server.waive_source,
         traffic_cap=server.traffic_cap,
     )
@@ -88,6 +93,8 @@ async def change_settings(
         server.waive_source = body.waive_source
     if body.short_lived is not None:
         await issuance.set_short_lived(session, services.settings, server, wanted=body.short_lived)
+    if body.dns_01 is not None:
+        issuance.set_dns_01(services.settings, server, wanted=body.dns_01)
     if body.weight is not None:
         server.weight = body.weight
     if body.public is not None:

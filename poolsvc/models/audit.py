@@ -27,6 +27,7 @@ from poolsvc.models.servers import (
     MaintenanceWindow,
     Order,
     Pool,
+    RevocationOrder,
     Server,
     Transfer,
 )
@@ -58,14 +59,15 @@ _AUDITED: Mapping[type[Base], _Rule] = {
     Token: _rule("token", "kind label viewer_id member_id server_id scopes expires_at used_at revoked_at"),
     Server: _rule(
         "server",
-        "member_id name weight ipv4 ipv6 public agentless own_account_uri waive_source short_lived burnt_at"
-        " released_at joined_at leave_at leave_final leave_reason leave_by_operator",
+        "member_id name weight ipv4 ipv6 public agentless own_account_uri waive_source short_lived dns_01"
+        " burnt_at released_at joined_at leave_at leave_final leave_reason leave_by_operator",
         "agent_key",
     ),
     Address: _rule("address", "address proved_at"),
     Hold: _rule("hold", "kind reason lifted_at"),
     MaintenanceWindow: _rule("maintenance", "starts_at ends_at reason cancelled_at"),
     Order: _rule("order", "status ca serial not_after deactivated_at compromised_at revoked_at"),
+    RevocationOrder: _rule("revocation-order", "ca proved_at deactivated_at ended_at"),
     Transfer: _rule("transfer", "to_member_id expires_at accepted_at declined_at"),
     Webhook: _rule("webhook", "member_id generation enabled_at disabled_at deleted_at", "url"),
 }

@@ -149,6 +149,9 @@ class Server(Base):
     own_account_uri: Mapped[str | None] = mapped_column(Text)  # that client's account, for CAA
     waive_source: Mapped[bool] = mapped_column(default=False)  # proof calls may come from elsewhere (NAT)
     short_lived: Mapped[bool] = mapped_column(default=False)  # its certificates live for days, not weeks
+    dns_01: Mapped[bool] = mapped_column(
+        default=False
+    )  # the registry answers the CA, where the policy lets it
     skeleton: Mapped[str] = mapped_column(
         String(72), index=True, default=""
     )  # equal for names that look alike
@@ -188,6 +191,13 @@ class Server(Base):
     name_broken_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     authorization_deactivated_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     certificate_revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    # Without an agent: CAA names the registry's accounts meanwhile, so that they can prove control and revoke.
+    revoking_since: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    caa_turned_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    control_proved_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    revoking_ended_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    caa_closed_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    not_revoked: Mapped[str | None] = mapped_column(String(1000))  # why it was given up
     removal_due_at: Mapped[datetime | None] = mapped_column(UtcDateTime, index=True)
     removal_error: Mapped[str | None] = mapped_column(String(1000))
     journal_due_at: Mapped[datetime | None] = mapped_column(
@@ -198,6 +208,9 @@ class Server(Base):
     member: Mapped[Member] = relationship(lazy="raise")
     addresses: Mapped[list["Address"]] = relationship(lazy="raise", order_by="Address.id")
     orders: Mapped[list["Order"]] = relationship(lazy="raise", order_by="Order.id")
+    revocation_orders: Mapped[list["RevocationOrder"]] = relationship(
+        lazy="raise", order_by="RevocationOrder.id"
+    )
     holds: Mapped[list["Hold"]] = relationship(lazy="raise", order_by="Hold.id")
     stages: Mapped[list["StageRecord"]] = relationship(lazy="raise")
 
@@ -341,7 +354,7 @@ class Order(Base):
 
     ca: Mapped[str | None] = mapped_column(
         String(253)
-    )  # as in `CaAccount`; the first of the settings if empty
+    )  # as in `CaAccount`; the first of the settings if empty. Of a member's own account: where that one is
     ca_since: Mapped[datetime | None] = mapped_column(UtcDateTime)  # when this CA was chosen
     account_uri: Mapped[str | None] = mapped_column(Text)  # the account there that ordered
     profile: Mapped[str | None] = mapped_column(String(64))  # that was asked for
@@ -357,10 +370,13 @@ class Order(Base):
         String(128)
     )  # of a failed order only if the CA looked for it in vain
     key_authorization: Mapped[str | None] = mapped_column(String(200))
-    served_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # the agent says it serves the challenge
+    txt: Mapped[str | None] = mapped_column(String(64))  # in its place, for DNS, where the registry answers
+    served_at: Mapped[datetime | None] = mapped_column(
+        UtcDateTime
+    )  # the agent says it serves the challenge, or every nameserver shows it
 
     issued_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
-    chain: Mapped[str | None] = mapped_column(Text)
+    chain: Mapped[str | None] = mapped_column(Text)  # of one that was only seen: the leaf
     fingerprint: Mapped[str | None] = mapped_column(String(64), index=True)
     serial: Mapped[str | None] = mapped_column(String(64))
     not_before: Mapped[datetime | None] = mapped_column(UtcDateTime)
@@ -379,3 +395,30 @@ class Order(Base):
     revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
     server: Mapped[Server] = relationship(lazy="raise", viewonly=True)
+
+
+class RevocationOrder(Base):
+    """An ACME order that nobody finalizes: it proves control of a name, so that another account's certificates may go.
+
+    No certificate comes of it. Of the CA's limits it takes one order. One that failed is followed by another one.
+    """
+
+    __tablename__ = "revocation_orders"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    server_id: Mapped[int] = mapped_column(ForeignKey("servers.id"), index=True)
+    ca: Mapped[str] = mapped_column(String(253))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    url: Mapped[str] = mapped_column(Text)
+    authorization_url: Mapped[str] = mapped_column(Text)
+    challenge_url: Mapped[str | None] = mapped_column(Text)
+    txt: Mapped[str | None] = mapped_column(String(64))
+    served_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # every nameserver shows TXT and CAA
+    due_at: Mapped[datetime | None] = mapped_column(
+        UtcDateTime
+    )  # and every resolver has forgotten what was there
+    answered_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    proved_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    deactivated_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    ended_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    error: Mapped[str | None] = mapped_column(String(1000))

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from poolsvc import scoring
 from poolsvc.db import Base, RecordedSession
-from poolsvc.models.servers import Address, Server
+from poolsvc.models.servers import Address, Order, RevocationOrder, Server
 
 _SERVER = (
     "member_id",
@@ -22,9 +22,12 @@ _SERVER = (
     "ipv4",
     "ipv6",
     "own_account_uri",
+    "dns_01",
     "leave_at",
     "leave_final",
     "srv_withdrawn_at",
+    "revoking_since",
+    "revoking_ended_at",
 )
 _TRAFFIC = ("traffic_cap", "traffic")
 _ADDRESS = ("address", "proved_at")
@@ -49,12 +52,15 @@ def _note(session: Session, _context: object) -> None:
 def _changed(session: Session) -> Iterator[int]:
     for row in session.new:
         # A server begins without a proved address, and so outside DNS.
-        if isinstance(row, Address) and row.proved_at is not None:
+        is_proved = isinstance(row, Address) and row.proved_at is not None
+        if is_proved or isinstance(row, RevocationOrder):
             yield row.server_id
     for row in session.dirty:
         if isinstance(row, Server) and (_any_changed(row, _SERVER) or _share_changed(row)):
             yield row.id
-        elif isinstance(row, Address) and (_any_changed(row, _ADDRESS) or _crossed(row)):
+        elif (isinstance(row, Address) and (_any_changed(row, _ADDRESS) or _crossed(row))) or (
+            isinstance(row, Order | RevocationOrder) and _proof_changed(row)
+        ):
             yield row.server_id
     for row in session.deleted:
         if isinstance(row, Address):
@@ -64,6 +70,12 @@ def _changed(session: Session) -> Iterator[int]:
 def _any_changed(row: Base, names: tuple[str, ...]) -> bool:
     attributes = inspect(row).attrs
     return any(attributes[name].history.has_changes() for name in names)
+
+
+def _proof_changed(row: Order | RevocationOrder) -> bool:
+    """Whether a CA may begin, or ceases, to look for the order's text."""
+    state = "status" if isinstance(row, Order) else "ended_at"
+    return row.txt is not None and _any_changed(row, ("txt", state))
 
 
 def _share_changed(row: Server) -> bool:

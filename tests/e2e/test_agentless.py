@@ -1,4 +1,7 @@
-"""A member without our agent: Debian's certbot orders, a stand-alone server serves, from registration to removal."""
+"""A member without our agent: Debian's certbot orders, a stand-alone server serves, from registration to removal.
+
+Pebble itself lets no account revoke what another one ordered: it is the CA that refuses.
+"""
 
 import signal
 from datetime import UTC, datetime
@@ -68,12 +71,15 @@ def test_a_member_with_certbot_comes_renews_and_goes(tmp_path, web_server):
             assert last["fingerprint"] != first["fingerprint"]
 
             pool.member.call("DELETE", url)
-            view = pool.wait_for_state(member, "removed")
+            view = pool.wait_for_state(member, "removed", 60)
 
         receipt = view["receipt"]
         assert receipt["name_broken_at"] is not None
+        assert receipt["control_proved_at"] is not None
         assert receipt["certificate_revoked_at"] is None
+        assert "not associated with account" in receipt["not_revoked"]
         assert pool.pebble.certificate_status(last["serial"]) == "Valid", "as the receipt says"
         ends = [datetime.fromisoformat(row["not_after"]) for row in view["certificates"]]
         assert datetime.fromisoformat(receipt["last_certificate_ends_at"]) == max(ends)
         assert "not revoked" in receipt["exposure"]
+        assert caa(pool, member.domain) == []

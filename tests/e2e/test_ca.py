@@ -124,10 +124,14 @@ def test_a_removed_member_with_an_account_of_its_own_gets_no_certificate(pool, t
         elsewhere, _ = certbot("elsewhere", second_front)
         with pytest.raises(LabError, match=OTHERS):
             elsewhere.order(member.domain)
-        pool.wait_for_state(member, "active")
+        serial = pool.wait_for_state(member, "active")["certificates"][-1]["serial"]
         remove(pool, member)
-        pool.wait_for_state(member, "removed", 60)
+        receipt = pool.wait_for_state(member, "removed", 60)["receipt"]
         wait_until(lambda: not knows(pool, member.domain, "CAA"), "the CA's resolver forgets the CAA")
+        assert pool.ca.certificate_status(serial) == "Revoked"
+        assert (receipt["outstanding"], receipt["not_revoked"]) == ([], None)
+        assert None not in [receipt[name] for name in receipt if name.endswith("_at")]
+        assert not knows(pool, f"_acme-challenge.{member.domain}", "TXT")
         before = pool.ca.asked[Resource.CHALLENGE]
         for client, ca in ((own, pool.ca), (stranger, pool.ca), (elsewhere, second_front)):
             ca.refusals.clear()

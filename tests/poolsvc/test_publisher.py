@@ -35,7 +35,7 @@ POLICY = ZonePolicy(
     srv_ttl=2,
     address_ttl=2,
     ke_port=4460,
-    caa=(CaaIssuer("ca.example", "https://ca.example/acct/1", ("http-01",)),),
+    caa=(CaaIssuer("ca.example", "https://ca.example/acct/1"),),
 )
 SERVICE = ("_ntske._tcp.pool.example.", "SRV")
 ALICE = "alice.servers.pool.example."
@@ -129,6 +129,7 @@ async def test_a_rehearsal_changes_nothing_whatever_is_there(publisher):
     ("right", "owner"),
     [
         ("AAAA, ", "_trial.servers"),
+        ("TXT, ", "_acme-challenge._trial.servers"),
         ("_tcp.pool.example., ", "_ntske._tcp"),
         (", _fence.pool.example.", "_fence"),
     ],
@@ -170,6 +171,19 @@ async def test_what_the_operator_put_beside_it_is_left_alone(publisher, knot):
     await publisher.publish(pool("bob"), 1)
     query = dns.message.make_query(ALICE, "TXT")
     assert dns.query.tcp(query, knot.address, timeout=5, port=knot.port).answer
+
+
+async def test_a_text_for_a_ca_comes_and_goes_with_its_server(publisher):
+    await publisher.take_fence(1)
+    proving = ServerRecords("alice", 1, ("192.0.2.1",), listed=False, proofs=("b-text", "a_text"))
+    zone = wanted([proving], POLICY, is_open=False, draw=0)
+    text = ("_acme-challenge.alice.servers.pool.example.", "TXT")
+    assert zone[text].rdatas == {'"a_text"', '"b-text"'}
+    await publisher.publish(zone, 1)
+    assert (await publisher.observe()).zone == zone
+    assert await publisher.verify(zone, zone) == ()
+    await publisher.publish(wanted([replace(proving, proofs=())], POLICY, is_open=False, draw=0), 1)
+    assert text not in (await publisher.observe()).zone
 
 
 async def test_a_stale_leader_is_fenced_and_changes_nothing(publisher):

@@ -7,10 +7,12 @@ import pytest
 from sqlalchemy import select
 
 from nts_core.control import ServerState
-from poolsvc import members
+from poolsvc import issuance, members
 from poolsvc.api.etags import is_known, require_match
-from poolsvc.errors import PreconditionFailed
-from poolsvc.models import CaAccount, StaffRole
+from poolsvc.app import create_app
+from poolsvc.derived import RegistryKey
+from poolsvc.errors import PreconditionFailed, WrongState
+from poolsvc.models import CaAccount, Server, StaffRole
 
 URL = "/v1/servers/alice/settings"
 ONE, SIX = "198.18.0.1", "fd00::1"
@@ -35,6 +37,7 @@ async def test_settings_are_read_changed_and_read_again(alice, client):
             "public": False,
             "addresses": [ONE, SIX],
             "short_lived": False,
+            "dns_01": False,
             "waive_source": False,
             "traffic_cap": None,
         }
@@ -110,6 +113,7 @@ def test_a_weak_tag_is_known_and_matches_no_change():
         ({"weight": True}, 422, "invalid-document", "weight"),
         ({"weight": "9"}, 422, "invalid-document", "weight"),
         ({"short_lived": "yes"}, 422, "invalid-document", "short_lived"),
+        ({"dns_01": "yes"}, 422, "invalid-document", "dns_01"),
         ({"ipv4": "no"}, 422, "invalid-document", "ipv4"),
         ({"ipv4": False, "ipv6": False}, 422, "invalid-document", "ipv4"),
         ({"addresses": []}, 422, "invalid-address", "addresses"),
@@ -150,6 +154,31 @@ async def test_short_life_is_chosen_where_a_ca_has_it(alice, client):
             (await session.scalars(select(CaAccount))).one().profiles = ["shortlived"]
         assert (await http.patch(URL, json={"short_lived": True})).json()["short_lived"] is True
         assert (await http.patch(URL, json={"short_lived": False})).json()["short_lived"] is False
+
+
+async def test_the_registry_answers_the_ca_where_the_policy_and_the_member_want_it(alice, client, app, tuned):
+    async with client(alice.token) as http:
+        refused = await http.patch(URL, json={"dns_01": True})
+        assert (refused.status_code, refused.json()["field"]) == (409, "dns_01")
+        assert "policy.dns_01" in refused.json()["remedy"]
+        assert (await http.patch(URL, json={"dns_01": False})).json()["dns_01"] is False
+    other = create_app(tuned(dns_01=True), alice.database, [], RegistryKey(bytes(32)))
+    async with client(alice.token, app=other) as http:
+        assert (await http.patch(URL, json={"dns_01": True})).json()["dns_01"] is True
+    async with client(alice.token) as http:
+        kept = await http.patch(URL, json={"dns_01": True})
+        assert kept.status_code == 200, (
+            "what was chosen stays, and takes effect where the policy lets it again"
+        )
+
+
+async def test_without_an_agent_only_its_members_client_answers(registry, settings):
+    server = Server(name="carol", agentless=True, dns_01=False)
+    allowed = settings.model_copy(update={"policy": settings.policy.model_copy(update={"dns_01": True})})
+    with pytest.raises(WrongState) as caught:
+        issuance.set_dns_01(allowed, server, wanted=True)
+    assert (caught.value.field, server.dns_01) == ("dns_01", False)
+    assert caught.value.remedy
 
 
 @pytest.mark.parametrize("state", [ServerState.LEAVING, ServerState.REMOVED])

@@ -26,8 +26,8 @@ POLICY = ZonePolicy(
     address_ttl=300,
     ke_port=4460,
     caa=(
-        CaaIssuer("ca.example", "https://ca.example/acct/1", ("http-01",)),
-        CaaIssuer("other.example", "https://other.example/2", ("http-01", "dns-01")),
+        CaaIssuer("ca.example", "https://ca.example/acct/1"),
+        CaaIssuer("other.example", "https://other.example/2"),
     ),
 )
 SERVICE = ("_ntske._tcp.pool.example.", "SRV")
@@ -94,12 +94,54 @@ def test_one_server_of_an_open_pool():
             frozenset(
                 {
                     '0 issue "ca.example; accounturi=https://ca.example/acct/1; validationmethods=http-01"',
-                    '0 issue "other.example; accounturi=https://other.example/2; validationmethods=http-01,dns-01"',
+                    '0 issue "other.example; accounturi=https://other.example/2; validationmethods=http-01"',
                 }
             ),
         ),
         SERVICE: RRset(60, frozenset({"0 10 4460 alice.servers.pool.example."})),
     }
+
+
+ALICE = "alice.servers.pool.example."
+
+
+def test_each_server_lets_its_own_methods_prove_control():
+    zone = wanted(
+        [
+            ServerRecords("alice", 1, ("192.0.2.1",), listed=False, methods=("http-01", "dns-01")),
+            ServerRecords("bob", 2, ("192.0.2.2",), listed=False),
+        ],
+        POLICY,
+        is_open=False,
+        draw=0,
+    )
+    assert all("validationmethods=http-01,dns-01" in text for text in zone[ALICE, "CAA"].rdatas)
+    assert all(text.endswith('=http-01"') for text in zone["bob.servers.pool.example.", "CAA"].rdatas)
+
+
+def test_a_server_that_is_out_keeps_only_what_proves_control_of_its_name():
+    server = ServerRecords("alice", 1, (), listed=True, methods=("dns-01",), proofs=("text",), keeps_caa=True)
+    zone = wanted([server], POLICY, is_open=True, draw=0)
+    text = (f"_acme-challenge.{ALICE}", "TXT")
+    assert set(zone) == {("servers.pool.example.", "CAA"), (ALICE, "CAA"), text}
+    assert zone[text] == RRset(300, frozenset({'"text"'}))
+    assert set(zone) <= {*POLICY.keys("alice"), ("servers.pool.example.", "CAA")}
+    gone = wanted([replace(server, keeps_caa=False)], POLICY, is_open=True, draw=0)
+    assert set(gone) == {("servers.pool.example.", "CAA")}, "without an address, nothing but that is a reason"
+
+
+@pytest.mark.parametrize(
+    ("owner", "ours"),
+    [
+        (f"_acme-challenge.{ALICE}", True),
+        (ALICE, False),
+        ("_acme-challenge.pool.example.", False),
+        ("_acme-challenge.alice.servers.other.example.", False),
+        (f"x_acme-challenge.{ALICE}", False),
+    ],
+)
+def test_a_text_elsewhere_is_the_operators(owner, ours):
+    assert managed(owner, "TXT", POLICY) is ours
 
 
 def test_a_pool_that_is_not_open_has_no_srv_but_its_servers_have_addresses():
@@ -133,7 +175,7 @@ def test_without_an_issuer_a_server_is_closed():
 @pytest.mark.parametrize("word", ["a;b", "a b", 'a"b', "a\\b", ""])
 def test_words_that_would_change_the_meaning_of_a_caa_are_refused(word):
     with pytest.raises(ValueError, match="CAA"):
-        CaaIssuer("ca.example", word, ("http-01",))
+        CaaIssuer("ca.example", word)
 
 
 @pytest.mark.parametrize("name", ["", "a.b", "Alice", "-a", "a-", "_tcp", "*", "a" * 64])

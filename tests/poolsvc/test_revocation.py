@@ -1,0 +1,425 @@
+"""Servers without an agent that leave: control of the name is proved by a real Pebble's DNS queries, and what was seen is revoked.
+
+The front before Pebble obeys CAA, and lets an account revoke by its authorizations. DNS answers what the registry wants
+in its zone, as soon as `publish` says so.
+"""
+
+import time
+from datetime import timedelta
+
+import pytest
+from sqlalchemy import select, update
+
+from lab.ca_front import Fault, Resource
+from nts_core.control import ACME_PATH, ProbeResult, ServerState
+from nts_core.tls import new_key_and_csr
+from poolsvc import agentless, issuance, monitoring, onboarding, removal, servers
+from poolsvc.acme import AcmeAccount, OrderState
+from poolsvc.certificates import chain_facts, load_chain
+from poolsvc.errors import WrongState
+from poolsvc.models import Order, RevocationOrder
+from poolsvc.publication import Publication
+
+S = ServerState
+NAME = "alice.servers.pool.example"
+OWNER, TEXT, PARENT = f"{NAME}.", f"_acme-challenge.{NAME}.", "servers.pool.example."
+BOTH = pytest.mark.parametrize("engine", ["sqlite", "postgresql"], indirect=True)
+SECOND, DAY = timedelta(seconds=1), timedelta(days=1)
+HERE = "127.0.0.1"
+
+
+class Departure:
+    """The server alice, whose member has a certificate by an account of its own at the pool's CA."""
+
+    def __init__(self, flow, caa, txt):
+        self.flow, self.registry, self.caa, self.txt = flow, flow.registry, caa, txt
+        self.database, self.lab = flow.database, flow.lab
+
+    async def start(self):
+        ca = self.flow.ca
+        update = {"directory_url": ca.directory_url, "account_key_file": self.lab.directory / "pool.pem"}
+        settings = self.flow.settings.model_copy(
+            update={"ca": self.flow.settings.ca.model_copy(update={**update, "ca_file": ca.ca_file})}
+        )
+        self.settings = self.registry.settings = self.flow.settings = settings
+        self.account = await self.open_account("pool.pem")
+        await self.registry.open_account(self.account.uri)
+        own = await self.open_account("own.pem")
+        async with self.registry.change(self.flow.server_id) as (_, server):
+            server.agentless = True
+            agentless.set_account(settings, server, own.uri)
+        await self.publish()
+        self.chain = await self.order_as(own)
+        await self.see(self.chain)
+        return self
+
+    async def open_account(self, file):
+        config = self.lab.config(self.flow.ca)
+        config = type(config)(config.directory_url, self.lab.directory / file, ca_file=config.ca_file)
+        account = await AcmeAccount.open(config)
+        self.lab.callback(account.close)
+        return account
+
+    async def order_as(self, account):
+        """As the member's ACME client does it, on port 80."""
+        csr = new_key_and_csr(NAME)[1]
+        order = await account.order(csr, NAME)
+        if order.token is not None:
+            self.lab.responder.publish(NAME, ACME_PATH + order.token, order.key_authorization.encode())
+            await account.answer(order.challenge_url)
+        end, finalized = time.monotonic() + 20, False
+        while (status := (await account.poll(order.url)).status) is not OrderState.VALID:
+            assert time.monotonic() < end, status
+            assert status is not OrderState.INVALID
+            if status is OrderState.READY and not finalized:
+                await account.finalize(order.url, csr)
+                finalized = True
+        return await account.download(order.url)
+
+    async def see(self, chain, *, leaf=True):
+        """What a probe finds."""
+        facts = chain_facts(chain)
+        self.flow.now += SECOND
+        found = ProbeResult(
+            HERE,
+            None,
+            "",
+            fingerprint=facts.fingerprint,
+            serial=facts.serial,
+            not_before=int(facts.not_before.timestamp()),
+            not_after=int(facts.not_after.timestamp()),
+            leaf=chain[: chain.index("-----END")] + "-----END CERTIFICATE-----\n" if leaf else None,
+        )
+        async with self.registry.change(self.flow.server_id) as (session, server):
+            await monitoring.record(session, self.settings, server, [found], self.flow.now)
+
+    async def server(self):
+        return await self.flow.server()
+
+    async def leave(self, *, emergency=True):
+        async with self.registry.change(self.flow.server_id) as (session, server):
+            await servers.leave(
+                session, server, actor="user 1", reason="enough", now=self.flow.now, emergency=emergency
+            )
+
+    async def publish(self, *, noted=True):
+        """The zone as it should be is what DNS answers, and every nameserver was seen to show it."""
+        leader = Publication(self.database, self.settings)
+        assert await leader.look(self.flow.now)
+        zone = leader.whole()
+        self.caa.clear()
+        self.txt.clear()
+        for (owner, kind), rrset in zone.items():
+            if kind == "CAA":
+                self.caa[owner] = sorted(rrset.rdatas)
+            elif kind == "TXT":
+                self.txt[owner] = sorted(text.strip('"') for text in rrset.rdatas)
+        if noted:
+            leader._negative_ttl = timedelta(seconds=2)
+            leader._unconfirmed.clear()
+            await leader._note(zone, self.flow.now)
+        return zone
+
+    async def advance(self, account=None, after=SECOND):
+        """The worker's pass over the removal, some time later."""
+        self.flow.now += after
+
+        async def accounts(name, _now):
+            assert name == self.settings.ca.name
+            return account or self.account
+
+        await removal.advance(self.database, self.settings, accounts, self.flow.server_id, self.flow.now)
+        return await self.server()
+
+    async def to_the_end(self, *, account=None, passes=200):
+        """Passes of leader and worker until the server is out."""
+        for _ in range(passes):
+            await self.publish()
+            server = await self.advance(account, after=timedelta(minutes=1))
+            if server.state is S.REMOVED:
+                return server
+        raise AssertionError(f"never removed: {self.receipt(server)}")
+
+    async def attempts(self):
+        async with self.database.transaction() as session:
+            return list(await session.scalars(select(RevocationOrder).order_by(RevocationOrder.id)))
+
+    def receipt(self, server):
+        return removal.receipt(server, self.settings)
+
+    @property
+    def serial(self):
+        return chain_facts(self.chain).serial
+
+
+@pytest.fixture
+def departure(flow, caa, txt):
+    """Makes a Departure; options are those of `flow`."""
+
+    async def make(**options):
+        return await Departure(await flow(**{"front": {}, **options}), caa, txt).start()
+
+    return make
+
+
+@BOTH
+async def test_what_the_members_own_account_ordered_is_revoked_and_every_step_has_its_time(departure):
+    leaving = await departure()
+    front, own = leaving.flow.ca, leaving.caa[OWNER]
+    assert "validationmethods=http-01" in own[0]
+    finalized = front.asked[Resource.FINALIZE]
+    await leaving.leave()
+    assert (await leaving.advance()).revoking_since == leaving.flow.now
+    await leaving.publish()
+    (turned,) = leaving.caa[OWNER]
+    account = leaving.account.uri
+    assert turned == f'0 issue "ca.example; accounturi={account}; validationmethods=dns-01"'
+    (order,) = await leaving.attempts()
+    assert leaving.txt == {TEXT: [order.txt]}
+    assert order.due_at == order.served_at + timedelta(seconds=leaving.settings.dns.address_ttl)
+    server = await leaving.advance()
+    assert (await leaving.attempts())[0].answered_at is None, "the CA's resolver may know the CAA of before"
+    assert leaving.receipt(server).outstanding[-2:] == (
+        "control of the name: not proved to the CA",
+        "certificate: its member's own, not revoked by the CA",
+    )
+    server = await leaving.to_the_end()
+    assert front.certificate_status(leaving.serial) == "Revoked"
+    found = leaving.receipt(server)
+    times = [
+        found.caa_turned_at,
+        found.control_proved_at,
+        found.certificate_revoked_at,
+        found.caa_closed_at,
+        found.removed_at,
+    ]
+    assert None not in times
+    assert times == sorted(times)
+    assert None not in (found.srv_withdrawn_at, found.name_broken_at, found.authorization_deactivated_at)
+    assert (found.outstanding, found.error, found.not_revoked) == ((), None, None)
+    assert "not revoked" not in found.exposure
+    assert (leaving.caa, leaving.txt) == ({PARENT: ['0 issue ";"']}, {})
+    assert front.asked[Resource.FINALIZE] == finalized, "no certificate comes of it"
+    assert len(server.orders) == 1
+    assert server.orders[0].revoked_at == found.certificate_revoked_at
+    assert await leaving.advance() is not None
+    assert leaving.receipt(await leaving.server()) == found
+
+
+async def test_in_order_nothing_is_turned_while_clients_may_still_come(departure):
+    leaving = await departure()
+    await leaving.leave(emergency=False)
+    server = await leaving.advance()
+    assert (server.revoking_since, await leaving.attempts()) == (None, [])
+    await leaving.publish()
+    assert leaving.caa[OWNER] == ['0 issue ";"']
+    server = await leaving.to_the_end()
+    assert server.revoking_since >= server.srv_withdrawn_at + leaving.settings.leaving_grace
+    assert leaving.flow.ca.certificate_status(leaving.serial) == "Revoked"
+
+
+class Killed(BaseException):
+    """The end of the process."""
+
+
+class Mortal:
+    """An account whose process ends once, when the CA has answered a call and before anybody hears of it."""
+
+    def __init__(self, account, call):
+        self._account, self._call, self.lost = account, call, False
+
+    def __getattr__(self, name):
+        async def call(*arguments):
+            result = await getattr(self._account, name)(*arguments)
+            if name == self._call:
+                self._call = None
+                raise Killed
+            return result
+
+        return call
+
+
+@pytest.mark.parametrize("call", ["authorize", "answer", "poll", "revoke", "deactivate_authorization"])
+async def test_a_kill_between_the_ca_and_the_database_is_made_up_for(departure, call):
+    leaving = await departure()
+    await leaving.leave()
+    mortal, kills, server = Mortal(leaving.account, call), 0, await leaving.server()
+    for _ in range(200):
+        await leaving.publish()
+        try:
+            server = await leaving.advance(mortal, after=timedelta(minutes=1))
+        except* Killed:
+            kills += 1
+        if server.state is S.REMOVED:
+            break
+    assert (kills, server.state) == (1, S.REMOVED)
+    assert leaving.flow.ca.certificate_status(leaving.serial) == "Revoked"
+    assert leaving.receipt(server).certificate_revoked_at is not None
+    assert len(await leaving.attempts()) == 1
+
+
+async def test_a_ca_that_refuses_is_told_in_its_own_words_and_keeps_nobody(departure):
+    """Pebble itself lets no account revoke what another one ordered."""
+    leaving = await departure(front=None)
+    await leaving.leave()
+    server = await leaving.to_the_end()
+    found = leaving.receipt(server)
+    assert found.control_proved_at is not None
+    assert found.authorization_deactivated_at is not None
+    assert (found.certificate_revoked_at, found.outstanding, found.error) == (None, (), None)
+    assert "not associated with account" in found.not_revoked
+    assert (
+        f"not revoked, and stays valid until {found.last_certificate_ends_at.isoformat()}" in found.exposure
+    )
+    assert leaving.flow.pebble.certificate_status(leaving.serial) == "Valid"
+    assert (leaving.caa, leaving.txt) == ({PARENT: ['0 issue ";"']}, {})
+
+
+async def test_addresses_wait_for_no_ca_and_a_ca_that_stays_away_for_no_longer_than_the_pools_patience(
+    departure,
+):
+    leaving = await departure()
+    leaving.flow.ca.faults = dict.fromkeys(Resource, Fault.UNAVAILABLE)
+    await leaving.leave()
+    await leaving.advance()
+    server = await leaving.advance()
+    assert server.removal_due_at == leaving.flow.now + timedelta(seconds=120), "as its Retry-After says"
+    for _ in range(3):
+        await leaving.publish()
+    found = leaving.receipt(await leaving.advance())
+    assert None not in (found.srv_withdrawn_at, found.name_broken_at, found.caa_turned_at)
+    assert found.error.startswith("CA: ")
+    began = (await leaving.server()).revoking_since
+    leaving.flow.now = began + DAY - 2 * SECOND
+    assert (await leaving.advance()).revoking_ended_at is None
+    server = await leaving.advance()
+    assert server.revoking_ended_at == began + DAY
+    assert server.not_revoked.startswith("CA: ")
+    assert leaving.receipt(server).outstanding == ("CAA: not seen closed on every nameserver",)
+    server = await leaving.to_the_end()
+    assert leaving.flow.ca.certificate_status(leaving.serial) == "Valid"
+
+
+async def test_a_ca_that_takes_orders_and_does_not_say_so_is_not_asked_again_at_once(departure):
+    leaving = await departure()
+    leaving.flow.ca.faults = {Resource.NEW_ORDER: Fault.BROKEN}
+    await leaving.leave()
+    server = await leaving.advance()
+    assert server.removal_due_at == leaving.flow.now + timedelta(seconds=leaving.settings.policy.retry[0])
+    assert await leaving.attempts() == []
+
+
+async def test_with_the_primary_away_the_receipt_says_what_is_outstanding_and_what_was_given_up(departure):
+    leaving = await departure()
+    await leaving.leave()
+    for _ in range(5):
+        server = await leaving.advance()
+    assert [text.partition(":")[0] for text in leaving.receipt(server).outstanding] == [
+        "SRV",
+        "addresses",
+        "CAA",
+        "control of the name",
+        "certificate",
+    ]
+    assert len(await leaving.attempts()) == 1, "the CA has one order, which waits"
+    server = await leaving.advance(after=DAY)
+    assert "DNS" in server.not_revoked
+    assert (server.state, server.revoking_ended_at) == (S.LEAVING, leaving.flow.now)
+    server = await leaving.to_the_end()
+    assert leaving.txt == {}
+    assert leaving.flow.ca.certificate_status(leaving.serial) == "Valid"
+
+
+async def test_an_order_that_fails_is_followed_by_another_one_after_a_wait(departure):
+    leaving = await departure()
+    await leaving.leave()
+    await leaving.advance()
+    await leaving.publish()
+    right = leaving.txt.pop(TEXT)
+    leaving.flow.now += timedelta(seconds=leaving.settings.dns.address_ttl)
+    for _ in range(100):
+        await leaving.advance(after=timedelta())
+        (order,) = await leaving.attempts()
+        if order.ended_at is not None:
+            break
+    assert order.error
+    wait = leaving.settings.policy.retry[0]
+    await leaving.advance(after=timedelta(seconds=wait - 1))
+    assert len(await leaving.attempts()) == 1
+    await leaving.publish()
+    assert leaving.txt == {}, "nothing is to be proved meanwhile"
+    server = await leaving.to_the_end()
+    _, second = await leaving.attempts()
+    assert second.txt != right
+    assert leaving.receipt(server).certificate_revoked_at is not None
+
+
+async def test_every_certificate_that_was_seen_is_revoked(departure):
+    leaving = await departure()
+    own = await leaving.open_account("own.pem")
+    second = await leaving.order_as(own)
+    await leaving.see(second)
+    await leaving.leave()
+    await leaving.to_the_end()
+    for chain in (leaving.chain, second):
+        assert leaving.flow.ca.certificate_status(chain_facts(chain).serial) == "Revoked"
+
+
+async def test_what_was_seen_before_copies_were_kept_gets_one_when_it_is_seen_again(departure):
+    leaving = await departure()
+    async with leaving.database.transaction() as session:
+        await session.execute(update(Order).values(chain=None, ca=None))
+    await leaving.see(leaving.chain)
+    (order,) = (await leaving.server()).orders
+    assert load_chain(order.chain) == load_chain(leaving.chain)[:1], "the leaf and nothing else"
+    with pytest.raises(WrongState):
+        issuance.revoke_compromised(await leaving.server(), leaving.flow.now)
+    await leaving.leave()
+    assert (await leaving.to_the_end()).certificate_revoked_at is not None
+
+
+async def test_without_a_copy_the_receipt_says_so_and_nothing_is_waited_for(departure):
+    leaving = await departure()
+    async with leaving.database.transaction() as session:
+        await session.execute(update(Order).values(chain=None))
+    await leaving.see(leaving.chain, leaf=False)
+    await leaving.leave()
+    server = await leaving.to_the_end()
+    assert server.not_revoked == "no copy of it was kept when it was seen"
+    assert await leaving.attempts() == []
+
+
+async def test_one_without_a_copy_keeps_no_other_one_from_being_revoked(departure):
+    leaving = await departure()
+    second = await leaving.order_as(await leaving.open_account("own.pem"))
+    await leaving.see(second, leaf=False)
+    await leaving.leave()
+    server = await leaving.to_the_end()
+    assert leaving.flow.ca.certificate_status(leaving.serial) == "Revoked"
+    assert server.not_revoked == "no copy of it was kept when it was seen"
+    assert server.certificate_revoked_at is None, "not all of them are"
+    assert leaving.receipt(server).authorization_deactivated_at is not None
+
+
+async def test_a_certificate_that_has_ended_is_not_waited_for(departure):
+    leaving = await departure()
+    await leaving.leave()
+    leaving.flow.now += 8 * DAY
+    server = await leaving.to_the_end(passes=4)
+    assert (server.revoking_since, server.not_revoked, await leaving.attempts()) == (None, None, [])
+
+
+async def test_it_counts_as_an_order_and_as_nothing_else(departure):
+    leaving = await departure()
+
+    async def budget():
+        async with leaving.database.transaction() as session:
+            return (await onboarding.state(session, leaving.settings, leaving.flow.now)).budget
+
+    before = await budget()
+    await leaving.leave()
+    await leaving.advance()
+    assert len(await leaving.attempts()) == 1
+    after = await budget()
+    assert after.orders.spent == before.orders.spent + 1
+    assert (after.certificates.spent, after.reserved) == (before.certificates.spent, before.reserved)
