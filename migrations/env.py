@@ -1,6 +1,7 @@
 """Runs migrations over the application's own async engine; the URL comes from the settings or alembic.ini."""
 
 import asyncio
+import time
 from typing import Any
 
 from alembic import context
@@ -9,10 +10,12 @@ from sqlalchemy import Connection, event, text
 
 import poolsvc.models  # noqa: F401 - makes the tables known
 from poolsvc.db import Base, Database
+from poolsvc.schema import DatabaseUnusable
 
 target_metadata = Base.metadata
 # PostgreSQL's advisory lock of whoever migrates; it ends with the connection.
 MIGRATION_LOCK = 0x7472_7565_0002
+TURN = 600.0  # seconds that one machine waits for another
 
 
 def _is_described(name: str | None, kind: str, _parents: object) -> bool:
@@ -20,11 +23,26 @@ def _is_described(name: str | None, kind: str, _parents: object) -> bool:
     return kind != "table" or name is None or not name.startswith("samples_")
 
 
+def _take_turn(connection: Connection) -> None:
+    """Of two machines that migrate at once the second one waits, and then finds nothing to do.
+
+    Not within a statement: an index that is built without a lock waits for all that are under way.
+    """
+    end = time.monotonic() + TURN
+    while not connection.scalar(text("SELECT pg_try_advisory_lock(:lock)"), {"lock": MIGRATION_LOCK}):
+        connection.commit()
+        if time.monotonic() > end:
+            raise DatabaseUnusable(
+                "the database: another machine migrates it, and does not come to an end",
+                remedy="wait for it: whatever ends it has it begin anew",
+            )
+        time.sleep(0.2)
+    connection.commit()
+
+
 def _run(connection: Connection) -> None:
     if connection.dialect.name == "postgresql":
-        # Of two machines that migrate at once the second one waits, and then finds nothing to do.
-        connection.execute(text("SET lock_timeout = '10min'"))
-        connection.execute(text("SELECT pg_advisory_lock(:lock)"), {"lock": MIGRATION_LOCK})
+        _take_turn(connection)
         # A migration that cannot get its lock gives up instead of stopping everybody behind it.
         connection.execute(text("SET lock_timeout = '2s'"))
         connection.commit()

@@ -11,14 +11,13 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
 from psycopg.errors import LockNotAvailable
-from sqlalchemy import select
+from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 import migrations
 from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.errors import PoolError
-from poolsvc.models import Pool
 
 _PLACE = str(Path(migrations.__file__).parent)
 _FAULTS = (SQLAlchemyError, CommandError, OSError)
@@ -42,11 +41,6 @@ def upgrade(settings: Settings) -> None:
         except DBAPIError as error:
             if not isinstance(error.orig, LockNotAvailable):
                 raise _unusable(error) from None
-            if "pg_advisory_lock" in (error.statement or ""):
-                raise DatabaseUnusable(
-                    "the database: another machine migrates it, and does not come to an end",
-                    remedy="wait for it: whatever ends it has it begin anew",
-                ) from None
             if wait is None:
                 raise DatabaseUnusable(
                     "the database: another session holds a lock that the migration needs; nothing was changed",
@@ -87,7 +81,8 @@ async def _pool_in(settings: Settings) -> str | None:
     database = Database(settings.database)
     try:
         async with database.transaction() as session:
-            return await session.scalar(select(Pool.domain))
+            found: str | None = await session.scalar(text("SELECT domain FROM pool"))
+            return found
     finally:
         await database.close()
 
