@@ -4,7 +4,7 @@ from datetime import datetime
 from typing import Annotated
 
 from fastapi import APIRouter, Path
-from pydantic import AwareDatetime, Field
+from pydantic import Field
 from sqlalchemy import select
 
 from poolsvc import maintenance, servers, standing
@@ -14,6 +14,7 @@ from poolsvc.api.paging import Page, PagingDep
 from poolsvc.api.request import (
     Document,
     IdPath,
+    Moment,
     NamePath,
     NowDep,
     PrincipalDep,
@@ -30,8 +31,8 @@ router = APIRouter(prefix="/v1")
 
 
 class WindowRequest(Document):
-    starts_at: AwareDatetime | None = Field(None, description="now, unless told when")
-    ends_at: AwareDatetime = Field(description="at most 30 days later")
+    starts_at: Moment | None = Field(None, description="now, unless told when")
+    ends_at: Moment = Field(description="at most 30 days later")
     reason: ReasonText = ""
 
 
@@ -44,7 +45,7 @@ class WindowView(Document):
 
 
 class LeaveRequest(Document):
-    at: AwareDatetime | None = Field(None, description="3 hours to 90 days ahead; at once without")
+    at: Moment | None = Field(None, description="3 hours to 90 days ahead; at once without")
     reason: ReasonText = ""
 
 

@@ -4,7 +4,7 @@ from datetime import datetime
 from typing import Any, Self
 
 from fastapi import APIRouter, Response
-from pydantic import AwareDatetime, Field
+from pydantic import Field
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -19,6 +19,7 @@ from poolsvc.api.request import (
     IdPath,
     Line,
     MailedToken,
+    Moment,
     NowDep,
     PrincipalDep,
     ServicesDep,
@@ -76,7 +77,7 @@ class NewApiToken(Document):
     label: Line = Field(max_length=200, description="what it is for")
     scopes: set[Scope] = Field(min_length=1)
     member: int | None = Field(None, description="if it is to be good for this member only")
-    expires_at: AwareDatetime | None = Field(None, description="within a year; in 90 days if left out")
+    expires_at: Moment | None = Field(None, description="within a year; in 90 days if left out")
 
 
 class ApiTokenView(Document):

@@ -3,11 +3,11 @@
 from datetime import datetime
 
 from fastapi import APIRouter, Response
-from pydantic import AwareDatetime, Field
+from pydantic import Field
 
 from poolsvc import onboarding
 from poolsvc.api.etags import NOT_MODIFIED, IfMatch, IfNoneMatch, etag_of, require_match, tagged
-from poolsvc.api.request import Document, Line, NowDep, PrincipalDep, ServicesDep, SessionDep
+from poolsvc.api.request import Document, Line, Moment, NowDep, PrincipalDep, ServicesDep, SessionDep
 from poolsvc.auth import Operation
 from poolsvc.budget import MOST, Bucket
 from poolsvc.models import CaLimits
@@ -58,7 +58,7 @@ class GrantWish(Document):
 
     certificates: int | None = Field(None, ge=1, le=MOST, strict=True)
     orders: int | None = Field(None, ge=1, le=MOST, strict=True)
-    until: AwareDatetime | None = None
+    until: Moment | None = None
     note: Line = Field(
         "", max_length=onboarding.MAX_NOTE, description="kept in the log: without names of people"
     )

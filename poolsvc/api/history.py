@@ -5,7 +5,7 @@ from datetime import datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
-from pydantic import AwareDatetime, Field
+from pydantic import Field
 from sqlalchemy import Select, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -13,7 +13,7 @@ from poolsvc import history
 from poolsvc.api.accounts import whole_account
 from poolsvc.api.lookup import server_to_read
 from poolsvc.api.paging import Page, Paging, PagingDep
-from poolsvc.api.request import Document, IdPath, NamePath, PrincipalDep, SessionDep, TextQuery
+from poolsvc.api.request import Document, IdPath, Moment, NamePath, PrincipalDep, SessionDep, TextQuery
 from poolsvc.auth import Operation, Principal
 from poolsvc.models import Event
 
@@ -49,8 +49,8 @@ async def list_events(
     user: IdQuery = None,
     kind: TextQuery = None,
     actor: TextQuery = None,
-    since: AwareDatetime | None = None,
-    until: Annotated[AwareDatetime | None, Query(description="before this moment")] = None,
+    since: Moment | None = None,
+    until: Annotated[Moment | None, Query(description="before this moment")] = None,
 ) -> Page[EventView]:
     """What happened, the newest first; for the pool's staff."""
     principal.may(Operation.READ_POOL)

@@ -2,12 +2,12 @@
 
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import MAXYEAR, MINYEAR, UTC, datetime
 from typing import Annotated
 
 from fastapi import Depends, Path, Query, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from poolsvc import auth
@@ -105,6 +105,17 @@ AddressPath = Annotated[str, Path(max_length=45, pattern=_LINE)]
 IdPath = Annotated[int, Path(ge=1, le=2**31 - 1)]
 RandomIdPath = Annotated[int, Path(ge=1, le=2**53 - 1)]
 TextQuery = Annotated[str | None, Query(max_length=100, pattern=_LINE)]
+
+
+def _in_utc(moment: datetime) -> datetime:
+    # At either end of the calendar there is no UTC to be stored in, or no time in the zone of a database's connection.
+    if not MINYEAR < moment.year < MAXYEAR:
+        raise ValueError("the year is not within 2 to 9998")
+    return moment.astimezone(UTC)
+
+
+# All that is a time in a request.
+Moment = Annotated[AwareDatetime, AfterValidator(_in_utc)]
 # 200: what is made of it, such as "until 2026-03-01 18:00 UTC: new disk", has room where 300 have.
 ReasonText = Annotated[
     Line,

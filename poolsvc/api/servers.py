@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 from typing import Annotated
 
 from fastapi import APIRouter, Query
-from pydantic import AwareDatetime, Field
+from pydantic import Field
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -17,6 +17,7 @@ from poolsvc.api.paging import MAX_LIMIT, Page, PagingDep, cursor_of
 from poolsvc.api.request import (
     Document,
     Line,
+    Moment,
     NamePath,
     NowDep,
     PrincipalDep,
@@ -263,8 +264,8 @@ async def read_samples(
     principal: PrincipalDep,
     session: SessionDep,
     paging: PagingDep,
-    since: AwareDatetime | None = None,
-    until: AwareDatetime | None = None,
+    since: Moment | None = None,
+    until: Moment | None = None,
 ) -> Page[SampleView]:
     """What the last probes of a server measured, the newest first, within `since` and before `until`.
 

@@ -111,6 +111,8 @@ async def test_staff_reads_a_stretch_of_time(log):
     [
         {"since": "yesterday"},
         {"since": "2026-03-01T12:00:00"},
+        {"since": "0001-01-01T00:00:00+23:59"},
+        {"until": "9999-12-31T23:59:59-23:59"},
         {"member": 0},
         {"server": "alice"},
         {"kind": "a\x00"},

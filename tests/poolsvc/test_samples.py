@@ -228,6 +228,8 @@ class TestApi:
             "limit=x",
             "since=yesterday",
             "since=2026-03-01T12:00:00",
+            "since=0001-01-01T00:00:00%2B23:59",
+            "until=9999-12-31T23:59:59-23:59",
             "until=" + "9" * 99,
         ],
     )
