@@ -92,6 +92,7 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # to the host that the caller names
     )
     providers = {entry.name: Provider(entry, settings) for entry in settings.oidc}
     app.state.services = Services(settings, database, key, _limits(settings), CensusTaker(), providers)

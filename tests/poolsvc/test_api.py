@@ -288,6 +288,13 @@ async def test_what_is_not_there(world):
         problem(await world.operator.request(method, path), status, code)
 
 
+@pytest.mark.parametrize("path", ["/v1/members/", "/v1/pool/", "/healthz/", "/openapi.json/"])
+async def test_a_slash_too_many_leads_nowhere_and_the_host_that_a_caller_names_is_not_repeated(world, path):
+    answer = await world.operator.get(path, headers={"Host": "evil.example"})
+    problem(answer, 404, "not-found")
+    assert "evil" not in str(answer.headers) + answer.text
+
+
 async def test_a_name_with_a_nul_is_no_servers_name(world):
     """PostgreSQL stores no NUL and refuses even to compare with one."""
     answer = await world.operator.get("/v1/servers/al%00ice")
