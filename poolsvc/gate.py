@@ -1,4 +1,4 @@
-"""What every request passes first: its identifier, whether it may carry a secret here, its size, and how it is counted."""
+"""What every request passes first: its identifier, whether it may carry a secret here, its sizes, and how it is counted."""
 
 import re
 import secrets
@@ -18,6 +18,8 @@ from poolsvc.metrics import Metrics
 
 # No document of the API is longer; a CSR has a few hundred octets.
 MAX_BODY = 64 * 1024
+# Of the target and all headers together; uvicorn limits only what it has not read whole. Tokens and tags have hundreds.
+MAX_HEAD, MAX_HEADERS = 16 * 1024, 100
 # A state that others ask for again and again, and no failure of a request.
 NOT_READY = "not-ready"
 # Digits alone, and few: Python reads other digits too, and refuses thousands of them with a ValueError.
@@ -121,6 +123,16 @@ class Gate:
         headers = Headers(scope=scope)
         if may_carry_secret(scope) and self._is_in_the_open(scope, headers):
             return insecure_transport(scope)
+        head = len(scope["raw_path"]) + len(scope["query_string"])
+        head += sum(len(name) + len(value) for name, value in headers.raw)
+        if head > MAX_HEAD or len(headers.raw) > MAX_HEADERS:
+            return problem(
+                scope,
+                HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+                "head-too-large",
+                f"a target and headers of more than {MAX_HEAD} octets, or more than {MAX_HEADERS} headers",
+                remedy="send only what the API asks for",
+            )
         length = headers.get("content-length", "0")
         is_number = _LENGTH.fullmatch(length) is not None
         if "transfer-encoding" in headers or not is_number or int(length) > MAX_BODY:

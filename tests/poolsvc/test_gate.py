@@ -99,6 +99,30 @@ async def test_what_may_carry_a_secret_is_refused_in_the_open(app, method, heade
         assert (await http.request(method, "/healthz", headers=headers)).status_code == status
 
 
+@pytest.mark.parametrize(
+    ("target", "headers", "status"),
+    [
+        ("/healthz", [("X-Long", "x" * 15_000)], 200),
+        ("/healthz", [("X-Long", "x" * 100_000)], 431),
+        ("/healthz", [("x" * 100_000, "")], 431),
+        ("/healthz", [("X-Long", "x" * 9_000)] * 2, 431),
+        ("/healthz", [("X-Many", "")] * 90, 200),
+        ("/healthz", [("X-Many", "")] * 5_000, 431),
+        ("/" + "x" * 15_000, [], 404),
+        ("/" + "x" * 60_000, [], 431),
+        ("/healthz?" + "x" * 60_000, [], 431),
+        ("/" + "x" * 9_000, [("X-Long", "x" * 9_000)], 431),
+    ],
+)
+async def test_a_head_that_is_too_large_is_refused(app, target, headers, status):
+    async with asking(app) as http:
+        answer = await http.get(target, headers=headers)
+    assert answer.status_code == status
+    if status == 431:
+        assert answer.json()["code"] == "head-too-large"
+        assert answer.json()["remedy"]
+
+
 async def test_every_answer_has_an_identifier_that_the_caller_does_not_choose(app):
     async with asking(app, "127.0.0.1") as http:
         answers = [
