@@ -1,7 +1,7 @@
 """The registry as one ASGI application: API, worker, health, metrics, and errors as problem documents (RFC 9457)."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from enum import StrEnum
 from http import HTTPStatus
@@ -34,6 +34,21 @@ from poolsvc.worker import Health, Worker
 
 # How long the worker's steps may go on when the process is to stop.
 _STOP = 5.0
+
+# What the framework refuses by itself, as the API says it. A body that it cannot parse is no document, whatever is wrong.
+_HTTP_ERRORS: Mapping[int, tuple[int, str, str]] = {
+    HTTPStatus.BAD_REQUEST: (
+        HTTPStatus.UNPROCESSABLE_ENTITY,
+        "invalid-document",
+        "send JSON in UTF-8, as /openapi.json has it",
+    ),
+    HTTPStatus.NOT_FOUND: (HTTPStatus.NOT_FOUND, "not-found", "see /openapi.json for what there is"),
+    HTTPStatus.METHOD_NOT_ALLOWED: (
+        HTTPStatus.METHOD_NOT_ALLOWED,
+        "method-not-allowed",
+        "see /openapi.json for what the path takes",
+    ),
+}
 
 _log = structlog.get_logger()
 
@@ -171,7 +186,7 @@ def _add_problems(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        parts = [part for part in first["loc"] if part != "body"]
+        _, *parts = first["loc"]  # path, query, header or body
         # A number alone is a position in a body that is no JSON at all.
         field = ".".join(map(str, parts)) if any(isinstance(part, str) for part in parts) else None
         return problem(
@@ -208,5 +223,5 @@ def _add_problems(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        code = "not-found" if error.status_code == HTTPStatus.NOT_FOUND else "http-error"
-        return problem(request.scope, error.status_code, code, str(error.detail), headers=error.headers)
+        status, code, remedy = _HTTP_ERRORS.get(error.status_code, (error.status_code, "http-error", ""))
+        return problem(request.scope, status, code, str(error.detail), remedy=remedy, headers=error.headers)

@@ -11,8 +11,12 @@ from pydantic import BaseModel
 
 from poolsvc.errors import PreconditionFailed
 
-IfMatch = Annotated[str | None, Header(max_length=1000, description="the tag that the change is meant for")]
-IfNoneMatch = Annotated[str | None, Header(max_length=1000, description="the tag that is known already")]
+IfMatch = Annotated[
+    str | None, Header(alias="If-Match", max_length=1000, description="the tag that the change is meant for")
+]
+IfNoneMatch = Annotated[
+    str | None, Header(alias="If-None-Match", max_length=1000, description="the tag that is known already")
+]
 # What an endpoint that answers with `tagged` may answer besides its document.
 NOT_MODIFIED: dict[int | str, dict[str, Any]] = {304: {"description": "it is as `If-None-Match` says"}}
 D = TypeVar("D", bound=BaseModel)

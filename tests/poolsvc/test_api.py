@@ -248,9 +248,9 @@ async def test_a_refused_registration_leaves_nothing(world):
 
 async def test_a_body_that_is_no_json_document_is_refused(world):
     headers = {"content-type": "application/json"}
-    for body in (b"{", b"", b"\xff\xfe", b'{"name": "a"', b"nul"):
+    for body in (b"{", b"", b"\xff\xfe", b'{"name": "a"', b"nul", b'{"name": "\xff"}', b"[" * 60_000):
         answer = await world.member.post("/v1/servers", content=body, headers=headers)
-        problem(answer, 422, "invalid-document", None)  # a field is named, not a position
+        assert problem(answer, 422, "invalid-document", None)["remedy"]  # a field is named, not a position
     answer = await world.member.post("/v1/servers", content=b'{"name": "\\ud800"}', headers=headers)
     problem(answer, 422, "invalid-document", "name")
 
@@ -283,9 +283,28 @@ async def test_what_is_not_there(world):
         ("GET", "/v1/servers/nobody", 404, "not-found"),
         ("DELETE", "/v1/servers/nobody", 404, "not-found"),
         ("GET", "/v1/servers/%2e%2e%2fetc", 404, "not-found"),
-        ("PUT", "/v1/pool", 405, "http-error"),
+        ("PUT", "/v1/pool", 405, "method-not-allowed"),
     ):
-        problem(await world.operator.request(method, path), status, code)
+        assert problem(await world.operator.request(method, path), status, code)["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "header", "field"),
+    [
+        ("GET", "/v1/events?limit=0", None, "limit"),
+        ("GET", "/v1/events?cursor=" + "x" * 41, None, "cursor"),
+        ("GET", "/v1/members/0", None, "member"),
+        ("GET", "/v1/acme/limits", "If-None-Match", "If-None-Match"),
+        ("PUT", "/v1/acme/limits", "If-Match", "If-Match"),
+        ("POST", "/v1/members", "Idempotency-Key", "Idempotency-Key"),
+    ],
+)
+async def test_a_part_of_a_request_is_named_as_its_caller_does(world, method, path, header, field):
+    """As in the refusals that are the pool's own, such as that of a cursor."""
+    headers = {header: "x" * 1001} if header else {}
+    body = {"name": "New"} if method == "POST" else {}
+    answer = await world.operator.request(method, path, headers=headers, json=body)
+    assert problem(answer, 422, "invalid-document", field)["remedy"]
 
 
 @pytest.mark.parametrize("path", ["/v1/members/", "/v1/pool/", "/healthz/", "/openapi.json/"])
@@ -298,12 +317,12 @@ async def test_a_slash_too_many_leads_nowhere_and_the_host_that_a_caller_names_i
 async def test_a_name_with_a_nul_is_no_servers_name(world):
     """PostgreSQL stores no NUL and refuses even to compare with one."""
     answer = await world.operator.get("/v1/servers/al%00ice")
-    problem(answer, 422, "invalid-document", answer.json()["field"])
+    problem(answer, 422, "invalid-document", "name")
 
 
 async def test_a_name_longer_than_any_server_has_is_refused(world):
     answer = await world.operator.get("/v1/servers/" + "a" * 65)
-    assert problem(answer, 422, "invalid-document", answer.json()["field"])["field"].endswith("name")
+    problem(answer, 422, "invalid-document", "name")
 
 
 @pytest.fixture
