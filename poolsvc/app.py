@@ -10,7 +10,7 @@ from typing import Any
 
 import structlog
 from cryptography import x509
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from poolsvc.api import ROUTERS, Limits, Services
-from poolsvc.api.openapi import describe
+from poolsvc.api.openapi import describe, refuse_unknown_parameters
 from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.derived import RegistryKey
@@ -114,7 +114,7 @@ def create_app(
     app.state.metrics = metrics
     if part is not Part.WORKER:
         for router in ROUTERS:
-            app.include_router(router)
+            app.include_router(router, dependencies=[Depends(refuse_unknown_parameters)])
     _add_health(app, readiness)
     _add_metrics(app, settings, metrics)
     _add_problems(app)

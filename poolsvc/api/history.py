@@ -1,10 +1,11 @@
 """The audit log, for whom it concerns."""
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Depends, Query
 from pydantic import Field
 from sqlalchemy import Select, select
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -19,6 +20,31 @@ from poolsvc.models import Event
 
 router = APIRouter(prefix="/v1")
 IdQuery = Annotated[int | None, Query(ge=1, le=2**31 - 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    """Which time is asked for."""
+
+    since: datetime | None
+    until: datetime | None
+
+    def of(self, found: Select[Event]) -> Select[Event]:
+        if self.since is not None:
+            found = found.where(Event.at >= self.since)
+        if self.until is not None:
+            found = found.where(Event.at < self.until)
+        return found
+
+
+async def _stretch(
+    since: Moment | None = None,
+    until: Annotated[Moment | None, Query(description="before this moment")] = None,
+) -> _Stretch:
+    return _Stretch(since, until)
+
+
+StretchDep = Annotated[_Stretch, Depends(_stretch)]
 
 
 class EventView(Document):
@@ -42,6 +68,7 @@ async def list_events(
     principal: PrincipalDep,
     session: SessionDep,
     paging: PagingDep,
+    stretch: StretchDep,
     member: Annotated[
         IdQuery, Query(description="of this member and the servers that are its own now")
     ] = None,
@@ -49,8 +76,6 @@ async def list_events(
     user: IdQuery = None,
     kind: TextQuery = None,
     actor: TextQuery = None,
-    since: Moment | None = None,
-    until: Annotated[Moment | None, Query(description="before this moment")] = None,
 ) -> Page[EventView]:
     """What happened, the newest first; for the pool's staff."""
     principal.may(Operation.READ_POOL)
@@ -59,43 +84,41 @@ async def list_events(
     for column, wanted in same:
         if wanted is not None:
             found = found.where(column == wanted)
-    if since is not None:
-        found = found.where(Event.at >= since)
-    if until is not None:
-        found = found.where(Event.at < until)
     if member is not None:
         found = found.where(history.of_member(member))
-    return await _page(session, paging, found, principal)
+    return await _page(session, paging, stretch.of(found), principal)
 
 
 @router.get("/members/{member}/events")
 async def list_events_of_member(
-    member: IdPath, principal: PrincipalDep, session: SessionDep, paging: PagingDep
+    member: IdPath, principal: PrincipalDep, session: SessionDep, paging: PagingDep, stretch: StretchDep
 ) -> Page[EventView]:
     """What happened to a member and to the servers that are its own now, the newest first."""
     principal.may(Operation.READ_MEMBER, member=member)
     known = await history.team(session, member)
     found = select(Event).where(history.of_member(member))
-    return await _page(session, paging, found, principal, known)
+    return await _page(session, paging, stretch.of(found), principal, known)
 
 
 @router.get("/servers/{name}/events")
 async def list_events_of_server(
-    name: NamePath, principal: PrincipalDep, session: SessionDep, paging: PagingDep
+    name: NamePath, principal: PrincipalDep, session: SessionDep, paging: PagingDep, stretch: StretchDep
 ) -> Page[EventView]:
     """What happened to a server, under each member that had it, the newest first."""
     server = await server_to_read(session, principal, name)
     known = await history.team(session, server.member_id)
     found = select(Event).where(Event.server_id == server.id)
-    return await _page(session, paging, found, principal, known)
+    return await _page(session, paging, stretch.of(found), principal, known)
 
 
 @router.get("/me/events")
-async def list_own_events(principal: PrincipalDep, session: SessionDep, paging: PagingDep) -> Page[EventView]:
+async def list_own_events(
+    principal: PrincipalDep, session: SessionDep, paging: PagingDep, stretch: StretchDep
+) -> Page[EventView]:
     """What happened to one's own account, the newest first."""
     user_id = whole_account(principal, Operation.READ_SELF)
     found = select(Event).where(Event.user_id == user_id)
-    return await _page(session, paging, found, principal, [user_id])
+    return await _page(session, paging, stretch.of(found), principal, [user_id])
 
 
 async def _page(

@@ -3,14 +3,16 @@
 from collections.abc import Iterator
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from pydantic import Field
 
 from poolsvc.api.request import Document
+from poolsvc.errors import InvalidDocument
 
 PROBLEM_TYPE = "application/problem+json"
 _METHODS = frozenset({"get", "put", "post", "patch", "delete"})
+_SHOWN = 100  # characters of a parameter that there is not
 # What FastAPI would answer to a document that does not fit; here that is a problem like any other.
 _UNUSED = ("HTTPValidationError", "ValidationError")
 
@@ -44,6 +46,21 @@ def describe(app: FastAPI) -> dict[str, Any]:
             }
         app.openapi_schema = document
     return app.openapi_schema
+
+
+async def refuse_unknown_parameters(request: Request) -> None:
+    """Raise InvalidDocument for a parameter that the description does not give to this call."""
+    if not request.scope["query_string"]:
+        return
+    path, method = request.scope["route"].path, request.method.lower()
+    described = request.app.openapi()["paths"][path][method].get("parameters", ())
+    known = {parameter["name"] for parameter in described if parameter["in"] == "query"}
+    unknown = [name[:_SHOWN] for name in request.query_params if name not in known]
+    if unknown:
+        there = ", ".join(f"`{name}`" for name in sorted(known)) or "none"
+        raise InvalidDocument(
+            f"{unknown[0]}: no such parameter", remedy=f"there are: {there}", field=unknown[0]
+        )
 
 
 def _operations(document: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -395,6 +395,34 @@ async def test_requests_are_counted_by_route_and_status_without_names(alice, cli
     assert "/nothing" not in text
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "field", "there"),
+    [
+        (
+            "GET",
+            "/v1/events?limit=1&limt=1",
+            "limt",
+            "`actor`, `cursor`, `kind`, `limit`, `member`, `server`",
+        ),
+        ("GET", "/v1/servers/alice?q=x", "q", "none"),
+        ("GET", "/v1/pool?%00=", "\x00", "none"),
+        ("GET", "/v1/members?" + "x" * 9_000, "x" * 100, "`cursor`, `limit`, `q`, `status`"),
+        ("DELETE", "/v1/servers/alice?emergncy=true", "emergncy", "`emergency`"),
+        ("PATCH", "/v1/servers/alice/settings?weight=0.5", "weight", "none"),
+    ],
+)
+async def test_a_parameter_that_a_call_does_not_have_is_refused(alice, method, path, field, there):
+    """One that was misspelt must not be left out: what it should have limited would be done in full."""
+    found = problem(await alice.operator.request(method, path), 422, "invalid-document", field)
+    assert there in found["remedy"]
+    assert (await alice.operator.get("/v1/servers/alice")).json()["state"] == "registered"
+
+
+async def test_what_machines_ask_may_have_any_parameters(alice):
+    for path in ("/healthz", "/openapi.json"):
+        assert (await alice.public.get(f"{path}?probe=1")).status_code == 200
+
+
 async def test_deleting_twice_changes_nothing_more(alice):
     first = await alice.member.delete("/v1/servers/alice")
     second = await alice.operator.delete("/v1/servers/alice")

@@ -106,6 +106,26 @@ async def test_staff_reads_a_stretch_of_time(log):
     assert [entry["subject"] for entry in await log.read(log.support, "/v1/events", **stretch)] == ["tick 1"]
 
 
+@pytest.mark.parametrize("path", ["/v1/members/{first}/events", "/v1/servers/alice/events", "/v1/me/events"])
+async def test_who_is_concerned_reads_a_stretch_of_time(log, path):
+    path, moment = path.format(first=log.first), log.now + timedelta(days=400)
+    async with log.database.transaction() as session:
+        act_as(session, "test")
+        for seconds in (0, 1, 2):
+            event = Event(actor="test", kind="tick", subject=f"tick {seconds}")
+            event.at = moment + timedelta(seconds=seconds)
+            event.member_id, event.server_id, event.user_id = log.first, log.alice, log.owner.id
+            session.add(event)
+    for bounds, ticks in (((1, 2), [1]), ((1, None), [2, 1]), ((0, 1), [0])):
+        params = {
+            name: (moment + timedelta(seconds=bound)).isoformat()
+            for name, bound in zip(("since", "until"), bounds, strict=True)
+            if bound is not None
+        }
+        found = await log.read(log.owner, path, **params)
+        assert [entry["subject"] for entry in found] == [f"tick {tick}" for tick in ticks]
+
+
 @pytest.mark.parametrize(
     "params",
     [
