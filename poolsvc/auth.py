@@ -34,6 +34,7 @@ class Operation(StrEnum):
     # one's own account
     READ_SELF = "read-self"
     CHANGE_SELF = "change-self"
+    ACCEPT_TERMS = "accept-terms"
     CHANGE_IDENTITY = "change-identity"  # how one signs in, and whether one has an account
     # a member: its people, its servers as a list, its log
     FOUND_MEMBER = "found-member"
@@ -87,6 +88,8 @@ _STAFF, _TEAM = "operator support", "owner technician"
 PERMISSIONS: Mapping[Operation, Permission] = {
     _O.READ_SELF: _permission("user", Scope.READ, when_blocked=True),
     _O.CHANGE_SELF: _permission("user", Scope.ACCOUNT, when_blocked=True),
+    # With a token for one member too: a new member's owner has nothing else at first.
+    _O.ACCEPT_TERMS: _permission("user", Scope.ACCOUNT, when_blocked=True),
     # Not for a program: whoever finds its token would keep the account for good.
     _O.CHANGE_IDENTITY: _permission("user", None, when_blocked=True),
     _O.FOUND_MEMBER: _permission("user", Scope.ACCOUNT),

@@ -38,6 +38,7 @@ KEY = base64.b64encode(bytes(range(32))).decode()
 ROLES = {
     "read-self": "user",
     "change-self": "user",
+    "accept-terms": "user",
     "change-identity": "user",
     "found-member": "user",
     "read-member": "operator support owner technician",
@@ -68,6 +69,7 @@ ROLES = {
 WHEN_BLOCKED = {
     "read-self",
     "change-self",
+    "accept-terms",
     "change-identity",
     "read-member",
     "close-member",
@@ -269,7 +271,7 @@ ENDPOINTS = [
     ("GET", "/v1/me/tokens", None, Operation.READ_SELF),
     ("POST", "/v1/me/tokens", {"label": "cron", "scopes": ["read"]}, Operation.CHANGE_SELF),
     ("GET", "/v1/me/terms", None, Operation.READ_SELF),
-    ("POST", "/v1/me/terms", {"accept": []}, Operation.CHANGE_SELF),
+    ("POST", "/v1/me/terms", {"accept": []}, Operation.ACCEPT_TERMS),
     ("GET", "/v1/me/identities", None, Operation.READ_SELF),
     ("GET", "/v1/me/events", None, Operation.READ_SELF),
     ("GET", "/v1/members", None, Operation.READ_SELF),

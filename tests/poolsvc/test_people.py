@@ -164,7 +164,6 @@ class TestTokens:
         body = {"label": "x", "scopes": ["read"]}
         bodies = {
             "/v1/me": {},
-            "/v1/me/terms": {"accept": []},
             "/v1/invitations/accept": {"token": "x"},
             "/v1/members": {"name": "D"},
         }
@@ -187,7 +186,6 @@ class TestTokens:
                 ("DELETE", "/v1/me/sessions"),
                 ("GET", "/v1/me/events"),
                 ("PATCH", "/v1/me"),
-                ("POST", "/v1/me/terms"),
                 ("POST", "/v1/invitations/accept"),
                 ("POST", "/v1/members"),
             ):

@@ -9,7 +9,7 @@ from sqlalchemy import func, select, update
 
 from poolsvc import auth, members, sign_in
 from poolsvc.app import create_app
-from poolsvc.config import SignUp, TermsSettings
+from poolsvc.config import SignUp, TermsSettings, load_settings
 from poolsvc.derived import Purpose, RegistryKey
 from poolsvc.errors import SignInInvalid, Unauthenticated
 from poolsvc.models import (
@@ -534,6 +534,33 @@ async def test_a_server_is_registered_by_who_accepted_the_current_terms(client, 
         assert refused.json()["code"] == "terms-not-accepted"
     async with database.transaction() as session:
         assert await session.scalar(select(func.count()).select_from(Acceptance)) == 2
+
+
+@pytest.fixture
+def first_terms(init, tmp_path):
+    """The terms that `init` writes."""
+    assert init(directory=tmp_path / "pool").exit_code == 0
+    found = load_settings(tmp_path / "pool" / "poolsvc.toml").terms
+    assert len(found) == 2
+    return found
+
+
+async def test_the_token_of_a_new_members_owner_is_all_that_a_first_server_takes(
+    first_terms, client, registry, settings, database
+):
+    """As documented, and there is nobody who could get a mail."""
+    app = create_app(settings.model_copy(update={"terms": first_terms}), database, [], KEY)
+    operator = await registry.person(staff=StaffRole.OPERATOR)
+    async with client(operator.token, app=app) as http:
+        token = (await http.post("/v1/members", json={"name": "Time Club"})).json()["token"]
+    body = {"name": "alice", "addresses": ["198.18.0.1"]}
+    async with client(token, app=app) as http:
+        assert (await http.post("/v1/servers", json=body)).json()["code"] == "terms-not-accepted"
+        asked = (await http.get("/v1/me/terms")).json()
+        accept = [{"document": entry["document"], "version": entry["version"]} for entry in asked]
+        accepted = await http.post("/v1/me/terms", json={"accept": accept})
+        assert accepted.status_code == 200, accepted.text
+        assert (await http.post("/v1/servers", json=body)).status_code == 201
 
 
 async def test_an_operators_console_link_proves_no_address(database, settings, people):
