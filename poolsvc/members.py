@@ -175,12 +175,20 @@ async def create_operator(
 ) -> tuple[User, str]:
     """A person who runs the pool, with an API token for their programs."""
     user = await create_user(session, now, email=email, name=name, staff=StaffRole.OPERATOR)
+    return user, await first_token(session, user, now)
+
+
+async def first_token(
+    session: AsyncSession, user: User, now: datetime, *, member_id: int | None = None
+) -> str:
+    """An API token for somebody who has none to ask for it with, such as after a restore."""
     _, token = await auth.issue(
         session,
         TokenKind.API,
         now=now,
         user_id=user.id,
+        member_id=member_id,
         label="first token",
         expires_at=now + auth.TOKEN_LIFE,
     )
-    return user, token
+    return token

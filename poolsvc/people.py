@@ -23,6 +23,7 @@ from poolsvc.models import (
     Scope,
     Server,
     SignIn,
+    StaffRole,
     Token,
     TokenKind,
     User,
@@ -107,6 +108,21 @@ async def make_token(
         label=label,
         expires_at=expires_at,
     )
+
+
+async def make_operator(
+    session: AsyncSession, now: datetime, *, email: str | None, name: str
+) -> tuple[User, str]:
+    """An operator by the console's word, with an API token: somebody new, or who has an account, which keeps its name.
+
+    Raises InvalidEmail, InvalidName, WrongState when the account is blocked.
+    """
+    address = None if email is None else members.check_email(email)
+    known = None if address is None else await session.scalar(select(User.id).where(User.email == address))
+    if known is None:
+        return await members.create_operator(session, now, email=address, name=name)
+    user = await standing.appoint(session, known, StaffRole.OPERATOR)
+    return user, await members.first_token(session, user, now)
 
 
 async def end_token(

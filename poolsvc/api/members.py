@@ -7,7 +7,7 @@ from fastapi import APIRouter, Query, Response
 from pydantic import Field
 from sqlalchemy import func, select
 
-from poolsvc import auth, members, standing
+from poolsvc import members, standing
 from poolsvc.api.accounts import whole_account
 from poolsvc.api.etags import NOT_MODIFIED, IfMatch, IfNoneMatch, etag_of, require_match, tagged
 from poolsvc.api.idempotent import idempotent
@@ -25,7 +25,7 @@ from poolsvc.api.request import (
 )
 from poolsvc.auth import Operation, Role
 from poolsvc.errors import InvalidDocument
-from poolsvc.models import Member, MemberKind, MemberStatus, TokenKind
+from poolsvc.models import Member, MemberKind, MemberStatus
 
 router = APIRouter(prefix="/v1")
 
@@ -106,15 +106,7 @@ async def create_member(
     principal.may(Operation.CREATE_MEMBER)
     owner = await members.create_user(session, now, email=body.email)
     member = await members.create(session, body.name, now, owner=owner, kind=body.kind)
-    _, token = await auth.issue(
-        session,
-        TokenKind.API,
-        now=now,
-        user_id=owner.id,
-        member_id=member.id,
-        label="first token",
-        expires_at=now + auth.TOKEN_LIFE,
-    )
+    token = await members.first_token(session, owner, now, member_id=member.id)
     return MemberCreated(id=member.id, name=member.name, status=member.status, token=token)
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from poolsvc import members, sign_in
+from poolsvc import people, sign_in
 from poolsvc.cli.common import ConfigOption, in_transaction, read_registry_key, read_settings
 
 app = typer.Typer(no_args_is_help=True, help="operators of the pool")
@@ -17,10 +17,10 @@ def create(
     email: Annotated[str | None, typer.Option(help="to sign in with")] = None,
     name: Annotated[str, typer.Option(help="a display name")] = "",
 ) -> None:
-    """Make an operator, and print an API token of theirs once."""
+    """Make an operator, also of who has an account, and print an API token of theirs once."""
     _, token = in_transaction(
         read_settings(config),
-        lambda session: members.create_operator(session, datetime.now(UTC), email=email, name=name),
+        lambda session: people.make_operator(session, datetime.now(UTC), email=email, name=name),
     )
     typer.echo(token)
 

@@ -83,7 +83,7 @@ def restore(
     typer.echo(f"taken out again: {', '.join(done.left_again) or 'none'}")
     typer.echo(f"names burnt by the journal alone: {', '.join(done.burnt) or 'none'}")
     typer.echo(f"{done.tokens_revoked} tokens revoked: people sign in again, agents come back by themselves")
-    typer.echo("nobody is staff: `poolsvc operator create` makes the first operator, who appoints the others")
+    typer.echo("nobody is staff: `poolsvc operator create --email EMAIL` makes you one; appoint the others")
     typer.echo("people who were removed, blocked or erased since the copy are back: do it once more")
     typer.echo("Nothing is published until `poolsvc thaw`.")
 

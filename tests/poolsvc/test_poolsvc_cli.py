@@ -153,6 +153,52 @@ def test_an_operator_whose_mail_does_not_come_signs_in_from_the_console(config, 
         in_transaction(empty_database, opened)
 
 
+def test_an_account_that_there_is_becomes_an_operators_from_the_console(config, empty_database):
+    """After a restore nobody is staff, and the operator's account is there."""
+    path = config(empty_database)
+    poolsvc("migrate", "--config", path)
+
+    async def make(session):
+        await members.create_user(session, datetime.now(UTC), email="op@example.org", name="Op")
+
+    in_transaction(empty_database, make)
+    failed(
+        poolsvc("operator", "sign-in", "--config", path, "--email", "op@example.org"),
+        ExitStatus.USAGE,
+        "operator create",
+    )
+    made = poolsvc("operator", "create", "--config", path, "--email", " OP@example.org", "--name", "Other")
+    assert made.status == ExitStatus.OK
+
+    async def found(session):
+        bearer = await auth.authenticate(session, made.stdout.strip(), datetime.now(UTC))
+        change = await session.scalar(
+            select(Event).where(Event.user_id == 1).order_by(Event.id.desc()).limit(1)
+        )
+        return bearer, await session.get_one(User, 1), change
+
+    bearer, user, change = in_transaction(empty_database, found)
+    assert (bearer.user_id, bearer.staff) == (1, StaffRole.OPERATOR)
+    assert (user.email, user.name) == ("op@example.org", "Op")
+    assert (change.actor, change.after["staff"]) == ("console", "operator")
+    again = poolsvc("operator", "sign-in", "--config", path, "--email", "op@example.org")
+    assert again.status == ExitStatus.OK
+
+
+def test_who_is_blocked_becomes_no_operator(config, empty_database):
+    path = config(empty_database)
+    poolsvc("migrate", "--config", path)
+
+    async def make(session):
+        user = await members.create_user(session, datetime.now(UTC), email="op@example.org")
+        user.blocked_at = datetime.now(UTC)
+
+    in_transaction(empty_database, make)
+    refused = poolsvc("operator", "create", "--config", path, "--email", "op@example.org")
+    failed(refused, ExitStatus.USAGE, "unblock them")
+    assert in_transaction(empty_database, lambda session: session.get_one(User, 1)).staff is None
+
+
 def test_ending_all_sessions_makes_links_void_too_and_leaves_programs_alone(config, empty_database):
     path = config(empty_database)
     poolsvc("migrate", "--config", path)
