@@ -176,7 +176,8 @@ class Principal:
         member = server.member_id if server is not None else member
         matching = self.roles(member) & permission.roles
         if not matching:
-            whose = "" if member is None else " of another member"
+            is_foreign = self.user_id is not None and member not in (None, *self.acts_for)
+            whose = " of another member" if is_foreign else ""
             raise Forbidden(
                 f"you cannot {operation}{whose}", remedy=f"it takes {' or '.join(sorted(permission.roles))}"
             )

@@ -152,6 +152,23 @@ def test_a_token_for_one_member_is_none_of_an_operator_nor_of_another_member():
     assert not may(token, Operation.CREATE_MEMBER, None)
 
 
+@pytest.mark.parametrize(
+    ("principal", "member", "is_foreign"),
+    [
+        (bearer(Role.OWNER), MINE, False),
+        (bearer(Role.OWNER), OTHER, True),
+        (bearer(Role.OWNER, member_id=OTHER), MINE, True),
+        (bearer(Role.SUPPORT), MINE, True),
+        (bearer(Role.AGENT), MINE, False),
+        (bearer(Role.OWNER), None, False),
+    ],
+)
+def test_a_refusal_says_of_another_member_to_who_does_not_act_for_it(principal, member, is_foreign):
+    with pytest.raises(Forbidden) as caught:
+        principal.may(Operation.JUDGE_SERVER, member=member)
+    assert caught.value.detail == "you cannot judge-server" + " of another member" * is_foreign
+
+
 def test_who_acts_for_several_members_has_to_name_one():
     both = Principal(1, TokenKind.SESSION, members={1: MemberRole.OWNER, 2: MemberRole.TECHNICIAN})
     with pytest.raises(Forbidden, match="you act for 2 members") as caught:
