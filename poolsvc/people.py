@@ -31,6 +31,7 @@ from poolsvc.models import (
 
 MAX_TOKEN_LIFE = timedelta(days=365)
 MAX_TOKENS = 50
+MAX_LABEL = 100
 # Of an export: an operator of many years has made more changes than one document can hold.
 MAX_EVENTS = 10_000
 # A token's hash, what is to be served for a proof, and what answers the CA.
@@ -69,6 +70,13 @@ async def make_token(
 
     Raises Forbidden, InvalidDocument, LimitReached.
     """
+    label = " ".join(label.split())
+    if not 1 <= len(label) <= MAX_LABEL or not label.isprintable():
+        raise InvalidDocument(
+            "the label is empty, too long, or cannot be shown",
+            remedy=f"say in 1 to {MAX_LABEL} characters what the token is for",
+            field="label",
+        )
     expires_at = expires_at or now + auth.TOKEN_LIFE
     if not now < expires_at <= now + MAX_TOKEN_LIFE:
         raise InvalidDocument(

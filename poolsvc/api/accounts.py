@@ -60,7 +60,7 @@ class SelfChange(Document):
     """What is left out stays as it is."""
 
     name: Line | None = Field(
-        None, max_length=200, description="display name, not a mail address; may be empty"
+        None, max_length=members.MAX_NAME, description="display name, not a mail address; may be empty"
     )
     email: Line | None = Field(None, max_length=254, description="takes effect by the link in a mail to it")
 
@@ -74,7 +74,7 @@ class SessionView(Document):
 
 
 class NewApiToken(Document):
-    label: Line = Field(max_length=200, description="what it is for")
+    label: Line = Field(max_length=people.MAX_LABEL, description="what it is for")
     scopes: set[Scope] = Field(min_length=1)
     member: int | None = Field(None, description="if it is to be good for this member only")
     expires_at: Moment | None = Field(None, description="within a year; in 90 days if left out")
@@ -293,7 +293,7 @@ async def make_token(
     row, text = await people.make_token(
         session,
         principal,
-        label=members.check_display_name(body.label, field="label"),
+        label=body.label,
         scopes=body.scopes,
         member_id=body.member,
         expires_at=body.expires_at,

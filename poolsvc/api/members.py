@@ -45,7 +45,7 @@ class MemberView(Document):
 
 
 class MemberRequest(Document):
-    name: Line = Field(max_length=200, description="display name; may be shown publicly")
+    name: Line = Field(max_length=members.MAX_NAME, description="display name; may be shown publicly")
     kind: MemberKind = MemberKind.PERSON
     email: Line | None = Field(
         None, max_length=254, description="of its first owner, when an operator makes the member"
@@ -64,7 +64,7 @@ class MemberCreated(Document):
 class MemberChange(Document):
     """What is left out stays as it is."""
 
-    name: Line | None = Field(None, max_length=200)
+    name: Line | None = Field(None, max_length=members.MAX_NAME)
     kind: MemberKind | None = None
     public: bool | None = Field(None, description="whether everybody may see its name")
     max_servers: int | None = Field(None, ge=0, le=100_000, description="for operators; null: the policy's")

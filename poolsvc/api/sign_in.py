@@ -6,7 +6,7 @@ from fastapi import APIRouter
 from pydantic import Field
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from poolsvc import sign_in, terms
+from poolsvc import members, sign_in, terms
 from poolsvc.api.accounts import Accepted, SelfView, view_of
 from poolsvc.api.detours import BeginView, ComeBackRequest, identify, provider_named
 from poolsvc.api.request import (
@@ -58,12 +58,14 @@ class SignedIn(Document):
 
 
 class NewMember(Document):
-    name: Line = Field(max_length=200, description="display name; may be shown publicly")
+    name: Line = Field(max_length=members.MAX_NAME, description="display name; may be shown publicly")
     kind: MemberKind = MemberKind.PERSON
 
 
 class NewAccount(Document):
-    name: Line = Field("", max_length=200, description="your own display name, not a mail address")
+    name: Line = Field(
+        "", max_length=members.MAX_NAME, description="your own display name, not a mail address"
+    )
     member: NewMember | None = Field(
         None, description="who gives the servers; needed but for who is invited to a member"
     )

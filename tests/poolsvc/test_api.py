@@ -201,8 +201,8 @@ async def test_a_member_is_created_with_a_token_that_works(world, client):
 
 async def test_members_names_that_are_refused(world):
     for name, code in (
-        *((name, "invalid-name") for name in ("", " ", "a" * 101, "me@example.org", "\u202e")),
-        *((name, "invalid-document") for name in ("be\x07ll", "nul\x00")),
+        *((name, "invalid-name") for name in ("", " ", "me@example.org", "\u202e")),
+        *((name, "invalid-document") for name in ("be\x07ll", "nul\x00", "a" * 101)),
     ):
         answer = await world.operator.post("/v1/members", json={"name": name})
         assert problem(answer, 422, code, "name")["remedy"]

@@ -22,7 +22,7 @@ from sqlalchemy import select
 
 from lab.processes import free_port
 from nts_core.control import ServerState
-from poolsvc import auth, maintenance, members, notices, servers, teams, transfers
+from poolsvc import auth, maintenance, members, notices, people, servers, teams, transfers
 from poolsvc.app import create_app
 from poolsvc.db import Database
 from poolsvc.derived import RegistryKey
@@ -300,6 +300,17 @@ async def test_half_a_character_is_no_text(world, app, client):
                         headers={"Content-Type": "application/json"},
                     )
                     assert answer.status_code == 422, (method, template, bad, answer.text)
+
+
+def test_names_and_labels_are_described_as_they_are_taken(app):
+    schemas = app.openapi()["components"]["schemas"]
+    for document, name in (
+        *((document, "name") for document in ("SelfChange", "MemberRequest", "MemberChange")),
+        *((document, "name") for document in ("NewMember", "NewAccount")),
+        ("NewApiToken", "label"),
+    ):
+        schema = resolved(schemas[document]["properties"][name], {"components": {"schemas": schemas}})
+        assert schema["maxLength"] == {"name": members.MAX_NAME, "label": people.MAX_LABEL}[name], document
 
 
 def test_each_document_has_a_name_of_its_own(app):

@@ -126,6 +126,9 @@ class TestTokens:
             ({"scopes": ["all"]}, "scopes.0"),
             ({"label": ""}, "label"),
             ({"label": "a\x00"}, "label"),
+            ({"label": " "}, "label"),
+            ({"label": "x" * 101}, "label"),
+            ({"label": "\u202e"}, "label"),
             ({"expires_at": "2020-01-01T00:00:00Z"}, "expires_at"),
             ({"expires_at": "9999-01-01T00:00:00Z"}, "expires_at"),
             ({"expires_at": "2026-01-01T00:00:00"}, "expires_at"),
@@ -136,6 +139,14 @@ class TestTokens:
         async with client(await people.session(await people.make())) as http:
             answer = await http.post("/v1/me/tokens", json={"label": "x", "scopes": ["read"], **body})
         assert (answer.status_code, answer.json()["field"]) == (422, field)
+        assert answer.json()["code"] == "invalid-document"
+        assert "name" not in answer.json()["remedy"]
+
+    async def test_its_label_is_what_its_owner_calls_it(self, client, people):
+        async with client(await people.session(await people.make())) as http:
+            for label, shown in (("x" * 100, "x" * 100), ("  backup@host   7 ", "backup@host 7")):
+                made = await http.post("/v1/me/tokens", json={"label": label, "scopes": ["read"]})
+                assert (made.status_code, made.json()["label"]) == (201, shown)
 
     async def test_one_lives_a_year_at_most(self, client, people):
         async with client(await people.session(await people.make())) as http:
