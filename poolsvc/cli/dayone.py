@@ -179,7 +179,7 @@ def _next_steps(answers: Answers, directory: Path, files: dict[str, bytes], reco
      poolsvc migrate --config {settings}
      poolsvc doctor --config {settings}
 4. Keep a copy of {directory / setup.ACCOUNT_KEY}, and start:
-     poolsvc operator create --config {settings}
+     poolsvc operator create --config {settings} --email EMAIL
      poolsvc serve --config {settings}
    or as a service of a user of its own, who also runs the commands above:
      useradd --system poolsvc && chown -R poolsvc {directory}

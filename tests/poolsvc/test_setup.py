@@ -52,6 +52,12 @@ def test_everything_is_written_for_the_owner_alone_and_can_be_used(init, tmp_pat
     acme.load_account_key(settings.ca.account_key_file)
 
 
+def test_the_operator_of_the_first_day_can_sign_in(init, tmp_path):
+    """Without an address nobody could."""
+    (line,) = [line.strip() for line in init().stdout.splitlines() if "operator create" in line]
+    assert line == f"poolsvc operator create --config {tmp_path / 'new' / 'poolsvc.toml'} --email EMAIL"
+
+
 def test_the_parents_lines_are_printed_and_no_secret(init, tmp_path):
     done = init("--nameserver=ns2.example.net=2001:db8::53")
     lines = [line.strip() for line in done.stdout.splitlines()]
