@@ -158,7 +158,7 @@ async def check_wish(session: AsyncSession, settings: Settings, wish: Wish) -> N
 
     Raises InvalidDocument, InvalidName, NameTaken, InvitationNeeded.
     """
-    terms.check_current(settings, wish.accepted)
+    terms.check_current(settings, wish.accepted, shown="GET /v1/sign-up")
     if settings.sign_up is SignUp.INVITATION and wish.invitation is None:
         raise InvitationNeeded(
             "accounts of this pool are by invitation",

@@ -26,14 +26,17 @@ class TermsState:
     accepted_at: datetime | None
 
 
-def check_current(settings: Settings, given: Collection[Accepted]) -> None:
-    """Refuse an acceptance that is not of exactly the current documents. Raises InvalidDocument."""
+def check_current(settings: Settings, given: Collection[Accepted], *, shown: str) -> None:
+    """Refuse an acceptance that is not of exactly the current documents; `shown` is the call that has them.
+
+    Raises InvalidDocument.
+    """
     current = {(entry.document, entry.version) for entry in settings.terms}
     if set(given) != current:
         named = ", ".join(f"{document} {version}" for document, version in sorted(current)) or "none"
         raise InvalidDocument(
             "`accept` does not name the current terms, each with its version",
-            remedy=f"read them (GET /v1/me/terms) and name them all: {named}",
+            remedy=f"read them ({shown}) and name them all: {named}",
             field="accept",
         )
 
@@ -58,7 +61,7 @@ async def accept(
     session: AsyncSession, settings: Settings, user_id: int, given: Sequence[Accepted], now: datetime
 ) -> None:
     """Record that a user accepted all current documents; what was accepted before stays. Raises InvalidDocument."""
-    check_current(settings, given)
+    check_current(settings, given, shown="GET /v1/me/terms")
     await record(session, user_id, given, now)
 
 

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import re
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from sqlalchemy import func, select, update
@@ -30,6 +32,7 @@ from poolsvc.models import (
 )
 from poolsvc.notices import Letter, NoticeKind
 
+MANUAL = Path(__file__).parents[2] / "docs/members.md"
 KEY = RegistryKey(bytes(32))
 TERMS = (
     TermsSettings(document="ca", version="1.4", title="Subscriber agreement", url="https://ca.example/sa"),
@@ -543,6 +546,35 @@ def first_terms(init, tmp_path):
     found = load_settings(tmp_path / "pool" / "poolsvc.toml").terms
     assert len(found) == 2
     return found
+
+
+def documented(path):
+    """The body of the example for a call in the members' manual."""
+    (body,) = re.findall(rf"-d '([^']*)'\s+REGISTRY{path}\n", MANUAL.read_text())
+    return json.loads(body)
+
+
+async def test_the_manuals_examples_fit_a_pool_as_init_makes_it(
+    first_terms, client, registry, settings, database, people
+):
+    settings = settings.model_copy(update={"sign_up": SignUp.APPROVAL, "terms": first_terms})
+    app = create_app(settings, database, [], KEY)
+    async with client(app=app) as http:
+        answer = await http.post("/v1/sign-up", json=documented("/v1/sign-up"))
+    assert answer.status_code == 202, answer.text
+    assert await people.count(SignIn) == 1
+    token = await registry.owner_token(await registry.member())
+    async with client(token, app=app) as http:
+        assert (await http.post("/v1/me/terms", json=documented("/v1/me/terms"))).status_code == 200
+
+
+async def test_who_has_no_account_is_sent_where_no_token_is_asked_for(client, registry):
+    async with client() as http:
+        refused = await http.post("/v1/sign-up", json={**WISH, "accept": ACCEPT[:1]})
+        assert "GET /v1/sign-up" in refused.json()["remedy"]
+    async with client(await registry.owner_token(await registry.member())) as http:
+        refused = await http.post("/v1/me/terms", json={"accept": ACCEPT[:1]})
+        assert "GET /v1/me/terms" in refused.json()["remedy"]
 
 
 async def test_the_token_of_a_new_members_owner_is_all_that_a_first_server_takes(
