@@ -1,4 +1,4 @@
-"""The description of the API (OpenAPI 3.1): what every operation may answer besides its document."""
+"""The description of the API (OpenAPI 3.1): what each call may answer besides its document, and that it takes no more."""
 
 from collections.abc import Iterator
 from typing import Any
