@@ -238,6 +238,7 @@ def test_a_lost_key_of_a_certificate_is_a_command(config, empty_database):
         member = await members.create(session, "Club", now, owner=user)
         server = await servers.register(session, settings, member.id, "alice", ["1.1.1.2"], now, actor="test")
         values = {"created_at": now, "chain": "PEM", "not_after": now + timedelta(days=1)}
+        values["url"] = "https://ca.example/order/1"
         session.add(Order(server_id=server.id, status=OrderStatus.ISSUED, **values))
 
     async def lost(session):
