@@ -107,6 +107,7 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        openapi_url=None if part is Part.WORKER else "/openapi.json",
         redirect_slashes=False,  # to the host that the caller names
     )
     providers = {entry.name: Provider(entry, settings) for entry in settings.oidc}

@@ -21,7 +21,7 @@ from nts_core.control import ServerState, Stage, StageStatus
 from nts_core.tls import new_key_and_csr
 from poolsvc import auth, issuance, members, servers
 from poolsvc.alarms import report, resign
-from poolsvc.app import create_app
+from poolsvc.app import Part, create_app
 from poolsvc.db import Database
 from poolsvc.derived import RegistryKey
 from poolsvc.gate import MAX_BODY
@@ -312,6 +312,14 @@ async def test_a_slash_too_many_leads_nowhere_and_the_host_that_a_caller_names_i
     answer = await world.operator.get(path, headers={"Host": "evil.example"})
     problem(answer, 404, "not-found")
     assert "evil" not in str(answer.headers) + answer.text
+
+
+async def test_a_worker_has_nothing_to_describe(settings, database):
+    app = create_app(settings, database, [], RegistryKey(bytes(32)), Part.WORKER)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="https://worker") as http:
+        problem(await http.get("/openapi.json"), 404, "not-found")
+        problem(await http.get("/v1/pool"), 404, "not-found")
+        assert (await http.get("/healthz")).status_code == 200
 
 
 async def test_a_name_with_a_nul_is_no_servers_name(world):
