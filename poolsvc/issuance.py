@@ -7,8 +7,8 @@ Every step names its resources by the URLs in the order's row, is safe to repeat
 process that dies leaves the order to the next one. No network I/O happens inside a transaction.
 
 An order goes to the first CA, and to another one only before a CA has taken it: `_choose_ca` and `_other_ca`. With a
-staging CA in the settings a server's first order, and one after a failure, goes through REQUESTED to FINALIZING there
-first and is never finalized; then it begins anew, with nothing that the staging CA gave: `is_rehearsal`.
+staging CA in the settings an order of a server without a certificate goes through REQUESTED to FINALIZING there first
+and is never finalized; then it begins anew, with nothing that the staging CA gave: `_rehearse_at`, `is_rehearsal`.
 """
 
 import asyncio
@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from datetime import datetime, timedelta
 from http import HTTPStatus
+from itertools import takewhile
 
 import structlog
 from sqlalchemy import ColumnElement, or_, select
@@ -59,6 +60,8 @@ _GONE = frozenset({HTTPStatus.NOT_FOUND, HTTPStatus.GONE})
 _MAX_POLLS, _MAX_POLLS_OF_FAILED = 128, 20
 # Of a step at a staging CA that is away or busy: a rehearsal holds up an order for minutes at most.
 _REHEARSAL_TRIES = 4
+# Rehearsals that fail in a row: a staging CA that always refuses keeps nobody from the real one.
+_MOST_REHEARSALS = 2
 # After which no CA of which we know uses an authorization again, whatever it does not tell us.
 _AUTHORIZATION_LIFE = timedelta(days=30)
 
@@ -220,7 +223,7 @@ async def take_csr(
     order.csr, order.key_sha256 = pem, key
     order.status, order.due_at = OrderStatus.REQUESTED, now
     order.ca, order.ca_since = (
-        await _rehearse_at(session, settings, server) or _choose_ca(settings, server, now),
+        await _rehearse_at(session, settings, server, now) or _choose_ca(settings, server, now),
         now,
     )
 
@@ -248,19 +251,35 @@ def is_rehearsal(settings: Settings, order: Order) -> bool:
     return order.chain is None and settings.ca.is_rehearsal(order.ca)
 
 
-async def _rehearse_at(session: AsyncSession, settings: Settings, server: Server) -> str | None:
-    """The CA at which a new order is tried first: one of a server without a certificate, or after a failure.
+async def _rehearse_at(
+    session: AsyncSession, settings: Settings, server: Server, now: datetime
+) -> str | None:
+    """The CA at which a new order is tried first: the first one of a server, or one after a failure.
 
-    None also while there is no account, which CAA would have to name.
+    None while a certificate is valid, which must not end for a staging CA's sake; and while there is no account, which
+    CAA would have to name.
     """
-    rehearsal = settings.ca.rehearsal
-    is_renewal = servers.newest_certificate(server) is not None and server.order_failures == 0
-    if rehearsal is None or is_renewal:
+    rehearsal, served = settings.ca.rehearsal, servers.newest_certificate(server)
+    if rehearsal is None or (served is not None and (server.order_failures == 0 or is_valid(served, now))):
         return None
     if rehearsal.name not in await account_uris(session):
-        _log.warning("order_not_rehearsed", server=server.name, ca=rehearsal.name, reason="no account there")
-        return None
-    return rehearsal.name
+        reason = "no account there"
+    elif _failed_rehearsals(settings, server) >= _MOST_REHEARSALS:
+        reason = f"it has failed {_MOST_REHEARSALS} times"
+    else:
+        return rehearsal.name
+    _log.warning("order_not_rehearsed", server=server.name, ca=rehearsal.name, reason=reason)
+    return None
+
+
+def _failed_rehearsals(settings: Settings, server: Server) -> int:
+    """How many there were since the last order at a real CA. What no CA was to see has no request."""
+    ended = (
+        order
+        for order in reversed(server.orders)
+        if order.csr is not None and order.status not in OPEN_ORDERS
+    )
+    return sum(1 for _ in takewhile(lambda order: is_rehearsal(settings, order), ended))
 
 
 def shares_of(settings: Settings) -> Iterator[tuple[str, ColumnElement[bool]]]:

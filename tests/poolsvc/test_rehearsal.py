@@ -140,7 +140,7 @@ async def test_a_process_that_dies_in_a_rehearsal_leaves_it_to_the_next_one(stag
 async def test_what_the_staging_ca_refuses_costs_nothing_at_the_real_one(staged):
     """It looks at another port than the precheck: what a firewall does."""
     flow = await staged(http_port=free_port())
-    for wait in (60, 600, 6000):
+    for wait in (60, 600):
         await flow.begin()
         order = await at_real_ca(flow)
         assert (order.status, order.ca) == (S.FAILED, flow.staging_name)
@@ -155,6 +155,33 @@ async def test_what_the_staging_ca_refuses_costs_nothing_at_the_real_one(staged)
         state = await onboarding.state(session, flow.settings, flow.now)
     assert (state.budget.orders.spent, state.budget.reserved) == (0, 0)
     assert onboarding._free_at(flow.settings, await flow.server(), flow.now) <= flow.now
+
+
+@BOTH
+async def test_a_staging_ca_that_always_refuses_keeps_nobody_from_the_real_one(staged):
+    flow = await staged(http_port=free_port())
+    for _ in range(2):
+        await flow.begin()
+        assert (await at_real_ca(flow)).error.startswith("rehearsal: ")
+    with capture_logs() as logs:
+        await flow.begin()
+    assert [line["event"] for line in logs] == ["order_not_rehearsed"]
+    flow.ca.faults = {Resource.CERTIFICATE: Fault.OTHER_KEY}
+    assert (await flow.until(S.FAILED)).ca == flow.real_name
+    flow.ca.faults = {}
+
+    await flow.begin()
+    assert (await flow.order()).ca == flow.staging_name, "the real CA has failed meanwhile"
+    assert (await at_real_ca(flow)).status is S.FAILED
+    async with flow.registry.change(flow.server_id) as (_, server):
+        issuance.want(server, flow.now)
+        issuance.start_anew(server, flow.now)
+    await flow.begin()
+    assert (await at_real_ca(flow)).error.startswith("rehearsal: "), (
+        "an order that no CA was to see changes nothing"
+    )
+    await flow.begin()
+    assert (await flow.until(S.ISSUED)).ca == flow.real_name
 
 
 async def test_failed_rehearsals_let_a_waiting_server_have_its_turn(staged):
@@ -283,9 +310,10 @@ async def test_a_late_answer_of_the_staging_ca_is_not_taken_for_one_of_the_real_
     assert (order.status, order.ca, order.url) == (S.REQUESTED, flow.real_name, None)
 
 
-async def test_a_renewal_is_rehearsed_only_after_a_failure(staged):
+async def test_no_renewal_is_rehearsed_while_the_certificate_is_valid(staged):
+    """Whatever has failed: a staging CA may be the one that always does."""
     flow = await staged()
-    await flow.certified()
+    served = await flow.certified()
     assert requests(flow.staging, Resource.NEW_ORDER) == [1]
     flow.now += DAY
     await flow.begin()
@@ -294,9 +322,17 @@ async def test_a_renewal_is_rehearsed_only_after_a_failure(staged):
     assert (await flow.until(S.FAILED)).ca == flow.real_name
     flow.ca.faults = {}
     await flow.step()
+    async with flow.database.transaction() as session:
+        server = await servers.get(session, flow.server_id)
+        assert server.order_failures == 1
+        rehearsed_at = [
+            await issuance._rehearse_at(session, flow.settings, server, at)
+            for at in (served.not_after - MINUTE, served.not_after)
+        ]
+    assert rehearsed_at == [None, flow.staging_name]
     await flow.begin()
-    assert (await flow.order()).ca == flow.staging_name
     assert (await flow.until(S.ISSUED)).ca == flow.real_name
+    assert requests(flow.staging, Resource.NEW_ORDER) == [1]
 
 
 async def test_a_429_of_the_real_ca_holds_up_no_rehearsal_and_one_of_the_staging_ca_nobody(staged):
