@@ -222,10 +222,6 @@ class CaSettings(AuthoritySettings):
         """All at which there is an account of the registry's."""
         return self.all if self.rehearsal is None else (*self.all, self.rehearsal)
 
-    def is_rehearsal(self, name: str | None) -> bool:
-        """Whether the CA of a name is the staging CA."""
-        return self.rehearsal is not None and name == self.rehearsal.name
-
     @model_validator(mode="after")
     def _are_different(self) -> Self:
         for what, values in (

@@ -8,7 +8,7 @@ process that dies leaves the order to the next one. No network I/O happens insid
 
 An order goes to the first CA, and to another one only before a CA has taken it: `_choose_ca` and `_other_ca`. With a
 staging CA in the settings an order of a server without a certificate goes through REQUESTED to FINALIZING there first
-and is never finalized; then it begins anew, with nothing that the staging CA gave: `_rehearse_at`, `is_rehearsal`.
+and is never finalized; then it begins anew, with nothing that the staging CA gave: `_rehearse_at`, `Order.rehearsal`.
 """
 
 import asyncio
@@ -222,10 +222,9 @@ async def take_csr(
         )
     order.csr, order.key_sha256 = pem, key
     order.status, order.due_at = OrderStatus.REQUESTED, now
-    order.ca, order.ca_since = (
-        await _rehearse_at(session, settings, server, now) or _choose_ca(settings, server, now),
-        now,
-    )
+    staging = await _rehearse_at(session, settings, server, now)
+    order.rehearsal = staging is not None
+    order.ca, order.ca_since = staging or _choose_ca(settings, server, now), now
 
 
 def ca_of(settings: Settings, order: Order) -> str:
@@ -243,14 +242,6 @@ def _is_of_first(settings: Settings, order: Order) -> bool:
     return ca_of(settings, order) == settings.ca.name
 
 
-def is_rehearsal(settings: Settings, order: Order) -> bool:
-    """Whether an order is tried at the staging CA, or has failed there: it never becomes a certificate.
-
-    One that did is of the time when that CA was the pool's own.
-    """
-    return order.chain is None and settings.ca.is_rehearsal(order.ca)
-
-
 async def _rehearse_at(
     session: AsyncSession, settings: Settings, server: Server, now: datetime
 ) -> str | None:
@@ -264,7 +255,7 @@ async def _rehearse_at(
         return None
     if rehearsal.name not in await account_uris(session):
         reason = "no account there"
-    elif _failed_rehearsals(settings, server) >= _MOST_REHEARSALS:
+    elif _failed_rehearsals(server) >= _MOST_REHEARSALS:
         reason = f"it has failed {_MOST_REHEARSALS} times"
     else:
         return rehearsal.name
@@ -272,14 +263,14 @@ async def _rehearse_at(
     return None
 
 
-def _failed_rehearsals(settings: Settings, server: Server) -> int:
+def _failed_rehearsals(server: Server) -> int:
     """How many there were since the last order at a real CA. What no CA was to see has no request."""
     ended = (
         order
         for order in reversed(server.orders)
         if order.csr is not None and order.status not in OPEN_ORDERS
     )
-    return sum(1 for _ in takewhile(lambda order: is_rehearsal(settings, order), ended))
+    return sum(1 for _ in takewhile(lambda order: order.rehearsal, ended))
 
 
 def shares_of(settings: Settings) -> Iterator[tuple[str, ColumnElement[bool]]]:
@@ -362,7 +353,7 @@ async def advance(
         server = order.server
         if _is_of_first(settings, order) and await _is_held_back(session, settings, order, now):
             return
-    steps = _REHEARSAL_STEPS if is_rehearsal(settings, order) else _STEPS
+    steps = _REHEARSAL_STEPS if order.rehearsal else _STEPS
     step = steps.get(order.status)
     if step is None:
         return
@@ -374,7 +365,7 @@ async def advance(
         change = _refused(settings, order, server, account, error, now)
         await _note_refusal(database, settings, order, error, now)
     except (OrderFailed, CsrError, ChainError) as error:
-        change = _failed(settings, order, str(error), is_of_member=isinstance(error, _NotValidated))
+        change = _failed(order, str(error), is_of_member=isinstance(error, _NotValidated))
     except FetchError as error:
         change = _wait(order, f"precheck: {error}", now + settings.policy.step_wait(0))
     async with database.transaction() as session:
@@ -571,7 +562,7 @@ def _begin_at(ca: str) -> Change:
     """The rehearsal is over, and the order begins."""
 
     def change(row: Order, now: datetime) -> None:
-        row.ca, row.ca_since = ca, now
+        row.ca, row.ca_since, row.rehearsal = ca, now, False
         row.status, row.due_at = OrderStatus.REQUESTED, now
         row.account_uri = row.profile = row.url = row.authorization_url = None
         row.challenge_url = row.token = row.key_authorization = row.txt = row.served_at = None
@@ -590,12 +581,12 @@ def _give_up_rehearsal(
 ) -> Change:
     """What the staging CA does not do has to be done without it; an authorization there ends by itself."""
     if order.status is OrderStatus.FAILED:
-        return _failed(settings, order, reason)
+        return _failed(order, reason)
     _log.warning("rehearsal_given_up", order=order.id, ca=order.ca, step=order.status, reason=reason)
     return _begin_at(_choose_ca(settings, server, now))
 
 
-async def settle(settings: Settings, account: AcmeAccount, order: Order) -> str | None:
+async def settle(account: AcmeAccount, order: Order) -> str | None:
     """End an order's authorization; then an order under way can only have become a certificate already.
 
     Returns the chain of such a certificate, which nobody asked for any more and which has to be revoked one
@@ -603,7 +594,7 @@ async def settle(settings: Settings, account: AcmeAccount, order: Order) -> str 
     """
     if order.authorization_url is not None:
         await account.deactivate_authorization(order.authorization_url)
-    if order.url is None or order.chain is not None or is_rehearsal(settings, order):
+    if order.url is None or order.chain is not None or order.rehearsal:
         return None
     try:
         status = (await account.poll(order.url)).status
@@ -632,7 +623,7 @@ async def _wind_up(
     """
     if order.compromised_at is None and _is_lent(settings, order, server):
         return _wait(order, None, now + settings.policy.step_wait(order.attempts))
-    late_chain = await settle(settings, account, order)
+    late_chain = await settle(account, order)
     chain = late_chain or (order.chain if is_revocable(order, now) else None)
     revoked = False
     if order.compromised_at is not None and chain is not None:
@@ -732,11 +723,11 @@ def _refused(
 ) -> Change:
     """What follows when the CA does not take a step."""
     if _is_over(error, order, account, now):
-        is_lost = is_rehearsal(settings, order) and not error.permanent
+        is_lost = order.rehearsal and (not error.permanent or error.code == UNKNOWN_CA)
         if is_lost:
-            # Staging CAs forget.
+            # Staging CAs forget, and are taken out of the settings.
             return _give_up_rehearsal(settings, order, server, error.detail, now)
-        return _failed(settings, order, error.detail)
+        return _failed(order, error.detail)
     return _try_later(settings, order, server, error, now)
 
 
@@ -759,7 +750,7 @@ def _again_at(settings: Settings, order: Order, error: AcmeError, now: datetime)
 def _try_later(settings: Settings, order: Order, server: Server, error: AcmeError, now: datetime) -> Change:
     """The CA is away or busy: the same step again later, and the order stays, unless another CA gets it."""
     again = _again_at(settings, order, error, now)
-    if is_rehearsal(settings, order) and again - now >= _patience_of_rehearsal(settings):
+    if order.rehearsal and again - now >= _patience_of_rehearsal(settings):
         return _give_up_rehearsal(settings, order, server, error.detail, now)
     asked = now + timedelta(seconds=error.retry_after or 0)
     if (other := _other_ca(settings, order, server, asked, now)) is not None:
@@ -788,18 +779,19 @@ def _turn_to(ca: str, reason: str) -> Change:
     def change(row: Order, now: datetime) -> None:
         _log.warning("order_turns_to_other_ca", order=row.id, ca=ca, reason=reason)
         row.ca, row.ca_since, row.due_at = ca, now, now
+        row.rehearsal = False
         row.attempts, row.error = 0, f"the CA before: {reason}"[:1000]
 
     return change
 
 
-def _failed(settings: Settings, order: Order, reason: str, *, is_of_member: bool = False) -> Change:
+def _failed(order: Order, reason: str, *, is_of_member: bool = False) -> Change:
     """The order is over; it keeps its token if the CA looked for that in vain.
 
     A failure while cleaning up after one only ends the cleaning.
     """
     is_over = order.status in (OrderStatus.ISSUED, OrderStatus.FAILED)
-    if is_rehearsal(settings, order):
+    if order.rehearsal:
         reason = f"rehearsal: {reason}"
 
     def change(row: Order, now: datetime) -> None:

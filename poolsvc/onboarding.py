@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import ColumnElement, and_, case, false, func, not_, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, and_, case, func, not_, or_, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import selectinload
 
@@ -53,6 +53,8 @@ _WAITS = and_(
     Server.counted_at.is_(None),
     Server.state.in_(servers.NAMED_STATES),
 )
+# Of such an order no CA with limits has heard.
+_FAILED_REHEARSAL = and_(Order.status == OrderStatus.FAILED, Order.rehearsal)
 # As `Waiting` sorts.
 _TURN = (Server.queue_round, Server.named_at, Server.id)
 
@@ -126,24 +128,16 @@ def _free_at(settings: Settings, server: Server, now: datetime) -> datetime:
     """When the CA takes another order for the name, by what it has issued and refused for it."""
     limits = settings.ca.limits.terms
     issued = [order.issued_at for order in server.orders if order.issued_at is not None]
-    failed = [order.created_at for order in server.orders if _was_looked_at(settings, order)]
+    failed = [order.created_at for order in server.orders if _was_looked_at(order)]
     return max(
         budget.fill(limits.same_name, issued, now).there_at(1),
         budget.fill(limits.failed_validations, failed, now).there_at(1),
     )
 
 
-def _was_looked_at(settings: Settings, order: Order) -> bool:
+def _was_looked_at(order: Order) -> bool:
     is_failed = order.status is OrderStatus.FAILED and order.token is not None
-    return is_failed and not settings.ca.is_rehearsal(order.ca)
-
-
-def _has_failed_rehearsal(settings: Settings) -> ColumnElement[bool]:
-    """Whether an order is one of which no CA with limits has heard."""
-    rehearsal = settings.ca.rehearsal
-    if rehearsal is None:
-        return false()
-    return and_(Order.status == OrderStatus.FAILED, Order.ca.is_not_distinct_from(rehearsal.name))
+    return is_failed and not order.rehearsal
 
 
 async def _enter(session: AsyncSession, entering: Sequence[Server]) -> None:
@@ -194,7 +188,7 @@ async def _failures(session: AsyncSession, settings: Settings, now: datetime) ->
             Order.status == OrderStatus.FAILED,
             Order.token.is_not(None),
             Order.created_at > now - memory,
-            not_(_has_failed_rehearsal(settings)),
+            not_(_FAILED_REHEARSAL),
         )
     )
     failures: dict[int, list[datetime]] = {}
@@ -228,7 +222,7 @@ async def _stand(session: AsyncSession, settings: Settings, now: datetime) -> Bu
             _is_first(),
             # One that was given up before the CA could hear of it has cost nothing.
             or_(Order.csr.is_not(None), Order.status.in_(OPEN_ORDERS)),
-            not_(_has_failed_rehearsal(settings)),
+            not_(_FAILED_REHEARSAL),
         )
     )
     # Those for no certificate are orders all the same, at the first CA as at any other.

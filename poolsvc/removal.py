@@ -153,7 +153,7 @@ async def advance(
         wait = max(wait, timedelta(seconds=trouble.retry_after or 0))
     async with database.transaction() as session:
         server = await servers.get(session, server_id)
-        _note_ca_steps(settings, server, done, now)
+        _note_ca_steps(server, done, now)
         server.removal_error = done.error
         server.removal_due_at = now + wait
         if _is_complete(server):
@@ -196,12 +196,12 @@ def _let_name_live(server: Server, settings: Settings, now: datetime) -> None:
         server.leave_at = None
 
 
-def _note_ca_steps(settings: Settings, server: Server, done: "_Done", now: datetime) -> None:
+def _note_ca_steps(server: Server, done: "_Done", now: datetime) -> None:
     for order in server.orders:
-        _note(settings, server, order, done, now)
+        _note(server, order, done, now)
     if server.agentless:
         return
-    ended = [order.deactivated_at for order in server.orders if _has_authorization(settings, order)]
+    ended = [order.deactivated_at for order in server.orders if _has_authorization(order)]
     if None not in ended:
         # Each order's authorization ends with its issue already: the receipt tells when the last one did.
         last = server.authorization_deactivated_at or now
@@ -252,33 +252,31 @@ async def _ca_steps(settings: Settings, accounts: Accounts, server: Server, now:
     for order in server.orders:
         if _has_lapsed(settings, order, now):
             done.settled[order.id] = issuance.lapses_at(order)
-        elif _is_unsettled(settings, order) or issuance.is_revocable(order, now):
+        elif _is_unsettled(order) or issuance.is_revocable(order, now):
             by_ca.setdefault(issuance.ca_of(settings, order), []).append(order)
-    steps = (_steps_at(settings, accounts, ca, orders, done, now) for ca, orders in by_ca.items())
+    steps = (_steps_at(accounts, ca, orders, done, now) for ca, orders in by_ca.items())
     for outcome in await asyncio.gather(*steps, return_exceptions=True):
         if isinstance(outcome, Exception):
             done.failures.append(outcome)
     return done
 
 
-async def _steps_at(
-    settings: Settings, accounts: Accounts, ca: str, orders: list[Order], done: _Done, now: datetime
-) -> None:
+async def _steps_at(accounts: Accounts, ca: str, orders: list[Order], done: _Done, now: datetime) -> None:
     try:
         async with asyncio.timeout(_CA_DEADLINE):
-            await _settle_and_revoke(settings, accounts, ca, orders, done, now)
+            await _settle_and_revoke(accounts, ca, orders, done, now)
     except TimeoutError:
         done.error = f"CA: {ca} does not answer"
 
 
 async def _settle_and_revoke(
-    settings: Settings, accounts: Accounts, ca: str, orders: list[Order], done: _Done, now: datetime
+    accounts: Accounts, ca: str, orders: list[Order], done: _Done, now: datetime
 ) -> None:
     for order in orders:
         try:
             account = await accounts(ca, now)
-            if _is_unsettled(settings, order):
-                late = await issuance.settle(settings, account, order)
+            if _is_unsettled(order):
+                late = await issuance.settle(account, order)
                 done.settled[order.id] = now
                 if late is not None:
                     done.late_chains[order.id] = late
@@ -292,22 +290,22 @@ async def _settle_and_revoke(
             done.error = f"CA: {failure.detail}"[:1000]
 
 
-def _has_authorization(settings: Settings, order: Order) -> bool:
+def _has_authorization(order: Order) -> bool:
     """Of a rehearsal none counts: it gives certificates that nobody trusts, and a removal does not wait for its end."""
-    return order.authorization_url is not None and not issuance.is_rehearsal(settings, order)
+    return order.authorization_url is not None and not order.rehearsal
 
 
-def _is_unsettled(settings: Settings, order: Order) -> bool:
-    return _has_authorization(settings, order) and order.deactivated_at is None
+def _is_unsettled(order: Order) -> bool:
+    return _has_authorization(order) and order.deactivated_at is None
 
 
 def _has_lapsed(settings: Settings, order: Order, now: datetime) -> bool:
     """Whether a CA that cannot be told need not be told any more."""
-    is_left = issuance.is_out_of_reach(settings, order) and _is_unsettled(settings, order)
+    is_left = issuance.is_out_of_reach(settings, order) and _is_unsettled(order)
     return is_left and issuance.lapses_at(order) <= now
 
 
-def _note(settings: Settings, server: Server, order: Order, done: _Done, now: datetime) -> None:
+def _note(server: Server, order: Order, done: _Done, now: datetime) -> None:
     if order.id in done.late_chains:
         issuance.keep_chain(order, done.late_chains[order.id])
         order.status, order.issued_at = OrderStatus.ISSUED, now
@@ -318,7 +316,7 @@ def _note(settings: Settings, server: Server, order: Order, done: _Done, now: da
         order.revoked_at = now
     if order.status not in (OrderStatus.ISSUED, OrderStatus.FAILED):
         order.status, order.error, order.due_at = OrderStatus.FAILED, "the server leaves the pool", now
-    if not issuance.is_rehearsal(settings, order):
+    if not order.rehearsal:
         order.due_at = None
 
 

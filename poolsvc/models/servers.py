@@ -356,6 +356,9 @@ class Order(Base):
         String(253)
     )  # as in `CaAccount`; the first of the settings if empty. Of a member's own account: where that one is
     ca_since: Mapped[datetime | None] = mapped_column(UtcDateTime)  # when this CA was chosen
+    rehearsal: Mapped[bool] = mapped_column(
+        default=False
+    )  # it is tried at the staging CA, or was till it failed; no certificate comes of that
     account_uri: Mapped[str | None] = mapped_column(Text)  # the account there that ordered
     profile: Mapped[str | None] = mapped_column(String(64))  # that was asked for
 

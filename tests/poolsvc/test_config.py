@@ -335,13 +335,10 @@ def test_a_staging_ca_is_none_of_those_that_issue(file, tmp_path):
     assert ca.rehearsal.binding_key_file == tmp_path / "keys" / "binding.key"
     assert ca.rehearsal.ca_file == tmp_path / "second-root.pem"
     assert ca.rehearsal.socket == tmp_path / "run" / "staging.sock"
-    assert (ca.is_rehearsal("acme.second.example"), ca.is_rehearsal("ca.example")) == (True, False)
-    assert not ca.is_rehearsal(None)
     assert authority(load_settings(path), "acme.second.example") == ca.rehearsal, "commands know it"
     path.write_text(path.read_text().replace(REHEARSAL, "").replace('socket = "run/staging.sock"', ""))
     ca = load_settings(path).ca
     assert ca.with_rehearsal == ca.all
-    assert not ca.is_rehearsal(None)
 
 
 @pytest.mark.parametrize("others", ["", FALLBACK.replace("second", "third")])

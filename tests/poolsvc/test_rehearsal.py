@@ -118,7 +118,9 @@ async def test_a_process_that_dies_in_a_rehearsal_leaves_it_to_the_next_one(stag
     for status in (S.REQUESTED, S.PENDING, S.ANSWERED, S.FINALIZING):
         before = await flow.order()
         assert (before.status, before.ca) == (status, flow.staging_name)
-        forgotten = {name: getattr(before, name) for name in (*GIVEN, "status", "ca", "ca_since")}
+        forgotten = {
+            name: getattr(before, name) for name in (*GIVEN, "status", "ca", "ca_since", "rehearsal")
+        }
         for attempt in (1, 2):
             await flow.serve()
             for _ in range(200):
@@ -189,14 +191,12 @@ async def test_failed_rehearsals_let_a_waiting_server_have_its_turn(staged):
     flow = await staged(http_port=free_port())
     async with flow.registry.change(flow.server_id) as (session, server):
         server.named_at, server.queue_round, server.order_due_at = flow.now, 0, flow.now
-        for ca in (flow.staging_name,) * 5:
-            session.add(
-                Order(server_id=server.id, status=S.FAILED, created_at=flow.now, ca=ca, csr="x", token="x")
-            )
+        made = {"status": S.FAILED, "created_at": flow.now, "ca": flow.staging_name, "csr": "x", "token": "x"}
+        session.add_all(Order(server_id=server.id, rehearsal=True, **made) for _ in range(5))
     async with flow.database.transaction() as session:
         starts = await onboarding._plan(session, flow.settings, flow.now)
         assert starts == {flow.server_id: flow.now}
-        await session.execute(update(Order).values(ca=None))
+        await session.execute(update(Order).values(rehearsal=False))
         starts = await onboarding._plan(session, flow.settings, flow.now)
     assert starts[flow.server_id] > flow.now, "the control"
 
@@ -301,7 +301,7 @@ async def test_a_late_answer_of_the_staging_ca_is_not_taken_for_one_of_the_real_
 
     async def slow(name, now):
         async with flow.database.transaction() as session:
-            await session.execute(update(Order).values(ca=flow.real_name))
+            await session.execute(update(Order).values(ca=flow.real_name, rehearsal=False))
         return await flow.authorities.account(name, now)
 
     await issuance.advance(flow.database, flow.settings, slow, order.id, flow.now)
@@ -406,21 +406,53 @@ async def test_what_cannot_be_ended_at_the_staging_ca_is_left_there(staged):
     assert (order.due_at, order.deactivated_at, order.error) == (None, None, failed.error)
 
 
-async def test_without_its_ca_in_the_settings_a_rehearsal_ends_and_the_next_order_is_a_real_one(staged):
-    flow = await staged()
-    await flow.begin()
-    await flow.step()
+async def without_staging_ca(flow):
+    """The operator has taken it out of the settings."""
     ca = flow.settings.ca.model_copy(update={"rehearsal": None})
     flow.settings = flow.settings.model_copy(update={"ca": ca})
     await renew_process(flow)
+
+
+async def test_without_its_ca_in_the_settings_a_rehearsal_is_over_and_the_order_begins(staged):
+    flow = await staged()
+    await flow.begin()
+    tried = await flow.step()
+    assert (tried.status, tried.rehearsal) == (S.PENDING, True)
+    await without_staging_ca(flow)
     await flow.serve()
     order = await flow.step()
-    assert (order.status, order.error) == (
-        S.FAILED,
-        f"the settings have no CA {flow.staging_name} (any more)",
-    )
+    assert (order.status, order.ca, order.rehearsal) == (S.REQUESTED, flow.real_name, False)
+    issued = await flow.until(S.ISSUED)
+    assert (issued.id, issued.ca) == (tried.id, flow.real_name)
+    assert (await flow.server()).order_failures == 0
+
+
+@BOTH
+@pytest.mark.parametrize("has_failed", [False, True])
+async def test_without_its_ca_in_the_settings_a_rehearsal_holds_up_no_removal(staged, has_failed):
+    flow = await staged(http_port=free_port())
     await flow.begin()
-    assert (await flow.until(S.ISSUED)).ca == flow.real_name
+    await (at_real_ca(flow) if has_failed else flow.step())
+    assert (await flow.order()).authorization_url is not None
+    await without_staging_ca(flow)
+    server = await taken_out(flow)
+    assert (server.state, server.removal_error) == (ServerState.REMOVED, None)
+
+
+async def test_without_its_ca_in_the_settings_a_failed_rehearsal_costs_nothing_of_the_limits(staged):
+    flow = await staged(http_port=free_port())
+    await flow.begin()
+    failed = await at_real_ca(flow)
+    await without_staging_ca(flow)
+    async with flow.database.transaction() as session:
+        state = await onboarding.state(session, flow.settings, flow.now)
+    assert state.budget.orders.spent == 0
+    assert not onboarding._was_looked_at(failed)
+    for _ in range(10):
+        if (order := await flow.step()).due_at is None:
+            break
+        flow.now = order.due_at
+    assert (order.due_at, order.deactivated_at, order.error) == (None, None, failed.error), "left there"
 
 
 async def test_an_agent_that_joins_again_ends_the_rehearsal(staged):
