@@ -62,6 +62,8 @@ _MAX_POLLS, _MAX_POLLS_OF_FAILED = 128, 20
 _REHEARSAL_TRIES = 4
 # Rehearsals that fail in a row: a staging CA that always refuses keeps nobody from the real one.
 _MOST_REHEARSALS = 2
+# How long an authorization is left to a newer order, which may wait for an agent that never reports.
+_LOAN = timedelta(hours=1)
 # After which no CA of which we know uses an authorization again, whatever it does not tell us.
 _AUTHORIZATION_LIFE = timedelta(days=30)
 
@@ -621,7 +623,7 @@ async def _wind_up(
 
     A certificate whose key is known to others ends as well, and that at once.
     """
-    if order.compromised_at is None and _is_lent(settings, order, server):
+    if order.compromised_at is None and _is_lent(settings, order, server, now):
         return _wait(order, None, now + settings.policy.step_wait(order.attempts))
     late_chain = await settle(account, order)
     chain = late_chain or (order.chain if is_revocable(order, now) else None)
@@ -643,11 +645,12 @@ async def _wind_up(
     return change
 
 
-def _is_lent(settings: Settings, order: Order, server: Server) -> bool:
+def _is_lent(settings: Settings, order: Order, server: Server, now: datetime) -> bool:
     """Whether a newer order at the same CA is on its way: it may rest on this one's authorization, and would fail."""
     newest, ca = server.orders[-1], ca_of(settings, order)
     is_under_way = newest.status in OPEN_ORDERS and newest.status is not OrderStatus.WANTED
-    return newest.id != order.id and is_under_way and ca_of(settings, newest) == ca
+    is_soon_over = now - (newest.ca_since or newest.created_at) < _LOAN
+    return newest.id != order.id and is_under_way and is_soon_over and ca_of(settings, newest) == ca
 
 
 _STEPS: dict[OrderStatus, Step] = {

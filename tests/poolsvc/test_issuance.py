@@ -242,6 +242,23 @@ async def test_an_authorization_does_not_end_under_a_newer_order_that_rests_on_i
     assert (first.deactivated_at, first.error, first.due_at) == (flow.now, None, None)
 
 
+async def test_an_authorization_ends_though_the_agent_never_answers_for_the_newer_order(flow):
+    flow = await flow(authz_reuse=0)
+    await flow.begin()
+    first = await flow.until(S.ISSUED)
+    flow.now += timedelta(days=1)
+    await flow.begin()
+    second = await flow.step()
+    assert (second.status, second.due_at) == (S.PENDING, None)
+    assert second.authorization_url != first.authorization_url
+    flow.now += timedelta(hours=1) - timedelta(seconds=1)
+    assert (await flow.step(order=first.id)).deactivated_at is None
+    flow.now += timedelta(seconds=1)
+    first = await flow.step(order=first.id)
+    assert (first.deactivated_at, first.due_at, first.error) == (flow.now, None, None)
+    assert (await flow.until(S.ISSUED)).id == second.id, "the newer one is none the worse for it"
+
+
 async def test_an_authorization_of_a_key_that_others_know_ends_at_once(flow):
     flow = await flow(authz_reuse=100)
     await flow.begin()
