@@ -7,6 +7,7 @@ Rules:
    taken of the limits follows from the rows of servers and orders (`poolsvc.budget`).
 3. One transaction at a time decides who goes: together, workers never take more than there is.
 4. A 429 is kept until the time that it named. It holds back first orders, those under way included.
+5. Orders for no certificate, which let others' be revoked, leave a part of the orders for certificates (`authorize`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import selectinload
 
 from poolsvc import budget, servers
-from poolsvc.acme import AcmeError
+from poolsvc.acme import AcmeAccount, AcmeError, Challenge, PendingOrder
 from poolsvc.budget import Budget, Grant, Place, Refusal, Waiting
 from poolsvc.config import Settings
 from poolsvc.db import Database, queue_for
@@ -43,6 +44,8 @@ _AT_ONCE = 200
 # An order takes what it may come to need, but not from an agent that does nothing for so long.
 _PATIENCE = timedelta(hours=1)
 _ON_AGENT = (OrderStatus.WANTED, OrderStatus.PENDING)
+# One of so many orders is not for revocations.
+_KEPT = 4
 _MAX_DETAIL = 1000
 MAX_NOTE = 200
 
@@ -271,8 +274,11 @@ async def note_refusal(
     database: Database, server: Server, error: AcmeError, now: datetime, until: datetime
 ) -> None:
     """If the CA has refused a first certificate by a 429, no other one is asked for until then."""
-    if error.code != "rate-limited" or server.counted_at is not None:
-        return
+    if error.code == "rate-limited" and server.counted_at is None:
+        await _keep_refusal(database, error, now, until)
+
+
+async def _keep_refusal(database: Database, error: AcmeError, now: datetime, until: datetime) -> None:
     async with database.transaction() as session:
         await queue_for(session, _THING)
         refused = await session.get(CaRefusal, 1)
@@ -280,6 +286,30 @@ async def note_refusal(
             session.add(CaRefusal(id=1, at=now, until=until, detail=error.detail[:_MAX_DETAIL]))
         elif until > refused.until:
             refused.at, refused.until, refused.detail = now, until, error.detail[:_MAX_DETAIL]
+
+
+async def authorize(
+    database: Database, settings: Settings, account: AcmeAccount, ca: str, domain: str, now: datetime
+) -> PendingOrder:
+    """An order that proves control of a name in DNS, for no certificate. Raises AcmeError.
+
+    The first CA gets none while few are left: members' certificates come before what was a former member's. Those that
+    workers place at the same time do not see each other; what is kept is more than these.
+    """
+    is_limited = ca == settings.ca.name
+    if is_limited:
+        async with database.transaction() as session:
+            orders = (await _stand(session, settings, now)).orders
+        wait = orders.there_at(orders.limit.count // _KEPT + 1) - now
+        if wait > timedelta(0):
+            detail = "what is left of the CA's orders is kept for certificates"
+            raise AcmeError("rate-limited", detail, retry_after=wait.total_seconds())
+    try:
+        return await account.authorize(domain, Challenge.DNS_01)
+    except AcmeError as error:
+        if is_limited and error.code == "rate-limited":
+            await _keep_refusal(database, error, now, now + timedelta(seconds=error.retry_after or 0))
+        raise
 
 
 async def refusal_for(session: AsyncSession, server: Server, order: Order, now: datetime) -> CaRefusal | None:

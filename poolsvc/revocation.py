@@ -24,8 +24,8 @@ import structlog
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from poolsvc import issuance, servers
-from poolsvc.acme import AcmeAccount, AcmeError, Challenge, OrderState, PendingOrder
+from poolsvc import issuance, onboarding, servers
+from poolsvc.acme import AcmeAccount, AcmeError, OrderState, PendingOrder
 from poolsvc.authorities import Accounts
 from poolsvc.config import Settings
 from poolsvc.db import Database
@@ -99,7 +99,8 @@ async def advance(
     cas = [*by_ca, *(one.ca for one in attempts if one.ended_at is None and one.ca not in by_ca)]
     domain = settings.domain_of(server.name)
     passes = (
-        _pass_at(settings, accounts, domain, ca, by_ca.get(ca, []), attempts, now, deadline) for ca in cas
+        _pass_at(database, settings, accounts, domain, ca, by_ca.get(ca, []), attempts, now, deadline)
+        for ca in cas
     )
     outcomes = dict(zip(cas, await asyncio.gather(*passes, return_exceptions=True), strict=True))
     found = {ca: outcome for ca, outcome in outcomes.items() if isinstance(outcome, _Done)}
@@ -126,6 +127,7 @@ def _present(attempts: Sequence[RevocationOrder], ca: str) -> RevocationOrder | 
 
 
 async def _pass_at(
+    database: Database,
     settings: Settings,
     accounts: Accounts,
     domain: str,
@@ -142,7 +144,7 @@ async def _pass_at(
         async with asyncio.timeout(deadline):
             account = await accounts(ca, now)
             if attempt is None:
-                done.placed = await account.authorize(domain, Challenge.DNS_01)
+                done.placed = await onboarding.authorize(database, settings, account, ca, domain, now)
             else:
                 await _go_on(account, attempt, certificates, done, now)
     except AcmeError as error:

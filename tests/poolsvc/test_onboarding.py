@@ -12,6 +12,7 @@ from alembic import command
 from sqlalchemy import func, select, update
 
 from lab.buckets import ExactBucket
+from lab.ca_front import Fault, Resource
 from lab.web import WebServer, http, says
 from nts_core.control import ServerState, Stage
 from nts_core.tls import new_key_and_csr
@@ -23,7 +24,18 @@ from poolsvc.db import Database
 from poolsvc.derived import RegistryKey
 from poolsvc.errors import InvalidDocument
 from poolsvc.explain import explain
-from poolsvc.models import CaLimits, Event, Member, MemberKind, Order, OrderStatus, Pool, Server, TokenKind
+from poolsvc.models import (
+    CaLimits,
+    Event,
+    Member,
+    MemberKind,
+    Order,
+    OrderStatus,
+    Pool,
+    RevocationOrder,
+    Server,
+    TokenKind,
+)
 from poolsvc.worker import Health, Worker
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -514,6 +526,67 @@ async def test_of_refusals_the_one_that_lasts_longest_counts(database, settings)
     assert await refuse(NOW + DAY, MINUTE) == (NOW + DAY, NOW + DAY + MINUTE, "after 0:01:00")
     server.Server.counted_at = NOW
     assert (await refuse(NOW + 2 * DAY, HOUR))[0] == NOW + DAY, "a renewal's 429 is its own"
+
+
+async def placed_to_revoke(flow, count, ca):
+    """Orders that a mass removal has placed just now."""
+    made = {
+        "server_id": flow.server_id,
+        "ca": ca,
+        "created_at": flow.now,
+        "url": "x",
+        "authorization_url": "x",
+    }
+    async with flow.database.transaction("test") as session:
+        session.add_all(RevocationOrder(**made) for _ in range(count))
+
+
+@pytest.mark.parametrize("engine", ["sqlite", "postgresql"], indirect=True)
+async def test_a_mass_removal_leaves_a_quarter_of_the_orders_for_certificates(flow):
+    flow = await flow(front={}, nonce_reject=0)
+    account, first = await flow.account(), flow.settings.ca.name
+
+    async def authorize(ca):
+        where = flow.settings.domain_of("alice")
+        return await onboarding.authorize(flow.database, flow.settings, account, ca, where, flow.now)
+
+    limit = flow.settings.ca.limits.terms.orders
+    await placed_to_revoke(flow, limit.count * 3 // 4 - 1, first)
+    await placed_to_revoke(flow, limit.count, "acme.second.example")
+    assert (await authorize(first)).txt is not None
+    await placed_to_revoke(flow, 1, first)
+    asked = flow.ca.asked[Resource.NEW_ORDER]
+    with pytest.raises(AcmeError, match="kept for certificates") as caught:
+        await authorize(first)
+    assert (caught.value.code, caught.value.retry_after) == ("rate-limited", limit.interval.total_seconds())
+    assert flow.ca.asked[Resource.NEW_ORDER] == asked, "the CA is not asked"
+    async with flow.database.transaction() as session:
+        assert (await onboarding.state(session, flow.settings, flow.now)).refusal is None, (
+            "nor has it refused"
+        )
+    assert (await authorize("acme.second.example")).txt is not None, "the limits are the first CA's"
+    flow.now += limit.interval
+    assert (await authorize(first)).txt is not None
+
+
+async def test_a_429_to_a_revocation_holds_back_first_orders(flow):
+    flow = await flow(front={}, nonce_reject=0)
+    flow.ca.faults = {Resource.NEW_ORDER: Fault.LIMITED}
+    account = await flow.account()
+
+    async def refused(ca):
+        with pytest.raises(AcmeError) as caught:
+            await onboarding.authorize(flow.database, flow.settings, account, ca, "x.example", flow.now)
+        async with flow.database.transaction() as session:
+            return caught.value, (await onboarding.state(session, flow.settings, flow.now)).refusal
+
+    assert (await refused("acme.second.example"))[1] is None, "that of another CA"
+    error, kept = await refused(flow.settings.ca.name)
+    assert (kept.at, kept.until) == (flow.now, flow.now + timedelta(seconds=error.retry_after))
+    assert kept.detail == error.detail
+    async with flow.registry.change(flow.server_id) as (session, server):
+        waiting = Order(server_id=server.id, status=S.REQUESTED)
+        assert await onboarding.refusal_for(session, server, waiting, flow.now) is not None
 
 
 # What people see.
