@@ -38,6 +38,7 @@ from poolsvc.names import is_label
 MAX_CALLS = 64  # of one connection under way; the next is read when one has ended
 # In all, and of one user: none who may call keeps the others out.
 MAX_CONNECTIONS, MAX_CONNECTIONS_OF_USER = 128, 32
+MAX_AUTHORIZED = 1024  # orders of `authorize` that are remembered
 _WRITING = 10.0
 _PEER = struct.Struct("iII")
 _log = structlog.get_logger()
@@ -56,11 +57,13 @@ class Charge:
     ca: AcmeConfig
     servers_domain: str
     web_host: str | None
+    dns_01: bool
 
     @classmethod
     def of(cls, settings: Settings, ca: AuthoritySettings) -> Self:
         is_for_web = settings.web_tls.acme and ca.name == settings.ca.name
-        return cls(AcmeConfig.of(ca), settings.servers_domain, settings.web_host if is_for_web else None)
+        web_host = settings.web_host if is_for_web else None
+        return cls(AcmeConfig.of(ca), settings.servers_domain, web_host, settings.policy.dns_01)
 
     def has_name(self, domain: str) -> bool:
         """Whether it is a server's name, or the registry's own."""
@@ -76,8 +79,10 @@ def _check_order(charge: Charge, arguments: Mapping[str, Any]) -> None:
     """The account itself checks the request: this name alone, and not for the account's own key."""
     if arguments["challenge"] is Challenge.HTTP_01:
         _check_name(charge, arguments["domain"])
-    else:
+    elif charge.dns_01:
         _check_server(charge, arguments)
+    else:
+        raise AcmeError("refused", "this pool orders nothing by DNS-01 (policy.dns_01)", permanent=True)
 
 
 def _check_server(charge: Charge, arguments: Mapping[str, Any]) -> None:
@@ -122,6 +127,9 @@ class Custodian:
     def __init__(self, charge: Charge) -> None:
         self._charge = charge
         self._account: AcmeAccount | None = None
+        self._unfinished: dict[
+            str, None
+        ] = {}  # orders of `authorize`, of which no certificate comes; in order
         self._opening = asyncio.Lock()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -198,7 +206,13 @@ class Custodian:
             raise
         if self._account is None:
             raise AcmeError("unreachable", "the account is not open")
+        if call == "finalize" and arguments["order_url"] in self._unfinished:
+            raise AcmeError("refused", "the order is there to prove control of a name alone", permanent=True)
         result = await getattr(self._account, call)(**arguments)
+        if call == "authorize":
+            self._unfinished[result.url] = None
+            if len(self._unfinished) > MAX_AUTHORIZED:
+                del self._unfinished[next(iter(self._unfinished))]
         return TABLE[call].result.dump_python(result, mode="json")
 
 

@@ -22,7 +22,7 @@ from hypothesis import settings as hypothesis_settings
 from lab.processes import Process, wait_until
 from lab.programs import run, script
 from nts_core.tls import new_key_and_csr
-from poolsvc.acme import CALLS, AcmeError, OrderState, RevocationReason, load_account_key
+from poolsvc.acme import CALLS, AcmeError, Challenge, OrderState, RevocationReason, load_account_key
 from poolsvc.acme_client import RemoteAccount
 from poolsvc.acme_process import MAX_CONNECTIONS_OF_USER, RULES, Charge
 from poolsvc.acme_wire import LINE_LIMIT, TABLE, Refusal
@@ -133,6 +133,14 @@ async def test_no_other_name_is_ordered_or_finalized(lab, reach, domain):
     with pytest.raises((AcmeError, CsrError)):
         await account.finalize(order.url, make_csr(domain) if domain.strip(".") else "no request")
     assert (await account.poll(order.url)).status is OrderState.PENDING
+
+
+async def test_what_proves_control_of_a_name_is_never_finalized(lab, reach):
+    account = await reach(lab.pebble())
+    order = await account.authorize(NAME, Challenge.DNS_01)
+    with pytest.raises(AcmeError) as caught:
+        await account.finalize(order.url, make_csr())
+    assert (caught.value.code, caught.value.permanent) == ("refused", True)
 
 
 async def test_the_registrys_own_name_is_ordered_where_it_is_wanted(settings):

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import hashlib
 import time
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import dns.message
@@ -56,7 +57,11 @@ async def test_without_the_text_the_order_fails_with_the_cas_words(lab, txt, tex
 
 
 def test_the_process_with_the_key_proves_in_dns_for_servers_of_the_pool_alone(settings):
-    web = {"public_url": "https://registry.example.net", "web_tls": {"acme": True}}
+    web = {
+        "public_url": "https://registry.example.net",
+        "web_tls": {"acme": True},
+        "policy": {"dns_01": True},
+    }
     charge = Charge.of(type(settings).model_validate(settings.model_dump() | web), settings.ca)
     host = {"csr_pem": "", "domain": "registry.example.net"}
     RULES["order"](charge, host | {"challenge": Challenge.HTTP_01})
@@ -68,7 +73,15 @@ def test_the_process_with_the_key_proves_in_dns_for_servers_of_the_pool_alone(se
         with pytest.raises(AcmeError) as caught:
             RULES[call](charge, arguments)
         assert (caught.value.code, caught.value.permanent) == ("refused", True)
-    RULES["authorize"](charge, {"domain": NAME, "challenge": Challenge.DNS_01})
+    for is_let in (True, False):
+        of_server = {"csr_pem": "", "domain": NAME, "challenge": Challenge.DNS_01}
+        charge = replace(charge, dns_01=is_let)
+        RULES["authorize"](charge, of_server)
+        if is_let:
+            RULES["order"](charge, of_server)
+        else:
+            with pytest.raises(AcmeError, match=r"policy\.dns_01"):
+                RULES["order"](charge, of_server)
 
 
 @pytest.fixture
