@@ -41,7 +41,7 @@ REMEDIES = {
 _BY_HAND = {
     Stage.ADDRESSES: "from each address POST to .../proofs, serve the content at the path, then POST .../ready",
     Stage.ISSUANCE: "PUT the account's URI to .../acme-account; order with your ACME client from `may_order_at` on",
-    Stage.CERTIFICATE: "let the server use the certificate that your ACME client got for this name",
+    Stage.CERTIFICATE: "let the server use the certificate that your ACME client got for this name, and for no other",
 }
 _PROBED = (
     Stage.TCP,

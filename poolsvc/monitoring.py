@@ -24,6 +24,8 @@ from poolsvc.servers import EventKind
 
 _log = structlog.get_logger()
 _ACTOR = "prober"
+# Of a server, valid at the same time: another one at each probe must not fill the database.
+MAX_SEEN = 50
 _PROBED = tuple(Stage)[tuple(Stage).index(Stage.TCP) : tuple(Stage).index(Stage.OFFSET) + 1]
 
 
@@ -44,7 +46,15 @@ async def probe_server(
     try:
         results = await asyncio.gather(
             *(
-                _probe(settings.domain_of(server.name), address, settings.ports.ke, trust, own, guard)
+                _probe(
+                    settings.domain_of(server.name),
+                    address,
+                    settings.ports.ke,
+                    trust,
+                    own,
+                    guard,
+                    agentless=server.agentless,
+                )
                 for address in addresses
             )
         )
@@ -58,11 +68,20 @@ async def probe_server(
 
 
 async def _probe(
-    domain: str, address: str, ke_port: int, trust: Trust, own: frozenset[str], guard: Guard
+    domain: str,
+    address: str,
+    ke_port: int,
+    trust: Trust,
+    own: frozenset[str],
+    guard: Guard,
+    *,
+    agentless: bool,
 ) -> ProbeResult:
     """A probe that always has a result: whatever a server does to the prober counts against that server."""
     try:
-        return await probe(domain, address, ke_port, trust, own_addresses=own, guard=guard)
+        return await probe(
+            domain, address, ke_port, trust, own_addresses=own, guard=guard, agentless=agentless
+        )
     except ProbeImpossible:
         raise
     except Exception as error:  # noqa: BLE001 - or a server that crashes its probes would keep its score
@@ -108,11 +127,11 @@ async def record(
 def _is_ours(server: Server, result: ProbeResult) -> bool:
     """Whether the certificate is one that the server should have.
 
-    One of a server without an agent need only be valid for its name, which the probe has checked: CAA lets nobody
-    but the member's account have one.
+    One of a server without an agent need only be valid for its name, and for no other, which the probe has checked:
+    CAA lets nobody but the member's account have one.
     """
     if server.agentless:
-        return result.fingerprint is not None
+        return result.fingerprint is not None and result.failed is not Stage.CERTIFICATE
     return result.fingerprint is not None and any(
         order.status is OrderStatus.ISSUED
         and order.compromised_at is None
@@ -124,6 +143,9 @@ def _is_ours(server: Server, result: ProbeResult) -> bool:
 def _note_certificates(server: Server, results: Sequence[ProbeResult], now: datetime) -> None:
     """What is seen of certificates that the registry did not order: when they end, and what revokes them at a removal."""
     ca = None if server.own_account_uri is None else urlsplit(server.own_account_uri).netloc
+    for order in server.orders:
+        if order.not_after is not None and order.not_after <= now:
+            order.chain = None
     for result in results:
         known = {order.fingerprint: order for order in server.orders}
         if result.fingerprint is None:
@@ -131,6 +153,9 @@ def _note_certificates(server: Server, results: Sequence[ProbeResult], now: date
         if (seen := known.get(result.fingerprint)) is not None:
             # One that was seen before copies were kept has none.
             seen.ca, seen.chain = seen.ca or ca, seen.chain or result.leaf
+            continue
+        if sum(order.not_after is None or order.not_after > now for order in server.orders) >= MAX_SEEN:
+            _log.warning("certificate_not_kept", server=server.name, fingerprint=result.fingerprint)
             continue
         order = Order(
             server_id=server.id,

@@ -6,6 +6,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from ipaddress import ip_address
 
+from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from nts_core import select
@@ -47,11 +48,13 @@ async def probe(
     *,
     own_addresses: AbstractSet[str],
     guard: Guard,
+    agentless: bool = False,
 ) -> ProbeResult:
     """Key establishment, an exchange with a cookie from it, another with a cookie got by NTP.
 
     Proved or not, each address is checked again before it is dialled: settings may have changed since, or the
-    database have come from elsewhere. Raises ProbeImpossible when the fault is this host's: nothing was found
+    database have come from elsewhere. The certificate of one that is `agentless` has to be one that the pool could
+    revoke. Raises ProbeImpossible when the fault is this host's: nothing was found
     out about the server.
     """
     try:
@@ -75,12 +78,27 @@ async def probe(
         not_after=int(leaf.not_valid_after_utc.timestamp()),
         leaf=pem if len(pem) <= _LEAF_LIMIT else None,
     )
+    if agentless and (why := why_irrevocable(leaf, domain)) is not None:
+        return replace(found, failed=Stage.CERTIFICATE, detail=why)
     if (astray := _astray(established, own_addresses, guard)) is not None:
         return replace(found, failed=Stage.KE, detail=f"sends clients astray: {astray}")
     if len(established.result.cookies) < MAX_COOKIES:
         detail = f"gave {len(established.result.cookies)} cookies instead of {MAX_COOKIES}"
         return replace(found, failed=Stage.COOKIES, detail=detail)
     return await _exchanges(established, found)
+
+
+def why_irrevocable(leaf: x509.Certificate, domain: str) -> str | None:
+    """Why the pool could not have a certificate of a member's own account revoked, and what to do.
+
+    Its accounts can prove control of the pool's names alone, and it keeps no copy of any length.
+    """
+    names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    if [name.value for name in names] != [domain]:
+        return f"the certificate is for other names as well: order one for {domain} alone"
+    if len(leaf.public_bytes(Encoding.PEM)) > _LEAF_LIMIT:
+        return f"the certificate has more than {_LEAF_LIMIT} characters of PEM: order a shorter one"
+    return None
 
 
 def _astray(established: Established, own_addresses: AbstractSet[str], guard: Guard) -> str | None:

@@ -9,11 +9,12 @@ from sqlalchemy import select
 from lab.certificates import Authority
 from member_agent.challenges import Responder
 from nts_core.control import PROOF_PATH, ProbeResult, ServerState, Stage, StageStatus
-from poolsvc import agentless, issuance, monitoring, proofs, removal, servers, worker
+from poolsvc import agentless, issuance, monitoring, prober, proofs, removal, servers, worker
 from poolsvc.errors import InvalidDocument
 from poolsvc.explain import explain
 from poolsvc.models import Order, OrderStatus, Server
 from poolsvc.pool import the_pool
+from poolsvc.prober import why_irrevocable
 from poolsvc.publication import Publication
 
 S = ServerState
@@ -271,6 +272,49 @@ async def test_any_valid_certificate_certifies_and_is_remembered_once(verified):
     found = await probe(verified, seen("0b" * 32))
     assert (found.state, len(found.orders)) == (S.ACTIVE, 2), "a renewal is no event"
     assert found.addresses[0].confirmed_at == verified.now
+
+
+async def test_one_that_the_pool_could_not_revoke_is_remembered_and_certifies_nothing(verified):
+    found = await probe(verified, seen(failed=Stage.CERTIFICATE))
+    assert (found.state, found.addresses[0].confirmed_at < verified.now) == (S.VERIFIED, True)
+    assert [order.serial for order in found.orders] == ["abc"]
+    assert {row.stage: row.status for row in found.stages}[Stage.CERTIFICATE] is StageStatus.FAILED
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ([NAME], None),
+        ([NAME, "x.member.example"], f"order one for {NAME} alone"),
+        (["x.member.example"], f"order one for {NAME} alone"),
+        ([NAME, HERE], f"order one for {NAME} alone"),
+        ([NAME, *(f"{'a' * 60}.{number}.{'b' * 60}.example" for number in range(60))], "for other names"),
+    ],
+)
+def test_a_certificate_has_to_be_for_the_one_name(tmp_path, names, words):
+    leaf = x509.load_pem_x509_certificate(Authority(tmp_path).issue(*names).cert.read_bytes())
+    why = why_irrevocable(leaf, NAME)
+    assert why is None if words is None else words in why
+
+
+def test_a_certificate_has_to_be_short_enough_for_a_copy(tmp_path, monkeypatch):
+    leaf = x509.load_pem_x509_certificate(Authority(tmp_path).issue(NAME).cert.read_bytes())
+    monkeypatch.setattr(prober, "_LEAF_LIMIT", 300)
+    assert "300 characters" in why_irrevocable(leaf, NAME)
+
+
+async def test_another_certificate_at_each_probe_fills_no_database(verified, monkeypatch):
+    monkeypatch.setattr(monitoring, "MAX_SEEN", 3)
+    for number in range(5):
+        found = await probe(verified, seen(f"{number:064x}"))
+    assert len(found.orders) == 3
+    async with verified.change(verified.alice) as (_, server):
+        server.orders[0].not_after = verified.now
+        for order in server.orders:
+            order.chain = "copy"
+    found = await probe(verified, seen(f"{9:064x}"))
+    assert [order.chain for order in found.orders] == [None, "copy", "copy", None]
+    assert found.orders[-1].fingerprint == f"{9:064x}"
 
 
 async def test_every_address_has_to_serve_a_valid_certificate(alice):
