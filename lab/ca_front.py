@@ -70,6 +70,7 @@ class Fault(StrEnum):
     BROKEN = "500 with a problem document"
     BAD_JSON = "200 with half of a JSON document"
     HTML = "200 with a web page"
+    FORBIDDEN = "403 with a web page, as a proxy before the CA gives it"
     UNDECIDED = "an order stays pending, and a finalized one in process"
     OTHER_KEY = "a chain for the right name and another key"
     OTHER_NAME = "a chain for the right key and another name"
@@ -181,7 +182,7 @@ class CaFront(InThread):
     """A CA at `directory_url` with a CAA identity; a context manager that runs in a thread of its own.
 
     `resolver` answers its CAA queries. `faults` says which resources fail now and how, and may be changed at any time;
-    `asked` counts requests, `refusals` holds what its CAA lookups and limits refused. With `dates` its own refusals give Retry-After as a date. `clock` is in seconds.
+    `broken_for` holds serials of which a revocation fails; while `forgetful`, no account's authorizations are known at one. `asked` counts requests, `refusals` holds what its CAA lookups and limits refused. With `dates` its own refusals give Retry-After as a date. `clock` is in seconds.
     """
 
     def __init__(
@@ -200,6 +201,8 @@ class CaFront(InThread):
         self.directory_url = f"https://127.0.0.1:{self._port}/{Resource.DIRECTORY}"
         self.ca_file = pebble.ca_file
         self.faults: dict[Resource, Fault] = {}
+        self.broken_for: set[str] = set()
+        self.forgetful = False
         self.asked: Counter[Resource] = Counter()
         self.refusals: list[str] = []
         self._dates, self._clock = dates, clock
@@ -270,12 +273,12 @@ class CaFront(InThread):
 
         Pebble has checked the signature and found the certificate by now, and leaves this to be done.
         """
-        leaf = x509.load_der_x509_certificate(_decoded(request.signed("payload")["certificate"]))
+        leaf = _leaf(request)
         names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         held = {
             one.name
             for one in self._authorizations.values()
-            if one.is_valid and one.account == request.signed("protected").get("kid")
+            if one.is_valid and not self.forgetful and one.account == request.signed("protected").get("kid")
         }
         if not held.issuperset(names.get_values_for_type(x509.DNSName)):
             return None
@@ -373,6 +376,10 @@ class CaFront(InThread):
                 return answer
             case Resource.FINALIZE:
                 return await self._refuse_reuse(request)
+            case Resource.REVOCATION if f"{_leaf(request).serial_number:x}" in self.broken_for:
+                return await self._problem(
+                    "serverInternal", "the CA is broken", HTTPStatus.INTERNAL_SERVER_ERROR
+                )
         return None
 
     async def _refuse_reuse(self, request: _Request) -> _Answer | None:
@@ -433,6 +440,11 @@ class CaFront(InThread):
         elif fault in (Fault.OTHER_KEY, Fault.OTHER_NAME) and answer.status == HTTPStatus.OK:
             assert self._csr is not None, "an order was finalized before"
             answer.body = _chain(self._csr, fault).encode()
+
+
+def _leaf(request: _Request) -> x509.Certificate:
+    """What a revocation is asked for."""
+    return x509.load_der_x509_certificate(_decoded(request.signed("payload")["certificate"]))
 
 
 def _chain(csr: x509.CertificateSigningRequest, fault: Fault) -> str:
@@ -521,6 +533,9 @@ _ANSWERS: dict[Fault, Callable[[], bytes]] = {
         f"Content-Type: text/plain\r\nRetry-After: {_LATER}\r\n",
     ),
     Fault.BROKEN: lambda: http("500 Internal Server Error", _problem("serverInternal", "the CA is broken")),
+    Fault.FORBIDDEN: lambda: http(
+        "403 Forbidden", b"<html>blocked by the firewall</html>", "Content-Type: text/html\r\n"
+    ),
     Fault.BAD_JSON: lambda: http("200 OK", b'{"status": "val', "Content-Type: application/json\r\n"),
     Fault.HTML: lambda: http("200 OK", b"<html>Welcome to the hotel</html>", "Content-Type: text/html\r\n"),
 }

@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import partial
 from typing import Any
@@ -51,6 +51,8 @@ _REACHING = {
     "keepalives_count": 3,
     "tcp_user_timeout": 15_000,
 }
+# How long a row that is due stays with the worker that took it; renewed while it works.
+LEASE = timedelta(seconds=20)
 _TURN = 10.0  # seconds that a transaction waits for those before it, on SQLite; for another process as well
 _IDLE = 5.0  # seconds after which a connection is asked whether it lives
 _NAMING = {

@@ -65,7 +65,7 @@ _MOST_REHEARSALS = 2
 # How long an authorization is left to a newer order, which may wait for an agent that never reports.
 _LOAN = timedelta(hours=1)
 # After which no CA of which we know uses an authorization again, whatever it does not tell us.
-_AUTHORIZATION_LIFE = timedelta(days=30)
+AUTHORIZATION_LIFE = timedelta(days=30)
 
 
 class _NotValidated(OrderFailed):
@@ -181,7 +181,7 @@ def lapses_at(order: Order) -> datetime:
     """From when on nothing can come of an order any more, though its CA was told nothing."""
     ends = [] if order.not_after is None else [order.not_after]
     if order.authorization_url is not None and order.deactivated_at is None:
-        ends.append(order.created_at + _AUTHORIZATION_LIFE)
+        ends.append(order.created_at + AUTHORIZATION_LIFE)
     return max(ends, default=order.created_at)
 
 

@@ -32,7 +32,7 @@ from poolsvc import scoring, servers
 from poolsvc.acme import Challenge
 from poolsvc.authorities import account_uris
 from poolsvc.config import Settings, split_endpoint
-from poolsvc.db import Database
+from poolsvc.db import LEASE, Database
 from poolsvc.models import Address, Order, OrderStatus, RevocationOrder, Server, ZoneChange
 from poolsvc.pool import the_pool
 from poolsvc.publisher import Conflict, Mismatch, Nameserver, PrimaryConfig, Publisher
@@ -490,6 +490,7 @@ class Publication:
                     if (server.state, account) == (row.state, row.records.account_uri):
                         for name, value in news[server.id].items():
                             setattr(server, name, value)
+                        _hurry(server, news[server.id], now)
                         if "named_at" in news[server.id]:
                             server.order_due_at = self._first_order(server, now)
                             server.queue_round = None
@@ -541,7 +542,7 @@ class Publication:
             kinds = ("A", "AAAA") if row.revoking else ("A", "AAAA", "CAA")
             is_out = all((owner, kind) not in zone for kind in kinds) and self._is_shown(row, *kinds)
             if not row.broken and is_out:
-                news |= {"name_broken_at": now, "removal_due_at": now}
+                news["name_broken_at"] = now
             return news | self._news_of_revocation(row, is_named=is_named, now=now)
         news = {}
         if not row.named and is_named and is_shown:
@@ -558,7 +559,7 @@ class Publication:
         if not row.revoking or not self._is_shown(row, "CAA", "TXT"):
             return {}
         if row.revoked:
-            return {} if row.closed or is_named else {"caa_closed_at": now, "removal_due_at": now}
+            return {} if row.closed or is_named else {"caa_closed_at": now}
         return {} if row.turned or not is_named else {"caa_turned_at": now}
 
     def _learn(self, server_id: int, news: Mapping[str, datetime | None], *, served: bool) -> None:
@@ -626,6 +627,13 @@ def _proofs(among: _Among) -> tuple[Select[int, str | None, bool], ...]:
 def _own_account(uri: str | None, *, agentless: bool) -> str | None:
     """The account that a server's CAA names in place of the pool's."""
     return (uri or "") if agentless else None
+
+
+def _hurry(server: Server, news: Mapping[str, datetime | None], now: datetime) -> None:
+    """A removal that waited for this goes on; one that a worker may have at this moment ends by itself, and looks again."""
+    due_at = server.removal_due_at
+    if {"name_broken_at", "caa_closed_at"} & news.keys() and (due_at is None or due_at > now + LEASE):
+        server.removal_due_at = now
 
 
 def _batches(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -23,11 +23,14 @@ from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.models import ENDED_STATES, Hold, HoldKind, Notice, Order, OrderStatus, Server
 from poolsvc.notices import NoticeKind
+from poolsvc.pool import the_pool
 from poolsvc.servers import EventKind
 
 _log = structlog.get_logger()
 # For the steps at one CA; what is left is done in the next pass.
 _CA_DEADLINE = 30.0
+# For so long a CA may believe the CAA that it saw when control of a name was proved (Baseline Requirements 3.2.2.8).
+_CAA_LIFE = timedelta(hours=8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,9 @@ def _outstanding(server: Server) -> tuple[str, ...]:
         ]
     elif server.revoking_since is not None:
         steps += [(server.caa_closed_at, "CAA: not seen closed on every nameserver")]
+        if server.control_proved_at is not None and server.state is ServerState.LEAVING:
+            proof = "authorization: by which control of the name was proved, not ended at the CA"
+            steps += [(server.authorization_deactivated_at, proof)]
     return tuple(words for done_at, words in steps if done_at is None)
 
 
@@ -113,12 +119,29 @@ def _for_notice(made: Receipt | None, now: datetime) -> dict[str, Any]:
 def _exposure(server: Server, settings: Settings, ends: datetime | None) -> str:
     cached = max(settings.dns.srv_ttl, settings.dns.address_ttl)
     text = f"resolvers may know the name for {cached} s after it was broken"
+    if server.agentless:
+        return text + _own_exposure(server, ends)
     if ends is not None:
         text += f"; a client that never looks at DNS or revocation may use its keys until {ends.isoformat()}"
-    if server.agentless and server.certificate_revoked_at is None:
+    return text
+
+
+def _own_exposure(server: Server, ends: datetime | None) -> str:
+    """Of certificates that the member's own account ordered, the registry knows what its probes have seen."""
+    text = ""
+    if ends is not None:
+        what = (
+            "a client that never looks at DNS or revocation may use the keys of certificates that probes saw"
+        )
+        text += f"; {what} until {ends.isoformat()}"
+    if server.certificate_revoked_at is None:
         until = f", and stays valid until {ends.isoformat()}" if ends is not None else ""
         text += f"; its certificate is the member's own: it was not revoked{until}; CAA lets no CA renew it"
-    return text
+    hours = _CAA_LIFE // timedelta(hours=1)
+    return (
+        f"{text}; a certificate that no probe saw is not revoked: one that was never served, or that the member's account "
+        f"finalized up to {hours} hours after the removal began, with a proof from before it"
+    )
 
 
 async def advance(
@@ -132,34 +155,49 @@ async def advance(
         server = await servers.get(session, server_id)
         if server.state is not ServerState.LEAVING:
             return
-        if servers.may_stay(server) and server.leave_at is not None:
-            if now < server.leave_at:
-                server.removal_due_at = server.leave_at
-                return
-            servers.begin_removal(server, now)
-        _let_name_live(server, settings, now)
-        if server.leave_at is not None and now < server.state_since + settings.leaving_grace:
-            # Its certificate serves the clients that still come.
-            server.removal_due_at = min(server.leave_at, now + timedelta(seconds=settings.policy.step_retry))
+        if not _is_time(settings, server, now):
             return
-        revocation.begin(server, now)
+        # A zone that nobody writes shows no CA anything.
+        is_frozen = (await the_pool(session, settings)).frozen_at is not None
+        if not is_frozen:
+            revocation.begin(server, now)
+        claimed = server.removal_due_at
     done = await _ca_steps(settings, accounts, server, now)
-    wait = timedelta(seconds=settings.policy.step_retry)
-    trouble = None
-    if revocation.is_under_way(server):
-        trouble = await revocation.advance(database, settings, accounts, server_id, now, _CA_DEADLINE)
-    if trouble is not None:
-        done.error = f"CA: {trouble.detail}"[:1000]
-        wait = max(wait, timedelta(seconds=trouble.retry_after or 0))
+    due_at, outcome = now + timedelta(seconds=settings.policy.step_retry), None
+    if server.revoking_since is not None and not is_frozen:
+        outcome = await revocation.advance(database, settings, accounts, server_id, now, _CA_DEADLINE)
+    if outcome is not None:
+        due_at = outcome.due_at
+        done.failures += outcome.failures
+        if outcome.trouble is not None:
+            done.error = f"CA: {outcome.trouble.detail}"[:1000]
     async with database.transaction() as session:
         server = await servers.get(session, server_id)
+        await revocation.load_orders(session, server)
         _note_ca_steps(server, done, now)
         server.removal_error = done.error
-        server.removal_due_at = now + wait
+        # Somebody may have hurried it meanwhile; a lease that was renewed is later, and ends here.
+        if claimed is None or server.removal_due_at is None or server.removal_due_at >= claimed:
+            server.removal_due_at = due_at
         if _is_complete(server):
             await _close(session, settings, server, now)
     if done.failures:
-        raise ExceptionGroup("steps at CAs failed", done.failures)
+        raise BaseExceptionGroup("steps at CAs failed", done.failures)
+
+
+def _is_time(settings: Settings, server: Server, now: datetime) -> bool:
+    """Whether the CA is to be told; until then `removal_due_at` says when to look again."""
+    if servers.may_stay(server) and server.leave_at is not None:
+        if now < server.leave_at:
+            server.removal_due_at = server.leave_at
+            return False
+        servers.begin_removal(server, now)
+    _let_name_live(server, settings, now)
+    if server.leave_at is not None and now < server.state_since + settings.leaving_grace:
+        # Its certificate serves the clients that still come.
+        server.removal_due_at = min(server.leave_at, now + timedelta(seconds=settings.policy.step_retry))
+        return False
+    return True
 
 
 async def _close(session: AsyncSession, settings: Settings, server: Server, now: datetime) -> None:
@@ -211,7 +249,9 @@ def _note_ca_steps(server: Server, done: "_Done", now: datetime) -> None:
 
 
 def _unrevoked(settings: Settings, server: Server) -> str | None:
-    """What a removal had to wait for, since no CA could be told."""
+    """What a removal had to wait for, since no CA could be told; it waits for no certificate of its member's own."""
+    if server.agentless:
+        return None
     ends = [
         order.not_after
         for order in server.orders
@@ -232,7 +272,7 @@ def _is_complete(server: Server) -> bool:
     elif server.revoking_since is not None:
         # Whether it was done or given up, as the receipt says.
         steps += [server.revoking_ended_at, server.caa_closed_at]
-    return None not in steps
+    return None not in steps and not revocation.is_any_left(server)
 
 
 @dataclass(slots=True)
@@ -243,7 +283,7 @@ class _Done:
     revoked: set[int] = field(default_factory=set)
     late_chains: dict[int, str] = field(default_factory=dict)
     error: str | None = None
-    failures: list[Exception] = field(default_factory=list)  # of ours
+    failures: list[BaseException] = field(default_factory=list)  # of ours
 
 
 async def _ca_steps(settings: Settings, accounts: Accounts, server: Server, now: datetime) -> _Done:

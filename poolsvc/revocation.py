@@ -8,11 +8,13 @@ order for them is never finalized. What is revoked is what probes have seen.
 
 Rules:
 
-1. Nothing waits for it: neither SRV nor addresses, and the server is REMOVED without it, when the CA refuses for good or
-   the pool's patience ends. The receipt then says why, and until when the certificate is valid.
+1. Neither SRV nor addresses wait for it, and the server is REMOVED without it, when the CA refuses for good or the
+   pool's patience ends. The receipt then says why, and until when the certificate is valid. A proof that the CA has
+   taken is ended before, or has lapsed, unless the CA refuses that as well.
 2. CAA lets only the registry's accounts prove control meanwhile, and only in DNS, where the member cannot.
 3. Every step can be repeated; what it came to is in the rows of the server, its certificates and `RevocationOrder`
-   before the next one is taken.
+   before the authorization, by which it could be repeated, is ended.
+4. Patience is for CAs. No time counts in which DNS does not show what they are to see: the removal waits for DNS anyway.
 """
 
 import asyncio
@@ -21,12 +23,12 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 import structlog
-from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from poolsvc import issuance, onboarding, servers
 from poolsvc.acme import AcmeAccount, AcmeError, OrderState, PendingOrder
-from poolsvc.authorities import Accounts
+from poolsvc.authorities import UNKNOWN_CA, Accounts
+from poolsvc.certificates import ChainError
 from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.models import Order, RevocationOrder, Server
@@ -34,6 +36,13 @@ from poolsvc.models import Order, RevocationOrder, Server
 _log = structlog.get_logger()
 _MAX_TEXT = 1000
 _NO_COPY = "no copy of it was kept when it was seen"
+# Codes that CAs use for what will not change, and for what will: only so many of them in a row are a refusal.
+_DOUBTFUL = {"malformed", "unauthorized"}
+_TRIES = 5
+# What is no answer of an ACME server, or asks a person to do something first.
+_NO_REFUSAL = {"badNonce", "server-error", "userActionRequired"}
+# After which the CA is asked nothing more in the same pass.
+_CLOSED = {"rate-limited", "unreachable"}
 
 
 def begin(server: Server, now: datetime) -> None:
@@ -50,6 +59,16 @@ def is_under_way(server: Server) -> bool:
     return server.revoking_since is not None and server.revoking_ended_at is None
 
 
+async def load_orders(session: AsyncSession, server: Server) -> None:
+    """Few servers have any: they are not read with each one."""
+    await session.refresh(server, ["revocation_orders"])
+
+
+def is_any_left(server: Server) -> bool:
+    """Whether the CA has an order, or an authorization that came of one, that is to be ended yet."""
+    return any(one.ended_at is None for one in server.revocation_orders)
+
+
 def _good(server: Server, now: datetime) -> list[Order]:
     """Certificates that have been seen, and that clients may trust."""
     return [
@@ -61,64 +80,88 @@ def _good(server: Server, now: datetime) -> list[Order]:
 
 def _is_to_revoke(order: Order, now: datetime) -> bool:
     """What the CA has refused is not asked for again."""
-    return order.ca is not None and order.error is None and issuance.is_valid(order, now)
+    return order.error is None and issuance.is_valid(order, now)
 
 
 @dataclass(slots=True)
 class _Done:
     """What one pass came to at one CA."""
 
+    attempt: int | None  # the order that was under way when it began
     placed: PendingOrder | None = None
     answered: bool = False
     proved: bool = False
     failed: str | None = None  # why the order proves nothing any more
     revoked: set[int] = field(default_factory=set)
+    doubted: set[int] = field(default_factory=set)  # refused, but perhaps not for good
     refused: dict[int, str] = field(default_factory=dict)
     deactivated: bool = False
     trouble: AcmeError | None = None  # for which a step is tried again
 
+    @property
+    def has_moved(self) -> bool:
+        """Whether the next step can be taken at once."""
+        return self.answered or self.proved or bool(self.revoked) or bool(self.refused)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """When the next pass is due, and what kept this one from going on at one CA, if anything did."""
+
+    due_at: datetime
+    trouble: AcmeError | None
+    failures: tuple[BaseException, ...]  # what nobody foresaw
+
 
 async def advance(
     database: Database, settings: Settings, accounts: Accounts, server_id: int, now: datetime, deadline: float
-) -> AcmeError | None:
-    """Take the next step at each CA of the certificates; what keeps it from going on at one, if anything does.
+) -> Outcome | None:
+    """Take the next step at each CA of the certificates, and record it; None when nothing is left.
 
-    `deadline`: seconds for the calls to the CAs. What nobody foresaw at one CA is raised once all others' steps are
-    recorded.
+    `deadline`: seconds for the calls to the CAs.
     """
     async with database.transaction() as session:
         server = await servers.get(session, server_id)
-        if not is_under_way(server):
+        await load_orders(session, server)
+        if not is_under_way(server) and not is_any_left(server):
             return None
-        attempts = await _attempts(session, server)
     by_ca: dict[str, list[Order]] = {}
-    for order in server.orders:
-        if order.ca is not None and _is_to_revoke(order, now):
-            by_ca.setdefault(order.ca, []).append(order)
+    for order in server.orders if is_under_way(server) else ():
+        if _is_to_revoke(order, now):
+            by_ca.setdefault(issuance.ca_of(settings, order), []).append(order)
     # One whose certificates are all done has an authorization to be ended yet.
-    cas = [*by_ca, *(one.ca for one in attempts if one.ended_at is None and one.ca not in by_ca)]
+    attempts = {one.ca: one for one in server.revocation_orders if one.ended_at is None}
+    done = {
+        ca: _Done(attempts[ca].id if ca in attempts else None) for ca in dict.fromkeys([*by_ca, *attempts])
+    }
     domain = settings.domain_of(server.name)
     passes = (
-        _pass_at(database, settings, accounts, domain, ca, by_ca.get(ca, []), attempts, now, deadline)
-        for ca in cas
+        _pass_at(
+            database,
+            settings,
+            accounts,
+            domain,
+            ca,
+            by_ca.get(ca, []),
+            server.revocation_orders,
+            one,
+            now,
+            deadline,
+        )
+        for ca, one in done.items()
     )
-    outcomes = dict(zip(cas, await asyncio.gather(*passes, return_exceptions=True), strict=True))
-    found = {ca: outcome for ca, outcome in outcomes.items() if isinstance(outcome, _Done)}
+    outcomes = await asyncio.gather(*passes, return_exceptions=True)
     async with database.transaction() as session:
         server = await servers.get(session, server_id)
-        attempts = await _attempts(session, server)
-        for ca, done in found.items():
-            _note(session, server, ca, attempts, done, now)
-        trouble = next((done.trouble for done in found.values() if done.trouble is not None), None)
-        _end_if_over(settings, server, attempts, trouble, now)
-    if failures := [outcome for outcome in outcomes.values() if isinstance(outcome, BaseException)]:
-        raise BaseExceptionGroup("steps at CAs failed", failures)
-    return trouble if is_under_way(server) else None
-
-
-async def _attempts(session: AsyncSession, server: Server) -> list[RevocationOrder]:
-    chosen = select(RevocationOrder).where(RevocationOrder.server_id == server.id)
-    return list(await session.scalars(chosen.order_by(RevocationOrder.id)))
+        await load_orders(session, server)
+        for ca, one in done.items():
+            _note_certificates(settings, server, ca, one, now)
+            _note(server, ca, one, now)
+        trouble = next((one.trouble for one in done.values() if one.trouble is not None), None)
+        _end_if_over(settings, server, trouble, now)
+        due_at = min((_due_at(settings, server, ca, one, now) for ca, one in done.items()), default=now)
+    failures = tuple(outcome for outcome in outcomes if outcome is not None)
+    return Outcome(due_at, trouble if is_under_way(server) or is_any_left(server) else None, failures)
 
 
 def _present(attempts: Sequence[RevocationOrder], ca: str) -> RevocationOrder | None:
@@ -134,21 +177,23 @@ async def _pass_at(
     ca: str,
     certificates: Sequence[Order],
     attempts: Sequence[RevocationOrder],
+    done: _Done,
     now: datetime,
     deadline: float,
-) -> _Done:
-    done, attempt = _Done(), _present(attempts, ca)
+) -> None:
+    attempt = _present(attempts, ca)
     if attempt is None and now < _next_at(settings, ca, attempts, now):
-        return done
+        return
     try:
         async with asyncio.timeout(deadline):
             account = await accounts(ca, now)
             if attempt is None:
                 done.placed = await onboarding.authorize(database, settings, account, ca, domain, now)
             else:
-                await _go_on(account, attempt, certificates, done, now)
+                await _go_on(settings, account, attempt, certificates, done, now)
     except AcmeError as error:
-        if attempt is None and error.permanent:
+        # A CA that the settings name no more may be named again.
+        if attempt is None and error.permanent and error.code != UNKNOWN_CA:
             done.refused = dict.fromkeys((order.id for order in certificates), error.detail)
         else:
             done.trouble = error
@@ -158,7 +203,6 @@ async def _pass_at(
         # The CA may have taken an order of which we have not heard, and counts it.
         least = settings.policy.order_wait(0).total_seconds()
         done.trouble.retry_after = max(done.trouble.retry_after or 0, least)
-    return done
 
 
 def _next_at(settings: Settings, ca: str, attempts: Sequence[RevocationOrder], now: datetime) -> datetime:
@@ -168,38 +212,62 @@ def _next_at(settings: Settings, ca: str, attempts: Sequence[RevocationOrder], n
 
 
 async def _go_on(
-    account: AcmeAccount, attempt: RevocationOrder, certificates: Sequence[Order], done: _Done, now: datetime
+    settings: Settings,
+    account: AcmeAccount,
+    attempt: RevocationOrder,
+    certificates: Sequence[Order],
+    done: _Done,
+    now: datetime,
 ) -> None:
-    """The next step from an order to the end of its authorization. Raises AcmeError."""
+    """From an order to the end of its authorization, as far as it can be repeated. Raises AcmeError."""
     if attempt.proved_at is None:
         if attempt.txt is None or (attempt.due_at is not None and now >= attempt.due_at):
             await _prove(account, attempt, done)
+        if not done.proved:
+            return
+    if certificates:
+        await _revoke(settings, account, certificates, done)
+        return  # to be kept first: without the authorization the same could not be asked for again
+    if done.proved:
         return
+    try:
+        await account.deactivate_authorization(attempt.authorization_url)
+        done.deactivated = True
+    except AcmeError as error:
+        if not _is_refusal(error, account):
+            raise
+        done.failed = f"the authorization was not ended: {error.detail}"
+
+
+async def _revoke(
+    settings: Settings, account: AcmeAccount, certificates: Sequence[Order], done: _Done
+) -> None:
+    """Each of them, whatever becomes of the others."""
     for order in certificates:
         assert order.chain is not None
         try:
             await account.revoke(order.chain, issuance.revocation_reason(order))
             done.revoked.add(order.id)
+        except ChainError as error:
+            done.refused[order.id] = f"the copy of it cannot be read: {error}"
         except AcmeError as error:
-            if not _is_final(error, account):
-                raise
-            done.refused[order.id] = error.detail
-    if certificates:
-        return  # to be kept first: without the authorization the same could not be asked for again
-    try:
-        await account.deactivate_authorization(attempt.authorization_url)
-        done.deactivated = True
-    except AcmeError as error:
-        if not _is_final(error, account):
-            raise
-        done.failed = f"the authorization was not ended: {error.detail}"
+            is_refused = _is_refusal(error, account)
+            if is_refused and (error.code not in _DOUBTFUL or order.attempts + 1 >= _TRIES):
+                done.refused[order.id] = error.detail
+                continue
+            if is_refused:
+                done.doubted.add(order.id)
+                error.retry_after = settings.policy.step_wait(order.attempts).total_seconds()
+            done.trouble = error
+            if error.code in _CLOSED:
+                return
 
 
 async def _prove(account: AcmeAccount, attempt: RevocationOrder, done: _Done) -> None:
     try:
         status = await account.poll(attempt.url)
     except AcmeError as error:
-        if not _is_final(error, account):
+        if not _is_refusal(error, account):
             raise
         done.failed = error.detail
         return
@@ -214,30 +282,41 @@ async def _prove(account: AcmeAccount, attempt: RevocationOrder, done: _Done) ->
             done.proved = True
 
 
-def _is_final(error: AcmeError, account: AcmeAccount) -> bool:
-    """Whether the CA has said no to this, and will again."""
-    return error.permanent or (error.is_refusal and error.code != "badNonce" and not account.lost)
+def _is_refusal(error: AcmeError, account: AcmeAccount) -> bool:
+    """Whether the CA itself has understood and said no. A proxy before it speaks no ACME."""
+    if error.permanent:
+        return True
+    return error.is_refusal and error.code not in _NO_REFUSAL and not account.lost
 
 
-def _note(
-    session: AsyncSession,
-    server: Server,
-    ca: str,
-    attempts: list[RevocationOrder],
-    done: _Done,
-    now: datetime,
-) -> None:
+def _note_certificates(settings: Settings, server: Server, ca: str, done: _Done, now: datetime) -> None:
     for order in server.orders:
         if order.id in done.revoked:
             order.revoked_at = now
+        elif order.id in done.doubted:
+            order.attempts += 1
         elif order.id in done.refused:
-            order.error = done.refused[order.id][:_MAX_TEXT]
-    attempt = _present(attempts, ca)
-    if attempt is None:
-        if done.placed is not None:
-            session.add(made := _placed(server, ca, done.placed, now))
-            attempts.append(made)
-        return
+            _note_refusal(settings, ca, order, done.refused[order.id], now)
+
+
+def _note_refusal(settings: Settings, ca: str, order: Order, why: str, now: datetime) -> None:
+    """Whose it is was guessed by the account that CAA named when it was seen: all CAs are asked then, in turn."""
+    names = [one.name for one in settings.ca.all]
+    is_guess = order.ca_since is None
+    rest = names if is_guess else names[names.index(ca) + 1 :] if ca in names else []
+    other = next((name for name in rest if name != ca), None)
+    if other is None:
+        order.error = f"{ca}: {why}"[:_MAX_TEXT]
+    else:
+        order.ca, order.ca_since, order.attempts = other, now, 0
+
+
+def _note(server: Server, ca: str, done: _Done, now: datetime) -> None:
+    if done.placed is not None:
+        _note_placed(server, ca, done.placed, now)
+    attempt = next((one for one in server.revocation_orders if one.id == done.attempt), None)
+    if attempt is None or attempt.ended_at is not None:
+        return  # another pass has ended it meanwhile
     attempt.answered_at = now if done.answered else attempt.answered_at
     if done.proved:
         attempt.proved_at = now
@@ -248,10 +327,13 @@ def _note(
     elif done.failed is not None:
         attempt.error, attempt.ended_at = done.failed[:_MAX_TEXT], now
         _log.warning("revocation_order_failed", server=server.name, ca=ca, reason=done.failed)
+    elif attempt.proved_at is not None and now >= attempt.created_at + issuance.AUTHORIZATION_LIFE:
+        attempt.ended_at = now  # by itself
 
 
-def _placed(server: Server, ca: str, order: PendingOrder, now: datetime) -> RevocationOrder:
-    return RevocationOrder(
+def _note_placed(server: Server, ca: str, order: PendingOrder, now: datetime) -> None:
+    """Two passes at a time may place one each, or be given the same one: the first that was recorded counts."""
+    made = RevocationOrder(
         server_id=server.id,
         ca=ca,
         created_at=now,
@@ -260,29 +342,64 @@ def _placed(server: Server, ca: str, order: PendingOrder, now: datetime) -> Revo
         challenge_url=order.challenge_url,
         txt=order.txt,
     )
+    if (first := _present(server.revocation_orders, ca)) is not None:
+        if first.url == order.url:
+            return
+        made.ended_at, made.error = now, "another one was placed at the same moment"
+    server.revocation_orders.append(made)
 
 
-def _end_if_over(
-    settings: Settings,
-    server: Server,
-    attempts: Sequence[RevocationOrder],
-    trouble: AcmeError | None,
-    now: datetime,
-) -> None:
+def _due_at(settings: Settings, server: Server, ca: str, done: _Done, now: datetime) -> datetime:
+    """When to go on at one CA: as it says, within the pool's patience; or when resolvers have forgotten what was there."""
+    attempt, wait = _present(server.revocation_orders, ca), timedelta(seconds=settings.policy.step_retry)
+    patience = timedelta(seconds=settings.policy.revocation_patience)
+    late_at = _late_at(settings, server)
+    if done.trouble is not None:
+        wait = max(wait, timedelta(seconds=done.trouble.retry_after or 0))
+    elif done.has_moved:
+        wait = timedelta(seconds=settings.policy.tick)
+    elif attempt is not None and attempt.answered_at is None and attempt.due_at is not None:
+        wait = max(wait, attempt.due_at - now)
+    latest = patience if late_at is None or late_at <= now else late_at - now
+    return now + min(wait, latest)
+
+
+def _late_at(settings: Settings, server: Server) -> datetime | None:
+    """When patience ends; None while DNS does not show what the CA is to see first."""
+    if server.revoking_since is None or server.caa_turned_at is None:
+        return None
+    began = max(server.revoking_since, server.caa_turned_at)
+    if (first := next(iter(server.revocation_orders), None)) is not None:
+        if first.served_at is None and first.txt is not None and first.ended_at is None:
+            return None
+        began = max(began, first.served_at or began)
+    return began + timedelta(seconds=settings.policy.revocation_patience)
+
+
+def _is_to_give_up(settings: Settings, server: Server, trouble: AcmeError | None, now: datetime) -> bool:
+    """Patience has ended and something has failed. What goes on well has as much again: the registry may have been away."""
+    late_at = _late_at(settings, server)
+    if late_at is None or now < late_at:
+        return False
+    has_failed = trouble is not None or any(one.error is not None for one in server.revocation_orders)
+    return has_failed or now >= late_at + timedelta(seconds=settings.policy.revocation_patience)
+
+
+def _end_if_over(settings: Settings, server: Server, trouble: AcmeError | None, now: datetime) -> None:
     """All is done, or refused, or has taken too long: CAA is closed."""
-    assert server.revoking_since is not None
-    is_open = any(one.ended_at is None for one in attempts)
-    is_left = any(_is_to_revoke(order, now) for order in server.orders)
-    is_late = now >= server.revoking_since + timedelta(seconds=settings.policy.revocation_patience)
-    if (is_open or is_left) and not is_late:
+    server.authorization_deactivated_at = max(
+        (one.deactivated_at for one in server.revocation_orders if one.deactivated_at is not None),
+        default=None,
+    )
+    if not is_under_way(server):
         return
-    for attempt in attempts:
-        if attempt.ended_at is None:
+    is_left = any(_is_to_revoke(order, now) for order in server.orders)
+    if (is_left or is_any_left(server)) and not _is_to_give_up(settings, server, trouble, now):
+        return
+    for attempt in server.revocation_orders:
+        if attempt.ended_at is None and attempt.proved_at is None:
             attempt.ended_at = now
     server.revoking_ended_at = now
-    server.authorization_deactivated_at = max(
-        (one.deactivated_at for one in attempts if one.deactivated_at is not None), default=None
-    )
     good = _good(server, now)
     if not good:
         server.certificate_revoked_at = max(
@@ -290,13 +407,11 @@ def _end_if_over(
         )
         _log.info("own_certificates_revoked", server=server.name)
         return
-    server.not_revoked = _why_not(server, good, attempts, trouble)[:_MAX_TEXT]
+    server.not_revoked = _why_not(server, good, trouble)[:_MAX_TEXT]
     _log.warning("revocation_given_up", server=server.name, reason=server.not_revoked)
 
 
-def _why_not(
-    server: Server, good: Sequence[Order], attempts: Sequence[RevocationOrder], trouble: AcmeError | None
-) -> str:
+def _why_not(server: Server, good: Sequence[Order], trouble: AcmeError | None) -> str:
     """What the CA has refused, or the step that did not come in time."""
     refused = next((order.error for order in good if order.error is not None), None)
     if refused is not None:
@@ -305,9 +420,5 @@ def _why_not(
         return _NO_COPY
     if trouble is not None:
         return f"CA: {trouble.detail}"
-    failed = [one.error for one in attempts if one.error is not None]
-    if failed:
-        return failed[-1]
-    if server.caa_turned_at is None:
-        return "DNS: CAA was not seen turned to the registry's account on every nameserver"
-    return "control of the name was not proved in time"
+    failed = [one.error for one in server.revocation_orders if one.error is not None]
+    return failed[-1] if failed else "control of the name was not proved in time"

@@ -43,7 +43,7 @@ from poolsvc import (
     troubles,
 )
 from poolsvc.config import Settings
-from poolsvc.db import Database
+from poolsvc.db import LEASE, Database
 from poolsvc.deliveries import Post
 from poolsvc.derived import RegistryKey
 from poolsvc.leader import Leader
@@ -51,7 +51,6 @@ from poolsvc.models import Address, Channel, Delivery, MaintenanceWindow, Order,
 from poolsvc.outbound import Outbound
 
 _log = structlog.get_logger()
-LEASE = timedelta(seconds=20)
 # Renewals within one life: two may fail before the work is anybody's.
 _RENEWALS = 3
 _HOUSE_KEEPING = timedelta(hours=1)

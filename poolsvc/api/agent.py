@@ -44,13 +44,12 @@ from poolsvc.api.request import (
 from poolsvc.api.servers import is_in_dns, stages_of
 from poolsvc.auth import Operation
 from poolsvc.config import Settings
-from poolsvc.db import act_as
+from poolsvc.db import LEASE, act_as
 from poolsvc.derived import Purpose
 from poolsvc.errors import Gone, InvalidDocument, NotFound, Unauthenticated
 from poolsvc.explain import why_not
 from poolsvc.models import Address, Order, Server, Token, TokenKind
 from poolsvc.notices import NoticeKind
-from poolsvc.worker import LEASE
 
 router = APIRouter(prefix="/v1")
 _REJOIN_LIFE = timedelta(minutes=2)

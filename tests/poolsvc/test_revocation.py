@@ -14,10 +14,14 @@ from lab.ca_front import Fault, Resource
 from nts_core.control import ACME_PATH, ProbeResult, ServerState
 from nts_core.tls import new_key_and_csr
 from poolsvc import agentless, issuance, monitoring, onboarding, removal, servers
-from poolsvc.acme import AcmeAccount, OrderState
+from poolsvc.acme import AcmeAccount, AcmeError, OrderState
+from poolsvc.authorities import UNKNOWN_CA
 from poolsvc.certificates import chain_facts, load_chain
+from poolsvc.config import AuthoritySettings
+from poolsvc.db import LEASE
 from poolsvc.errors import WrongState
 from poolsvc.models import Order, RevocationOrder
+from poolsvc.pool import the_pool
 from poolsvc.publication import Publication
 
 S = ServerState
@@ -197,7 +201,8 @@ async def test_what_the_members_own_account_ordered_is_revoked_and_every_step_ha
     assert times == sorted(times)
     assert None not in (found.srv_withdrawn_at, found.name_broken_at, found.authorization_deactivated_at)
     assert (found.outstanding, found.error, found.not_revoked) == ((), None, None)
-    assert "not revoked" not in found.exposure
+    assert "it was not revoked" not in found.exposure
+    assert "a certificate that no probe saw is not revoked" in found.exposure
     assert (leaving.caa, leaving.txt) == ({PARENT: ['0 issue ";"']}, {})
     assert front.asked[Resource.FINALIZE] == finalized, "no certificate comes of it"
     assert len(server.orders) == 1
@@ -289,7 +294,7 @@ async def test_addresses_wait_for_no_ca_and_a_ca_that_stays_away_for_no_longer_t
     found = leaving.receipt(await leaving.advance())
     assert None not in (found.srv_withdrawn_at, found.name_broken_at, found.caa_turned_at)
     assert found.error.startswith("CA: ")
-    began = (await leaving.server()).revoking_since
+    began = (await leaving.server()).caa_turned_at
     leaving.flow.now = began + DAY - 2 * SECOND
     assert (await leaving.advance()).revoking_ended_at is None
     server = await leaving.advance()
@@ -309,7 +314,7 @@ async def test_a_ca_that_takes_orders_and_does_not_say_so_is_not_asked_again_at_
     assert await leaving.attempts() == []
 
 
-async def test_with_the_primary_away_the_receipt_says_what_is_outstanding_and_what_was_given_up(departure):
+async def test_with_the_primary_away_the_receipt_says_what_is_outstanding_and_nothing_is_given_up(departure):
     leaving = await departure()
     await leaving.leave()
     for _ in range(5):
@@ -322,12 +327,11 @@ async def test_with_the_primary_away_the_receipt_says_what_is_outstanding_and_wh
         "certificate",
     ]
     assert len(await leaving.attempts()) == 1, "the CA has one order, which waits"
-    server = await leaving.advance(after=DAY)
-    assert "DNS" in server.not_revoked
-    assert (server.state, server.revoking_ended_at) == (S.LEAVING, leaving.flow.now)
+    server = await leaving.advance(after=2 * DAY)
+    assert (server.not_revoked, server.revoking_ended_at) == (None, None)
     server = await leaving.to_the_end()
     assert leaving.txt == {}
-    assert leaving.flow.ca.certificate_status(leaving.serial) == "Valid"
+    assert leaving.flow.ca.certificate_status(leaving.serial) == "Revoked"
 
 
 async def test_an_order_that_fails_is_followed_by_another_one_after_a_wait(departure):
@@ -352,6 +356,302 @@ async def test_an_order_that_fails_is_followed_by_another_one_after_a_wait(depar
     _, second = await leaving.attempts()
     assert second.txt != right
     assert leaving.receipt(server).certificate_revoked_at is not None
+
+
+async def freeze(leaving, moment):
+    async with leaving.database.transaction() as session:
+        (await the_pool(session, leaving.settings, lock=True)).frozen_at = moment
+
+
+async def test_while_the_pool_is_frozen_nothing_begins_and_patience_does_not_end(departure):
+    leaving = await departure()
+    await leaving.leave()
+    await freeze(leaving, leaving.flow.now)
+    assert (await leaving.advance()).revoking_since is None
+    await freeze(leaving, None)
+    await leaving.advance()
+    for _ in range(2):
+        await leaving.publish()
+    await leaving.advance()
+    await freeze(leaving, leaving.flow.now)
+    assert (await leaving.advance(after=DAY + timedelta(hours=1))).revoking_ended_at is None
+    await freeze(leaving, None)
+    server = await leaving.to_the_end()
+    assert leaving.receipt(server).certificate_revoked_at is not None
+
+
+async def test_a_registry_that_was_away_for_a_day_goes_on(departure):
+    leaving = await departure()
+    await leaving.leave()
+    await leaving.advance()
+    await leaving.publish()
+    server = await leaving.advance(after=DAY + timedelta(hours=1))
+    assert server.revoking_ended_at is None
+    assert leaving.receipt(await leaving.to_the_end()).certificate_revoked_at is not None
+
+
+async def test_a_ca_that_decides_nothing_is_left_after_twice_the_patience(departure):
+    leaving = await departure()
+    leaving.flow.ca.faults = {Resource.ORDER: Fault.UNDECIDED}
+    await leaving.leave()
+    await leaving.advance()
+    await leaving.publish()
+    (order,) = await leaving.attempts()
+    leaving.flow.now = order.served_at + 2 * DAY - 2 * SECOND
+    assert (await leaving.advance()).revoking_ended_at is None
+    server = await leaving.advance()
+    assert server.revoking_ended_at == leaving.flow.now
+    assert server.not_revoked == "control of the name was not proved in time"
+
+
+async def to_the_proof(leaving):
+    for _ in range(100):
+        await leaving.publish()
+        server = await leaving.advance(after=timedelta(minutes=1))
+        if server.control_proved_at is not None:
+            return server
+    raise AssertionError
+
+
+@pytest.mark.parametrize("fault", [Fault.FORBIDDEN, Fault.BROKEN])
+async def test_what_is_no_answer_of_acme_ends_nothing(departure, fault):
+    leaving = await departure()
+    leaving.flow.ca.faults = {Resource.REVOCATION: fault}
+    await leaving.leave()
+    await to_the_proof(leaving)
+    for _ in range(10):
+        server = await leaving.advance(after=timedelta(minutes=1))
+        assert (server.orders[0].error, server.revoking_ended_at) == (None, None)
+    leaving.flow.ca.faults = {}
+    await leaving.to_the_end()
+    assert leaving.flow.ca.certificate_status(leaving.serial) == "Revoked"
+
+
+async def test_a_refusal_that_may_be_for_the_moment_is_asked_for_again(departure):
+    leaving = await departure()
+    leaving.flow.ca.forgetful = True
+    await leaving.leave()
+    server = await to_the_proof(leaving)
+    assert (server.orders[0].attempts, server.orders[0].error) == (1, None)
+    assert server.removal_due_at == leaving.flow.now + leaving.settings.policy.step_wait(0)
+    server = await leaving.advance(after=timedelta(minutes=1))
+    assert server.removal_due_at == leaving.flow.now + leaving.settings.policy.step_wait(1)
+    leaving.flow.ca.forgetful = False
+    assert leaving.receipt(await leaving.to_the_end()).certificate_revoked_at is not None
+
+
+async def test_one_that_the_ca_cannot_revoke_keeps_no_other_and_its_authorization_is_ended(departure):
+    leaving = await departure()
+    second = await leaving.order_as(await leaving.open_account("own.pem"))
+    await leaving.see(second)
+    leaving.flow.ca.broken_for = {leaving.serial}
+    await leaving.leave()
+    await to_the_proof(leaving)
+    assert leaving.flow.ca.certificate_status(chain_facts(second).serial) == "Revoked"
+    server = await leaving.advance(after=DAY)
+    assert (server.not_revoked, server.state) == ("CA: serverInternal: the CA is broken", S.LEAVING)
+    assert leaving.receipt(server).outstanding[-1].startswith("authorization: ")
+    server = await leaving.to_the_end()
+    (order,) = await leaving.attempts()
+    assert order.ended_at == order.deactivated_at == leaving.receipt(server).authorization_deactivated_at
+    assert order.deactivated_at > server.revoking_ended_at
+    assert leaving.receipt(server).outstanding == ()
+
+
+class Faulty:
+    """An account with a fault of ours, at one certificate."""
+
+    def __init__(self, account, serial):
+        self._account, self._serial, self.lost = account, serial, False
+
+    def __getattr__(self, name):
+        return getattr(self._account, name)
+
+    async def revoke(self, chain, reason):
+        if chain_facts(chain).serial == self._serial:
+            raise LookupError
+        await self._account.revoke(chain, reason)
+
+
+async def test_what_nobody_foresaw_throws_away_nothing_that_was_done(departure):
+    leaving = await departure()
+    second = await leaving.order_as(await leaving.open_account("own.pem"))
+    await leaving.see(second)
+    await leaving.leave()
+    faulty, raised = Faulty(leaving.account, chain_facts(second).serial), 0
+    for _ in range(20):
+        await leaving.publish()
+        try:
+            await leaving.advance(faulty, after=timedelta(minutes=1))
+        except* LookupError:
+            raised += 1
+            server = await leaving.server()
+            assert server.removal_due_at > leaving.flow.now
+    assert raised > 1
+    assert leaving.flow.ca.certificate_status(leaving.serial) == "Revoked"
+    assert [order.revoked_at is not None for order in server.orders] == [True, False]
+
+
+async def test_a_copy_that_cannot_be_read_is_given_up_and_keeps_no_other(departure):
+    leaving = await departure()
+    second = await leaving.order_as(await leaving.open_account("own.pem"))
+    await leaving.see(second)
+    first = (await leaving.server()).orders[0]
+    async with leaving.database.transaction() as session:
+        await session.execute(update(Order).where(Order.id == first.id).values(chain="garbage"))
+    await leaving.leave()
+    server = await leaving.to_the_end()
+    assert "cannot be read" in server.not_revoked
+    assert leaving.flow.ca.certificate_status(chain_facts(second).serial) == "Revoked"
+
+
+class Slow:
+    """An account whose CA answers a call only when something else has happened; with a wait of its own, if it is told so."""
+
+    def __init__(self, account, meanwhile, wait=None):
+        self._account, self._meanwhile, self._wait, self.lost = account, meanwhile, wait, False
+
+    def __getattr__(self, name):
+        return getattr(self._account, name)
+
+    async def authorize(self, domain, challenge):
+        if self._wait is not None:
+            raise AcmeError("rate-limited", "too many", retry_after=self._wait, status=429)
+        order = await self._account.authorize(domain, challenge)
+        await self._meanwhile()
+        return order
+
+
+async def test_a_ca_that_wants_to_wait_for_a_week_is_asked_once_more_when_patience_ends(departure):
+    leaving = await departure()
+    await leaving.leave()
+    limited = Slow(leaving.account, None, wait=7 * DAY.total_seconds())
+    server = await leaving.advance(limited)
+    assert server.removal_due_at == leaving.flow.now + DAY
+    for _ in range(3):
+        await leaving.publish()
+    server = await leaving.advance(limited)
+    assert server.removal_due_at == server.caa_turned_at + DAY
+
+
+async def test_who_hurries_a_removal_while_a_pass_runs_is_heard(departure):
+    leaving = await departure()
+    await leaving.leave()
+    async with leaving.registry.change(leaving.flow.server_id) as (_, server):
+        server.removal_due_at = leaving.flow.now + LEASE
+
+    async def hurry():
+        await leaving.leave()
+
+    server = await leaving.advance(Slow(leaving.account, hurry))
+    assert server.removal_due_at == leaving.flow.now
+
+
+@BOTH
+async def test_of_two_passes_at_a_time_one_order_counts_and_no_other_is_left_open(departure):
+    leaving = await departure()
+    await leaving.leave()
+
+    async def meanwhile():
+        await leaving.advance(after=timedelta())
+
+    await leaving.advance(Slow(leaving.account, meanwhile))
+    first, *others = await leaving.attempts()
+    assert first.ended_at is None
+    assert [one.error for one in others if one.ended_at is not None] == [
+        "another one was placed at the same moment" for _ in others
+    ]
+    server = await leaving.to_the_end()
+    assert leaving.receipt(server).certificate_revoked_at is not None
+
+
+async def test_the_leader_leaves_a_pass_that_may_be_under_way_its_lease(departure):
+    leaving = await departure()
+    await leaving.leave()
+    await leaving.advance()
+    await leaving.publish()
+    due_at = leaving.flow.now + LEASE
+    for due, after in ((due_at, due_at), (due_at + SECOND, leaving.flow.now)):
+        async with leaving.registry.change(leaving.flow.server_id) as (_, server):
+            server.removal_due_at, server.name_broken_at = due, None
+        await leaving.publish()
+        server = await leaving.server()
+        assert (server.name_broken_at, server.removal_due_at) == (leaving.flow.now, after)
+
+
+async def test_a_ca_taken_out_of_the_settings_is_waited_for_and_no_longer(departure):
+    leaving = await departure()
+    async with leaving.database.transaction() as session:
+        await session.execute(update(Order).values(ca="gone.example"))
+    await leaving.leave()
+
+    async def accounts(name, _now):
+        raise AcmeError(UNKNOWN_CA, f"the settings have no CA {name} (any more)", permanent=True)
+
+    for _ in range(3):
+        await leaving.publish()
+        leaving.flow.now += timedelta(minutes=1)
+        await removal.advance(
+            leaving.database, leaving.settings, accounts, leaving.flow.server_id, leaving.flow.now
+        )
+    assert (await leaving.server()).revoking_ended_at is None
+    leaving.flow.now += DAY
+    for _ in range(3):
+        await removal.advance(
+            leaving.database, leaving.settings, accounts, leaving.flow.server_id, leaving.flow.now
+        )
+        await leaving.publish()
+        leaving.flow.now += SECOND
+    server = await leaving.server()
+    assert server.state is S.REMOVED
+    assert "the settings have no CA gone.example" in server.not_revoked
+    assert leaving.receipt(server).error is None or "ended at" not in leaving.receipt(server).error
+
+
+async def test_one_seen_while_caa_named_no_account_is_revoked_at_the_pools_ca(departure):
+    leaving = await departure()
+    async with leaving.database.transaction() as session:
+        await session.execute(update(Order).values(ca=None))
+    await leaving.leave()
+    assert leaving.receipt(await leaving.to_the_end()).certificate_revoked_at is not None
+
+
+@pytest.mark.parametrize("is_first_right", [False, True])
+async def test_what_one_ca_does_not_know_is_asked_of_the_others(departure, is_first_right):
+    leaving = await departure()
+    ca = leaving.settings.ca
+    other = AuthoritySettings(
+        directory_url="https://other.example/dir",
+        account_key_file=leaving.lab.directory / "other.pem",
+        caa_identity="other.example",
+    )
+    leaving.settings = leaving.settings.model_copy(
+        update={"ca": ca.model_copy(update={"fallback": (other,)})}
+    )
+    async with leaving.database.transaction() as session:
+        await session.execute(update(Order).values(ca=ca.name if is_first_right else other.name))
+    await leaving.leave()
+    asked = []
+
+    async def accounts(name, _now):
+        asked.append(name)
+        if name == ca.name and not is_first_right:
+            return leaving.account
+        raise AcmeError("rejectedIdentifier", f"{name} does not know it", permanent=True, status=400)
+
+    for _ in range(20):
+        await leaving.publish()
+        leaving.flow.now += timedelta(minutes=1)
+        await removal.advance(
+            leaving.database, leaving.settings, accounts, leaving.flow.server_id, leaving.flow.now
+        )
+    server = await leaving.server()
+    assert server.state is S.REMOVED
+    assert list(dict.fromkeys(asked)) == ([ca.name, other.name] if is_first_right else [other.name, ca.name])
+    if is_first_right:
+        assert server.not_revoked == f"{other.name}: {other.name} does not know it"
+    else:
+        assert server.certificate_revoked_at is not None
 
 
 async def test_every_certificate_that_was_seen_is_revoked(departure):

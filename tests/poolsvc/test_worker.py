@@ -12,11 +12,11 @@ from lab.processes import free_port
 from nts_core.control import ServerState
 from poolsvc import alarms, members, servers, teams
 from poolsvc import worker as engine
-from poolsvc.db import Database
+from poolsvc.db import LEASE, Database
 from poolsvc.derived import RegistryKey
 from poolsvc.errors import NotFound
 from poolsvc.models import Address, Invitation, Order, OrderStatus, Server
-from poolsvc.worker import LEASE, ORDERS, Health, Worker, claim, hold
+from poolsvc.worker import ORDERS, Health, Worker, claim, hold
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 STEP = LEASE / 10
