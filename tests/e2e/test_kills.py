@@ -7,6 +7,7 @@ import asyncio
 import random
 import re
 import signal
+import ssl
 import sys
 import threading
 import time
@@ -19,6 +20,7 @@ import dns.message
 import dns.query
 import httpx
 import pytest
+from cryptography import x509
 from sqlalchemy import select, update
 
 from lab.pool import POOL, LabPool
@@ -433,6 +435,63 @@ def account_dies_at_each(tmp_path, monkeypatch, when, numbers):
         assert made, "the CA's log says what it issued"
         assert {serial.lstrip("0") for serial in made} == known, "a certificate was lost"
     return number
+
+
+def agent_dies_at(pool, url, number, when):
+    """A member gets its certificate, another one, and leaves, while its agent dies once; whether it did."""
+    name = f"{when}{number}"
+    member = join(pool, name)
+    member.process.stop()
+    healthy = member.process.argv
+    member.process.argv = [sys.executable, "-m", "lab.mortal_agent", str(number), when, *healthy[1:]]
+    member.process.start()
+    member.process.argv = healthy
+    with Keeper([member.process]) as keeper:
+        reach(pool, member, "active")
+        renew(url, name)
+        newest = max(orders_of(url, name), key=lambda order: order.id)
+        wait_until(lambda: newest.serial in served_serial(pool, member), "the new one is served", DEADLINE)
+        leave(pool, member)
+        reach(pool, member, "removed")
+    wait_until(lambda: is_quiet(url), "all orders and notices settled", DEADLINE)
+    found = orders_of(url, name)
+    assert [order.status for order in found] == [OrderStatus.ISSUED] * 2, [order.error for order in found]
+    for order in found:
+        assert pool.pebble.certificate_status(order.serial) == "Revoked"
+    return keeper.restarts > 0
+
+
+def served_serial(pool, member):
+    """The serial of the certificate that the member's server shows, as the CA writes it; empty while it is away."""
+    try:
+        shown = ssl.get_server_certificate((member.addresses[0], pool.ke_port), timeout=5)
+    except OSError:
+        return ""
+    return f"{x509.load_pem_x509_certificate(shown.encode()).serial_number:x}"
+
+
+def agent_dies_at_each(tmp_path, when, numbers):
+    """The number at which the agent died no more, or the last one."""
+    url = f"sqlite+aiosqlite:///{tmp_path}/registry.db"
+    with LabPool(tmp_path / "pool", database=url, addresses=60, opening_size=1) as pool:
+        for number in numbers:
+            if not agent_dies_at(pool, url, number, when):
+                break
+    return number
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_the_agent_killed_at_some_moments(tmp_path, when):
+    assert agent_dies_at_each(tmp_path, when, [4, 8]) == 8
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_the_agent_killed_at_every_moment(tmp_path, when):
+    """From its first report to the end of its server."""
+    assert agent_dies_at_each(tmp_path, when, range(1, 50)) > 8
 
 
 @pytest.mark.timeout(900)
