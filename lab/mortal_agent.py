@@ -10,9 +10,11 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from typing import Any
+from unittest.mock import patch
 
 import httpx
 
@@ -25,43 +27,40 @@ def main() -> None:
     at, when, *arguments = sys.argv[1:]
     numbers = count(1)
 
-    def is_last() -> bool:
-        return next(numbers) == int(at)
+    @contextmanager
+    def moment() -> Iterator[None]:
+        is_last = next(numbers) == int(at)
+        if is_last and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield
+        if is_last:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    def placing(place: Callable[..., Any]) -> Callable[..., Any]:
-        def placed(*args: Any, **kwargs: Any) -> Any:
-            ends = is_last()
-            if ends and when == "before":
-                _end()
-            result = place(*args, **kwargs)
-            if ends:
-                _end()
-            return result
+    def placing(place: Callable[..., None]) -> Callable[..., None]:
+        def placed(*args: Any, **options: Any) -> None:
+            with moment():
+                place(*args, **options)
 
         return placed
 
-    os.rename, os.replace = placing(os.rename), placing(os.replace)
     send, said = httpx.AsyncHTTPTransport.handle_async_request, set[str]()
 
-    async def sent(transport: httpx.AsyncHTTPTransport, request: httpx.Request) -> httpx.Response:
+    async def sent(self: httpx.AsyncHTTPTransport, request: httpx.Request) -> httpx.Response:
         document = json.loads(request.content)
         news = json.dumps([request.url.path, *(document.get(name) for name in _NEWS)])
-        ends = news not in said and is_last()
+        if news in said:
+            return await send(self, request)
         said.add(news)
-        if ends and when == "before":
-            _end()
-        response = await send(transport, request)
-        if ends:
-            _end()
-        return response
+        with moment():
+            return await send(self, request)
 
-    httpx.AsyncHTTPTransport.handle_async_request = sent  # type: ignore[method-assign, assignment]
     sys.argv[1:] = arguments
-    cli.main()
-
-
-def _end() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+    with (
+        patch.object(os, "rename", placing(os.rename)),
+        patch.object(os, "replace", placing(os.replace)),
+        patch.object(httpx.AsyncHTTPTransport, "handle_async_request", sent),
+    ):
+        cli.main()
 
 
 if __name__ == "__main__":

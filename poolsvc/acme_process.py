@@ -337,10 +337,14 @@ def _bind(path: Path, group: int | None) -> socket.socket:
         return sock
 
 
+def is_open_to_others(directory: Path, uid: int) -> bool:
+    """Whether others than a user and root could put a socket of their own in the place of that user's."""
+    status = directory.stat()
+    return status.st_uid not in (0, uid) or bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+
+
 def _check_directory(path: Path) -> None:
-    """Whoever may write there could put a socket of their own in the place of ours."""
-    status = path.stat()
-    if status.st_uid not in (0, os.geteuid()) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if is_open_to_others(path, os.geteuid()):
         raise SocketUnusable(
             f"ca.socket: others may write to {path}",
             remedy=f"chmod go-w {path}, and let it belong to this user or to root",

@@ -124,15 +124,20 @@ def _give_up(order: Order, reason: str) -> None:
     order.csr = None if order.url is None else order.csr
 
 
+def _refuse_agentless(server: Server, field: str, remedy: str) -> None:
+    """Raise WrongState for a server whose orders are not the registry's to shape."""
+    if server.agentless:
+        raise WrongState(
+            f"{server.name} has no agent: its certificates are ordered by its member's own client",
+            remedy=remedy,
+            field=field,
+        )
+
+
 async def set_short_lived(session: AsyncSession, settings: Settings, server: Server, *, wanted: bool) -> None:
     """Whether orders from now on ask for certificates that live for days. Raises WrongState."""
     if wanted and not server.short_lived:
-        if server.agentless:
-            raise WrongState(
-                f"{server.name} has no agent: its certificates are ordered by its member's own client",
-                remedy="ask for the CA's profile of short life there",
-                field="short_lived",
-            )
+        _refuse_agentless(server, "short_lived", "ask for the CA's profile of short life there")
         if not await offers(session, settings, SHORT_LIVED):
             raise WrongState(
                 "no CA of this pool has certificates of short life",
@@ -145,12 +150,9 @@ async def set_short_lived(session: AsyncSession, settings: Settings, server: Ser
 def set_dns_01(settings: Settings, server: Server, *, wanted: bool) -> None:
     """Whether the registry answers the CA for orders from now on, in DNS. Raises WrongState."""
     if wanted and not server.dns_01:
-        if server.agentless:
-            raise WrongState(
-                f"{server.name} has no agent: its certificates are ordered by its member's own client",
-                remedy="answer HTTP-01 there; only the registry writes to the pool's zone",
-                field="dns_01",
-            )
+        _refuse_agentless(
+            server, "dns_01", "answer HTTP-01 there; only the registry writes to the pool's zone"
+        )
         if not settings.policy.dns_01:
             raise WrongState(
                 "in this pool the host of each server answers the CA",

@@ -1,7 +1,7 @@
 """What probes do to a server: stages, admission, scores, holds. The prober's word is all that counts here."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from urllib.parse import urlsplit
 
@@ -41,19 +41,22 @@ async def probe_server(
         worth_probing = server.state in servers.NAMED_STATES and may_have_certificate
     if not worth_probing:
         return
-    trust = Trust.of(roots, now)
-    own, guard = frozenset(addresses), Guard(settings)
+    trust, guard = Trust.of(roots, now), Guard(settings)
     try:
         results = await asyncio.gather(
             *(
-                _probe(
-                    settings.domain_of(server.name),
+                _result_of(
+                    probe(
+                        settings.domain_of(server.name),
+                        address,
+                        settings.ports.ke,
+                        trust,
+                        own_addresses=frozenset(addresses),
+                        guard=guard,
+                        agentless=server.agentless,
+                    ),
+                    server,
                     address,
-                    settings.ports.ke,
-                    trust,
-                    own,
-                    guard,
-                    agentless=server.agentless,
                 )
                 for address in addresses
             )
@@ -67,25 +70,14 @@ async def probe_server(
         await record(session, settings, server, results, now)
 
 
-async def _probe(
-    domain: str,
-    address: str,
-    ke_port: int,
-    trust: Trust,
-    own: frozenset[str],
-    guard: Guard,
-    *,
-    agentless: bool,
-) -> ProbeResult:
+async def _result_of(probing: Awaitable[ProbeResult], server: Server, address: str) -> ProbeResult:
     """A probe that always has a result: whatever a server does to the prober counts against that server."""
     try:
-        return await probe(
-            domain, address, ke_port, trust, own_addresses=own, guard=guard, agentless=agentless
-        )
+        return await probing
     except ProbeImpossible:
         raise
     except Exception as error:  # noqa: BLE001 - or a server that crashes its probes would keep its score
-        _log.error("probe_crashed", domain=domain, address=address, exc_info=error)
+        _log.error("probe_crashed", server=server.name, address=address, exc_info=error)
         return ProbeResult(address, Stage.TLS, f"the probe failed with {type(error).__name__}")
 
 

@@ -54,8 +54,7 @@ async def probe(
 
     Proved or not, each address is checked again before it is dialled: settings may have changed since, or the
     database have come from elsewhere. The certificate of one that is `agentless` has to be one that the pool could
-    revoke. Raises ProbeImpossible when the fault is this host's: nothing was found
-    out about the server.
+    revoke. Raises ProbeImpossible when the fault is this host's: nothing was found out about the server.
     """
     try:
         guard.check(address, ke_port)
@@ -67,7 +66,6 @@ async def probe(
         _refuse_own_fault(error)
         return ProbeResult(address, _STAGE_OF[Failure(error.code)], error.message)
     leaf = established.chain[0]
-    pem = leaf.public_bytes(Encoding.PEM).decode()
     found = ProbeResult(
         address,
         None,
@@ -76,7 +74,7 @@ async def probe(
         serial=f"{leaf.serial_number:x}",
         not_before=int(leaf.not_valid_before_utc.timestamp()),
         not_after=int(leaf.not_valid_after_utc.timestamp()),
-        leaf=pem if len(pem) <= _LEAF_LIMIT else None,
+        leaf=_copy(leaf),
     )
     if agentless and (why := why_irrevocable(leaf, domain)) is not None:
         return replace(found, failed=Stage.CERTIFICATE, detail=why)
@@ -88,6 +86,12 @@ async def probe(
     return await _exchanges(established, found)
 
 
+def _copy(leaf: x509.Certificate) -> str | None:
+    """What is kept of a certificate, unless it is too long."""
+    pem = leaf.public_bytes(Encoding.PEM).decode()
+    return pem if len(pem) <= _LEAF_LIMIT else None
+
+
 def why_irrevocable(leaf: x509.Certificate, domain: str) -> str | None:
     """Why the pool could not have a certificate of a member's own account revoked, and what to do.
 
@@ -96,7 +100,7 @@ def why_irrevocable(leaf: x509.Certificate, domain: str) -> str | None:
     names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     if [name.value for name in names] != [domain]:
         return f"the certificate is for other names as well: order one for {domain} alone"
-    if len(leaf.public_bytes(Encoding.PEM)) > _LEAF_LIMIT:
+    if _copy(leaf) is None:
         return f"the certificate has more than {_LEAF_LIMIT} characters of PEM: order a shorter one"
     return None
 

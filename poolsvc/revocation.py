@@ -84,10 +84,14 @@ def _is_to_revoke(order: Order, now: datetime) -> bool:
 
 
 @dataclass(slots=True)
-class _Done:
-    """What one pass came to at one CA."""
+class _Pass:
+    """One pass at one CA: what was there when it began, and what it came to."""
 
-    attempt: int | None  # the order that was under way when it began
+    ca: str
+    attempt: RevocationOrder | None  # the order under way
+    certificates: Sequence[Order]
+    next_at: datetime  # when an order may be placed if there is none
+
     placed: PendingOrder | None = None
     answered: bool = False
     proved: bool = False
@@ -130,36 +134,25 @@ async def advance(
         if _is_to_revoke(order, now):
             by_ca.setdefault(issuance.ca_of(settings, order), []).append(order)
     # One whose certificates are all done has an authorization to be ended yet.
-    attempts = {one.ca: one for one in server.revocation_orders if one.ended_at is None}
-    done = {
-        ca: _Done(attempts[ca].id if ca in attempts else None) for ca in dict.fromkeys([*by_ca, *attempts])
-    }
+    attempts = server.revocation_orders
+    passes = [
+        _Pass(ca, _present(attempts, ca), by_ca.get(ca, ()), _next_at(settings, ca, attempts, now))
+        for ca in dict.fromkeys([*by_ca, *(one.ca for one in attempts if one.ended_at is None)])
+    ]
     domain = settings.domain_of(server.name)
-    passes = (
-        _pass_at(
-            database,
-            settings,
-            accounts,
-            domain,
-            ca,
-            by_ca.get(ca, []),
-            server.revocation_orders,
-            one,
-            now,
-            deadline,
-        )
-        for ca, one in done.items()
+    outcomes = await asyncio.gather(
+        *(_take(one, database, settings, accounts, domain, now, deadline) for one in passes),
+        return_exceptions=True,
     )
-    outcomes = await asyncio.gather(*passes, return_exceptions=True)
     async with database.transaction() as session:
         server = await servers.get(session, server_id)
         await load_orders(session, server)
-        for ca, one in done.items():
-            _note_certificates(settings, server, ca, one, now)
-            _note(server, ca, one, now)
-        trouble = next((one.trouble for one in done.values() if one.trouble is not None), None)
+        for one in passes:
+            _note_certificates(settings, server, one, now)
+            _note(server, one, now)
+        trouble = next((one.trouble for one in passes if one.trouble is not None), None)
         _end_if_over(settings, server, trouble, now)
-        due_at = min((_due_at(settings, server, ca, one, now) for ca, one in done.items()), default=now)
+        due_at = min((_due_at(settings, server, one, now) for one in passes), default=now)
     failures = tuple(outcome for outcome in outcomes if outcome is not None)
     return Outcome(due_at, trouble if is_under_way(server) or is_any_left(server) else None, failures)
 
@@ -169,40 +162,36 @@ def _present(attempts: Sequence[RevocationOrder], ca: str) -> RevocationOrder | 
     return next((one for one in attempts if one.ca == ca and one.ended_at is None), None)
 
 
-async def _pass_at(
+async def _take(
+    one: _Pass,
     database: Database,
     settings: Settings,
     accounts: Accounts,
     domain: str,
-    ca: str,
-    certificates: Sequence[Order],
-    attempts: Sequence[RevocationOrder],
-    done: _Done,
     now: datetime,
     deadline: float,
 ) -> None:
-    attempt = _present(attempts, ca)
-    if attempt is None and now < _next_at(settings, ca, attempts, now):
+    if one.attempt is None and now < one.next_at:
         return
     try:
         async with asyncio.timeout(deadline):
-            account = await accounts(ca, now)
-            if attempt is None:
-                done.placed = await onboarding.authorize(database, settings, account, ca, domain, now)
+            account = await accounts(one.ca, now)
+            if one.attempt is None:
+                one.placed = await onboarding.authorize(database, settings, account, one.ca, domain, now)
             else:
-                await _go_on(settings, account, attempt, certificates, done, now)
+                await _go_on(settings, account, one, one.attempt, now)
     except AcmeError as error:
         # A CA that the settings name no more may be named again.
-        if attempt is None and error.permanent and error.code != UNKNOWN_CA:
-            done.refused = dict.fromkeys((order.id for order in certificates), error.detail)
+        if one.attempt is None and error.permanent and error.code != UNKNOWN_CA:
+            one.refused = dict.fromkeys((order.id for order in one.certificates), error.detail)
         else:
-            done.trouble = error
+            one.trouble = error
     except TimeoutError:
-        done.trouble = AcmeError("unreachable", f"{ca} does not answer")
-    if done.trouble is not None and attempt is None:
+        one.trouble = AcmeError("unreachable", f"{one.ca} does not answer")
+    if one.trouble is not None and one.attempt is None:
         # The CA may have taken an order of which we have not heard, and counts it.
         least = settings.policy.order_wait(0).total_seconds()
-        done.trouble.retry_after = max(done.trouble.retry_after or 0, least)
+        one.trouble.retry_after = max(one.trouble.retry_after or 0, least)
 
 
 def _next_at(settings: Settings, ca: str, attempts: Sequence[RevocationOrder], now: datetime) -> datetime:
@@ -212,74 +201,67 @@ def _next_at(settings: Settings, ca: str, attempts: Sequence[RevocationOrder], n
 
 
 async def _go_on(
-    settings: Settings,
-    account: AcmeAccount,
-    attempt: RevocationOrder,
-    certificates: Sequence[Order],
-    done: _Done,
-    now: datetime,
+    settings: Settings, account: AcmeAccount, one: _Pass, attempt: RevocationOrder, now: datetime
 ) -> None:
     """From an order to the end of its authorization, as far as it can be repeated. Raises AcmeError."""
     if attempt.proved_at is None:
         if attempt.txt is None or (attempt.due_at is not None and now >= attempt.due_at):
-            await _prove(account, attempt, done)
-        if not done.proved:
+            await _prove(account, attempt, one)
+        if not one.proved:
             return
-    if certificates:
-        await _revoke(settings, account, certificates, done)
+    if one.certificates:
+        await _revoke(settings, account, one)
         return  # to be kept first: without the authorization the same could not be asked for again
-    if done.proved:
+    if one.proved:
         return
     try:
         await account.deactivate_authorization(attempt.authorization_url)
-        done.deactivated = True
+        one.deactivated = True
     except AcmeError as error:
         if not _is_refusal(error, account):
             raise
-        done.failed = f"the authorization was not ended: {error.detail}"
+        one.failed = f"the authorization was not ended: {error.detail}"
 
 
-async def _revoke(
-    settings: Settings, account: AcmeAccount, certificates: Sequence[Order], done: _Done
-) -> None:
+async def _revoke(settings: Settings, account: AcmeAccount, one: _Pass) -> None:
     """Each of them, whatever becomes of the others."""
-    for order in certificates:
+    for order in one.certificates:
         assert order.chain is not None
         try:
             await account.revoke(order.chain, issuance.revocation_reason(order))
-            done.revoked.add(order.id)
+            one.revoked.add(order.id)
         except ChainError as error:
-            done.refused[order.id] = f"the copy of it cannot be read: {error}"
+            one.refused[order.id] = f"the copy of it cannot be read: {error}"
         except AcmeError as error:
             is_refused = _is_refusal(error, account)
             if is_refused and (error.code not in _DOUBTFUL or order.attempts + 1 >= _TRIES):
-                done.refused[order.id] = error.detail
+                one.refused[order.id] = error.detail
                 continue
             if is_refused:
-                done.doubted.add(order.id)
+                one.doubted.add(order.id)
                 error.retry_after = settings.policy.step_wait(order.attempts).total_seconds()
-            done.trouble = error
+            one.trouble = error
             if error.code in _CLOSED:
                 return
 
 
-async def _prove(account: AcmeAccount, attempt: RevocationOrder, done: _Done) -> None:
+async def _prove(account: AcmeAccount, attempt: RevocationOrder, one: _Pass) -> None:
     try:
         status = await account.poll(attempt.url)
     except AcmeError as error:
         if not _is_refusal(error, account):
             raise
-        done.failed = error.detail
+        one.failed = error.detail
         return
     match status.status:
         case OrderState.INVALID:
-            done.failed = status.error_detail or "the CA declared the order invalid"
+            one.failed = status.error_detail or "the CA declared the order invalid"
         case OrderState.PENDING:
             if attempt.answered_at is None and attempt.challenge_url is not None:
                 await account.answer(attempt.challenge_url)
-                done.answered = True
+                one.answered = True
         case _:
-            done.proved = True
+            one.proved = True
 
 
 def _is_refusal(error: AcmeError, account: AcmeAccount) -> bool:
@@ -289,14 +271,14 @@ def _is_refusal(error: AcmeError, account: AcmeAccount) -> bool:
     return error.is_refusal and error.code not in _NO_REFUSAL and not account.lost
 
 
-def _note_certificates(settings: Settings, server: Server, ca: str, done: _Done, now: datetime) -> None:
+def _note_certificates(settings: Settings, server: Server, one: _Pass, now: datetime) -> None:
     for order in server.orders:
-        if order.id in done.revoked:
+        if order.id in one.revoked:
             order.revoked_at = now
-        elif order.id in done.doubted:
+        elif order.id in one.doubted:
             order.attempts += 1
-        elif order.id in done.refused:
-            _note_refusal(settings, ca, order, done.refused[order.id], now)
+        elif order.id in one.refused:
+            _note_refusal(settings, one.ca, order, one.refused[order.id], now)
 
 
 def _note_refusal(settings: Settings, ca: str, order: Order, why: str, now: datetime) -> None:
@@ -311,22 +293,23 @@ def _note_refusal(settings: Settings, ca: str, order: Order, why: str, now: date
         order.ca, order.ca_since, order.attempts = other, now, 0
 
 
-def _note(server: Server, ca: str, done: _Done, now: datetime) -> None:
-    if done.placed is not None:
-        _note_placed(server, ca, done.placed, now)
-    attempt = next((one for one in server.revocation_orders if one.id == done.attempt), None)
+def _note(server: Server, one: _Pass, now: datetime) -> None:
+    if one.placed is not None:
+        _note_placed(server, one.ca, one.placed, now)
+    under_way = None if one.attempt is None else one.attempt.id
+    attempt = next((row for row in server.revocation_orders if row.id == under_way), None)
     if attempt is None or attempt.ended_at is not None:
         return  # another pass has ended it meanwhile
-    attempt.answered_at = now if done.answered else attempt.answered_at
-    if done.proved:
+    attempt.answered_at = now if one.answered else attempt.answered_at
+    if one.proved:
         attempt.proved_at = now
         server.control_proved_at = now
-        _log.info("control_proved", server=server.name, ca=ca)
-    if done.deactivated:
+        _log.info("control_proved", server=server.name, ca=one.ca)
+    if one.deactivated:
         attempt.deactivated_at = attempt.ended_at = now
-    elif done.failed is not None:
-        attempt.error, attempt.ended_at = done.failed[:_MAX_TEXT], now
-        _log.warning("revocation_order_failed", server=server.name, ca=ca, reason=done.failed)
+    elif one.failed is not None:
+        attempt.error, attempt.ended_at = one.failed[:_MAX_TEXT], now
+        _log.warning("revocation_order_failed", server=server.name, ca=one.ca, reason=one.failed)
     elif attempt.proved_at is not None and now >= attempt.created_at + issuance.AUTHORIZATION_LIFE:
         attempt.ended_at = now  # by itself
 
@@ -349,14 +332,14 @@ def _note_placed(server: Server, ca: str, order: PendingOrder, now: datetime) ->
     server.revocation_orders.append(made)
 
 
-def _due_at(settings: Settings, server: Server, ca: str, done: _Done, now: datetime) -> datetime:
+def _due_at(settings: Settings, server: Server, one: _Pass, now: datetime) -> datetime:
     """When to go on at one CA: as it says, within the pool's patience; or when resolvers have forgotten what was there."""
-    attempt, wait = _present(server.revocation_orders, ca), timedelta(seconds=settings.policy.step_retry)
+    attempt, wait = _present(server.revocation_orders, one.ca), timedelta(seconds=settings.policy.step_retry)
     patience = timedelta(seconds=settings.policy.revocation_patience)
     late_at = _late_at(settings, server)
-    if done.trouble is not None:
-        wait = max(wait, timedelta(seconds=done.trouble.retry_after or 0))
-    elif done.has_moved:
+    if one.trouble is not None:
+        wait = max(wait, timedelta(seconds=one.trouble.retry_after or 0))
+    elif one.has_moved:
         wait = timedelta(seconds=settings.policy.tick)
     elif attempt is not None and attempt.answered_at is None and attempt.due_at is not None:
         wait = max(wait, attempt.due_at - now)

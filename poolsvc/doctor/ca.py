@@ -9,6 +9,7 @@ from pathlib import Path
 
 from poolsvc.acme import AcmeConfig, AcmeError, read_terms
 from poolsvc.acme_client import RemoteAccount
+from poolsvc.acme_process import is_open_to_others
 from poolsvc.config import AUTO_PROFILE, AuthoritySettings, Settings
 from poolsvc.doctor.report import (
     DEADLINE,
@@ -84,14 +85,15 @@ async def sockets(at: Examination) -> Finding:
 def _exposed(path: Path) -> Finding | None:
     """Whether somebody else may have put it there, or may use it; None if not."""
     try:
-        found, directory = path.lstat(), path.parent.stat()
+        found = path.lstat()
+        is_open = is_open_to_others(path.parent, found.st_uid)
     except OSError as error:
         return fail(
             f"{path}: {error.strerror}", "start `poolsvc acme serve`, and let this user enter the directory"
         )
     if not stat.S_ISSOCK(found.st_mode):
         return fail(f"{path} is no socket", "remove it, and start `poolsvc acme serve` again")
-    if directory.st_uid not in (0, found.st_uid) or directory.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if is_open:
         return fail(
             f"others than user {found.st_uid} may write to {path.parent}",
             f"chmod go-w {path.parent}, and let it belong to that user or to root",

@@ -38,7 +38,7 @@ from member_agent.challenges import Responder
 from nts_core.control import ACME_PATH, ServerState
 from nts_core.tls import new_key_and_csr
 from poolsvc import auth, issuance, members, servers
-from poolsvc.acme import AcmeAccount, AcmeConfig
+from poolsvc.acme import AcmeAccount, AcmeConfig, OrderState
 from poolsvc.app import create_app
 from poolsvc.cli import app as poolsvc_app
 from poolsvc.cli import configure_logging
@@ -409,6 +409,15 @@ class Lab(contextlib.ExitStack):
     def __init__(self, directory: Path, resolver: str, responder: Responder):
         super().__init__()
         self.directory, self.resolver, self.responder = directory, resolver, responder
+
+    @staticmethod
+    async def decided(account: AcmeAccount, order_url: str):
+        """What became of a challenge that was answered."""
+        end = time.monotonic() + 20
+        while (status := await account.poll(order_url)).status is OrderState.PENDING:
+            assert time.monotonic() < end, status
+            await asyncio.sleep(0.02)
+        return status
 
     def pebble(self, name="pebble", **options) -> Pebble:
         options = {"http_port": self.responder.endpoints[0][1], **options}

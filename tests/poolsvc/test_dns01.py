@@ -1,9 +1,7 @@
 """Orders whose challenge the registry answers in DNS: at a strict Pebble that asks a DNS server, and in a real Knot."""
 
-import asyncio
 import base64
 import hashlib
-import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -26,14 +24,6 @@ OWNER, TEXT = f"{NAME}.", f"_acme-challenge.{NAME}."
 BOTH = pytest.mark.parametrize("engine", ["sqlite", "postgresql"], indirect=True)
 
 
-async def decided(account, url):
-    end = time.monotonic() + 20
-    while (status := await account.poll(url)).status is OrderState.PENDING:
-        assert time.monotonic() < end, status
-        await asyncio.sleep(0.02)
-    return status
-
-
 async def test_the_ca_finds_the_text_that_its_challenge_asks_for(lab, txt):
     account = await lab.account(lab.pebble())
     order = await account.order(new_key_and_csr(NAME)[1], NAME, challenge=Challenge.DNS_01)
@@ -42,7 +32,7 @@ async def test_the_ca_finds_the_text_that_its_challenge_asks_for(lab, txt):
     assert order.key_authorization is None, "nobody is to serve it"
     txt[TEXT] = ["of an order before", order.txt]
     await account.answer(order.challenge_url)
-    assert (await decided(account, order.url)).status is OrderState.READY
+    assert (await lab.decided(account, order.url)).status is OrderState.READY
 
 
 @pytest.mark.parametrize("texts", [[], ["another text"]])
@@ -51,7 +41,7 @@ async def test_without_the_text_the_order_fails_with_the_cas_words(lab, txt, tex
     order = await account.authorize(NAME, Challenge.DNS_01)
     txt[TEXT] = texts
     await account.answer(order.challenge_url)
-    status = await decided(account, order.url)
+    status = await lab.decided(account, order.url)
     assert status.status is OrderState.INVALID
     assert status.error_detail.startswith("unauthorized: ")
 

@@ -8,7 +8,6 @@ import datetime as dt
 import secrets
 import socket
 import ssl
-import time
 
 import dns.rcode
 import httpx
@@ -55,15 +54,6 @@ async def issued(lab, account):
                 await account.finalize(order.url, csr)
             await asyncio.sleep(0.02)
     return await account.download(order.url)
-
-
-async def decided(account, url):
-    """What became of a challenge."""
-    end = time.monotonic() + 20
-    while (status := await account.poll(url)).status is OrderState.PENDING:
-        assert time.monotonic() < end, status
-        await asyncio.sleep(0.02)
-    return status
 
 
 @pytest.fixture
@@ -188,7 +178,7 @@ async def test_the_front_looks_by_which_method_control_is_proved(lab, caa, txt, 
     order = await account.authorize(NAME, Challenge.DNS_01)
     txt[f"_acme-challenge.{NAME}."] = [order.txt]
     await account.answer(order.challenge_url)
-    status = await decided(account, order.url)
+    status = await lab.decided(account, order.url)
     assert status.status is (OrderState.READY if lets else OrderState.INVALID)
     assert ("caa: " in (status.error_detail or "")) is not lets
 
@@ -233,7 +223,7 @@ async def test_the_front_lets_an_account_revoke_by_its_authorizations_and_pebble
     await refused()
     lab.responder.publish(NAME, ACME_PATH + order.token, order.key_authorization.encode())
     await other.answer(order.challenge_url)
-    assert (await decided(other, order.url)).status is OrderState.READY
+    assert (await lab.decided(other, order.url)).status is OrderState.READY
     if not fronted:
         await refused()
         return
