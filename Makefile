@@ -4,14 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long lint bench docs fuzz lock clean
+.PHONY: help setup demo test test-long lint bench docs deb fuzz lock clean
 
 help:
 	@echo "make demo       the whole life of a pool on this machine, in under a minute"
 	@echo "make test       every check and test at a bounded size"
 	@echo "make test-long  the tests at full size as well"
-	@echo "make bench      our figures beside chronyd's, and the registry with 100,000 servers"
+	@echo "make bench      our figures beside chronyd's and Knot's, and the registry with 100,000 servers"
 	@echo "make docs       the pages that are generated"
+	@echo "make deb        dist/pool-agent_VERSION_ARCH.deb, the Debian package for members"
 	@echo "make fuzz       every parser with hostile octets, ten minutes each (SECONDS=...)"
 	@echo "make setup      system packages and $(VENV) only"
 
@@ -43,35 +44,51 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
+# Nearly every test makes a database: where there is room for them in memory, that takes half of the time.
+IN_MEMORY := $(shell test "$$(df -k --output=avail /dev/shm 2>/dev/null | tail -n 1)" -gt 4000000 2>/dev/null \
+  && echo TMPDIR=/dev/shm)
+PYTEST := $(IN_MEMORY) $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long"
+	$(PYTEST) -m "not long"
 
 test-long: lint
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
 
 bench: setup
 	$(BIN)/python -m bench.ntp
 	$(BIN)/python -m bench.ke
+	$(BIN)/python -m bench.workers
+	$(BIN)/python -m bench.idle
+	$(BIN)/python -m bench.dns
 	$(BIN)/python -m bench.issue
 	$(BIN)/python -m bench.registry --zone-servers 2000
+	$(BIN)/python -m bench.zone
 
 docs: setup
 	$(BIN)/python -m lab.conformance
 	$(BIN)/python -m lab.interop
+	$(BIN)/python -m lab.manuals
+
+# For the Debian release, and so the Python, of this machine.
+deb: setup
+	@sh packaging/build-deb $(BIN)/pip dist
+	@ls dist/*.deb
 
 # TARGET=ntp-server fuzzes only that one.
 SECONDS ?= 600
 fuzz: setup
 	$(BIN)/python -m fuzz $(or $(TARGET),--all) --seconds $(SECONDS)
 
-# Only this writes the lock; it holds hashes and no index address. pip-compile loses the markers of extras, so the one
-# requirement that has some (there is no wheel for every platform) is given to it once more.
+# Only this writes the locks; they hold hashes and no index address. That of the agent is a part of the other. pip-compile
+# loses the markers of extras, so the one requirement that has some (there is no wheel for every platform) is given to it
+# once more.
+COMPILE := CUSTOM_COMPILE_COMMAND="make lock" .lock/bin/pip-compile --quiet --generate-hashes --strip-extras \
+  --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --allow-unsafe
 lock: setup
 	@test -x .lock/bin/pip-compile || { $(PYTHON) -m venv .lock && .lock/bin/pip install --quiet pip-tools; }
-	grep -o 'atheris>=[^"]*' pyproject.toml \
-	  | CUSTOM_COMPILE_COMMAND="make lock" .lock/bin/pip-compile --quiet --generate-hashes --strip-extras \
-	  --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --allow-unsafe --extra dev \
-	  -o requirements.lock pyproject.toml -
+	grep -o 'atheris>=[^"]*' pyproject.toml | $(COMPILE) --all-extras -o requirements.lock pyproject.toml -
+	$(COMPILE) --constraint requirements.lock -o requirements-agent.lock pyproject.toml
 
 clean:
-	rm -rf $(VENV) .lock .peers lab/oidc/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz
+	rm -rf $(VENV) .lock .peers lab/oidc/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz dist

@@ -34,8 +34,6 @@ class Contender:
 
     name: str
     pid: int
-    ke_port: int
-    ntp_port: int
 
     def cpu_ns(self) -> int:
         """User and system time in nanoseconds of all its threads, and of the processes below it.
@@ -43,7 +41,23 @@ class Contender:
         chronyd leaves NTS-KE to helper processes. The clocks of clock_getcpuclockid(3) count what the fields
         utime and stime of /proc/PID/stat count, without their steps of 10 ms.
         """
-        return sum(_process_ns(pid) for pid in _family(self.pid))
+        return sum(self.each_cpu_ns())
+
+    def each_cpu_ns(self) -> list[int]:
+        """The same for each of its processes."""
+        return [_process_ns(pid) for pid in self.pids()]
+
+    def pids(self) -> list[int]:
+        """It and the processes below it."""
+        return list(_family(self.pid))
+
+
+@dataclass(frozen=True, slots=True)
+class TimeServer(Contender):
+    """One of NTS-KE and NTP."""
+
+    ke_port: int
+    ntp_port: int
 
 
 def _process_ns(pid: int) -> int:
@@ -65,7 +79,7 @@ def _family(pid: int) -> Iterator[int]:
 class Contest:
     """Both servers, ours first, and what their certificates are checked with."""
 
-    contenders: tuple[Contender, Contender]
+    contenders: tuple[TimeServer, TimeServer]
     trust: Trust
 
 
@@ -81,8 +95,8 @@ def contest() -> Iterator[Contest]:
         with agent, ChronydServer(directory / THEIRS, pair, stratum=_STRATUM) as chronyd:
             yield Contest(
                 (
-                    Contender(OURS, agent.process.pid, agent.ke_port, agent.ntp_port),
-                    Contender(THEIRS, chronyd.process.pid, chronyd.ke_port, chronyd.ntp_port),
+                    TimeServer(OURS, agent.process.pid, agent.ke_port, agent.ntp_port),
+                    TimeServer(THEIRS, chronyd.process.pid, chronyd.ke_port, chronyd.ntp_port),
                 ),
                 Trust.of(roots, datetime.now(UTC)),
             )

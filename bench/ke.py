@@ -9,7 +9,7 @@ import sys
 import time
 
 from bench import report
-from bench.contenders import ADDRESS, AEAD, Contender, contest
+from bench.contenders import ADDRESS, AEAD, TimeServer, contest
 from bench.report import Comparison, Turn
 from nts_core.client import Established, establish
 from nts_core.client import measure as exchanges
@@ -20,7 +20,7 @@ _CLIENTS = 8
 TITLES = {"ke": (f"NTS-KE: P-256 certificate, {_CLIENTS} clients at a time", "handshake")}
 
 
-async def _turn(contender: Contender, trust: Trust, seconds: float) -> Turn:
+async def _turn(contender: TimeServer, trust: Trust, seconds: float) -> Turn:
     """Several clients, each with one key establishment after the other."""
     started = time.monotonic()
     before = contender.cpu_ns()
@@ -43,7 +43,7 @@ def measure(seconds: float, rounds: int) -> dict[str, Comparison]:
     with contest() as running:
         length = seconds / (rounds * len(running.contenders))
 
-        def turn(contender: Contender) -> Turn:
+        def turn(contender: TimeServer) -> Turn:
             return asyncio.run(_turn(contender, running.trust, length))
 
         for contender in running.contenders:

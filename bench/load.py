@@ -109,12 +109,13 @@ class Burst:
 class Load:
     """Requests of one length for one server."""
 
-    def __init__(self, address: str, port: int, requests: Sequence[bytes]) -> None:
+    def __init__(self, address: str, port: int, requests: Sequence[bytes], source: str | None = None) -> None:
         if len({len(request) for request in requests}) != 1 or len(requests) < WINDOW:
             raise ValueError(f"a load needs {WINDOW} or more requests of one length")
         self._requests = _Batch(b"".join(requests), len(requests[0]))
         self._replies = _Batch(bytes(_BATCH * _LONGEST_REPLY), _LONGEST_REPLY)
         self._peer = (address, port)
+        self._source = source
         self._next = 0
 
     def run(self, seconds: float, *, samples: int) -> Burst:
@@ -123,6 +124,8 @@ class Load:
         Keeps `samples` replies at most. Raises LoadError for a server that answers nothing.
         """
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            if self._source is not None:
+                sock.bind((self._source, 0))
             sock.connect(self._peer)
             return self._run(sock, seconds, samples)
 

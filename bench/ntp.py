@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from bench import report
-from bench.contenders import ADDRESS, AEAD, Contender, contest
+from bench.contenders import ADDRESS, AEAD, TimeServer, contest
 from bench.load import Load, LoadError
 from bench.report import Comparison, Turn
 from nts_core.aead import NONCE_LENGTH, Aead, SessionKeys
@@ -75,7 +75,7 @@ class Question:
 class Questions:
     """What one server is asked, ready to be sent."""
 
-    def __init__(self, contender: Contender, questions: Sequence[Question]) -> None:
+    def __init__(self, contender: TimeServer, questions: Sequence[Question]) -> None:
         self._contender = contender
         self._by_origin = {question.transmit: question for question in questions}
         self._load = Load(ADDRESS, contender.ntp_port, [question.datagram for question in questions])
@@ -97,7 +97,7 @@ class Questions:
             raise LoadError(f"a wrong answer of {self._contender.name}: {error}") from None
 
 
-async def _nts_questions(contender: Contender, trust: Trust) -> list[Question]:
+async def _nts_questions(contender: TimeServer, trust: Trust) -> list[Question]:
     """64 requests a session: each of its eight cookies buys eight."""
     questions: list[Question] = []
     for _ in range(_SESSIONS):
@@ -123,7 +123,7 @@ def measure(seconds: float, rounds: int) -> dict[str, Comparison]:
             questions.turn(_WARM_UP)
         length = seconds / (rounds * len(asked))
 
-        def turn_of(kind: str) -> Callable[[Contender], Turn]:
+        def turn_of(kind: str) -> Callable[[TimeServer], Turn]:
             return lambda contender: asked[kind, contender.name].turn(length)
 
         return {kind: Comparison.run(running.contenders, rounds, turn_of(kind)) for kind in TITLES}

@@ -8,12 +8,11 @@ import argparse
 import asyncio
 import json
 import math
-import os
 import random
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
@@ -26,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import pools
+from bench.processes import cpu_s, rss_mib, settle
 from bench.requests import Answer, Call, Client
 from lab.knot import Knot
 from lab.postgres import Postgres
@@ -35,8 +35,8 @@ from nts_core.shell import configure_logging
 from poolsvc import schema, servers
 from poolsvc.config import Settings, load_settings
 from poolsvc.db import Database
+from poolsvc.primary import PublishError
 from poolsvc.publication import Publication
-from poolsvc.publisher import PublishError
 
 _RATE = 200.0
 _MIX = {"sync": 80, "server": 10, "pool": 5, "list": 5}
@@ -45,8 +45,6 @@ _SQLITE_SHARE = 10  # one writer at a time, and a pool that SQLite is for is sma
 _WARM_UP = 5.0
 _MAX_SERVERS = 1_000_000
 _READY = 60.0
-# At rest: for so many seconds less than this share of a core.
-_QUIET, _IDLE, _SETTLED_WITHIN = 2.0, 0.2, 120.0
 _CONFIG = """\
 pool = "{pool}"
 database = "{database}"
@@ -142,6 +140,8 @@ class Bench:
                 await publication.publisher.take_fence(2)
                 with self._timed("full_publish_s"):
                     await publication.publish(2, now)
+                    while publication.has_more:
+                        await publication.publish(2, now)
             with self._timed("unchanged_pass_s"):
                 await publication.look(now + timedelta(seconds=1))
                 if self._knot is not None and publication.is_due(now + timedelta(seconds=1)):
@@ -154,6 +154,8 @@ class Bench:
             if self._knot is not None:
                 with self._timed("changed_publish_s"):
                     await publication.publish(2, now + timedelta(seconds=2))
+                    while publication.has_more:
+                        await publication.publish(2, now + timedelta(seconds=2))
                 later = now + timedelta(seconds=settings.policy.reconcile_interval + 2)
                 with self._timed("check_s"):
                     await publication.look(later)
@@ -176,10 +178,12 @@ class Bench:
                 if role != "worker":
                     ports.append(_port(settings))
             with self._timed("start_s"):
-                _settle(running.values())
-            asyncio.run(Client(ports).run(_calls(count, int(_WARM_UP * self._rate)), self._rate))
+                settle(running.values())
+            asyncio.run(
+                Client(ports).run(_calls(count, int(min(_WARM_UP, seconds) * self._rate)), self._rate)
+            )
             calls = _calls(count, int(seconds * self._rate))
-            cpu = {part: _cpu(process.pid) for part, process in running.items()}
+            cpu = {part: cpu_s(process.pid) for part, process in running.items()}
             reads = pools.whole_reads(database) if split else 0
             answers = asyncio.run(Client(ports).run(calls, self._rate))
             if split:
@@ -198,9 +202,9 @@ class Bench:
                 },
             }
             for part, process in running.items():
-                spent = _cpu(process.pid) - cpu[part]
+                spent = cpu_s(process.pid) - cpu[part]
                 self.figures[f"{part}_cpu_ms_a_request"] = 1000 * spent / len(answers)
-                self.figures[f"{part}_rss_mib"] = _rss_mib(process.pid)
+                self.figures[f"{part}_rss_mib"] = rss_mib(process.pid)
 
 
 def _answers(settings: Settings) -> bool:
@@ -233,28 +237,6 @@ def _calls(servers_: int, count: int) -> list[Call]:
 
     kinds = chance.choices(list(_MIX), weights=list(_MIX.values()), k=count)
     return [call(kind) for kind in kinds]
-
-
-def _rss_mib(pid: int) -> float:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def _cpu(pid: int) -> float:
-    """User and system time of a process, in seconds."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def _settle(running: Collection[Process]) -> None:
-    """Wait until the processes have done what they do once: a leader reads the whole pool."""
-    end = time.monotonic() + _SETTLED_WITHIN
-    while time.monotonic() < end:
-        before = sum(_cpu(process.pid) for process in running)
-        time.sleep(_QUIET)
-        if sum(_cpu(process.pid) for process in running) - before < _IDLE * _QUIET:
-            return
-    raise LabError(f"the registry has not come to rest within {_SETTLED_WITHIN:g} s")
 
 
 def measure(

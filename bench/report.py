@@ -6,17 +6,18 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
-from bench.contenders import OURS, THEIRS, Contender
+from bench.contenders import Contender
 from bench.load import LoadError
 from lab.processes import LabError
 from nts_core.client import ClientError
 from nts_core.errors import NtsError
 
+_C = TypeVar("_C", bound=Contender)
 DEFAULT_SECONDS = 20.0
 DEFAULT_ROUNDS = 5
 _MAX_SECONDS = 600.0
@@ -67,14 +68,12 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """All turns of both servers, by their names, in the order of the rounds."""
+    """All turns of both servers, by their names, ours first, in the order of the rounds."""
 
     turns: dict[str, tuple[Turn, ...]]
 
     @classmethod
-    def run(
-        cls, contenders: Sequence[Contender], rounds: int, turn: Callable[[Contender], Turn]
-    ) -> "Comparison":
+    def run(cls, contenders: Sequence[_C], rounds: int, turn: Callable[[_C], Turn]) -> "Comparison":
         """Take turns, so that what else the machine does meets both alike."""
         taken: dict[str, list[Turn]] = {contender.name: [] for contender in contenders}
         for _ in range(rounds):
@@ -84,9 +83,15 @@ class Comparison:
 
     @property
     def ratio(self) -> Spread:
-        """Our answers a second of server processor time over chronyd's, round by round."""
-        pairs = zip(self.turns[OURS], self.turns[THEIRS], strict=True)
-        return Spread.of([theirs.cpu_us / ours.cpu_us for ours, theirs in pairs])
+        """Our answers a second of server processor time over the other's, round by round."""
+        return Spread.of(
+            [theirs.cpu_us / ours.cpu_us for ours, theirs in zip(*self.turns.values(), strict=True)]
+        )
+
+    @property
+    def rate_ratio(self) -> Spread:
+        """The same of the time that passed."""
+        return Spread.of([ours.rate / theirs.rate for ours, theirs in zip(*self.turns.values(), strict=True)])
 
     def document(self) -> dict[str, Any]:
         """The JSON form: totals, and every figure as its median and its range over the rounds."""
@@ -102,7 +107,11 @@ class Comparison:
             }
             for name, turns in self.turns.items()
         }
-        return {"servers": servers, "ratio": asdict(self.ratio)}
+        return {
+            "servers": servers,
+            "ratio": asdict(self.ratio),
+            "rate_ratio": asdict(self.rate_ratio),
+        }
 
     def show(self, title: str, unit: str) -> None:
         """The same for people; `unit` is what an answer is."""
@@ -120,10 +129,12 @@ class Comparison:
             )
         console = Console(width=130)
         console.print(table)
+        ours, theirs = self.turns
         inverse = 1 / self.ratio.median
         console.print(
-            f"{unit}s a server CPU second, {OURS} over {THEIRS}: {self.ratio.render(3)}, 1/{inverse:.1f}\n"
+            f"{ours} over {theirs}, {unit}s a server CPU second: {self.ratio.render(3)}, 1/{inverse:.1f}"
         )
+        console.print(f"{ours} over {theirs}, {unit}s a second: {self.rate_ratio.render(3)}\n")
 
 
 def main(

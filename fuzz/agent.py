@@ -37,7 +37,7 @@ async def _connection(data: bytes) -> str:
         answer = await _ask(responder.endpoints[0], plan.rest(), length)
         # The peer sees the end of the answer before the responder has left the connection.
         hold(responder.counters.total() == 1, "a connection is counted once")
-        (outcome,) = responder.counters
+        (outcome,) = map(Outcome, responder.counters)
     hold(outcome not in _UNREACHED, "the answer does not wait for the deadline")
     if outcome in _NO_ANSWER:
         hold(not answer, "who says nothing whole hears nothing")

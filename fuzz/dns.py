@@ -1,8 +1,8 @@
-"""Target of validated lookups: a resolver that lies (RFC 4035).
+"""Targets of what DNS says: validated lookups with a resolver that lies (RFC 4035), and the metadata of servers.
 
-An input is one octet that says what is looked up, then the answers, one a question: how it is put right, its length
-(16 bits), its octets. A zone's true key signs what the input wants signed, so that what lies behind validation is
-reached too; and only what was signed may ever be returned.
+An input of the first is one octet that says what is looked up, then the answers, one a question: how it is put right,
+its length (16 bits), its octets. A zone's true key signs what the input wants signed, so that what lies behind
+validation is reached too; and only what was signed may ever be returned.
 """
 
 import asyncio
@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from dns.rdtypes.ANY.DNSKEY import DNSKEY
 
 from fuzz.target import NOW, Plan, Target, hold
+from nts_core.metadata import MAX_TEXT, parse
 from nts_core.resolve import (
     MAX_ANSWERS,
     MAX_QUESTIONS,
@@ -197,6 +198,18 @@ async def _ask(what: int, resolver: Resolver, liar: _Liar) -> str:
             return "records"
 
 
+def _metadata(data: bytes) -> str:
+    """Records end with a line, their character-strings with an octet 0."""
+    records = [tuple(record.split(b"\0")) for record in data.split(b"\n")]
+    found = parse(records)
+    if found is None:
+        return "nothing"
+    text = found.to_text().encode()
+    hold(len(text) <= MAX_TEXT, "a record fits one character-string")
+    hold(parse([(text,)]) == found, "metadata survives being written")
+    return "read"
+
+
 TARGETS = (
     Target(
         "dns",
@@ -224,5 +237,12 @@ TARGETS = (
             b"\x00\x30\x00\x01",
             b"\x00\x21\x00\x01",
         ),
+    ),
+    Target(
+        "metadata",
+        "No exception; what is read fits one character-string and survives being written.",
+        _metadata,
+        frozenset({"nothing", "read"}),
+        tokens=(b"v=truechimer1", b" op=abcdefghij234", b" as=64500", b" cc=DE", b",", b"\n", b"\0"),
     ),
 )

@@ -2,6 +2,7 @@
 
 import asyncio
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ from nts_core.client import ClientError
 from nts_core.control import (
     AgentReport,
     Assignment,
+    CheckAnswer,
     JoinAnswer,
     JoinRequest,
     ProofAnswer,
     ProofRequest,
+    ServerStatus,
 )
 from nts_core.cookies import MAX_COOKIE_LENGTH, MAX_COOKIES, NONCE_LENGTH, Keyring
 from nts_core.errors import WireError
@@ -39,7 +42,16 @@ from nts_core.store import Binding, CookieFile, TimeRecord
 _BINDING = Binding("ntp.example", 4460, "00" * 32)
 # Nanoseconds that fit 63 bits: the year 2262.
 _LATEST = (1 << 63) - 1
-_KINDS = (JoinRequest, JoinAnswer, ProofRequest, ProofAnswer, AgentReport, Assignment)
+_KINDS = (
+    JoinRequest,
+    JoinAnswer,
+    ProofRequest,
+    ProofAnswer,
+    AgentReport,
+    Assignment,
+    ServerStatus,
+    CheckAnswer,
+)
 _ADAPTERS: tuple[TypeAdapter[Any], ...] = tuple(TypeAdapter(kind) for kind in _KINDS)
 _JSON = (b'{"', b'":', b"null", b"true", b"[]", b"{}", b"1e999", b"NaN", b"\\ud800")
 
@@ -52,6 +64,18 @@ def _text(octets: bytes) -> str:
     return octets.decode("utf-8", "surrogateescape")
 
 
+def _is_finite(value: Any) -> bool:
+    match value:
+        case float():
+            return -1e300 < value < 1e300
+        case dict():
+            return all(map(_is_finite, value.values()))
+        case list() | tuple():
+            return all(map(_is_finite, value))
+        case _:
+            return True
+
+
 def _control(data: bytes) -> str:
     """First octet: the kind of document."""
     plan = Plan(data)
@@ -61,8 +85,8 @@ def _control(data: bytes) -> str:
     except ValidationError:
         return "refused"
     repr(document)
-    if isinstance(document, Assignment) and not -1e300 < document.poll_after < 1e300:
-        # JSON has no infinity; the agent bounds the wait itself.
+    if not _is_finite(asdict(document)):
+        # JSON has no infinity; who reads such a figure bounds it itself.
         return "boundless"
     hold(adapter.validate_json(adapter.dump_json(document)) == document, "a document survives being sent")
     return type(document).__name__

@@ -10,9 +10,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from fuzz.target import NOW, Plan, Target, hold
-from poolsvc.certificates import ChainError, CsrError, chain_facts, check_chain, check_csr, printable
+from nts_core.certificates import ChainError, CsrError, chain_facts, check_chain, check_csr
+from nts_core.errors import printable
+from nts_core.independence import prefix_of
 from poolsvc.errors import InvalidAddress, InvalidName
-from poolsvc.names import DOMAIN, MAX_NAME, check_address, check_addresses, check_name, is_label, prefix_of
+from poolsvc.names import DOMAIN, MAX_NAME, check_address, check_addresses, check_name, is_label
 
 _DOMAIN = "alice.servers.pool.example"
 # Fixed, so that files of the corpus stay what they are; it protects nothing.

@@ -1,11 +1,11 @@
 """The table of everything that is fuzzed."""
 
-from fuzz import agent, dns, documents, ke, ntp, registry, tls
+from fuzz import agent, dns, documents, ke, nameserver, ntp, registry, tls
 from fuzz.target import Target, hold
 
 TARGETS: dict[str, Target] = {
     target.name: target
-    for module in (ke, ntp, tls, dns, documents, agent, registry)
+    for module in (ke, ntp, tls, dns, nameserver, documents, agent, registry)
     for target in module.TARGETS
 }
 

@@ -74,6 +74,7 @@ class Fault(StrEnum):
     UNDECIDED = "an order stays pending, and a finalized one in process"
     OTHER_KEY = "a chain for the right name and another key"
     OTHER_NAME = "a chain for the right key and another name"
+    LOST = "the request is done, and its answer never comes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,11 +162,13 @@ class _Answer:
 
 @dataclass(slots=True)
 class _Order:
+    url: str
     account: str
     names: frozenset[str]
     authorizations: tuple[str, ...]
     is_reusing: bool  # a valid authorization of an earlier order
     replaces: bool
+    document: dict[str, Any]  # as it was told last
     is_counted: bool = False
 
 
@@ -182,7 +185,10 @@ class CaFront(InThread):
     """A CA at `directory_url` with a CAA identity; a context manager that runs in a thread of its own.
 
     `resolver` answers its CAA queries. `faults` says which resources fail now and how, and may be changed at any time;
-    `broken_for` holds serials of which a revocation fails; while `forgetful`, no account's authorizations are known at one. `asked` counts requests, `refusals` holds what its CAA lookups and limits refused. With `dates` its own refusals give Retry-After as a date. `clock` is in seconds.
+    `broken_for` holds serials of which a revocation fails; while `forgetful`, no account's authorizations are known at one.
+    While `reusing`, an account gets an open order of its own again in place of another one for the same names. `asked`
+    counts requests, `refusals` holds what its CAA lookups and limits refused. With `dates` its own refusals give
+    Retry-After as a date. `clock` is in seconds.
     """
 
     def __init__(
@@ -202,7 +208,7 @@ class CaFront(InThread):
         self.ca_file = pebble.ca_file
         self.faults: dict[Resource, Fault] = {}
         self.broken_for: set[str] = set()
-        self.forgetful = False
+        self.forgetful = self.reusing = False
         self.asked: Counter[Resource] = Counter()
         self.refusals: list[str] = []
         self._dates, self._clock = dates, clock
@@ -219,6 +225,11 @@ class CaFront(InThread):
     def certificate_status(self, serial: str) -> str:
         """Either Valid or Revoked for a serial in hex."""
         return "Revoked" if serial in self._revoked else self._pebble.certificate_status(serial)
+
+    @property
+    def orders(self) -> int:
+        """How many the CA has made."""
+        return len({order.url for order in self._orders.values()})
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
@@ -243,6 +254,9 @@ class CaFront(InThread):
             writer.write(_ANSWERS[fault]())
         else:
             answer = await self._refuse(request) or await self._pass_on(request)
+            if fault is Fault.LOST:
+                await _close(writer)
+                return
             self._spoil(answer, fault)
             writer.write(answer.octets(is_head=request.method == "HEAD"))
         await writer.drain()
@@ -305,8 +319,10 @@ class CaFront(InThread):
                     self._authorizations[url].is_valid = document["status"] in ("ready", "valid")
                     if (refused := self._authorizations[url].refused) is not None:
                         document |= {"status": "invalid", "error": refused}
+                if order is not None:
+                    order.document = document
             case Resource.FINALIZE:
-                self._note_issue(request)
+                self._note_issue(request, document)
         if document:
             answer.body = json.dumps(document).encode()
 
@@ -314,11 +330,13 @@ class CaFront(InThread):
         account = request.signed("protected")["kid"]
         names = frozenset(one["value"] for one in document["identifiers"])
         order = _Order(
+            url,
             account,
             names,
             tuple(document["authorizations"]),
             is_reusing=any(one in self._authorizations for one in document["authorizations"]),
             replaces="replaces" in request.signed("payload"),
+            document=dict(document),
         )
         self._orders |= {url: order, document["finalize"]: order}
         for one, name in zip(document["authorizations"], sorted(names), strict=False):
@@ -342,10 +360,13 @@ class CaFront(InThread):
             found.refused = next((one["error"] for one in document["challenges"] if "error" in one), {})
             self._failures.take((found.account, found.name), self._clock())
 
-    def _note_issue(self, request: _Request) -> None:
+    def _note_issue(self, request: _Request, document: dict[str, Any]) -> None:
         self._csr = x509.load_der_x509_csr(_decoded(request.signed("payload")["csr"]))
         order = self._orders.get(request.url)
-        if order is None or order.is_counted:
+        if order is None:
+            return
+        order.document = document
+        if order.is_counted:
             return
         order.is_counted, now = True, self._clock()
         if not order.replaces:
@@ -359,7 +380,7 @@ class CaFront(InThread):
         """What a CA that obeys CAA and its limits answers in Pebble's place."""
         match request.resource:
             case Resource.NEW_ORDER:
-                return await self._refuse_by_limits(request)
+                return await self._give_again(request) or await self._refuse_by_limits(request)
             case Resource.CHALLENGE if request.has_payload and request.url in self._challenges:
                 url, challenge = self._challenges[request.url]
                 found, method = self._authorizations[url], challenge["type"]
@@ -380,6 +401,23 @@ class CaFront(InThread):
                 return await self._problem(
                     "serverInternal", "the CA is broken", HTTPStatus.INTERNAL_SERVER_ERROR
                 )
+        return None
+
+    async def _give_again(self, request: _Request) -> _Answer | None:
+        """As Boulder: the order that is open already, but none that is to replace a certificate for which one is open."""
+        if not self.reusing:
+            return None
+        payload, account = request.signed("payload"), request.signed("protected")["kid"]
+        names = frozenset(one["value"] for one in payload["identifiers"])
+        for order in self._orders.values():
+            is_open = order.document["status"] in ("pending", "ready")
+            if not is_open or (order.account, order.names) != (account, names):
+                continue
+            if order.replaces and "replaces" in payload:
+                return await self._problem("alreadyReplaced", "it has been replaced", HTTPStatus.CONFLICT)
+            answer = await self._answer(HTTPStatus.CREATED, order.document)
+            answer.headers["location"] = order.url
+            return answer
         return None
 
     async def _refuse_reuse(self, request: _Request) -> _Answer | None:

@@ -31,9 +31,9 @@ from lab.pool import POOL, LabPool, Member
 from lab.processes import LabError, wait_until
 from member_agent.challenges import Responder
 from member_agent.errors import ExitStatus
+from nts_core.acme import AcmeAccount, AcmeConfig, OrderState
 from nts_core.control import ACME_PATH, Stage, StageStatus
 from nts_core.tls import new_key_and_csr
-from poolsvc.acme import AcmeAccount, AcmeConfig, OrderState
 
 GOOD = ("alice", "bob", "carol", "dave", "erin")
 WRONG = "mallory"
@@ -124,7 +124,7 @@ def _admit(story: Story, pool: LabPool, members: list[Member]) -> None:
         and f"+{WRONG_CLOCK}." in refused["detail"]
         and not views[WRONG]["in_dns"],
     )
-    targets = set(_srv(pool.knot.address, pool.knot.port))
+    targets = set(_srv(pool.primary.address, pool.primary.port))
     story.check(
         f"the SRV record _ntske._tcp.{POOL} holds the five, and not {WRONG}",
         targets == {f"{name}.servers.{POOL}" for name in GOOD},
@@ -222,7 +222,7 @@ def _leave(story: Story, pool: LabPool, leaver: Member) -> None:
 
 
 def _check_gone(story: Story, pool: LabPool, leaver: Member) -> None:
-    authority = (pool.knot.address, pool.knot.port)
+    authority = (pool.primary.address, pool.primary.port)
     story.check("its SRV record is gone", leaver.domain not in _srv(*authority))
     kinds = ("A", "AAAA", "CAA")
     story.check(

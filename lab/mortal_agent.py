@@ -2,64 +2,51 @@
 
     python -m lab.mortal_agent 3 after run --state DIR
 
-Moments are what it puts in its place on the disk, and what it says to the registry for the first time: a signing
-request, a challenge that it serves. Reports without news come with the clock and do not count.
+Moments are whatever it does to names on the disk, and what it says to the registry for the first time: a signing
+request, a challenge that it serves, a certificate. Reports without news come with the clock and do not count.
 """
 
 import json
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from itertools import count
+from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
 
-import httpx
+from lab.moments import moments, mortal
+from member_agent import cli, https, running
 
-from member_agent import cli
+_NEWS = ("csr", "serving", "address", "installed")
+_OPERATIONS = ("mkdir", "rename", "replace", "symlink", "unlink", "rmdir")
 
-_NEWS = ("csr", "serving", "address")
+
+def _go_on(words: list[str]) -> None:
+    """As the program that `run` becomes, in this one."""
+    sys.argv[1:] = words[words.index(running.WORD) :]
+    running.main()
 
 
 def main() -> None:
     at, when, *arguments = sys.argv[1:]
-    numbers = count(1)
+    moment = moments(at, when)
+    send, said = https.Client.request, set[str]()
 
-    @contextmanager
-    def moment() -> Iterator[None]:
-        is_last = next(numbers) == int(at)
-        if is_last and when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        yield
-        if is_last:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def placing(place: Callable[..., None]) -> Callable[..., None]:
-        def placed(*args: Any, **options: Any) -> None:
-            with moment():
-                place(*args, **options)
-
-        return placed
-
-    send, said = httpx.AsyncHTTPTransport.handle_async_request, set[str]()
-
-    async def sent(self: httpx.AsyncHTTPTransport, request: httpx.Request) -> httpx.Response:
-        document = json.loads(request.content)
-        news = json.dumps([request.url.path, *(document.get(name) for name in _NEWS)])
+    async def sent(self: https.Client, method: str, path: str, **options: Any) -> https.Answer:
+        document = json.loads(options["body"] or b"{}")
+        news = json.dumps([path, *(document.get(name) for name in _NEWS)])
         if news in said:
-            return await send(self, request)
+            return await send(self, method, path, **options)
         said.add(news)
         with moment():
-            return await send(self, request)
+            return await send(self, method, path, **options)
 
     sys.argv[1:] = arguments
-    with (
-        patch.object(os, "rename", placing(os.rename)),
-        patch.object(os, "replace", placing(os.replace)),
-        patch.object(httpx.AsyncHTTPTransport, "handle_async_request", sent),
-    ):
+    with ExitStack() as patched:
+        for name in _OPERATIONS:
+            patched.enter_context(patch.object(os, name, mortal(moment, getattr(os, name))))
+        patched.enter_context(patch.object(https.Client, "request", sent))
+        # The program that `run` becomes would have moments of its own.
+        patched.enter_context(patch.object(os, "execv", lambda _, words: _go_on(words)))
         cli.main()
 
 

@@ -28,9 +28,10 @@ class Pebble:
     """Pebble in strict mode; its ports and front certificate stay the same over restarts.
 
     It keeps no state: after `restart` every account, order, authorization and issuing root is new.
-    `resolver` is address:port of the DNS server that validation asks, `http_port` the port on which it
-    validates HTTP-01, `authz_reuse` the percentage of valid authorizations used again (None leaves
-    Pebble's own 50), `nonce_reject` the percentage of good nonces refused, `validity` the certificates'
+    `resolver` is address:port of the DNS server that validation asks, `http_port` and `tls_port` are the ports
+    on which it validates HTTP-01 (whose redirects it follows to any port) and TLS-ALPN-01, `authz_reuse` the
+    percentage of valid authorizations used again (None leaves Pebble's own 50; at 0 it still uses one in a
+    hundred again), `nonce_reject` the percentage of good nonces refused, `validity` the certificates'
     life in seconds. `binding_keys` are the keys of external accounts (RFC 8555 section 7.3.4) by their
     identifiers; with any, an account needs one.
 
@@ -45,6 +46,7 @@ class Pebble:
         *,
         resolver: str,
         http_port: int,
+        tls_port: int | None = None,
         authz_reuse: int | None = None,
         nonce_reject: int = 5,
         validity: int = SIX_DAYS,
@@ -66,7 +68,7 @@ class Pebble:
             "certificate": str(directory / "front.pem"),
             "privateKey": str(directory / "front.key"),
             "httpPort": http_port,
-            "tlsPort": free_port(),
+            "tlsPort": tls_port or free_port(),
             "externalAccountBindingRequired": bool(binding_keys),
             "externalAccountMACKeys": {
                 name: base64.urlsafe_b64encode(key).decode().rstrip("=") for name, key in binding_keys.items()

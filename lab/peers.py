@@ -30,8 +30,8 @@ PEERS_VARIABLE = "TRUECHIMER_PEERS"
 _HERE = Path(__file__).resolve().parent
 _DEFAULT = _HERE.parent / ".peers"
 _REPORT_DEADLINE = 10.0
-_NO_CLOCK = ("setpriv", "--bounding-set=-sys_time", "--inh-caps=-sys_time")
-_STILL_CLOCK = (sys.executable, str(_HERE / "still_clock.py"))
+NO_CLOCK = ("setpriv", "--bounding-set=-sys_time", "--inh-caps=-sys_time")
+STILL_CLOCK = (sys.executable, str(_HERE / "still_clock.py"))
 
 
 def _directory() -> Path:
@@ -87,7 +87,7 @@ NTPD_RS_SID = _newer("ntpd-rs", "sid")
 PEBBLE_SID = _newer("pebble", "sid")
 
 
-def _environment() -> dict[str, str]:
+def library_environment() -> dict[str, str]:
     """What lets Debian 12's programs find shared libraries that were unpacked next to them."""
     unpacked = sorted({str(library.parent) for library in _directory().glob("*/usr/lib/*/*.so.*")})
     inherited = os.environ.get("LD_LIBRARY_PATH")
@@ -97,7 +97,7 @@ def _environment() -> dict[str, str]:
 def chronyc_environment() -> dict[str, str]:
     """What lets a program find `chronyc` on its PATH."""
     directory = Path(*CHRONY.command("usr/bin/chronyc")).parent
-    return {**_environment(), "PATH": f"{directory}:{os.environ.get('PATH', '')}"}
+    return {**library_environment(), "PATH": f"{directory}:{os.environ.get('PATH', '')}"}
 
 
 class Server(Protocol):
@@ -181,7 +181,7 @@ class Chronyd:
         config = directory / "chrony.conf"
         config.write_text(configuration + _CHRONY_COMMON.format(directory=directory))
         argv = [*package.command("usr/sbin/chronyd"), "-x", "-d", "-f", str(config)]
-        argv = [*_NO_CLOCK, *argv, "-u", "root"] if os.geteuid() == 0 else [*argv, "-U"]
+        argv = [*NO_CLOCK, *argv, "-u", "root"] if os.geteuid() == 0 else [*argv, "-U"]
         self.process = Process("chronyd", argv, directory, env=self._environment())
 
     def start(self) -> Self:
@@ -213,7 +213,7 @@ class Chronyd:
         return shlex.join([*self._chronyc("-n"), name])
 
     def _environment(self) -> Mapping[str, str]:
-        return {} if self.package.is_newer else _environment()
+        return {} if self.package.is_newer else library_environment()
 
     def _chronyc(self, *options: str) -> list[str]:
         # From 4.9 on chronyc becomes a user that only an installed package makes; the protocol is the same.
@@ -350,7 +350,7 @@ class _NtpDaemon:
         self._observe = directory / "observe"
         config = directory / "ntp.toml"
         config.write_text(configuration)
-        argv = [*_NO_CLOCK, *_STILL_CLOCK, *package.command("usr/bin/ntp-daemon"), "-c", str(config)]
+        argv = [*NO_CLOCK, *STILL_CLOCK, *package.command("usr/bin/ntp-daemon"), "-c", str(config)]
         self.process = Process("ntp-daemon", argv, directory)
 
     def start(self) -> Self:
@@ -553,8 +553,8 @@ class _NtpsecNtpd(ABC):
         self.namespace = namespace
         config = directory / "ntp.conf"
         config.write_text(configuration)
-        ntpd = [*_NO_CLOCK, *NTPSEC.command("usr/sbin/ntpd"), "-n", "-c", str(config)]
-        self.process = Process("ntpd", [*namespace.inside(), *ntpd], directory, env=_environment())
+        ntpd = [*NO_CLOCK, *NTPSEC.command("usr/sbin/ntpd"), "-n", "-c", str(config)]
+        self.process = Process("ntpd", [*namespace.inside(), *ntpd], directory, env=library_environment())
 
     def start(self) -> Self:
         self.process.start(self._is_ready)

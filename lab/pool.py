@@ -14,10 +14,11 @@ import httpx
 
 from lab.ca_front import CaFront
 from lab.certificates import Authority
+from lab.embedded import RegistryDns
 from lab.knot import Knot
 from lab.pebble import SIX_DAYS, Pebble
 from lab.processes import LabError, Process, free_port, wait_until
-from lab.programs import NO_DAEMON, Finished, run, script
+from lab.programs import NO_DAEMON, Finished, poolsvc, run, script
 from lab.unbound import Unbound
 from member_agent.sockets import is_local
 
@@ -40,14 +41,10 @@ roots_file = "{roots}"
 
 [ports]
 http = {http_port}
+tls = {tls_port}
 ke = {ke_port}
 
-[dns]
-primary = "{dns}"
-tsig_name = "{tsig_name}"
-tsig_secret_file = "{tsig_file}"
-nameservers = ["{dns}"]
-srv_ttl = {ttl}
+{dns}srv_ttl = {ttl}
 address_ttl = {ttl}
 
 [ca]
@@ -76,6 +73,13 @@ requests_per_second_and_token = 1000
 request_burst = 1000
 servers_per_member = 1000
 unproved_servers_per_member = 1000
+"""
+_KNOT = """\
+[dns]
+primary = "{knot.address}:{knot.port}"
+tsig_name = "{knot.tsig_name}"
+tsig_secret_file = "tsig.secret"
+nameservers = ["{knot.address}:{knot.port}"]
 """
 _REHEARSAL = """
 [ca.rehearsal]
@@ -194,36 +198,44 @@ class LabPool:
         fronted: bool = False,
         staged: bool = False,
         closed: bool = False,
+        knot: bool = False,
         program: Sequence[str] | None = None,
     ) -> None:
         """`program` is run instead of `poolsvc serve`, with --config and the settings.
 
         `fronted` puts before Pebble what obeys CAA as a real CA does: `ca` is where everybody orders.
         `staged` adds a CA at which orders are rehearsed, `staging`. `closed`: the CA finds port 80 of every member
-        closed.
+        closed. `knot` is the primary instead of the server that the registry embeds.
         """
         self.directory = directory.resolve()
         self.directory.mkdir(parents=True, exist_ok=True)
         everywhere = [member_address(index) for index in range(1, addresses + 1)]
-        self.http_port, self.ke_port, self.ntp_port = (free_port(*everywhere) for _ in range(3))
+        ports = (free_port(*everywhere) for _ in range(4))
+        self.http_port, self.tls_port, self.ke_port, self.ntp_port = ports
         self._listen = f"{registry_address}:{free_port()}"
         self.url = f"https://{self._listen}"
         authority = Authority(self.directory / "tls")
         self._tls = authority.issue("127.0.0.1", "::1", "localhost", file="registry")
         self.registry_root = authority.root
-        self.knot = Knot(self.directory / "knot", zone=POOL, ttl=_TTL, soa_minimum=_TTL)
-        self.unbound = Unbound(self.directory / "unbound", [self.knot])
+        self.primary: Knot | RegistryDns
+        if knot:
+            self.primary = Knot(self.directory / "knot", zone=POOL, ttl=_TTL, soa_minimum=_TTL)
+        else:
+            self.primary = RegistryDns(self.directory, zone=POOL, ttl=_TTL, soa_minimum=_TTL)
+        self.unbound = Unbound(self.directory / "unbound", [self.primary])
         self.staging: Pebble | None = None
         if staged:
             self.staging = Pebble(
                 self.directory / "staging",
                 resolver=f"{self.unbound.address}:{self.unbound.port}",
                 http_port=self.http_port,
+                tls_port=self.tls_port,
             )
         self.pebble = Pebble(
             self.directory / "pebble",
             resolver=f"{self.unbound.address}:{self.unbound.port}",
             http_port=free_port(*everywhere) if closed else self.http_port,
+            tls_port=self.tls_port,
             authz_reuse=authz_reuse,
             nonce_reject=nonce_reject,
             validity=validity,
@@ -244,8 +256,8 @@ class LabPool:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             stack.callback(self._stop_members)
-            stack.enter_context(self.knot)
-            stack.enter_context(self.unbound)
+            if isinstance(self.primary, Knot):
+                stack.enter_context(self.primary)
             stack.enter_context(self.pebble)
             if self.staging is not None:
                 stack.enter_context(self.staging)
@@ -255,6 +267,8 @@ class LabPool:
             self._prepare_registry()
             stack.callback(self.registry.stop)
             self.start_registry()
+            self.trust_anchor.write_text(self.primary.trust_anchor())
+            stack.enter_context(self.unbound)
             # Members end first, then everything in the reverse of its order.
             stack.callback(self._stop_members)
             self._stack = stack.pop_all()
@@ -270,10 +284,13 @@ class LabPool:
     def write_files(self) -> None:
         """The settings and the trust of this run; again after the CA was restarted with a new root."""
         self.roots.write_text(self.pebble.issuer_roots())
-        self.trust_anchor.write_text(self.knot.trust_anchor())
-        secret = self.directory / "tsig.secret"
-        secret.touch(mode=0o600)
-        secret.write_text(self.knot.tsig_secret)
+        if isinstance(self.primary, RegistryDns):
+            section = self.primary.section()
+        else:
+            section = _KNOT.format(knot=self.primary)
+            secret = self.directory / "tsig.secret"
+            secret.touch(mode=0o600)
+            secret.write_text(self.primary.tsig_secret)
         self.config.write_text(
             _CONFIG.format(
                 pool=POOL,
@@ -283,10 +300,9 @@ class LabPool:
                 tls=self._tls,
                 roots=self.roots,
                 http_port=self.http_port,
+                tls_port=self.tls_port,
                 ke_port=self.ke_port,
-                dns=f"{self.knot.address}:{self.knot.port}",
-                tsig_name=self.knot.tsig_name,
-                tsig_file=secret,
+                dns=section,
                 ttl=_TTL,
                 directory_url=self.ca.directory_url,
                 caa=CAA_IDENTITY,
@@ -303,7 +319,7 @@ class LabPool:
 
     def poolsvc(self, *arguments: str) -> Finished:
         """A command of the registry's with its settings; LabError when it fails."""
-        done = run("poolsvc", *arguments, "--config", str(self.config))
+        done = poolsvc(self.config, *arguments)
         if done.status:
             raise LabError(f"poolsvc {' '.join(arguments)}: {done.stderr}")
         return done
@@ -324,8 +340,8 @@ class LabPool:
         return done
 
     def join(self, token: str, state: Path) -> Finished:
-        """`pool-agent join` with a token, into a state directory."""
-        options = ["--token", token, "--state", str(state), "--ca", str(self.registry_root)]
+        """`pool-agent join` with a token, into a state directory; `run` proves the addresses."""
+        options = ["--token", token, "--state", str(state), "--ca", str(self.registry_root), "--wait", "0"]
         return run("pool-agent", "join", self.url, *options)
 
     def start_registry(self) -> None:
@@ -338,6 +354,8 @@ class LabPool:
                 return False
 
         self.registry.start(answers)
+        if isinstance(self.primary, RegistryDns):
+            self.primary.start()
         self.operator = self.api(self._operator_token)
         if not hasattr(self, "member"):
             created = self.operator.call("POST", "/v1/members", {"name": "Laboratory member"})

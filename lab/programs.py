@@ -3,14 +3,20 @@
 import json
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from typer.testing import CliRunner
+
 from lab.certificates import Pair
 from lab.processes import Process
+from member_agent.state import Membership, StateDirectory, agent_key_pem, token_digest
+from poolsvc.cli import app as poolsvc_app
 
 _SCRIPTS = Path(sys.executable).parent
 RUN_DEADLINE = 60.0
@@ -42,6 +48,12 @@ def run(name: str, *arguments: str, deadline: float = RUN_DEADLINE) -> Finished:
         [script(name), *arguments], capture_output=True, text=True, timeout=deadline, check=False
     )
     return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def poolsvc(config: Path, *arguments: str) -> Finished:
+    """A command of the registry with its settings, in this process, since a new one takes seconds to load what is here."""
+    done = CliRunner().invoke(poolsvc_app, [*arguments, "--config", str(config)])
+    return Finished(done.exit_code, done.stdout, done.stderr)
 
 
 # Whatever time daemon the host of the tests has, it is not part of them.
@@ -105,3 +117,27 @@ class AgentServer:
         assert line is not None, "the server is not ready"
         first = next(part for part in line.split() if part.startswith(word)).removeprefix(word).split(",")[0]
         return int(first.rpartition(":")[2])
+
+
+def alice(
+    state: Path,
+    registry: str = "https://registry.example",
+    *,
+    token: str = "tc_agent_x",
+    token_at: int | None = None,
+) -> Membership:
+    """Make a state directory that of alice in pool.example, as joining would, without a registry."""
+    key = agent_key_pem(Ed25519PrivateKey.generate()).decode()
+    domain = "alice.servers.pool.example"
+    membership = Membership(
+        registry,
+        "pool.example",
+        "alice",
+        domain,
+        token,
+        int(time.time()) if token_at is None else token_at,
+        key,
+        token_digest("tc_join_x"),
+    )
+    StateDirectory(state).member(domain).save_membership(membership)
+    return membership

@@ -1,4 +1,4 @@
-"""A relay between an NTS client and a server, which can lose a share of the NTP packets.
+"""A relay between an NTS client and a server, which can lose a share of the NTP packets, or all that are long.
 
 It listens on an address of its own; with the server's NTP port there, a client follows record 7 into the relay. Its ends
 may lie in different network namespaces. What is lost is drawn from a seeded generator, in both directions alike. TCP is
@@ -30,8 +30,8 @@ def host_socket(kind: socket.SocketKind) -> socket.socket:
 class Relay(InThread):
     """From `address` to a server's two endpoints; a context manager that runs in a thread of its own.
 
-    `loss` is the share of datagrams that get lost, and may be changed while it runs; `lost` and `passed` count them,
-    and `last_request` is what was passed to the server last.
+    `loss` is the share of datagrams that get lost, and those of more than `longest` octets all do; both may be changed
+    while it runs. `lost` and `passed` count datagrams, and `last_request` is what was passed to the server last.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class Relay(InThread):
         ke: tuple[int, Endpoint],
         ntp: tuple[int, Endpoint],
         loss: float = 0.0,
+        longest: int = _READ,
         seed: int = 1,
         listening: SocketMaker = host_socket,
         sending: SocketMaker = host_socket,
@@ -50,6 +51,7 @@ class Relay(InThread):
         self.ke_port, self._ke_target = ke
         self.ntp_port, self._ntp_target = ntp
         self.loss = loss
+        self.longest = longest
         self.lost = 0
         self.passed = 0
         self.last_request = b""
@@ -59,9 +61,9 @@ class Relay(InThread):
         self._flows: dict[Endpoint, socket.socket] = {}
         self._streams: set[asyncio.Task[Any]] = set()
 
-    def passes(self) -> bool:
-        """Draw the fate of one datagram."""
-        if self._draw.random() < self.loss:
+    def passes(self, octets: int) -> bool:
+        """The fate of one datagram of so many octets, drawn unless it is too long."""
+        if octets > self.longest or self._draw.random() < self.loss:
             self.lost += 1
             return False
         self.passed += 1
@@ -91,7 +93,7 @@ class Relay(InThread):
 
     def _from_client(self, udp: socket.socket) -> None:
         octets, client = udp.recvfrom(_READ)
-        if not self.passes():
+        if not self.passes(len(octets)):
             return
         if client not in self._flows:
             if len(self._flows) >= _MAX_FLOWS:
@@ -109,7 +111,7 @@ class Relay(InThread):
     def _from_server(self, flow: socket.socket, udp: socket.socket, client: Endpoint) -> None:
         with suppress(ConnectionRefusedError):
             octets = flow.recv(_READ)
-            if self.passes():
+            if self.passes(len(octets)):
                 udp.sendto(octets, client)
 
     def _close_oldest(self) -> None:

@@ -1,10 +1,12 @@
-"""A web server of raw octets, for tests of what dials it."""
+"""A server of raw octets, over HTTP or by TLS alone, for tests of what dials it."""
 
 import asyncio
 import ssl
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Self
+
+from lab.certificates import Pair
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -25,8 +27,16 @@ def http(status: str, body: bytes = b"", more: str = "") -> bytes:
     return head.encode() + body
 
 
+def by_tls(pair: Pair, *protocols: str) -> ssl.SSLContext:
+    """For a server with this certificate that speaks these ALPN protocols."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pair.cert, pair.key)
+    context.set_alpn_protocols(protocols)
+    return context
+
+
 class WebServer:
-    """Lets `serve(reader, writer)` answer once the head of a request has come, then closes.
+    """Lets `serve(reader, writer)` answer once the head of a request has come, which ends with `until`, then closes.
 
     `connections` counts all that were made, `heads` holds what they asked.
     """
@@ -38,8 +48,9 @@ class WebServer:
         address: str = "127.0.0.1",
         port: int = 0,
         tls: ssl.SSLContext | None = None,
+        until: bytes = b"\r\n\r\n",
     ) -> None:
-        self._serve, self._address, self._tls = serve, address, tls
+        self._serve, self._address, self._tls, self._until = serve, address, tls, until
         self._tasks: set[asyncio.Task[None]] = set()
         self.port = port
         self.connections = 0
@@ -64,7 +75,7 @@ class WebServer:
         try:
             # The client may have seen enough.
             with suppress(ConnectionError, asyncio.IncompleteReadError):
-                self.heads.append((await reader.readuntil(b"\r\n\r\n")).decode())
+                self.heads.append((await reader.readuntil(self._until)).decode())
                 await self._serve(reader, writer)
         finally:
             writer.close()

@@ -1,32 +1,25 @@
 """The agent's answers on port 80: ACME key authorizations and signed address proofs, and nothing else.
 
 The table is fixed: a path is answered only when it was published, for a name confirmed at join, and the
-answer never echoes what was asked. One request a connection, without a body; every connection has one
-deadline, and idle ones make room for new ones, so that they cannot delay a validation.
+answer never echoes what was asked. One request a connection, without a body (`member_agent.attend`).
 """
 
 import asyncio
 import re
 import socket
-from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
 from http import HTTPStatus
-from types import TracebackType
-from typing import Self
 
 import h11
 
+from member_agent import attend
+from member_agent.attend import Attendant, Connection
 from nts_core.control import ACME_PATH, PROOF_PATH, HttpChallenge
 
 HEADER_LIMIT = 8192  # octets of request line and header fields
 BODY_LIMIT = 1024  # octets of one published answer; a key authorization has 172 at most
 ENTRY_LIMIT = 64  # published paths of one name
-BACKLOG = 1024  # connections that wait for accept; the kernel may allow fewer
-LINGER_LIMIT = 65_536  # octets read and dropped after the answer, so that no reset overtakes it
-ACCEPT_PAUSE = 0.05  # seconds before the next accept when the system is out of descriptors
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{22,128}")
 _THUMBPRINT = re.compile(r"[A-Za-z0-9_-]{43}")
@@ -49,10 +42,10 @@ class Outcome(StrEnum):
     BODY = "body"
     MALFORMED = "malformed"
     TOO_LARGE = "too-large"
-    TIMEOUT = "timeout"
-    EVICTED = "evicted"
-    CLOSED = "closed"  # the peer left before a whole request
-    ACCEPT_FAILED = "accept-failed"
+    TIMEOUT = attend.TIMEOUT
+    EVICTED = attend.EVICTED
+    CLOSED = attend.CLOSED  # the peer left before a whole request
+    ACCEPT_FAILED = attend.ACCEPT_FAILED
 
 
 _STATUS = {
@@ -77,148 +70,33 @@ def validate_challenge(challenge: HttpChallenge) -> None:
         raise ChallengeError("the key authorization does not end with a SHA-256 thumbprint in base64url")
 
 
-@dataclass(slots=True, eq=False)
-class _Connection:
-    sock: socket.socket
-    idle: bool = True  # until a whole request has been read, and again while it lingers
-    counted: bool = False
-    task: asyncio.Task[None] | None = None
+class Responder(Attendant):
+    """An HTTP/1.1 responder for `names`, and for those that something is published for. It counts by `Outcome`."""
 
-
-class Responder:
-    """An HTTP/1.1 responder for `names`; start it with `listen`, end it with `close`.
-
-    `deadline` is seconds for a whole connection. `counters` counts by outcome.
-    """
-
-    def __init__(self, names: Iterable[str], *, limit: int = 1024, deadline: float = 5.0) -> None:
-        self.counters: Counter[Outcome] = Counter()
+    def __init__(self, names: Iterable[str] = (), *, limit: int = 1024, deadline: float = 5.0) -> None:
+        super().__init__(limit=limit, deadline=deadline)
         self._tables: dict[str, dict[str, bytes]] = {_canonical(name): {} for name in names}
-        self._limit = limit
-        self._deadline = deadline
-        self._listeners: list[socket.socket] = []
-        self._acceptors: list[asyncio.Task[None]] = []
-        self._connections: dict[_Connection, None] = {}  # ordered by age
-
-    @property
-    def endpoints(self) -> tuple[tuple[str, int], ...]:
-        """Address and port of each listener, the port as the system chose it when 0 was asked."""
-        return tuple(listener.getsockname()[:2] for listener in self._listeners)
 
     def publish(self, host: str, path: str, body: bytes) -> None:
-        """Answer `path` for `host` with `body`; ChallengeError for a foreign name, path or form."""
-        table = self._table(host)
-        _validate_entry(path, body)
-        if path not in table and len(table) >= ENTRY_LIMIT:
-            raise ChallengeError(f"more than {ENTRY_LIMIT} published paths for {host}")
-        table[path] = body
-
-    def withdraw(self, host: str, path: str) -> None:
-        """Answer `path` with 404 from now on; nothing happens when it was not published."""
-        self._table(host).pop(path, None)
+        """Answer `path`, too, for `host` with `body`. Raises ChallengeError."""
+        self.replace(host, {**self._tables.get(_canonical(host), {}), path: body})
 
     def replace(self, host: str, entries: Mapping[str, bytes]) -> None:
-        """Publish exactly `entries` for `host`; when one is refused nothing changes."""
-        table = self._table(host)
+        """Publish exactly `entries`, bodies by path, for `host`; when one is refused nothing changes.
+
+        Raises ChallengeError for a path or a form that is never answered.
+        """
         if len(entries) > ENTRY_LIMIT:
             raise ChallengeError(f"more than {ENTRY_LIMIT} published paths for {host}")
         for path, body in entries.items():
             _validate_entry(path, body)
-        table.clear()
-        table.update(entries)
+        self._tables[_canonical(host)] = dict(entries)
 
-    def _table(self, host: str) -> dict[str, bytes]:
-        try:
-            return self._tables[_canonical(host)]
-        except KeyError:
-            raise ChallengeError(f"{host} is not a name of this agent") from None
+    def forget(self, domain: str) -> None:
+        self._tables.pop(_canonical(domain), None)
 
-    async def listen(self, *endpoints: tuple[str, int]) -> None:
-        """Listen on each (address, port); OSError when one is taken, and then on none of these."""
-        opened: list[socket.socket] = []
-        try:
-            for address, port in endpoints:
-                family = socket.AF_INET6 if ":" in address else socket.AF_INET
-                listener = socket.create_server((address, port), family=family, backlog=BACKLOG)
-                listener.setblocking(False)
-                opened.append(listener)
-        except OSError:
-            for listener in opened:
-                listener.close()
-            raise
-        self._listeners += opened
-        self._acceptors += [asyncio.create_task(self._accept(listener)) for listener in opened]
-
-    async def close(self) -> None:
-        """Stop listening and end every connection."""
-        tasks = self._acceptors + [c.task for c in self._connections if c.task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        for listener in self._listeners:
-            listener.close()
-        self._acceptors, self._listeners = [], []
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    async def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                sock, _ = await loop.sock_accept(listener)
-            except OSError:  # out of descriptors or memory: give up the oldest connection and go on
-                self.counters[Outcome.ACCEPT_FAILED] += 1
-                self._evict()
-                await asyncio.sleep(ACCEPT_PAUSE)
-                continue
-            if len(self._connections) >= self._limit:
-                self._evict()
-            connection = _Connection(sock)
-            self._connections[connection] = None
-            connection.task = asyncio.create_task(self._serve(connection))
-            connection.task.add_done_callback(partial(self._forget, connection))
-            await asyncio.sleep(0)  # sock_accept does not yield while the backlog has more
-
-    def _evict(self) -> None:
-        """End the oldest idle connection, or the oldest of all when each is being answered."""
-        oldest = next(iter(self._connections), None)
-        victim = next((c for c in self._connections if c.idle), oldest)
-        if victim is not None and victim.task is not None:
-            del self._connections[victim]
-            self._count(victim, Outcome.EVICTED)
-            victim.task.cancel()
-
-    def _forget(self, connection: _Connection, _task: object) -> None:
-        """Close the socket; also for a task that was cancelled before its first step."""
-        connection.sock.close()
-        self._connections.pop(connection, None)
-
-    def _count(self, connection: _Connection, outcome: Outcome) -> None:
-        """Count a connection once, by what happened to it first."""
-        if not connection.counted:
-            self.counters[outcome] += 1
-            connection.counted = True
-
-    async def _serve(self, connection: _Connection) -> None:
-        try:
-            async with asyncio.timeout(self._deadline):
-                outcome, response = await self._answer(connection)
-                self._count(connection, outcome)
-                connection.idle = False
-                await _send_and_linger(connection, response)
-        except TimeoutError:
-            self._count(connection, Outcome.TIMEOUT)
-        except OSError:
-            self._count(connection, Outcome.CLOSED)
-
-    async def _answer(self, connection: _Connection) -> tuple[Outcome, bytes]:
-        """The outcome and the response's octets, none when the peer left before a whole request."""
+    async def answer(self, connection: Connection) -> tuple[Outcome, bytes]:
+        """No octets when the peer left before a whole request."""
         try:
             request = await _read_request(connection.sock)
         except h11.RemoteProtocolError:
@@ -291,14 +169,3 @@ def _response(outcome: Outcome, body: bytes = b"", *, head: bool = False) -> byt
         f"Content-Length: {len(body)}\r\n{allow}Cache-Control: no-store\r\nConnection: close\r\n\r\n"
     )
     return lines.encode("ascii") + (b"" if head else body)
-
-
-async def _send_and_linger(connection: _Connection, response: bytes) -> None:
-    """Send, then read what is still coming: closing over unread octets would reset the connection."""
-    loop = asyncio.get_running_loop()
-    await loop.sock_sendall(connection.sock, response)
-    connection.sock.shutdown(socket.SHUT_WR)
-    connection.idle = True
-    dropped = 0
-    while dropped < LINGER_LIMIT and (data := await loop.sock_recv(connection.sock, 8192)):
-        dropped += len(data)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import structlog
 
+from member_agent.config import AgentSettings
 from member_agent.tracking import (
     KERNEL,
     MAX_STRATUM,
@@ -21,6 +22,7 @@ from member_agent.tracking import (
     TrackingError,
     ask,
     boottime_ns,
+    parse_source,
 )
 from nts_core import ntptime
 from nts_core.kernel import KernelClock, read_kernel
@@ -34,9 +36,10 @@ _VOUCHED_ERROR_NS = 1_000_000
 _PRECISION = -20
 # 127.127.1.1, the address that chrony and ntpd give to an undisciplined local clock.
 _LOCAL_CLOCK = bytes((127, 127, 1, 1))
-# Seconds from one question to the next: shorter than any daemon's poll, so that news is served at once; and
+# Seconds from one question to the next. While answers agree the time doubles: each costs a few milliseconds of a
+# processor. The longest is shorter than nearly all polls of daemons, so that their news is served soon; it holds too
 # while there is nobody to ask.
-_INTERVAL_S, _SEARCH_S = 4.0, 16.0
+_INTERVAL_S, _LONGEST_S = 4.0, 16.0
 # How long a daemon that has fallen silent is believed: it may be restarted meanwhile.
 _MAX_AGE_NS = 300_000_000_000
 # RFC 5905 section 7.2: beyond this dispersion (MAXDISP) a clock is not synchronised.
@@ -64,7 +67,7 @@ class Clock:
         kernel: Callable[[], KernelClock] = read_kernel,
         boottime: Callable[[], int] = boottime_ns,
     ) -> None:
-        self._local_stratum = local_stratum
+        self.local_stratum = local_stratum
         self.offset_ns = offset_ns
         self._source = source
         self._kernel = kernel
@@ -72,6 +75,8 @@ class Clock:
         self._tracking: Tracking | None = None
         # Why the last question had no answer; empty when it had one.
         self._silence = "no time daemon was asked yet" if source.daemons else ""
+        # Called after each answer, and after each question that had none.
+        self.heard: Callable[[], None] = lambda: None
         self._logged: tuple[object, ...] = ()
         self._read_at = 0
         self._state = self.said_at(0)
@@ -95,14 +100,19 @@ class Clock:
 
     async def follow(self) -> None:
         """Ask the time daemon, for ever."""
+        wait = _INTERVAL_S
         while True:
+            await asyncio.sleep(wait)
+            is_news = await self.refresh()
             # A search costs more than a question, and nothing is known that could grow old.
             is_search = bool(self._silence) and self._usable()[0] is None
-            await asyncio.sleep(_SEARCH_S if is_search else _INTERVAL_S)
-            await self.refresh()
+            if is_search:
+                wait = _LONGEST_S
+            else:
+                wait = _INTERVAL_S if is_news or self._silence else min(2 * wait, _LONGEST_S)
 
-    async def refresh(self) -> None:
-        """Ask the time daemon once. What changes in what is said of the clock is logged."""
+    async def refresh(self) -> bool:
+        """Ask the time daemon once. What changes in what is said of the clock is logged; whether something did."""
         if self._source.daemons:
             try:
                 self.hear(await ask(self._source))
@@ -110,7 +120,7 @@ class Clock:
                 self.hear(None, str(error))
             except Exception as error:  # noqa: BLE001 - a task's root: the last answer ages, the service goes on
                 self.hear(None, f"the time daemon cannot be asked: {type(error).__name__}")
-        self._log_change()
+        return self._log_change()
 
     def hear(self, tracking: Tracking | None, silence: str = "") -> None:
         """Take a daemon's answer, or the reason why there is none; then the last answer grows old."""
@@ -119,15 +129,22 @@ class Clock:
         self._silence = silence
         # Before any time, so that the next question finds the news.
         self._read_at = -self._REFRESH_NS
+        self.heard()
 
-    def _log_change(self) -> None:
+    @property
+    def last_heard(self) -> tuple[Tracking | None, str]:
+        """What `hear` takes: the last answer, and why there was none since."""
+        return self._tracking, self._silence
+
+    def _log_change(self) -> bool:
         said = self.state(self.now_ns())
         found = (said.leap, said.stratum, said.reference_id, self.is_smeared, self._silence)
         if found == self._logged:
-            return
+            return False
         self._logged = found
         is_well = said.leap is not Leap.UNSYNCHRONISED and not self._silence
         (_log.info if is_well else _log.warning)("clock", said=self.describe())
+        return True
 
     def _usable(self) -> tuple[Tracking | None, str]:
         """The daemon's last answer if it may be served, or else why not; no reason when no daemon is asked."""
@@ -150,8 +167,8 @@ class Clock:
         tracking, _ = self._usable()
         if tracking is not None:
             return self._tracked(tracking, now_ns)
-        if self._local_stratum is not None:
-            return self._vouched(self._local_stratum, now_ns)
+        if self.local_stratum is not None:
+            return self._vouched(self.local_stratum, now_ns)
         return ClockState(
             leap=Leap.UNSYNCHRONISED,
             stratum=MAX_STRATUM,
@@ -202,8 +219,8 @@ class Clock:
             doubt = f"kernel clock {kernel}, no time daemon asked"
         if tracking is not None:
             parts = [self._describe_tracked(tracking)]
-        elif self._local_stratum is not None:
-            parts = [f"vouched for as stratum {self._local_stratum}: {doubt}"]
+        elif self.local_stratum is not None:
+            parts = [f"vouched for as stratum {self.local_stratum}: {doubt}"]
         else:
             parts = [f"served as not synchronised: {doubt}, nobody vouches for it (--local-stratum)"]
         if self.offset_ns:
@@ -235,3 +252,10 @@ def _reference_words(tracking: Tracking) -> str:
     if tracking.stratum == 1 and name.isalnum():
         return name.decode("ascii")
     return str(ipaddress.IPv4Address(tracking.reference_id))
+
+
+def clock_of(settings: AgentSettings) -> Clock:
+    """The clock that a member's settings ask for. Raises AgentError that names the option."""
+    return Clock(
+        settings.local_stratum, round(settings.clock_offset * 1e9), parse_source(settings.clock_source)
+    )

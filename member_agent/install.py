@@ -2,20 +2,19 @@
 
     DIRECTORY/pending/ORDER/{key,csr}.pem                 waits for the certificate of that order
     DIRECTORY/generations/ORDER-FINGERPRINT/{fullchain,key}.pem
-    DIRECTORY/current -> generations/...                  switched by one rename
+    DIRECTORY/next -> generations/...                     checked, and not served yet
+    DIRECTORY/current -> generations/...                  what is served; one rename makes it of `next`
 
 Every step writes aside (`.tmp-`), syncs and renames; changes are made under one lock file. The functions
 block; a daemon calls them in a thread.
 """
 
 import datetime as dt
-import fcntl
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,11 +23,13 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
+    NoEncryption,
+    PrivateFormat,
     PublicFormat,
     load_pem_private_key,
 )
 
-from nts_core.shell import sync
+from nts_core.shell import locked, sync
 from nts_core.tls import new_key_and_csr
 
 FILE_LIMIT = 262_144  # octets of a PEM file
@@ -55,14 +56,48 @@ class InstalledPair:
     chain_path: Path
     key_path: Path
     fingerprint: str
+    not_before: dt.datetime
     not_after: dt.datetime
+
+    @property
+    def order(self) -> int:
+        """Of a pair in a CertificateStore: the number that its order had."""
+        return _order(self.chain_path.parent)
+
+    def left(self, now: dt.datetime) -> float:
+        """The part of its life that is left, 0 to 1."""
+        return min(1.0, max(0.0, (self.not_after - now) / (self.not_after - self.not_before)))
 
 
 def load_pair(cert_file: Path, key_file: Path) -> InstalledPair:
     """Check that both files can be read, are PEM, and belong together; else InstallError."""
     leaf = _parse_chain(_read(cert_file, "certificate"), cert_file)[0]
     _match(leaf, _read(key_file, "key"), cert_file, key_file)
-    return InstalledPair(cert_file, key_file, _fingerprint(leaf), leaf.not_valid_after_utc)
+    return InstalledPair(
+        cert_file, key_file, _fingerprint(leaf), leaf.not_valid_before_utc, leaf.not_valid_after_utc
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A key and its chain as one PEM text: what is one file cannot be half of two."""
+
+    pem: str = field(repr=False)
+    fingerprint: str
+
+
+def bundle(chain: bytes, key: bytes, domain: str) -> Bundle:
+    """Key before chain, written anew from what was read, for a server of `domain`; InstallError otherwise."""
+    certificates = _parse_chain(chain, Path(CHAIN))
+    _match(certificates[0], key, Path(CHAIN), Path(KEY))
+    names: list[str] = []
+    with suppress(*_FAULTS, x509.ExtensionNotFound):
+        names = _names(certificates[0])
+    if domain not in names:
+        raise InstallError(f"the certificate is not for {domain}", "use the pair that was issued for it")
+    private = load_pem_private_key(key, password=None)
+    text = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+    return Bundle(text + _pem(certificates), _fingerprint(certificates[0]))
 
 
 class CertificateStore:
@@ -73,7 +108,7 @@ class CertificateStore:
         self._domain = domain
         self._pending = directory / "pending"
         self._generations = directory / "generations"
-        self._current = directory / "current"
+        self._current, self._next = directory / "current", directory / "next"
         for path in (directory, self._pending, self._generations):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
@@ -84,56 +119,101 @@ class CertificateStore:
             if not place.exists():
                 key, csr = new_key_and_csr(self._domain)
                 self._write(place, {KEY: key, CSR: csr})
-                for old in sorted(self._pending.iterdir(), key=_order_of)[:-PENDING_LIMIT]:
-                    shutil.rmtree(old)
+                # By age, as the numbers of a registry that was restored begin lower again.
+                others = sorted(self._pending.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+                for old in others[:-PENDING_LIMIT]:
+                    if old != place:
+                        _remove(old)
             return (place / CSR).read_text()
 
-    def install(self, order: int, chain_pem: str, *, now: dt.datetime) -> Path:
-        """Check the chain against the order's key, the domain and `now`, then switch `current` to it.
+    def next_order(self) -> int:
+        """A number above those of all orders that something is kept of here, whoever numbered them."""
+        generations = map(_order, self._generations.glob("[0-9]*"))
+        pending = (int(path.name) for path in self._pending.iterdir() if path.name.isdecimal())
+        return 1 + max((*generations, *pending), default=0)
 
-        The generation directory is returned, also when that certificate is installed already. The
-        generation before it stays, older ones go. InstallError leaves everything as it was.
+    def stage(self, order: int, chain_pem: str, *, now: dt.datetime) -> InstalledPair:
+        """Check the chain against the order's key, the domain and `now`; it is the one to serve `next`.
+
+        Also one that is kept may be staged. InstallError leaves everything as it was.
         """
         source, key_file = Path(f"order {order}"), self._pending / str(order) / KEY
         chain = _parse_chain(chain_pem.encode(), source)
         with self._lock():
             place = self._generations / f"{order:010}-{_fingerprint(chain[0])[:16]}"
-            before = self._target()
-            if before != place or self._usable(place) is None:
-                key = _read(key_file, "key")
+            pair = self._usable(place)
+            key = None if pair else _read(key_file, "key")
+            if key is not None:
                 _match(chain[0], key, source, key_file)
-                _check_chain(chain, self._domain, now)
+            _check_chain(chain, self._domain, now)
+            if key is not None:
                 if place.exists():
                     shutil.rmtree(place)
                 self._write(place, {CHAIN: _pem(chain), KEY: key.decode()})
-                self._switch(place)
-                for old in set(self._generations.iterdir()) - {place, before}:
-                    shutil.rmtree(old)
-            for old in self._pending.iterdir():
-                if _order_of(old) <= order:
-                    shutil.rmtree(old)
-        return place
+            current, staged = self._target(self._current), self._target(self._next)
+            if place != current:
+                self._point(self._next, place)
+                if staged is not None and staged not in {place, current} and staged.exists():
+                    _remove(staged)
+            for old in tuple(self._pending.iterdir()):
+                if old.name.isdecimal() and int(old.name) <= order:
+                    _remove(old)
+            return pair or load_pair(place / CHAIN, place / KEY)
+
+    def next(self) -> InstalledPair | None:
+        """The pair that was staged and is not served yet; None when there is none."""
+        target = self._target(self._next)
+        return None if target is None else self._usable(target)
+
+    def adopt(self) -> None:
+        """What was staged is served now. The generation before it stays until `settle`, older ones go.
+
+        Raises InstallError for one that cannot be used any more.
+        """
+        with self._lock():
+            place, before = self._target(self._next), self._target(self._current)
+            if place is not None:
+                load_pair(place / CHAIN, place / KEY)
+                self._next.replace(self._current)
+                sync(self._directory)
+                self._keep_only(place, before)
+
+    def settle(self) -> None:
+        """What is served works, as seen from outside: the generation before it is needed no more."""
+        with self._lock():
+            self._keep_only(self._target(self._current), self._target(self._next))
 
     def current(self) -> InstalledPair | None:
         """The pair in use, at paths whose content never changes; None when there is none.
 
-        A `current` that is missing or leads to nothing usable is turned to the newest usable generation.
+        A `current` that is missing or leads to nothing usable is turned to the newest usable generation but that which is
+        only staged.
         """
-        target = self._target()
+        target = self._target(self._current)
         if target is not None and (pair := self._usable(target)):
             return pair
-        with self._lock():  # an install may have switched meanwhile, or the state is half written
-            target = self._target()
-            for place in [*([target] if target else []), *sorted(self._generations.iterdir(), reverse=True)]:
+        with self._lock():  # an `adopt` may have switched meanwhile, or the state is half written
+            target, staged = self._target(self._current), self._target(self._next)
+            others = [place for place in sorted(self._generations.iterdir(), reverse=True) if place != staged]
+            for place in [*([target] if target else []), *others]:
                 if pair := self._usable(place):
                     if place != target:
-                        self._switch(place)
+                        self._point(self._current, place)
                     return pair
         return None
 
-    def _target(self) -> Path | None:
+    def newest(self) -> InstalledPair | None:
+        """The last one that was issued, whether it is served already or not."""
+        return self.next() or self.current()
+
+    def fingerprints(self) -> frozenset[str]:
+        """Of all pairs that are kept."""
+        pairs = map(self._usable, tuple(self._generations.glob("[0-9]*")))
+        return frozenset(pair.fingerprint for pair in pairs if pair is not None)
+
+    def _target(self, link: Path) -> Path | None:
         try:
-            return self._generations / self._current.readlink().name
+            return self._generations / link.readlink().name
         except OSError:
             return None
 
@@ -142,12 +222,15 @@ class CertificateStore:
             return load_pair(place / CHAIN, place / KEY)
         return None
 
-    def _switch(self, place: Path) -> None:
-        aside = self._directory / ".tmp-current"
-        aside.unlink(missing_ok=True)
+    def _point(self, link: Path, place: Path) -> None:
+        aside = self._directory / f".tmp-{link.name}"
         aside.symlink_to(place.relative_to(self._directory))
-        aside.replace(self._current)
+        aside.replace(link)
         sync(self._directory)
+
+    def _keep_only(self, *places: Path | None) -> None:
+        for old in set(self._generations.iterdir()) - {*places}:
+            _remove(old)
 
     def _write(self, place: Path, files: Mapping[str, str]) -> None:
         aside = Path(tempfile.mkdtemp(prefix=".tmp-", dir=place.parent))  # mkdtemp gives 0700
@@ -162,26 +245,28 @@ class CertificateStore:
     @contextmanager
     def _lock(self) -> Iterator[None]:
         """The one writer, in any process; what an earlier one left half written is removed first."""
-        end = time.monotonic() + LOCK_DEADLINE
-        with (self._directory / ".lock").open("a") as file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > end:
-                        raise InstallError(
-                            f"{self._directory} is locked by another process", "end the other agent"
-                        ) from None
-                    time.sleep(0.02)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self._directory / ".lock", LOCK_DEADLINE))
+            except TimeoutError as error:
+                raise InstallError(str(error), "end the other agent") from None
+            for link in self._directory.glob(".tmp-*"):
+                link.unlink()
             for parent in (self._pending, self._generations):
                 for leftover in parent.glob(".tmp-*"):
                     shutil.rmtree(leftover)
             yield
 
 
-def _order_of(pending: Path) -> int:
-    return int(pending.name)
+def _order(place: Path) -> int:
+    return int(place.name.partition("-")[0])
+
+
+def _remove(place: Path) -> None:
+    """As a whole or not at all: of a request without its key, or half a generation, nobody could make sense."""
+    aside = place.with_name(f".tmp-{place.name}")
+    place.rename(aside)
+    shutil.rmtree(aside)
 
 
 def _read(path: Path, what: str) -> bytes:
@@ -196,6 +281,11 @@ def _read(path: Path, what: str) -> bytes:
     if len(octets) > FILE_LIMIT:
         raise InstallError(f"the {what} file {path} is too large", "give a PEM file")
     return octets
+
+
+def chain_fingerprint(pem: str) -> str:
+    """SHA-256 of the leaf's DER, lower-case hex. Raises InstallError."""
+    return _fingerprint(_parse_chain(pem.encode(), Path("the certificate"))[0])
 
 
 def _parse_chain(pem: bytes, source: Path) -> list[x509.Certificate]:
@@ -226,20 +316,26 @@ def _check_chain(chain: list[x509.Certificate], domain: str, now: dt.datetime) -
     """Name, order of the chain and validity; the remedy of each is a new order."""
     leaf, remedy = chain[0], "wait for the registry's next order; it is asked for at the next report"
     try:
-        names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        names = _names(leaf)
         for certificate, issuer in pairwise(chain):
             certificate.verify_directly_issued_by(issuer)
     except (*_FAULTS, x509.ExtensionNotFound, InvalidSignature) as error:
         raise InstallError(
             "the chain does not lead from leaf to issuer, each signing the one before", remedy
         ) from error
-    if domain not in names.get_values_for_type(x509.DNSName):
+    if domain not in names:
         raise InstallError(f"the certificate is not for {domain}", remedy)
     if not leaf.not_valid_before_utc <= now < leaf.not_valid_after_utc:
         raise InstallError(
             f"the certificate is valid from {leaf.not_valid_before_utc} to {leaf.not_valid_after_utc}, not now",
             "check the clock of this host, then " + remedy,
         )
+
+
+def _names(leaf: x509.Certificate) -> list[str]:
+    """The DNS names of a certificate; one of `_FAULTS` or ExtensionNotFound where there are none."""
+    names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return names.get_values_for_type(x509.DNSName)
 
 
 def _pem(chain: list[x509.Certificate]) -> str:

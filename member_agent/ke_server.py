@@ -1,30 +1,26 @@
-"""TCP around `nts_core.tls` and `nts_core.ke`: one deadline a connection, slots shared among peers, counters.
-
-Connections are accepted here and not by asyncio's server, because what a connection costs is decided before it has
-a transport, and because asyncio (3.11) logs hundreds of lines for one accept() that finds no free descriptor.
-"""
+"""TCP around `nts_core.tls` and `nts_core.ke`: one deadline a connection, slots shared among peers, counters."""
 
 import asyncio
 import contextlib
-import errno
 import secrets
 import socket
-import struct
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import structlog
 
 from member_agent.config import Limits
-from member_agent.sockets import Endpoint, bind, bound_endpoint, packed
+from member_agent.sockets import Endpoint, bound_endpoint
+from nts_core.acceptor import Acceptor
 from nts_core.aead import SUPPORTED, AeadId
 from nts_core.cookies import Keyring
 from nts_core.errors import TlsError
 from nts_core.ke import KeReply, KeServer, KeTerms, NtpService
-from nts_core.ratelimit import RateLimiter, Slots
+from nts_core.ratelimit import Cap, RateLimiter, Slots
 from nts_core.shell import affordable_connections
-from nts_core.tls import ServerCredentials, TlsChannel
+from nts_core.tls import NamedCredentials, ServerCredentials, TlsChannel
 
 # The whole exchange, TLS included. chrony allows 2 s, ntpd-rs 1 s; mobile networks need more than either.
 DEADLINE = 5.0
@@ -34,22 +30,24 @@ LINGER = 1.0
 MAX_RECEIVED = 64 * 1024
 # Descriptors that connections leave to the rest of the agent: NTP, files, the registry, port 80.
 RESERVED_DESCRIPTORS = 64
-_BACKLOG = 512
-# Connections accepted before NTP gets its turn.
-_BATCH = 64
 _READ = 16 * 1024
-# Until the next look when there was no descriptor for a connection.
-_PAUSE = 0.1
-_OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-# A close that sends a reset: nothing is left to wait for in the kernel.
-_ABORT = struct.pack("ii", 1, 0)
 # After these there is nothing that the peer would have to read yet.
 _UNSAID = ("tls-timeout", "connection-lost")
 
 _log = structlog.get_logger()
 
-# What NTP service belongs to a connection that came in on a local address.
-ServiceAt = Callable[[str], NtpService]
+# Counters that count something else than a connection that came.
+_ERRORS = ("accept-error", "no-descriptor")
+# Connections come in bursts: at once as many as the cap allows in so many seconds.
+_CAP_AT_ONCE = 6.0
+
+# What NTP service belongs to a connection that came in on a local address, and was shown a certificate of these names.
+ServiceAt = Callable[[str, tuple[str, ...]], NtpService]
+
+
+def connections(counters: Counter[str]) -> int:
+    """Connections that came and have ended, or got no slot."""
+    return counters.total() - sum(counters[name] for name in _ERRORS)
 
 
 class KeListeners:
@@ -59,7 +57,7 @@ class KeListeners:
 
     def __init__(
         self,
-        credentials: ServerCredentials,
+        credentials: ServerCredentials | NamedCredentials,
         keyring: Keyring,
         limits: Limits,
         preference: tuple[AeadId, ...] = SUPPORTED,
@@ -68,7 +66,6 @@ class KeListeners:
         self.keyring = keyring
         self._preference = preference
         self.counters: Counter[str] = Counter()
-        self.endpoints: list[Endpoint] = []
         self.slots = Slots(
             affordable_connections(limits.ke_connections, RESERVED_DESCRIPTORS),
             per_address=limits.ke_connections_per_address,
@@ -80,62 +77,40 @@ class KeListeners:
             if limits.ke_interval
             else None
         )
-        self._listening: dict[socket.socket, ServiceAt] = {}
-        self._pauses: dict[socket.socket, asyncio.TimerHandle] = {}
+        self._cap = Cap(limits.ke_per_minute / 60, _CAP_AT_ONCE) if limits.ke_per_minute else None
+        self._services: dict[socket.socket, ServiceAt] = {}
+        self._acceptor = Acceptor(self._refuse, self._begin, self.counters)
         self._connections: set[asyncio.Task[None]] = set()
 
-    def bind(self, endpoint: Endpoint) -> socket.socket:
-        """Bind without listening yet: nothing is answered before everything is bound."""
-        sock = bind(endpoint, socket.SOCK_STREAM)
-        self.endpoints.append(bound_endpoint(sock))
-        return sock
+    @property
+    def endpoints(self) -> list[Endpoint]:
+        return [bound_endpoint(sock) for sock in self._services]
 
     def listen(self, sock: socket.socket, ntp: ServiceAt) -> None:
         """Answer on a bound socket; `ntp` tells where NTP is for clients of a local address."""
-        sock.listen(_BACKLOG)
-        self._listening[sock] = ntp
-        asyncio.get_running_loop().add_reader(sock, self._accept, sock)
+        self._services[sock] = ntp
+        self._acceptor.listen(sock)
+
+    def leave(self, sock: socket.socket) -> None:
+        """Close a socket; connections that came by it go on."""
+        del self._services[sock]
+        self._acceptor.leave(sock)
 
     async def close(self) -> None:
         """Stop listening, and end what is under way."""
-        for pause in self._pauses.values():
-            pause.cancel()
-        for sock in self._listening:
-            asyncio.get_running_loop().remove_reader(sock)
-            sock.close()
-        self._pauses.clear()
-        self._listening.clear()
+        self._acceptor.close()
+        self._services.clear()
         # A task that is cancelled before it begins would never give back what it was made with.
         await asyncio.sleep(0)
         for connection in self._connections:
             connection.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
 
-    def _accept(self, sock: socket.socket) -> None:
-        for _ in range(_BATCH):
-            try:
-                connection, peer = sock.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno in _OUT_OF_RESOURCES:
-                    self.counters["no-descriptor"] += 1
-                    self._pause(sock)
-                    return
-                # accept(2): errors of the network on that connection, which is gone.
-                self.counters["accept-error"] += 1
-                continue
-            address = packed(sock.family, peer)
-            refused = self._refuse(address)
-            if refused is None:
-                attend = self._attend(connection, address, self._listening[sock])
-                task = asyncio.get_running_loop().create_task(attend)
-                self._connections.add(task)
-                task.add_done_callback(self._connections.discard)
-            else:
-                self.counters[refused] += 1
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
-                connection.close()
+    def _begin(self, connection: socket.socket, address: bytes, listener: socket.socket) -> None:
+        attend = self._attend(connection, address, self._services[listener])
+        task = asyncio.get_running_loop().create_task(attend)
+        self._connections.add(task)
+        task.add_done_callback(self._connections.discard)
 
     def _refuse(self, address: bytes) -> str | None:
         """Take a slot for the address, or tell why it gets none."""
@@ -143,22 +118,14 @@ class KeListeners:
             return "denied"
         if self._limiter is not None and not self._limiter.take(address, time.monotonic_ns()):
             return "rate-limited"
-        return self.slots.take(address)
-
-    def _pause(self, sock: socket.socket) -> None:
-        """Leave the socket alone for a moment: it stays readable, and the loop would spin."""
-        loop = asyncio.get_running_loop()
-        loop.remove_reader(sock)
-
-        def resume() -> None:
-            del self._pauses[sock]
-            loop.add_reader(sock, self._accept, sock)
-
-        self._pauses[sock] = loop.call_later(_PAUSE, resume)
+        refused = self.slots.take(address)
+        if refused is None and self._cap is not None and not self._cap.take(time.monotonic_ns()):
+            self.slots.give_back(address)
+            return "over-cap"
+        return refused
 
     async def _attend(self, connection: socket.socket, address: bytes, ntp: ServiceAt) -> None:
         try:
-            connection.setblocking(False)
             try:
                 reader, writer = await asyncio.open_connection(sock=connection, limit=_READ)
             except BaseException:
@@ -177,63 +144,78 @@ class KeListeners:
             self.slots.give_back(address)
 
     async def _serve(self, ntp: ServiceAt, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:
-        channel: TlsChannel | None = None
-        ke: KeServer | None = None
+        session: _Session | None = None
         try:
-            channel = self.credentials.channel()
-            local = writer.get_extra_info("sockname")[0]
-            ke = KeServer(
-                KeTerms(self.keyring, ntp(local), self._preference), channel.export, secrets.token_bytes
+            keyring, local = self.keyring, writer.get_extra_info("sockname")[0]
+            session = _Session(
+                self.credentials.channel(),
+                lambda names: KeTerms(keyring, ntp(local, names), self._preference),
             )
-            return await _within_deadline(channel, ke, reader, writer)
+            return await _within_deadline(session, reader, writer)
         except Exception:  # noqa: BLE001 - the root of a connection's task
             # Whatever it is, it is our own fault, and the client has to be told so.
             _log.exception("key_establishment_failed")
-            if channel is not None and ke is not None and channel.established:
-                return _finish(channel, ke.internal_error(), writer)
+            if session is not None and session.channel.established:
+                return _finish(session.channel, KeServer.internal_error(), writer)
             return "internal-error"
 
 
+@dataclass(slots=True)
+class _Session:
+    """One connection: its TLS, and from the handshake on, when it is known who is asked for, what it is given."""
+
+    channel: TlsChannel
+    terms: Callable[[tuple[str, ...]], KeTerms]
+    _ke: KeServer | None = None
+
+    @property
+    def ke(self) -> KeServer:
+        if self._ke is None:
+            terms = self.terms(self.channel.names)
+            self._ke = KeServer(terms, self.channel.export, secrets.token_bytes)
+        return self._ke
+
+
 async def _within_deadline(
-    channel: TlsChannel, ke: KeServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    session: _Session, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 ) -> str:
+    channel = session.channel
     try:
         async with asyncio.timeout(DEADLINE):
-            return await _converse(channel, ke, reader, writer)
+            return await _converse(session, reader, writer)
     except TimeoutError:
-        return _finish(channel, ke.timeout(), writer) if channel.established else "tls-timeout"
+        return _finish(channel, KeServer.timeout(), writer) if channel.established else "tls-timeout"
     except TlsError:
         return "tls-failed"
     except OSError:
         return "connection-lost"
 
 
-async def _converse(
-    channel: TlsChannel, ke: KeServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-) -> str:
+async def _converse(session: _Session, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:
+    channel = session.channel
     received = 0
     while True:
         octets = await reader.read(_READ)
         if not octets:
-            return _cut_short(channel, ke, writer)
+            return _cut_short(channel, writer)
         received += len(octets)
         if received > MAX_RECEIVED:
             return "too-long"
         try:
             plaintext = channel.receive(octets)
-            reply = ke.receive(plaintext) if plaintext else None
+            reply = session.ke.receive(plaintext) if plaintext else None
         finally:
             # Also on failure: the client then gets the alert that says why.
             writer.write(channel.to_send())
         if reply is not None:
             return _finish(channel, reply, writer)
         if channel.closed_by_peer:
-            return _cut_short(channel, ke, writer)
+            return _cut_short(channel, writer)
         await writer.drain()
 
 
-def _cut_short(channel: TlsChannel, ke: KeServer, writer: asyncio.StreamWriter) -> str:
-    return _finish(channel, ke.cut_short(), writer) if channel.established else "connection-lost"
+def _cut_short(channel: TlsChannel, writer: asyncio.StreamWriter) -> str:
+    return _finish(channel, KeServer.cut_short(), writer) if channel.established else "connection-lost"
 
 
 def _finish(channel: TlsChannel, reply: KeReply, writer: asyncio.StreamWriter) -> str:

@@ -1,22 +1,41 @@
 """Prometheus metrics of the agent, read from the engine's own counters when somebody asks."""
 
-from collections.abc import Callable, Iterable
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from member_agent.clock import Clock
+from member_agent.config import AgentSettings
+from member_agent.engines import Engine
 from member_agent.engines.builtin import BuiltinEngine
+from member_agent.engines.layout import Kind
 from member_agent.errors import AgentError, ExitStatus
+from member_agent.member import Member
 from member_agent.sockets import parse_endpoint
 from nts_core import ntptime
 from nts_core.packet import Leap
 
 Families = Callable[[], Iterable[Metric]]
+# Names, texts and labels of what several engines count.
+_KE = ("pool_agent_ke", "NTS-KE connections by outcome.", "outcome")
+_NTP = ("pool_agent_ntp", "NTP datagrams by answer, or by why there was none.", "outcome")
+_OPENED = (
+    "pool_agent_cookies_opened",
+    "Cookies of authentic requests by what their key is there for.",
+    "key",
+)
+_SEALED = ("pool_agent_cookies_sealed", "Cookies given to clients.")
+# Seconds for which what a daemon said is shown again.
+_FRESH = 2.0
 
 
-class _EngineCollector(Collector):
+class _Collector(Collector):
     def __init__(self, families: Families) -> None:
         self._families = families
 
@@ -24,36 +43,85 @@ class _EngineCollector(Collector):
         return self._families()
 
 
+def sources(
+    engine: Engine, settings: AgentSettings, clock: Clock, members: Callable[[], Iterable[Member]]
+) -> Iterator[Families]:
+    """All that an agent tells."""
+    if isinstance(engine, BuiltinEngine):
+        yield engine_families(engine)
+    else:
+        yield _DaemonFamilies(Kind(engine.name), settings)
+    yield partial(clock_families, clock)
+    yield lambda: member_families(members())
+
+
 def engine_families(engine: BuiltinEngine) -> Families:
     """What there is to tell of an engine. It is read in another thread than the engine's, and changes nothing."""
 
     def families() -> Iterable[Metric]:
-        ke = CounterMetricFamily("pool_agent_ke", "Key establishments by outcome.", labels=["outcome"])
-        for outcome, count in tuple(engine.ke.counters.items()):
-            ke.add_metric([outcome], count)
-        ntp = CounterMetricFamily("pool_agent_ntp", "NTP datagrams by outcome.", labels=["outcome"])
-        for outcome, count in tuple(engine.ntp.counters.items()):
-            ntp.add_metric([outcome], count)
-        forgotten = CounterMetricFamily(
-            "pool_agent_rate_forgotten",
-            "Token buckets forgotten too early: more addresses than fit the table.",
+        counts = engine.counts
+        yield _by_label(_KE, counts.ke)
+        yield _by_label(_NTP, counts.ntp)
+        yield _by_label(_OPENED, counts.opened)
+        totals = (
+            (*_SEALED, counts.sealed),
+            (
+                "pool_agent_rate_forgotten",
+                "Token buckets forgotten too early: more addresses than fit the table.",
+                counts.forgotten,
+            ),
+            ("pool_agent_worker_restarts", "Workers that ended and were started again.", engine.restarts),
         )
-        forgotten.add_metric([], engine.ntp.admission.forgotten if engine.ntp.admission else 0)
-        open_now = GaugeMetricFamily("pool_agent_ke_connections", "Open NTS-KE connections.")
-        open_now.add_metric([], engine.ke.slots.taken)
-        offset = GaugeMetricFamily(
-            "pool_agent_clock_offset_seconds", "Test option: added to the time served."
+        for name, text, total in totals:
+            yield CounterMetricFamily(name, text, value=total)
+        age = engine.clock.now_ns() / 1e9 - engine.keyring.sealing_since
+        now = (
+            ("pool_agent_ke_connections", "Open NTS-KE connections.", counts.ke_open),
+            ("pool_agent_cookie_key_age_seconds", "Since the key that seals cookies began to.", age),
+            ("pool_agent_workers", "Processes that serve.", engine.processes),
         )
-        offset.add_metric([], engine.clock.offset_ns / 1e9)
-        return [ke, ntp, forgotten, open_now, offset, *_clock_families(engine.clock)]
+        for name, text, figure in now:
+            yield GaugeMetricFamily(name, text, value=figure)
 
     return families
 
 
-def _clock_families(clock: Clock) -> Iterable[Metric]:
+def _by_label(named: tuple[str, str, str], counts: Mapping[str, int]) -> Metric:
+    name, text, label = named
+    family = CounterMetricFamily(name, text, labels=[label])
+    for value, count in counts.items():
+        family.add_metric([value], count)
+    return family
+
+
+class _DaemonFamilies:
+    """What a driven daemon has counted, asked when somebody looks: one question at a time, and not twice in a moment."""
+
+    def __init__(self, kind: Kind, settings: AgentSettings) -> None:
+        from member_agent.engines.counters import read_counts  # noqa: PLC0415 - where a daemon is driven alone: see `engines.choice`
+
+        self._read = partial(read_counts, kind, settings)
+        self._asking = threading.Lock()
+        self._families: tuple[Metric, ...] = ()
+        self._fresh_until = 0.0
+
+    def __call__(self) -> Iterable[Metric]:
+        with self._asking:
+            if time.monotonic() >= self._fresh_until:
+                counts = asyncio.run(self._read())
+                told = ((_KE, counts.ke), (_NTP, counts.ntp))
+                found = [_by_label(named, by_outcome) for named, by_outcome in told if by_outcome]
+                if counts.sealed is not None:
+                    found.append(CounterMetricFamily(*_SEALED, value=counts.sealed))
+                self._families, self._fresh_until = tuple(found), time.monotonic() + _FRESH
+            return self._families
+
+
+def clock_families(clock: Clock) -> Iterable[Metric]:
     """What is said of the clock in every answer."""
     said = clock.said_at(clock.now_ns())
     values = {
+        "offset_seconds": ("Test option: added to the time served.", clock.offset_ns / 1e9),
         "synchronised": (
             "1 unless the answers say that the clock is not synchronised.",
             said.leap is not Leap.UNSYNCHRONISED,
@@ -72,13 +140,50 @@ def _clock_families(clock: Clock) -> Iterable[Metric]:
         yield gauge
 
 
-def expose(text: str | None, families: Families) -> None:
-    """Serve /metrics at ADDR:PORT, in a thread of its own; nothing without one. Raises AgentError."""
-    if text is None:
-        return
+def member_families(members: Iterable[Member]) -> Iterable[Metric]:
+    """How it stands with each server of this host."""
+    ends = GaugeMetricFamily(
+        "pool_agent_certificate_end_seconds",
+        "When the installed certificate ends, Unix time.",
+        labels=["domain"],
+    )
+    installs = CounterMetricFamily(
+        "pool_agent_certificates_installed", "Certificates installed since the start.", labels=["domain"]
+    )
+    contact = GaugeMetricFamily(
+        "pool_agent_registry_contact_seconds",
+        "When the registry last answered, Unix time.",
+        labels=["domain"],
+    )
+    reports = CounterMetricFamily(
+        "pool_agent_reports", "Reports to the registry by outcome.", labels=["domain", "outcome"]
+    )
+    problem = GaugeMetricFamily(
+        "pool_agent_problem", "1 while something that the registry wants cannot be done.", labels=["domain"]
+    )
+    refused = GaugeMetricFamily(
+        "pool_agent_registry_refuses", "1 while the registry does not know this agent.", labels=["domain"]
+    )
+    for member in members:
+        labels = [member.me.domain]
+        if member.certificate is not None:
+            ends.add_metric(labels, member.certificate.not_after.timestamp())
+        if member.contact.at is not None:
+            contact.add_metric(labels, member.contact.at)
+        installs.add_metric(labels, member.installs)
+        reports.add_metric([*labels, "answered"], member.contact.answered)
+        reports.add_metric([*labels, "failed"], member.contact.failures)
+        problem.add_metric(labels, float(member.problem is not None))
+        refused.add_metric(labels, float(member.contact.is_refused))
+    return [ends, installs, contact, reports, problem, refused]
+
+
+def expose(text: str, *sources: Families) -> None:
+    """Serve /metrics at ADDR:PORT, in a thread of its own. Raises AgentError."""
     endpoint = parse_endpoint(text, "--metrics")
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_EngineCollector(families))
+    for source in sources:
+        registry.register(_Collector(source))
     try:
         start_http_server(endpoint.port, endpoint.address, registry)
     except OSError as error:

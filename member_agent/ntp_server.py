@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from member_agent.clock import Clock
 from member_agent.config import Limits
-from member_agent.sockets import Endpoint, bind, bound_endpoint, packed
+from member_agent.sockets import Endpoint, bound_endpoint, packed
 from nts_core.cookies import Keyring
 from nts_core.kernel import SO_TIMESTAMPNS, TIMESPEC
 from nts_core.packet import MAX_DATAGRAM
@@ -42,31 +42,41 @@ _MEASURED = 10.0
 _Ancillary = tuple[int, int, bytes]
 
 
+def prepare(sock: socket.socket) -> None:
+    """Have the kernel note when a datagram came and, on a wildcard, to which address: from the first one on."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
+    sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+    if bound_endpoint(sock).is_wildcard:
+        # The answer must leave from the address that was asked, or the client discards it.
+        if sock.family is socket.AF_INET:
+            sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
+        else:
+            sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVPKTINFO, 1)
+
+
+def requests(counters: Counter[str]) -> int:
+    """Datagrams that came, answered or not."""
+    return counters.total() - sum(counters[name] for name in _ERRORS)
+
+
 class NtpListener:
     """One UDP socket that answers NTP."""
 
     def __init__(
         self,
-        endpoint: Endpoint,
+        sock: socket.socket,
         server: NtpServer,
         clock: Clock,
         counters: Counter[str],
         admission: Admission | None,
     ) -> None:
+        """`sock` is bound and has been through `prepare`."""
         self._server = server
         self._admission = admission
-        self._family = endpoint.family
+        self._family = sock.family
         self._clock = clock
         self._counters = counters
-        self._socket = bind(endpoint, socket.SOCK_DGRAM)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
-        self._socket.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
-        if endpoint.is_wildcard:
-            # The answer must leave from the address that was asked, or the client discards it.
-            if endpoint.family is socket.AF_INET:
-                self._socket.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
-            else:
-                self._socket.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVPKTINFO, 1)
+        self._socket = sock
         self.endpoint = bound_endpoint(self._socket)
         asyncio.get_running_loop().add_reader(self._socket, self._drain)
 
@@ -139,29 +149,37 @@ class NtpListeners:
         self._clock = clock
         self._server = NtpServer(keyring, secrets.token_bytes)
         self.admission = _admission(limits)
-        self._listeners: list[NtpListener] = []
+        self._listeners: dict[socket.socket, NtpListener] = {}
         self.counters: Counter[str] = Counter()
 
     @property
     def endpoints(self) -> list[Endpoint]:
-        return [listener.endpoint for listener in self._listeners]
-
-    def listen(self, endpoint: Endpoint) -> None:
-        listener = NtpListener(endpoint, self._server, self._clock, self.counters, self.admission)
-        self._listeners.append(listener)
+        return [listener.endpoint for listener in self._listeners.values()]
 
     @property
-    def requests(self) -> int:
-        """Datagrams that came, answered or not."""
-        return self.counters.total() - sum(self.counters[name] for name in _ERRORS)
+    def opened(self) -> Counter[str]:
+        """Cookies of authentic requests, by what the key that opened them is there for."""
+        return self._server.opened
+
+    @property
+    def sealed(self) -> int:
+        """Cookies given in answers."""
+        return self._server.sealed
+
+    def listen(self, sock: socket.socket) -> None:
+        """Answer on a bound socket that has been through `prepare`."""
+        self._listeners[sock] = NtpListener(sock, self._server, self._clock, self.counters, self.admission)
+
+    def leave(self, sock: socket.socket) -> None:
+        """Close a socket."""
+        self._listeners.pop(sock).close()
 
     def use_keyring(self, keyring: Keyring) -> None:
         self._server.keyring = keyring
 
     def close(self) -> None:
-        for listener in self._listeners:
-            listener.close()
-        self._listeners.clear()
+        for sock in tuple(self._listeners):
+            self.leave(sock)
 
 
 class Meter:
@@ -171,8 +189,10 @@ class Meter:
         self._since: tuple[float, int] | None = None
         self._last: float | None = None
 
-    def read(self, count: int, now: float) -> float | None:
+    def read(self, count: int | None, now: float) -> float | None:
         """The mean since ten seconds ago or more; None until so much is known. `now` is monotonic seconds."""
+        if count is None:
+            return None
         if self._since is None:
             self._since = now, count
         elif now - self._since[0] >= _MEASURED:
@@ -184,13 +204,20 @@ class Meter:
 def _admission(limits: Limits) -> Admission | None:
     """None when every datagram is to be answered, which then costs nothing to find out."""
     access = limits.access()
-    if access is None and limits.ntp_interval is None and limits.traffic_cap is None:
+    if access is None and limits.ntp_interval is None and limits.ntp_pps is None:
         return None
     rate = None
     if limits.ntp_interval is not None:
         interval_ns = round(limits.ntp_interval * 1e9)
         rate = RatePolicy(interval_ns, limits.ntp_burst, limits.ntp_leak, limits.ntp_kod)
-    cap = None if limits.traffic_cap is None else Cap(limits.traffic_cap)
+    cap = None if limits.ntp_pps is None else Cap(limits.ntp_pps)
+    # A KoD costs what an answer costs: no more of them than of those.
+    kisses = Cap(limits.ntp_pps) if limits.ntp_pps is not None and limits.above == "rate" else None
     return Admission(
-        secrets.token_bytes, access=access, rate=rate, cap=cap, kiss_denied=limits.deny_action == "kod"
+        secrets.token_bytes,
+        access=access,
+        rate=rate,
+        cap=cap,
+        kisses_above=kisses,
+        kiss_denied=limits.deny_action == "kod",
     )

@@ -4,19 +4,26 @@ import base64
 import contextlib
 import ipaddress
 import re
+import ssl
+from dataclasses import dataclass
+from datetime import datetime
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
-import httpx
+import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import TypeAdapter, ValidationError
 
 from member_agent.errors import AgentError, ExitStatus
+from member_agent.https import Answer, Client, TooLong
 from member_agent.sockets import is_local
 from nts_core.control import (
     AgentReport,
     Assignment,
+    CheckAnswer,
+    Finding,
     JoinAnswer,
     JoinRequest,
     ProofAnswer,
@@ -24,29 +31,62 @@ from nts_core.control import (
     RejoinChallenge,
     RejoinQuestion,
     RejoinRequest,
+    ServerStatus,
     join_statement,
     rejoin_statement,
 )
+from nts_core.errors import printable
 
+_log = structlog.get_logger()
 _TIMEOUT = 10.0
+# A look from outside takes up to 20 s.
+_CHECK_TIMEOUT = 40.0
 # An assignment holds a certificate chain and a few names; more is not ours.
 _MAX_ANSWER = 256 * 1024
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,200}")
 _NONCE = re.compile(r"[A-Za-z0-9._=-]{1,200}")
+# Fields that a registry sends and we do not know: so many are named, by so many characters.
+_MAX_UNFORESEEN, _MAX_NAME = 16, 64
 _T = TypeVar("_T")
+_adapters: dict[Any, TypeAdapter[Any]] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    id: int
+    starts_at: datetime
+    ends_at: datetime
+    cancelled_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Windows:
+    """The maintenance of a server, the newest first."""
+
+    items: tuple[_Window, ...]
 
 
 class RegistryError(AgentError):
-    """The registry is out of reach or refuses. `code` is its stable code, None when it did not answer."""
+    """The registry is out of reach or refuses. `code` is its stable code, None when it did not answer; `retry_after` the
+    seconds for which it does not want to be asked again.
+    """
 
-    def __init__(self, message: str, remedy: str, code: str | None = None) -> None:
+    def __init__(
+        self, message: str, remedy: str, code: str | None = None, retry_after: float | None = None
+    ) -> None:
         super().__init__(message, remedy, ExitStatus.REGISTRY)
         self.code = code
+        self.retry_after = retry_after
 
     @property
     def is_final(self) -> bool:
-        """Whether asking again cannot help."""
-        return self.code in {"removed", "unauthenticated", "token-expired", "token-used", "forbidden"}
+        """Whether asking again cannot help: the server is out, or the registry does not know us any more."""
+        return self.has_left or self.code in {"unauthenticated", "token-expired", "token-used", "forbidden"}
+
+    @property
+    def has_left(self) -> bool:
+        """Whether the server has left its pool."""
+        return self.code == "removed"
 
 
 def check_url(url: str) -> str:
@@ -80,27 +120,24 @@ class Registry:
     """A registry, asked with one token. `ca` replaces the system's roots."""
 
     def __init__(self, url: str, token: str, ca: Path | None = None) -> None:
-        self._url = check_url(url)
+        self.url = check_url(url)
         if not _TOKEN.fullmatch(token):
             # Not shown: what was meant as a token is a secret, whatever is wrong with it.
             raise AgentError("the token has characters that no token has", "copy it whole", ExitStatus.USAGE)
         self._token = token
-        self._kept: httpx.AsyncClient | None = None
         try:
             # Once: a later call must not depend on files, or on descriptors to read them.
-            self._tls = httpx.create_ssl_context(verify=str(ca) if ca else True)
+            tls = ssl.create_default_context(cafile=str(ca) if ca else None)
         except (OSError, ValueError) as error:
             raise AgentError(f"--ca {ca}: {error}", "give a PEM file", ExitStatus.CONFIGURATION) from None
+        self._unforeseen: set[str] = set()
+        self._client = Client(self.url, tls, max_answer=_MAX_ANSWER)
 
     async def __aenter__(self) -> Self:
-        """Keep the connection between reports that follow each other within seconds."""
-        self._kept = self._client(None)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._kept is not None:
-            await self._kept.aclose()
-            self._kept = None
+        self._client.close()
 
     async def join(self, key: Ed25519PrivateKey, agent: str) -> JoinAnswer:
         public = base64.b64encode(key.public_key().public_bytes_raw()).decode()
@@ -126,68 +163,143 @@ class Registry:
         """Report, and learn what the registry wants."""
         return await self._post("/v1/agent/sync", report, Assignment)
 
-    async def request_proof(self, address: str) -> str:
-        """The nonce to sign for an address; the call leaves from the address itself where the host has it."""
-        answer = await self._post("/v1/agent/proof", ProofRequest(address), ProofAnswer, source=address)
+    async def request_proof(self, address: str, by: str) -> str:
+        """The nonce to sign for an address, answered by "http" or "tls".
+
+        The call leaves from the address itself where the host has it.
+        """
+        answer = await self._post("/v1/agent/proof", ProofRequest(address, by), ProofAnswer, source=address)
         if not _TOKEN.fullmatch(answer.nonce):
             raise RegistryError("the registry's nonce is not one", "ask the pool's operator")
         return answer.nonce
 
-    def _client(self, local: str | None) -> httpx.AsyncClient:
-        transport = httpx.AsyncHTTPTransport(verify=self._tls, local_address=local)
-        return httpx.AsyncClient(transport=transport, timeout=_TIMEOUT, trust_env=False)
+    async def status(self, server: str) -> ServerStatus:
+        """How it stands with our server."""
+        return await self._call("GET", f"/v1/servers/{server}", None, ServerStatus)
+
+    async def renew(self, server: str) -> ServerStatus:
+        """Have a certificate ordered now."""
+        return await self._call("POST", f"/v1/servers/{server}/renewal", {}, ServerStatus)
+
+    async def check(self, server: str) -> tuple[Finding, ...]:
+        """What our server looks like from outside."""
+        path = f"/v1/servers/{server}/check"
+        return (await self._call("POST", path, {}, CheckAnswer, timeout=_CHECK_TIMEOUT)).findings
+
+    async def pause(self, server: str, until: datetime, reason: str) -> None:
+        """Announce maintenance that begins now."""
+        body = {"ends_at": until.isoformat(), "reason": reason}
+        await self._call("POST", f"/v1/servers/{server}/maintenance", body, dict[str, Any])
+
+    async def resume(self, server: str, now: datetime) -> int:
+        """End all maintenance that is under way; how many windows that were."""
+        path = f"/v1/servers/{server}/maintenance"
+        page = await self._call("GET", path, None, _Windows)
+        open_now = [
+            window
+            for window in page.items
+            if window.cancelled_at is None and window.starts_at <= now < window.ends_at
+        ]
+        for window in open_now:
+            await self._call("DELETE", f"{path}/{window.id}", None, dict[str, Any])
+        return len(open_now)
+
+    async def leave(self, server: str, at: datetime, reason: str) -> ServerStatus:
+        """Leave the pool: out of its answers now, and for good at that time."""
+        body = {"at": at.isoformat(), "reason": reason}
+        return await self._call("POST", f"/v1/servers/{server}/leaving", body, ServerStatus)
+
+    async def stay(self, server: str) -> ServerStatus:
+        """Take `leave` back."""
+        return await self._call("DELETE", f"/v1/servers/{server}/leaving", None, ServerStatus)
 
     async def _post(self, path: str, document: object, kind: type[_T], source: str | None = None) -> _T:
+        """Between registry and agent everything is foreseen: a field that is not has no effect, and is logged."""
+        return await self._call("POST", path, document, kind, source=source, is_closed=True)
+
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        document: object,
+        kind: type[_T],
+        *,
+        source: str | None = None,
+        timeout: float = _TIMEOUT,
+        is_closed: bool = False,
+    ) -> _T:
         local = source if source is not None and is_local(source) else None
         try:
-            async with contextlib.AsyncExitStack() as stack:
-                client = self._kept if local is None else None
-                if client is None:
-                    client = await stack.enter_async_context(self._client(local))
-                request = client.stream(
-                    "POST",
-                    self._url + path,
-                    content=TypeAdapter(type(document)).dump_json(document),
-                    headers={
-                        "Authorization": f"Bearer {self._token}",
-                        "Content-Type": "application/json",
-                    },
-                )
-                response = await stack.enter_async_context(request)
-                body = await _read(response)
-        except (httpx.HTTPError, OSError) as error:
+            answer = await self._client.request(
+                method,
+                path,
+                body=None if document is None else _adapter(type(document)).dump_json(document),
+                headers={"Authorization": f"Bearer {self._token}", "Content-Type": "application/json"},
+                timeout=timeout,
+                source=local,
+            )
+        except TooLong:
+            raise RegistryError("the registry's answer is too long", "check the registry's address") from None
+        except OSError as error:
             raise RegistryError(
-                f"the registry {self._url} does not answer: {str(error) or type(error).__name__}",
+                f"the registry {self.url} does not answer: {str(error) or type(error).__name__}",
                 "check the registry's address, its certificate (--ca) and the network; a running agent tries"
                 " again by itself",
             ) from None
-        if response.status_code >= httpx.codes.BAD_REQUEST:
-            raise _refusal(response.status_code, body)
+        if answer.status >= HTTPStatus.BAD_REQUEST:
+            raise _refusal(answer)
         try:
-            return TypeAdapter(kind).validate_json(body)
+            if is_closed:
+                return self._read_closed(answer.body, kind)
+            understood: _T = _adapter(kind).validate_json(answer.body)
         except ValidationError:
             raise RegistryError(
                 "the registry's answer is not understood",
                 "update pool-agent, or check the registry's address",
             ) from None
+        return understood
+
+    def _read_closed(self, body: bytes, kind: type[_T]) -> _T:
+        """Raises ValidationError. A newer registry may know fields that we do not: they are passed over, and named."""
+        adapter = _adapter(kind)
+        try:
+            understood: _T = adapter.validate_json(body, extra="forbid")
+        except ValidationError as error:
+            understood = adapter.validate_json(body)
+            self._name_unforeseen(error)
+        return understood
+
+    def _name_unforeseen(self, error: ValidationError) -> None:
+        if len(self._unforeseen) >= _MAX_UNFORESEEN:
+            return
+        for fault in error.errors(include_url=False, include_context=False, include_input=False):
+            name = printable(".".join(part for part in fault["loc"] if isinstance(part, str)))[:_MAX_NAME]
+            if len(self._unforeseen) < _MAX_UNFORESEEN and name not in self._unforeseen:
+                self._unforeseen.add(name)
+                _log.warning(
+                    "field_not_foreseen",
+                    registry=self.url,
+                    field=name,
+                    remedy="it has no effect; update pool-agent",
+                )
 
 
-async def _read(response: httpx.Response) -> bytes:
-    body = bytearray()
-    async for piece in response.aiter_bytes():
-        body += piece
-        if len(body) > _MAX_ANSWER:
-            raise RegistryError("the registry's answer is too long", "check the registry's address")
-    return bytes(body)
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    """What reads and writes one kind of document. It takes milliseconds to make, so it is kept."""
+    if kind not in _adapters:
+        _adapters[kind] = TypeAdapter(kind)
+    return _adapters[kind]
 
 
-def _refusal(status: int, body: bytes) -> RegistryError:
+def _refusal(answer: Answer) -> RegistryError:
     """A problem document (RFC 9457) as an error; anything else by its status."""
     try:
-        problem = TypeAdapter(dict[str, Any]).validate_json(body)
+        problem = _adapter(dict[str, Any]).validate_json(answer.body)
     except ValidationError:
         problem = {}
-    detail = str(problem.get("detail") or f"HTTP status {status}")[:500]
+    detail = str(problem.get("detail") or f"HTTP status {answer.status}")[:500]
     remedy = str(problem.get("remedy") or "try again later, or ask the pool's operator")[:500]
     code = problem.get("code")
-    return RegistryError(f"the registry refuses: {detail}", remedy, str(code) if code else None)
+    return RegistryError(
+        f"the registry refuses: {detail}", remedy, str(code) if code else None, answer.retry_after
+    )

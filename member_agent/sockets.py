@@ -5,13 +5,16 @@ import ipaddress
 import os
 import re
 import socket
-from dataclasses import dataclass
+from contextlib import ExitStack
+from typing import NamedTuple
 
+from member_agent import systemd
 from member_agent.errors import AgentError, ExitStatus
+from nts_core import acceptor
+from nts_core.kernel import deal_by_source
 
 
-@dataclass(frozen=True, slots=True)
-class Endpoint:
+class Endpoint(NamedTuple):
     """An IP address and a port; port 0 lets the kernel choose."""
 
     address: str
@@ -59,23 +62,68 @@ def bound_endpoint(sock: socket.socket) -> Endpoint:
 
 
 def bind(endpoint: Endpoint, kind: socket.SocketKind) -> socket.socket:
-    """A non-blocking socket bound there; IPv6 sockets carry IPv6 only. AgentError with the remedy."""
-    sock = socket.socket(endpoint.family, kind)
+    """A non-blocking socket bound there, systemd's where it handed one over; IPv6 sockets carry IPv6 only.
+
+    AgentError with the remedy.
+    """
     try:
-        sock.setblocking(False)
-        if kind is socket.SOCK_STREAM:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if endpoint.family is socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind((endpoint.address, endpoint.port))
+        handed = systemd.inherited(endpoint.address, endpoint.port, kind)
+        sock = handed or acceptor.bind(endpoint.address, endpoint.port, kind)
     except OSError as error:
-        sock.close()
-        raise AgentError(
-            f"cannot listen on {endpoint}: {os.strerror(error.errno or 0)}",
-            _REMEDIES.get(error.errno or 0, "check the address and the port"),
-            ExitStatus.CONFIGURATION,
-        ) from None
+        raise _not_bound(endpoint, error) from None
+    sock.setblocking(False)
     return sock
+
+
+def bind_shared(endpoint: Endpoint, kind: socket.SocketKind, count: int) -> list[socket.socket]:
+    """As many sockets bound to the same place, each for another process; streams listen. What one address sends always
+    comes to the same one. AgentError with the remedy.
+    """
+    sockets = [bind(endpoint, kind)] if count == 1 else _bind_several(endpoint, kind, count)
+    try:
+        for sock in sockets if kind is socket.SOCK_STREAM else ():
+            # In this order: by it the kernel numbers those that share.
+            sock.listen(acceptor.BACKLOG)
+    except OSError as error:
+        for sock in sockets:
+            sock.close()
+        raise _not_bound(endpoint, error) from None
+    return sockets
+
+
+def _bind_several(endpoint: Endpoint, kind: socket.SocketKind, count: int) -> list[socket.socket]:
+    handed = systemd.inherited(endpoint.address, endpoint.port, kind)
+    if handed is not None:
+        handed.close()
+        raise AgentError(
+            f"{endpoint}: several processes cannot share the one socket that systemd handed over",
+            "set workers = 1, or disable the socket unit",
+            ExitStatus.CONFIGURATION,
+        )
+    # Whoever shares must not find another agent of this user there, with which it would share as well.
+    bind(endpoint, kind).close()
+    with ExitStack() as stack:
+        found: list[socket.socket] = []
+        for number in range(count):
+            try:
+                sock = stack.enter_context(acceptor.bind(endpoint.address, endpoint.port, kind, shared=True))
+                if number == 0:
+                    deal_by_source(sock, count)
+            except OSError as error:
+                raise _not_bound(endpoint, error) from None
+            sock.setblocking(False)
+            found.append(sock)
+            endpoint = bound_endpoint(sock)
+        stack.pop_all()
+        return found
+
+
+def _not_bound(endpoint: Endpoint, error: OSError) -> AgentError:
+    return AgentError(
+        f"cannot listen on {endpoint}: {os.strerror(error.errno or 0)}",
+        _REMEDIES.get(error.errno or 0, "check the address and the port"),
+        ExitStatus.CONFIGURATION,
+    )
 
 
 _REMEDIES = {

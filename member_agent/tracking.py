@@ -17,7 +17,7 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -32,7 +32,7 @@ MAX_STRATUM = 16
 # RFC 5905 section 7.2: how far an undisturbed clock may drift, 15 parts in a million (PHI).
 _DRIFT_PPB = 15_000
 # chronyc gives up by itself before our deadline ends it: one that is killed leaves its socket behind.
-_CHRONYC = ("-c", "-n", "-m", "timeout 400", "retries 0", "tracking", "ntpdata")
+_CHRONYC = ("-c", "-n", "-m", "timeout 400", "retries 0")
 _CHRONYC_DEADLINE = 2.0
 # A row of `ntpdata` has some 300 characters; a host with a hundred sources has room.
 _CHRONYC_LIMIT = 64 * 1024
@@ -179,6 +179,13 @@ def is_smeared(reference_id: bytes, now_ns: int) -> bool:
 
 
 async def _ask_chronyd(place: str | Endpoint | None) -> Tracking:
+    asked_at = boottime_ns()
+    report = await ask_chronyc(place, "tracking", "ntpdata")
+    return parse_chronyc(report, asked_at=asked_at, now_ns=time.time_ns())
+
+
+async def ask_chronyc(place: str | Endpoint | None, *reports: str) -> str:
+    """Reports of chronyd at this place, as CSV, one after the other. Raises TrackingError."""
     program = shutil.which("chronyc")
     if program is None:
         raise TrackingError("chronyd: no chronyc on the PATH")
@@ -187,9 +194,8 @@ async def _ask_chronyd(place: str | Endpoint | None) -> Tracking:
         where = ("-h", place.address, "-p", str(place.port))
     elif place is not None:
         where = ("-h", place)
-    asked_at = boottime_ns()
-    report = await _output(program, *where, *_CHRONYC)
-    return parse_chronyc(report.decode("ascii", "replace"), asked_at=asked_at, now_ns=time.time_ns())
+    output = await _output(program, *where, *_CHRONYC, *reports)
+    return output.decode("ascii", "replace")
 
 
 async def _output(program: str, *arguments: str) -> bytes:
@@ -300,32 +306,46 @@ def _is_address(text: str) -> bool:
 
 async def _ask_ntpd(endpoint: Endpoint) -> Tracking:
     asked_at = boottime_ns()
+    async with _asking_ntpd(endpoint) as udp:
+        system = parse_variables(await _read_variables(udp, 0))
+        peer = {}
+        if system.get("peer", "0") not in ("", "0"):
+            with contextlib.suppress(TrackingError, ValueError):
+                association = _decimal(system["peer"], 0)
+                peer = parse_variables(await _read_variables(udp, association & 0xFFFF))
+    return ntpd_tracking(system, peer, asked_at=asked_at, now_ns=time.time_ns())
+
+
+async def ask_ntpd(endpoint: Endpoint, *names: str) -> dict[str, str]:
+    """These variables of the system. Raises TrackingError, also when there is one that ntpd does not know."""
+    async with _asking_ntpd(endpoint) as udp:
+        return parse_variables(await _read_variables(udp, 0, names))
+
+
+@contextlib.asynccontextmanager
+async def _asking_ntpd(endpoint: Endpoint) -> AsyncIterator[socket.socket]:
+    """A socket that is good for a second."""
     try:
         async with asyncio.timeout(_NTPD_DEADLINE):
             with socket.socket(endpoint.family, socket.SOCK_DGRAM) as udp:
                 udp.setblocking(False)
                 # Connected: only datagrams from there come in.
                 udp.connect((endpoint.address, endpoint.port))
-                system = parse_variables(await _read_variables(udp, 0))
-                peer = {}
-                if system.get("peer", "0") not in ("", "0"):
-                    with contextlib.suppress(TrackingError, ValueError):
-                        association = _decimal(system["peer"], 0)
-                        peer = parse_variables(await _read_variables(udp, association & 0xFFFF))
+                yield udp
     except TimeoutError:
         raise TrackingError(f"ntpd: no answer from {endpoint}") from None
     except OSError as error:
         raise TrackingError(f"ntpd: {endpoint}: {error.strerror}") from None
-    return ntpd_tracking(system, peer, asked_at=asked_at, now_ns=time.time_ns())
 
 
-async def _read_variables(udp: socket.socket, association: int) -> str:
-    """All variables of the system (association 0) or of one peer, from as many datagrams as they come in."""
+async def _read_variables(udp: socket.socket, association: int, names: Sequence[str] = ()) -> str:
+    """Variables of the system (association 0) or of one peer, all or these, from as many datagrams as they come in."""
     loop = asyncio.get_running_loop()
     sequence = secrets.randbelow(1 << 16)
-    await loop.sock_sendall(
-        udp, _CONTROL.pack(_CONTROL_FIRST, _READ_VARIABLES, sequence, 0, association, 0, 0)
-    )
+    wanted = ",".join(names).encode("ascii")
+    request = _CONTROL.pack(_CONTROL_FIRST, _READ_VARIABLES, sequence, 0, association, 0, len(wanted))
+    # In whole words (RFC 9327 section 2).
+    await loop.sock_sendall(udp, request + wanted + bytes(-len(wanted) % 4))
     answer = _Answer(sequence, association)
     for _ in range(_MAX_FRAGMENTS):
         text = answer.add(await loop.sock_recv(udp, _MAX_DATAGRAM))

@@ -131,6 +131,28 @@ class Association:
         return _sample(header, sent, received, len(cookies), pending.asked)
 
 
+class Plain:
+    """Requests of 48 octets without NTS. Anybody may have made the answer: only that one came counts."""
+
+    def __init__(self, random: Random) -> None:
+        self._random = random
+        self._transmit = 0
+
+    def poll(self) -> bytes:
+        """The next request."""
+        self._transmit = int.from_bytes(self._random(8), "big")
+        return Header(transmit=self._transmit).encode()
+
+    def receive(self, datagram: bytes, *, sent: int, received: int) -> Sample:
+        """The sample of an answer, as `Association.receive` does. Raises NotAuthentic and KissOfDeath."""
+        header = _parse(datagram).header
+        if header.mode != Mode.SERVER or header.origin != self._transmit:
+            raise NotAuthentic("not an answer to our request")
+        if header.stratum == 0:
+            raise KissOfDeath(_kiss_code(header.reference_id), authentic=False)
+        return _sample(header, sent, received, 0, 0)
+
+
 def _kiss_code(reference_id: bytes) -> str:
     """Four letters or digits as RFC 5905 has them; whatever else a server sends, in hexadecimal."""
     code = reference_id.rstrip(b"\0").decode("ascii", "replace")

@@ -18,7 +18,6 @@ from rich.text import Text
 
 from nts_core.aead import SUPPORTED, AeadId, parse_algorithms
 from nts_core.client import (
-    KE_PORT,
     ClientError,
     Failure,
     PoolView,
@@ -26,7 +25,8 @@ from nts_core.client import (
     load_roots,
     sources,
 )
-from nts_core.resolve import ResolveError, Resolver, TrustAnchors
+from nts_core.ke import KE_PORT
+from nts_core.resolve import MAX_RESOLVERS, ROOT, ResolveError, Resolver, Resolvers, TrustAnchors
 from nts_core.session import CertificateTime
 from nts_core.shell import parse_host_port
 from nts_core.source import CertificateCheck, QueryResult, Source, query
@@ -105,9 +105,13 @@ def _load_anchors(file: Path) -> TrustAnchors:
         ) from None
 
 
-def _load_resolver(text: str | None, anchors: TrustAnchors) -> Resolver:
-    if text is None:
-        text = _system_resolver()
+def _load_resolvers(texts: list[str], anchors: TrustAnchors) -> Resolvers:
+    if len(texts) > MAX_RESOLVERS:
+        raise _unusable(f"--resolver is given {len(texts)} times", f"give it {MAX_RESOLVERS} times at most")
+    return Resolvers([_load_resolver(text, anchors) for text in texts or _system_resolvers()])
+
+
+def _load_resolver(text: str, anchors: TrustAnchors) -> Resolver:
     endpoint = parse_endpoint(text, 53)
     try:
         address = str(ipaddress.ip_address(endpoint.host))
@@ -116,16 +120,16 @@ def _load_resolver(text: str | None, anchors: TrustAnchors) -> Resolver:
     return Resolver(address, endpoint.port, anchors, _RESOLVER_TIMEOUT)
 
 
-def _system_resolver() -> str:
+def _system_resolvers() -> list[str]:
     try:
         lines = Path("/etc/resolv.conf").read_text().splitlines()
     except OSError:
         lines = []
-    for line in lines:
-        words = line.split()
-        if len(words) > 1 and words[0] == "nameserver":
-            return f"[{words[1]}]:53"
-    raise _unusable("/etc/resolv.conf names no resolver", "give one with --resolver ADDRESS:PORT")
+    words = [line.split() for line in lines]
+    found = [f"[{each[1]}]:53" for each in words if len(each) > 1 and each[0] == "nameserver"]
+    if not found:
+        raise _unusable("/etc/resolv.conf names no resolver", "give one with --resolver ADDRESS:PORT")
+    return found[:MAX_RESOLVERS]
 
 
 def _check_range(option: str, value: int, maximum: int) -> None:
@@ -264,6 +268,9 @@ def _sources_document(pool: str | None, view: PoolView | None) -> dict[str, Any]
             {
                 "name": source.name,
                 "address": source.address,
+                "operator": source.metadata.operator if source.metadata else None,
+                "networks": list(source.metadata.networks) if source.metadata else [],
+                "countries": list(source.metadata.countries) if source.metadata else [],
                 "offset_ns": source.measurement.best.offset if source.measurement else None,
                 "delay_ns": source.measurement.best.delay if source.measurement else None,
                 "verdict": source.verdict,
@@ -272,27 +279,38 @@ def _sources_document(pool: str | None, view: PoolView | None) -> dict[str, Any]
             for source in found
         ],
         "offset_ns": view.offset if view else None,
+        "not_independent": [
+            {"names": list(pair.names), "same": [bond.name.lower() for bond in pair.bonds]}
+            for pair in (view.given_up if view else ())
+        ],
     }
 
 
 @app.command("sources")
 def sources_command(
     pool: Annotated[str, typer.Argument(help="the pool's domain, such as pool.example")],
-    trust_anchor: Annotated[Path, typer.Option(help="file of DS or DNSKEY lines")],
+    trust_anchor: Annotated[
+        Path | None, typer.Option(help="file of DS or DNSKEY lines instead of the root's")
+    ] = None,
     count: Annotated[int, typer.Option(help="how many sources must agree, 1 to 8")] = 4,
-    resolver: Annotated[str | None, typer.Option(metavar="ADDR:PORT", help="instead of the system's")] = None,
+    resolver: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ADDR:PORT", help="instead of the system's; may be given up to three times"),
+    ] = None,
     ca: Annotated[Path | None, typer.Option(help="trusted roots (PEM) instead of the system's")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,  # noqa: FBT002 - a flag
 ) -> None:
     """Find a pool's members by DNSSEC, and keep those that tell the same time."""
     view: PoolView | None = None
     failure: ClientError | None = None
+    resolvers: Resolvers | None = None
     try:
         _check_range("--count", count, MAX_COUNT)
         now = datetime.now(UTC)
-        found = _load_resolver(resolver, _load_anchors(trust_anchor))
+        anchors = ROOT if trust_anchor is None else _load_anchors(trust_anchor)
+        resolvers = _load_resolvers(resolver or [], anchors)
         trust = Trust.of(load_roots(ca), now)
-        view = asyncio.run(sources(pool.rstrip(".").lower(), found, trust, now, count=count))
+        view = asyncio.run(sources(pool.rstrip(".").lower(), resolvers, trust, now, count=count))
         if view.truechimers < count:
             failure = ClientError(
                 Failure.TOO_FEW_SOURCES,
@@ -301,9 +319,15 @@ def sources_command(
             )
     except ClientError as error:
         failure = error
-    if view is not None and not as_json:
-        _show_sources(view)
-    _finish({**_sources_document(pool, view), "error": _error(failure)}, failure, as_json=as_json)
+    passed_over = resolvers.passed_over if resolvers is not None else {}
+    warnings = [f"{name} is passed over: {error.message}" for name, error in passed_over.items()]
+    if not as_json:
+        for warning in warnings:
+            typer.echo(f"warning: {warning}", err=True)
+        if view is not None:
+            _show_sources(view)
+    document = {**_sources_document(pool, view), "warnings": warnings, "error": _error(failure)}
+    _finish(document, failure, as_json=as_json)
 
 
 _COLOURS = {Verdict.TRUECHIMER: "green", Verdict.FALSETICKER: "red", Verdict.FAILED: "yellow"}
@@ -330,6 +354,8 @@ def _show_sources(view: PoolView) -> None:
     console.print(table)
     if view.offset is not None:
         console.print(f"the truechimers agree on an offset of {_milliseconds(view.offset)}")
+    for pair in view.given_up:
+        console.print(Text(f"not independent: {pair}"))
 
 
 # typer carries its own click inside and exports of its usage errors only this one: the root is one above.
@@ -339,7 +365,7 @@ _UsageError: Any = typer.BadParameter.__base__
 def _empty_document() -> dict[str, Any]:
     """What a command whose line could not be read prints: every field that it has, without a value."""
     if "sources" in sys.argv:
-        return _sources_document(None, None)
+        return {**_sources_document(None, None), "warnings": []}
     return _query_document(None, None, None, []) if "query" in sys.argv else {}
 
 

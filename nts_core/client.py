@@ -26,7 +26,7 @@ from cryptography.utils import CryptographyDeprecationWarning
 
 from nts_core import select
 from nts_core.aead import SUPPORTED, AeadId
-from nts_core.association import Association, Sample
+from nts_core.association import Association, Plain, Sample
 from nts_core.errors import (
     CertificateError,
     KeError,
@@ -37,25 +37,26 @@ from nts_core.errors import (
     TlsError,
     WireError,
 )
+from nts_core.independence import Candidate, GivenUp, choose, given_up
 from nts_core.ke import KeClient, KeResult
 from nts_core.kernel import SO_TIMESTAMPNS, receive_time
+from nts_core.metadata import Metadata
 from nts_core.packet import MAX_DATAGRAM
 from nts_core.records import ErrorCode
-from nts_core.resolve import ResolveError, Resolver, SrvTarget, addresses, srv_targets
-from nts_core.tls import TlsChannel, Trust, client_channel
+from nts_core.resolve import Lookup, ResolveError, SrvTarget, addresses, metadata, srv_targets
+from nts_core.tls import Pin, TlsChannel, Trust, client_channel
 
-KE_PORT = 4460
 KE_TIMEOUT = 5.0
 NTP_TIMEOUT = 1.5
 _READ = 16 * 1024
 # What says nothing of the server that was asked.
-_OWN_FAULTS = frozenset(
+OWN_FAULTS = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENETDOWN, errno.ENETUNREACH}
 )
 # Kiss codes that tell of the server's own clock and refuse nobody (RFC 5905 section 7.4).
 STARTING = frozenset({"INIT", "STEP"})
-# A pool's answer has eight targets at most; more than twice that is not asked whatever an answer says.
-_MAX_TARGETS = 16
+# Whose the targets are only orders them: it is not waited for as long as an address.
+_METADATA_TIMEOUT = 2.0
 
 
 class Failure(StrEnum):
@@ -163,7 +164,7 @@ async def establish(
     name: str,
     address: str,
     port: int,
-    trust: Trust,
+    trust: Trust | Pin,
     *,
     offered: Sequence[AeadId] = SUPPORTED,
     timeout: float = KE_TIMEOUT,
@@ -183,7 +184,7 @@ async def establish(
     except TimeoutError:
         raise ClientError(stage, f"no answer from {_join(address, port)} within {timeout:g} s") from None
     except OSError as error:
-        stage = Failure.LOCAL if error.errno in _OWN_FAULTS else stage
+        stage = Failure.LOCAL if error.errno in OWN_FAULTS else stage
         raise ClientError(stage, f"no connection to {_join(address, port)}: {_strerror(error)}") from None
     except CertificateError as error:
         raise ClientError(Failure.CERTIFICATE, str(error)) from None
@@ -230,8 +231,10 @@ async def _key_exchange(
             raise TlsError("the server closed the connection before it had answered")
 
 
-async def exchange(association: Association, host: str, port: int, *, timeout: float = NTP_TIMEOUT) -> Sample:
-    """One authenticated exchange from a fresh random port (RFC 9109).
+async def exchange(
+    association: Association | Plain, host: str, port: int, *, timeout: float = NTP_TIMEOUT
+) -> Sample:
+    """One exchange from a fresh random port (RFC 9109), authenticated if the association is.
 
     Raises ClientError, KissOfDeath (for NTSN only once the deadline has passed without a proper answer, since
     anybody may forge it) and OutOfCookies.
@@ -267,7 +270,7 @@ async def exchange(association: Association, host: str, port: int, *, timeout: f
                 Failure.NTP, f"no authentic answer from {_join(host, port)} within {timeout:g} s"
             ) from None
         except OSError as error:
-            stage = Failure.LOCAL if error.errno in _OWN_FAULTS else Failure.NTP
+            stage = Failure.LOCAL if error.errno in OWN_FAULTS else Failure.NTP
             raise ClientError(stage, f"cannot send to {_join(host, port)}: {_strerror(error)}") from None
 
 
@@ -390,6 +393,7 @@ class PoolSource:
 
     name: str
     address: str | None
+    metadata: Metadata | None
     measurement: Measurement | None
     verdict: Verdict
     reason: str
@@ -397,11 +401,12 @@ class PoolSource:
 
 @dataclass(frozen=True, slots=True)
 class PoolView:
-    """The sources that were tried, and what the truechimers among them agree on."""
+    """The sources that were tried, what the truechimers among them agree on, and where these depend on each other."""
 
     pool: str
     sources: tuple[PoolSource, ...]
     offset: int | None
+    given_up: tuple[GivenUp, ...] = ()
 
     @property
     def truechimers(self) -> int:
@@ -409,91 +414,118 @@ class PoolView:
 
 
 @dataclass(slots=True)
-class _Candidate:
-    target: SrvTarget
+class _Trial:
+    """One candidate on its way to a verdict."""
+
+    candidate: Candidate
+    failure: str = ""
     address: str | None = None
     measurement: Measurement | None = None
-    failure: str = ""
 
 
 async def sources(
-    pool: str, resolver: Resolver, trust: Trust, now: datetime, *, count: int = 4, samples: int = 4
+    pool: str, resolver: Lookup, trust: Trust, now: datetime, *, count: int = 4, samples: int = 4
 ) -> PoolView:
     """Look the pool's members up and measure them until `count` agree or none is left.
 
-    Members are taken in the order of RFC 2782. One that fails or disagrees is replaced by the next. Raises
+    Which ones is `independence.choose`'s to say. One that fails or disagrees is replaced by the next. Raises
     ClientError when the pool cannot be looked up at all.
     """
     try:
-        targets = (await srv_targets(resolver, pool, now))[:_MAX_TARGETS]
+        targets = await srv_targets(resolver, pool, now)
     except ResolveError as error:
         raise ClientError(Failure.DNS, error.message, error.remedy) from None
+    tried = await asyncio.gather(*(_look_up(target, resolver, now) for target in targets))
+    waiting = [trial for trial in tried if not trial.failure]
+    tried = [trial for trial in tried if trial.failure]
+    view = _judge(pool, tried)
     used: set[str] = set()
-    tried: list[_Candidate] = []
-    view = PoolView(pool, (), None)
-    while len(tried) < len(targets) and view.truechimers < count:
-        batch = [_Candidate(target) for target in targets[len(tried) : len(tried) + count - view.truechimers]]
+    while waiting and view.truechimers < count:
+        agreeing = {source.name for source in view.sources if source.verdict is Verdict.TRUECHIMER}
+        beside = [trial.candidate for trial in tried if trial.candidate.name in agreeing]
+        chosen = choose([trial.candidate for trial in waiting], count - len(beside), beside=beside)
+        batch = [trial for trial in waiting if trial.candidate in chosen]
         async with asyncio.TaskGroup() as group:
-            for candidate in batch:
-                group.create_task(_try(candidate, resolver, trust, now, used, samples))
+            for trial in batch:
+                group.create_task(_try(trial, trust, used, samples))
+        waiting = [trial for trial in waiting if trial not in batch]
         tried += batch
         view = _judge(pool, tried)
     return view
 
 
-async def _try(
-    candidate: _Candidate, resolver: Resolver, trust: Trust, now: datetime, used: set[str], samples: int
-) -> None:
-    target = candidate.target
+async def _look_up(target: SrvTarget, resolver: Lookup, now: datetime) -> _Trial:
+    """A target with what the pool's zone says of it."""
+    (found, failure), known = await asyncio.gather(
+        _addresses(target, resolver, now), _metadata(target, resolver, now)
+    )
+    return _Trial(Candidate(target.name, target.port, target.priority, found, known), failure)
+
+
+async def _addresses(target: SrvTarget, resolver: Lookup, now: datetime) -> tuple[tuple[str, ...], str]:
+    """A target's addresses, or why there are none."""
     try:
-        found = await addresses(resolver, target.name, now)
-        # Two names for one address are one source.
-        fresh = [address for address in found if address not in used]
-        if not fresh:
-            candidate.failure = "its addresses are in use by another source"
-            return
-        used.update(found)
+        return tuple(await addresses(resolver, target.name, now)), ""
+    except ResolveError as error:
+        return (), error.message
+
+
+async def _metadata(target: SrvTarget, resolver: Lookup, now: datetime) -> Metadata | None:
+    try:
+        async with asyncio.timeout(_METADATA_TIMEOUT):
+            return await metadata(resolver, target.name, now)
+    except TimeoutError:
+        return None
+
+
+async def _try(trial: _Trial, trust: Trust, used: set[str], samples: int) -> None:
+    candidate = trial.candidate
+    # Two names for one address are one source.
+    fresh = [address for address in candidate.addresses if address not in used]
+    if not fresh:
+        trial.failure = "its addresses are in use by another source"
+        return
+    used.update(candidate.addresses)
+    try:
         for address in fresh:
-            candidate.address = address
+            trial.address = address
             try:
-                established = await establish(target.name, address, target.port, trust)
-                candidate.measurement = await measure(established, samples)
+                established = await establish(candidate.name, address, candidate.port, trust)
+                trial.measurement = await measure(established, samples)
             except ClientError as error:
-                candidate.failure = error.message
+                trial.failure = error.message
                 if error.is_unacceptable:
                     return
                 continue
             return
-    except ResolveError as error:
-        candidate.failure = error.message
     except NtsError as error:
-        candidate.failure = str(error)
+        trial.failure = str(error)
 
 
-def _judge(pool: str, tried: Sequence[_Candidate]) -> PoolView:
+def _judge(pool: str, tried: Sequence[_Trial]) -> PoolView:
     claims: list[select.Estimate] = []
-    claimants: list[_Candidate] = []
-    for candidate in tried:
-        if candidate.measurement is not None and select.unfit(candidate.measurement.best) is None:
-            claims.append(select.estimate(candidate.measurement.samples))
-            claimants.append(candidate)
+    claimants: list[_Trial] = []
+    for trial in tried:
+        if trial.measurement is not None and select.unfit(trial.measurement.best) is None:
+            claims.append(select.estimate(trial.measurement.samples))
+            claimants.append(trial)
     selection = select.select(claims)
-    chosen = {id(claimants[index]) for index in selection.truechimers}
-    judged = tuple(_source(candidate, is_chosen=id(candidate) in chosen) for candidate in tried)
-    return PoolView(pool, judged, selection.offset)
+    chosen = [claimants[index].candidate for index in sorted(selection.truechimers)]
+    judged = tuple(_source(trial, is_chosen=trial.candidate in chosen) for trial in tried)
+    return PoolView(pool, judged, selection.offset, given_up(chosen))
 
 
-def _source(candidate: _Candidate, *, is_chosen: bool) -> PoolSource:
-    measurement = candidate.measurement
+def _source(trial: _Trial, *, is_chosen: bool) -> PoolSource:
+    candidate, measurement = trial.candidate, trial.measurement
     if measurement is None:
-        verdict, reason = Verdict.FAILED, candidate.failure
+        verdict, reason = Verdict.FAILED, trial.failure
     elif (unfit := select.unfit(measurement.best)) is not None:
         verdict, reason = Verdict.FAILED, unfit
     elif is_chosen:
         verdict, reason = Verdict.TRUECHIMER, ""
     else:
         verdict, reason = Verdict.FALSETICKER, "its time disagrees with the majority"
-    return PoolSource(candidate.target.name, candidate.address, measurement, verdict, reason)
+    return PoolSource(candidate.name, trial.address, candidate.metadata, measurement, verdict, reason)
 
 
 def _strerror(error: BaseException) -> str:

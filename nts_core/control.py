@@ -10,6 +10,7 @@ Rules:
 
 import hashlib
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
 
 VERSION = 1
@@ -49,6 +50,22 @@ class StageStatus(StrEnum):
     MET = "met"
     FAILED = "failed"
     WAITING = "waiting"
+
+
+class Validation(StrEnum):
+    """How a server's host answers a CA that looks whether somebody controls its name, as the agent says."""
+
+    HTTP_01 = "http-01"
+    TLS_ALPN_01 = "tls-alpn-01"
+    REDIRECT = "redirect"  # HTTP-01, by a web server that sends the CA to the registry
+    DNS_01 = "dns-01"  # not at all: the registry answers in DNS, where the pool's policy lets it
+
+
+class ProofWay(StrEnum):
+    """How an agent answers the registry that connects back to an address."""
+
+    HTTP = "http"  # at PROOF_PATH, on the HTTP port
+    TLS = "tls"  # by PROOF_ALPN, on the NTS-KE port
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +120,13 @@ class RejoinRequest:
 
 @dataclass(frozen=True, slots=True)
 class ProofRequest:
-    """Sent from the address itself: the registry connects back only after such a call."""
+    """Sent from the address itself: the registry connects back only after such a call.
+
+    `by` is how the agent will answer: "http" on the HTTP port, or "tls" on the KE port (`PROOF_ALPN`).
+    """
 
     address: str
+    by: str = ProofWay.HTTP
     version: int = VERSION
 
 
@@ -136,6 +157,13 @@ class HttpChallenge:
 
 
 @dataclass(frozen=True, slots=True)
+class TlsChallenge:
+    """A TLS-ALPN-01 challenge relayed from the CA (RFC 8737)."""
+
+    digest: str  # SHA-256 of the key authorization, lower-case hex
+
+
+@dataclass(frozen=True, slots=True)
 class IssuedCertificate:
     """A certificate chain for the key of the CSR that was sent for `order`."""
 
@@ -160,6 +188,12 @@ class Assignment:
     challenges: tuple[HttpChallenge, ...] = ()
     certificate: IssuedCertificate | None = None
     why: str = ""  # why the server is not in DNS, empty when it is
+    tls_port: int = 443  # where a CA looks for TLS-ALPN-01
+    tls_challenges: tuple[TlsChallenge, ...] = ()
+    may_order: bool = False  # the agent's own account may: every resolver knows the CAA that names it
+    in_dns: bool | None = None  # the registry answers the CA, in DNS; None of one that does not say
+    account_refused: str = ""  # why the agent's own account cannot order for this pool
+    seen: str | None = None  # fingerprint of the last certificate that was seen working from outside
     version: int = VERSION
 
 
@@ -175,12 +209,16 @@ class AgentReport:
 
     engine: str
     clock: str = ""
-    serving: tuple[str, ...] = ()  # challenge tokens and proof nonces that are answered now
+    serving: tuple[str, ...] = ()  # challenge tokens and digests and proof nonces that are answered now
     csr: CsrAnswer | None = None
     installed: str | None = None  # fingerprint of the certificate that is served
     problem: str | None = None
     traffic_cap: float | None = None  # NTP requests a second that it answers at most
     traffic: float | None = None  # and how many come
+    ke_cap: float | None = None  # NTS-KE connections a minute that it takes at most
+    ke_traffic: float | None = None  # and how many come
+    validation: str = Validation.HTTP_01  # anything that is none counts as that
+    account_uri: str | None = None  # the agent's own at a CA, which orders in place of the registry's
     version: int = VERSION
 
 
@@ -211,8 +249,103 @@ class ProbeResult:
     version: int = VERSION
 
 
+@dataclass(frozen=True, slots=True)
+class QueueStatus:
+    """Its place among the servers that wait for the CA's limits; the next has 1."""
+
+    position: int
+    waiting: int
+    turn_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class AddressStatus:
+    """One address: when it was proved, why it was not, and its score, None until it is admitted."""
+
+    address: str
+    proved_at: datetime | None = None
+    proof_error: str | None = None
+    score: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HoldStatus:
+    """Why it is suspended: one of its reasons."""
+
+    kind: str
+    reason: str
+    set_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class CertificateStatus:
+    """The certificate that a server has, and when it orders the next one."""
+
+    not_after: datetime | None
+    renewal_at: datetime | None = None  # None while an order is under way
+    ordering: bool = False
+    problem: str | None = None  # of the last order
+
+
+@dataclass(frozen=True, slots=True)
+class AgentStatus:
+    """What the registry last heard of the agent."""
+
+    seen_at: datetime | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ServerStatus:
+    """What an agent shows of its server: a part of what `GET /v1/servers/NAME` answers."""
+
+    name: str
+    domain: str
+    state: ServerState
+    state_since: datetime
+    in_dns: bool
+    why: str = ""  # why it is not in DNS, empty when it is
+    share: float = 0.0  # the part of the pool's answers that name it, from 0 to 1
+    leave_at: datetime | None = None
+    queue: QueueStatus | None = None
+    expected_at: datetime | None = (
+        None  # when it can be in DNS if nothing fails, while it is on its way there
+    )
+    addresses: tuple[AddressStatus, ...] = ()
+    holds: tuple[HoldStatus, ...] = ()
+    certificate: CertificateStatus | None = None  # None before the first one
+    agent: AgentStatus = AgentStatus()
+
+
+class CheckStatus(StrEnum):
+    OK = "ok"
+    FAILED = "failed"
+    SKIPPED = "skipped"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one look at one address from outside has found; the remedy is empty unless it failed."""
+
+    address: str
+    check: str  # a registry may know more of them than its agents
+    status: CheckStatus
+    detail: str = ""
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckAnswer:
+    """All findings of one check, by address."""
+
+    findings: tuple[Finding, ...]
+    version: int = VERSION
+
+
 PROOF_PATH = "/.well-known/truechimer-proof/"
+PROOF_ALPN = "truechimer-proof/1"
 ACME_PATH = "/.well-known/acme-challenge/"
+ACME_ALPN = "acme-tls/1"
 
 
 def proof_statement(*, pool: str, server: str, address: str, nonce: str) -> bytes:

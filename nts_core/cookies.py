@@ -17,6 +17,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from typing import Self
 
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -92,6 +93,18 @@ class Schedule:
         return 2 - -self.history // self.rotation
 
 
+class KeyRole(StrEnum):
+    """What a master key is there for; the label of a counter."""
+
+    NEXT = "next"
+    SEALING = "sealing"
+    RETIRED = "retired"
+
+
+# Looking a member of an enumeration up takes longer than comparing with it.
+_SEALING = KeyRole.SEALING
+
+
 class Keyring:
     """Master keys, newest first: the next one, the sealing one, the retired ones; immutable."""
 
@@ -114,6 +127,18 @@ class Keyring:
         start = now - now % schedule.rotation if schedule.ratchet else now
         first = CookieKey(int.from_bytes(random(2), "big"), start, random(_KEY_LENGTH))
         return cls((_next(first, schedule, random), first), schedule)
+
+    @property
+    def sealing_since(self) -> int:
+        """When the sealing key began to seal (seconds since 1970)."""
+        return self._keys[1].starts_at
+
+    def role(self, cookie: bytes) -> KeyRole:
+        """What the key that opened `cookie` is there for."""
+        key = int.from_bytes(cookie[2:_HEAD_LENGTH], "big")
+        if key == self._sealing_id:
+            return _SEALING
+        return KeyRole.NEXT if key == self._keys[0].id else KeyRole.RETIRED
 
     @property
     def next_at(self) -> int:

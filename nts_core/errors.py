@@ -4,6 +4,13 @@ Rules: parsing and verification raise; what becomes of a single datagram on a se
 because bad packets are normal there. The strategy is h11's: a caller can tell whose fault it was.
 """
 
+DETAIL_LIMIT = 1000  # characters of a peer's own words that are kept
+
+
+def printable(text: str, limit: int | None = DETAIL_LIMIT) -> str:
+    """Words of somebody else, fit for one line of a log or a terminal: bounded, without control characters."""
+    return "".join(character if character.isprintable() else " " for character in text[:limit])
+
 
 class NtsError(Exception):
     """Root of everything that `nts_core` raises on purpose."""

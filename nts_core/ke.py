@@ -30,6 +30,7 @@ from nts_core.wire import uint16, uint16_list
 
 NTPV4 = 0
 DEFAULT_NTP_PORT = 123
+KE_PORT = 4460
 
 Exporter = Callable[[bytes, int], bytes]
 
@@ -161,15 +162,18 @@ class KeServer:
         except _RequestRefused as refused:
             return KeReply(_message(refused.answer), _outcome(refused.answer))
 
-    def timeout(self) -> KeReply:
+    @staticmethod
+    def timeout() -> KeReply:
         """The reply when the deadline passed before the request was whole (section 4.1.3)."""
         return KeReply(_message(_error(ErrorCode.BAD_REQUEST)), "timeout")
 
-    def cut_short(self) -> KeReply:
+    @staticmethod
+    def cut_short() -> KeReply:
         """The reply when the client said that it sends no more before its request was whole."""
         return KeReply(_message(_error(ErrorCode.BAD_REQUEST)), "cut-short")
 
-    def internal_error(self) -> KeReply:
+    @staticmethod
+    def internal_error() -> KeReply:
         """The reply when we failed by a fault of our own (section 4.1.3)."""
         return KeReply(_message(_error(ErrorCode.INTERNAL_SERVER_ERROR)), "internal-error")
 

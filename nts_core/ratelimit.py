@@ -88,22 +88,29 @@ class RateLimiter:
 
     def take(self, address: bytes, now: int) -> bool:
         """Take a token from the bucket of the address, and of its /48; from both or, returning False, neither."""
-        is_ipv4 = len(address) == 4
-        key = address if is_ipv4 else address[:8]
-        slot = self._slots[hash(self._salt + key) & self._mask]
-        full_at = slot.get(key, now)
-        full_at = (full_at if full_at > now else now) + self._interval  # noqa: FURB136 - max() takes twice as long
-        if full_at - now > self._capacity:
+        if len(address) == 4:
+            return self.take_key(address, now)
+        key, wide = address[:8], address[:6]
+        slot, wide_slot = self._slot(key), self._slot(wide)
+        full_at = max(slot.get(key, now), now) + self._interval
+        wide_full_at = max(wide_slot.get(wide, now), now) + self._wide_interval
+        if max(full_at, wide_full_at) - now > self._capacity:
             return False
-        if not is_ipv4:
-            wide = address[:6]
-            wide_slot = self._slots[hash(self._salt + wide) & self._mask]
-            wide_full_at = max(wide_slot.get(wide, now), now) + self._wide_interval
-            if wide_full_at - now > self._capacity:
-                return False
-            self._put(wide_slot, wide, wide_full_at, now)
+        self._put(wide_slot, wide, wide_full_at, now)
         self._put(slot, key, full_at, now)
         return True
+
+    def take_key(self, key: bytes, now: int) -> bool:
+        """Take a token from the one bucket of a key that its caller has made, or, returning False, none."""
+        slot = self._slot(key)
+        full_at = max(slot.get(key, now), now) + self._interval
+        if full_at - now > self._capacity:
+            return False
+        self._put(slot, key, full_at, now)
+        return True
+
+    def _slot(self, key: bytes) -> dict[bytes, int]:
+        return self._slots[hash(self._salt + key) & self._mask]
 
     def _put(self, slot: dict[bytes, int], key: bytes, full_at: int, now: int) -> None:
         if len(slot) >= _WAYS and key not in slot and slot.pop(min(slot, key=slot.__getitem__)) > now:
@@ -116,11 +123,11 @@ class RateLimiter:
 
 
 class Cap:
-    """So many requests a second of all clients together, and a fifth of a second's worth at once."""
+    """So many requests a second of all clients together, and at once what comes in `at_once` seconds at that rate."""
 
-    def __init__(self, per_second: float) -> None:
+    def __init__(self, per_second: float, at_once: float = 0.2) -> None:
         self._interval = max(1, round(_SECOND / per_second))
-        self._capacity = max(self._interval, _SECOND // 5)
+        self._capacity = max(self._interval, round(_SECOND * at_once))
         self._full_at = 0
 
     def take(self, now: int) -> bool:
@@ -171,13 +178,19 @@ class Admission:
         access: AccessList | None = None,
         rate: RatePolicy | None = None,
         cap: Cap | None = None,
+        kisses_above: Cap | None = None,
         kiss_denied: bool = False,
     ) -> None:
-        """`kiss_denied` tells those who are denied so (KoD DENY); otherwise they are ignored."""
+        """`kiss_denied` tells those who are denied so (KoD DENY); otherwise they are ignored.
+
+        Above the cap so many are told to ask less often (KoD RATE) as `kisses_above` allows, an address once in half
+        a minute; without it nobody is.
+        """
         self._random = random
         self._access = access
         self._rate = rate
         self._cap = cap
+        self._kisses_above = kisses_above
         self._kiss_denied = kiss_denied
         self._limiter = RateLimiter(rate.interval_ns, rate.burst, random) if rate else None
         self._kisses = RateLimiter(_KISS_INTERVAL, 1, random, entries=_KISS_ENTRIES)
@@ -192,7 +205,9 @@ class Admission:
         # What is dropped anyway takes nothing of what there is for others.
         if self._cap is None or verdict in _DROPS or self._cap.take(now):
             return verdict
-        return Verdict.OVER_CAP
+        if self._kisses_above is None or not self._may_kiss(address, now):
+            return Verdict.OVER_CAP
+        return Verdict.KISS_RATE if self._kisses_above.take(now) else Verdict.OVER_CAP
 
     def _of_address(self, address: bytes, now: int) -> Verdict:
         if self._access is not None and not self._access.allows(address):

@@ -8,10 +8,10 @@ answer can cause is bounded (CVE-2023-50387, "KeyTrap").
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import dns.asyncquery
 import dns.dnssec
@@ -30,10 +30,12 @@ from dns.rdatatype import RdataType
 from dns.rdtypes.ANY.DNSKEY import DNSKEY
 from dns.rdtypes.ANY.DS import DS
 from dns.rdtypes.ANY.RRSIG import RRSIG
+from dns.rdtypes.ANY.TXT import TXT
 from dns.rdtypes.dnskeybase import Flag
 from dns.rdtypes.IN.SRV import SRV
 
 from nts_core.errors import NtsError
+from nts_core.metadata import Metadata, parse
 
 PAYLOAD = 1232  # octets of a UDP answer that no path has to fragment
 TRIES = 2
@@ -42,6 +44,11 @@ MAX_KEYS = 16  # in one zone
 MAX_SIGNATURES = 8  # tried on one RRset
 MAX_ANSWERS = 16  # SRV targets of a pool, addresses of a name
 MAX_ANCHORS = 64
+MAX_RESOLVERS = 3  # as in resolv.conf(5)
+# What one resolver may do to an answer, and another one need not. A denial is anybody's word.
+_ELSEWHERE = frozenset(
+    {"bogus", "expired", "resolver-failed", "resolver-no-dnssec", "resolver-unreachable", "unsigned"}
+)
 
 _REMEDIES = {
     "anchor": "give the zone's DS or DNSKEY records, one a line",
@@ -113,6 +120,15 @@ class TrustAnchors:
         if not zones:
             raise _error("not-under-anchor", f"no trust anchor covers {name}")
         return max(zones, key=len)
+
+
+# The root's key-signing keys of 2017 and 2024 (https://data.iana.org/root-anchors/root-anchors.xml).
+ROOT = TrustAnchors.parse(
+    """
+. DS 20326 8 2 E06D44B80B8F1D39A95C0B0D7C65D08458E880409BBC683457104237C7F8EC8D
+. DS 38696 8 2 683D2D0ACB8C9B712A1948B27F741219298D0A450D612C483AF444A4C0FB2B16
+"""
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +216,48 @@ class Resolver:
 
     def __str__(self) -> str:
         return f"the resolver {self.address} port {self.port}"
+
+
+class Lookup(Protocol):
+    """What gives validated answers: a Resolver, or several."""
+
+    async def lookup(self, owner: str, rdtype: str, now: datetime | float) -> Answer:
+        """As `Resolver.lookup`."""
+
+
+class Resolvers:
+    """Several resolvers, in their order: one that does not answer, strips signatures or alters answers is passed over.
+
+    `passed_over` says which and why, until it is good again. The one that was good last is asked first.
+    """
+
+    def __init__(self, resolvers: Sequence[Resolver]) -> None:
+        self._resolvers = list(resolvers[:MAX_RESOLVERS])
+        self.passed_over: dict[str, ResolveError] = {}
+
+    async def lookup(self, owner: str, rdtype: str, now: datetime | float) -> Answer:
+        """As `Resolver.lookup`. Raises the first one's error when none is good."""
+        failure: ResolveError | None = None
+        for resolver in tuple(self._resolvers):
+            try:
+                answer = await resolver.lookup(owner, rdtype, now)
+            except ResolveError as error:
+                if error.code not in _ELSEWHERE:
+                    self._prefer(resolver)
+                    raise
+                failure = failure or error
+                self.passed_over[str(resolver)] = error
+                continue
+            self._prefer(resolver)
+            return answer
+        assert failure is not None
+        raise failure
+
+    def _prefer(self, resolver: Resolver) -> None:
+        self.passed_over.pop(str(resolver), None)
+        if self._resolvers[0] is not resolver:
+            self._resolvers.remove(resolver)
+            self._resolvers.insert(0, resolver)
 
 
 class _Walk:
@@ -325,7 +383,7 @@ def is_vouched(zone: dns.name.Name, key: DNSKEY, records: Iterable[dns.rdata.Rda
     return False
 
 
-async def srv_targets(resolver: Resolver, pool: str, now: datetime | float) -> list[SrvTarget]:
+async def srv_targets(resolver: Lookup, pool: str, now: datetime | float) -> list[SrvTarget]:
     """The pool's servers in the order to try them (RFC 2782), MAX_ANSWERS at most."""
     pool = pool.removesuffix(".")
     try:
@@ -342,7 +400,7 @@ async def srv_targets(resolver: Resolver, pool: str, now: datetime | float) -> l
     ]
 
 
-async def addresses(resolver: Resolver, name: str, now: datetime | float) -> list[str]:
+async def addresses(resolver: Lookup, name: str, now: datetime | float) -> list[str]:
     """The addresses of a name, IPv6 first, MAX_ANSWERS at most."""
     found: list[str] = []
     for rdtype in ("AAAA", "A"):
@@ -354,3 +412,12 @@ async def addresses(resolver: Resolver, name: str, now: datetime | float) -> lis
     if not found:
         raise _error("no-address", f"{name} has no addresses")
     return found[:MAX_ANSWERS]
+
+
+async def metadata(resolver: Lookup, name: str, now: datetime | float) -> Metadata | None:
+    """What the pool says of a server, beside its addresses; None when it says nothing that can be relied on."""
+    try:
+        answer = await resolver.lookup(f"{name.removesuffix('.')}.", "TXT", now)
+    except ResolveError:
+        return None
+    return parse(record.strings for record in answer.rdatas if isinstance(record, TXT))

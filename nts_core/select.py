@@ -1,10 +1,12 @@
-"""Which sources tell the truth (RFC 5905 section 11.2.1): pure.
+"""Which sources tell the truth, and what they say together (RFC 5905 section 11.2): pure.
 
 Each source claims that the true offset lies within its root distance of the offset measured. The intersection
 algorithm finds the smallest interval that a majority of the claims share; who does not reach into it is a
-falseticker.
+falseticker. Of the others the cluster algorithm leaves out who scatters the result most, while enough are left; the
+survivors' offsets are combined.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,22 +16,30 @@ from nts_core.association import Sample
 MAX_DISTANCE = 1_500_000_000
 # RFC 5905's MINDISP: no claim is believed to be narrower, whatever a local network makes of it.
 MIN_DISTANCE = 5_000_000
+# RFC 5905's NMIN: so many survivors are left whatever they say.
+MIN_SURVIVORS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What one source claims: offset and root distance in nanoseconds."""
+    """What one source claims: offset, root distance, and the jitter of its samples, in nanoseconds."""
 
     offset: int
     distance: int
+    jitter: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The indices of the truechimers and the offset they agree on; None when there is no majority."""
+    """The indices of the truechimers, and what they say: `offset` is None when there is no majority.
+
+    `survivors` are those of them whose offsets make it, `jitter` (nanoseconds) how far these are apart.
+    """
 
     truechimers: frozenset[int]
     offset: int | None
+    survivors: frozenset[int] = frozenset()
+    jitter: float = 0.0
 
 
 def unfit(sample: Sample) -> str | None:
@@ -47,10 +57,17 @@ def best(samples: Sequence[Sample]) -> Sample:
 
 
 def estimate(samples: Sequence[Sample]) -> Estimate:
-    """One source's claim from its samples: the best one, widened by how far the others scatter."""
+    """One source's claim from its samples: the best one, widened by how far the others scatter.
+
+    The jitter is the mean square of that (RFC 5905 section 10), or the clock's resolution if that is more.
+    """
     chosen = best(samples)
-    jitter = max(abs(sample.offset - chosen.offset) for sample in samples)
-    return Estimate(chosen.offset, max(chosen.root_distance, MIN_DISTANCE) + jitter)
+    scatter = [abs(sample.offset - chosen.offset) for sample in samples]
+    mean = math.sqrt(sum(each * each for each in scatter) / max(1, len(samples) - 1))
+    resolution = 1e9 * 2.0 ** min(chosen.precision, 0)
+    return Estimate(
+        chosen.offset, max(chosen.root_distance, MIN_DISTANCE) + max(scatter), max(mean, resolution)
+    )
 
 
 def select(estimates: Sequence[Estimate]) -> Selection:
@@ -68,7 +85,8 @@ def select(estimates: Sequence[Estimate]) -> Selection:
             for index, claim in enumerate(estimates)
             if claim.offset - claim.distance <= high and claim.offset + claim.distance >= low
         )
-        return Selection(chosen, _combine([estimates[index] for index in chosen]))
+        survivors, jitter = _cluster(estimates, chosen)
+        return Selection(chosen, _combine([estimates[index] for index in survivors]), survivors, jitter)
     return Selection(frozenset(), None)
 
 
@@ -89,6 +107,24 @@ def _lowest(claims: Iterable[tuple[int, int]], wanted: int) -> int | None:
         if covering >= wanted:
             return point
     return None
+
+
+def _cluster(estimates: Sequence[Estimate], chosen: frozenset[int]) -> tuple[frozenset[int], float]:
+    """Leave out who is farthest from the others, until that is less than a source's own jitter (section 11.2.2)."""
+    left = set(chosen)
+    while True:
+        farthest, spread = max(
+            ((index, _spread(estimates, index, left)) for index in sorted(left)), key=lambda found: found[1]
+        )
+        if len(left) <= MIN_SURVIVORS or spread < min(estimates[index].jitter for index in left):
+            return frozenset(left), spread
+        left.remove(farthest)
+
+
+def _spread(estimates: Sequence[Estimate], index: int, left: set[int]) -> float:
+    """The selection jitter of one source: how far the others are from it."""
+    squares = sum((estimates[index].offset - estimates[other].offset) ** 2 for other in left)
+    return math.sqrt(squares / max(1, len(left) - 1))
 
 
 def _combine(chosen: Sequence[Estimate]) -> int:

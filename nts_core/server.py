@@ -11,6 +11,7 @@ Rules:
 """
 
 import struct
+from collections import Counter
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import NamedTuple
@@ -98,6 +99,9 @@ class NtpServer:
     def __init__(self, keyring: Keyring, random: Random) -> None:
         self.keyring = keyring
         self._random = random
+        # Cookies of authentic requests by the role of their key, and cookies in answers.
+        self.opened: Counter[str] = Counter()
+        self.sealed = 0
 
     def respond(
         self,
@@ -154,6 +158,7 @@ class NtpServer:
         except NotAuthentic:
             # NTS NAK: protected by nothing, and only the identifier tells whom it answers (section 5.7).
             return Reply(_kiss(Kiss.NTSN, request) + echo, Outcome.NTSN)
+        self.opened[self.keyring.role(cookie)] += 1
         # Placeholders of another length than the cookie do not count: section 5.5 demands the same length, and
         # only that keeps the answer from being longer.
         wanted = 1 + request.placeholders.count(len(cookie))
@@ -171,6 +176,7 @@ class NtpServer:
         random = self._random(nonce_length + count * COOKIE_NONCE_LENGTH)
         nonce = random[:nonce_length]
         cookies = self.keyring.seal_many(keys, random[nonce_length:])
+        self.sealed += count
         hidden = b"".join([encode_field(_COOKIE, cookie) for cookie in cookies])
         aead = Aead(keys.aead, keys.s2c)
         return protect(head() + echo, hidden, aead, nonce)

@@ -1,15 +1,19 @@
 """What the programs share at their edges (I/O): how they log, how files are replaced, where settings come from."""
 
+import fcntl
 import logging
 import os
 import re
 import resource
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import structlog
 from pydantic import ValidationError
@@ -24,9 +28,11 @@ from pydantic_settings import SettingsError as SourceError
 
 # Enough for every listener's cap several times over.
 _DESCRIPTORS = 65_536
+# Seconds between looks at a lock that another one holds.
+_LOCK_LOOK = 0.02
 
 
-def configure_logging() -> None:
+def configure_logging(level: int = logging.INFO) -> None:
     """JSON lines on standard error, or readable ones on a terminal."""
     renderer = structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
     structlog.configure(
@@ -36,7 +42,7 @@ def configure_logging() -> None:
             structlog.processors.format_exc_info,
             renderer,
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
 
@@ -55,18 +61,65 @@ def affordable_connections(wanted: int, reserved: int) -> int:
     return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - reserved))
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes, *, user: int = -1, group: int = -1) -> None:
     """Replace a file as a whole, for its owner's eyes only, and safe against a crash at any point."""
+    write_aside(path, content, user=user, group=group).replace(path)
+    sync(path.parent)
+
+
+@contextmanager
+def locked(file: Path, seconds: float) -> Iterator[None]:
+    """Hold a lock file, made if need be, against all other processes and threads.
+
+    It blocks for so many seconds at most, and raises TimeoutError then. The kernel frees it when its holder dies.
+    """
+    end = time.monotonic() + seconds
+    with os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)) as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    raise TimeoutError(f"{file} is locked by another process") from None
+                time.sleep(_LOCK_LOOK)
+        yield
+
+
+def write_aside(path: Path, content: bytes, *, mode: int = 0o600, user: int = -1, group: int = -1) -> Path:
+    """The content on the disk in a file beside `path`, to be renamed to it; nothing is left where that fails."""
     aside = path.with_name(f".{path.name}.new")
-    with suppress(FileNotFoundError):
-        aside.unlink()
+    aside.unlink(missing_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-    with os.fdopen(os.open(aside, flags, 0o600), "wb") as file:
-        os.fchmod(file.fileno(), 0o600)
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with os.fdopen(os.open(aside, flags, 0o600), "wb") as file:
+            if (user, group) != (-1, -1):
+                # Nothing that would change nothing: a unit's filter may not let it.
+                os.fchown(file.fileno(), user, group)
+            os.fchmod(file.fileno(), mode)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+    return aside
+
+
+def make_file(path: Path, content: bytes) -> None:
+    """Make a file for its owner's eyes only. One that is there stays: of several programs that start together, one makes
+    it and the others read it.
+    """
+    descriptor, aside = tempfile.mkstemp(dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as new:
+            new.write(content)
+            new.flush()
+            os.fsync(new.fileno())
+        with suppress(FileExistsError):
+            os.link(aside, path)
+    finally:
+        Path(aside).unlink()
     sync(path.parent)
 
 
@@ -159,6 +212,20 @@ def _fault(kind: str, message: str) -> str:
             return "write a table of settings"
         case _:
             return message.removeprefix("Value error, ")
+
+
+def check_https(text: str) -> str:
+    """An https:// address without a user in it. Raises ValueError."""
+    if not text.startswith("https://") or not urlsplit(text).hostname or "@" in urlsplit(text).netloc:
+        raise ValueError("write it as https://HOST/PATH")
+    return text
+
+
+def check_contact(text: str) -> str:
+    """A URL by which a CA reaches us. Raises ValueError."""
+    if not re.fullmatch(r"[a-z][a-z0-9+.-]*:[!-~]{1,250}", text):
+        raise ValueError("write it as a URL, mailto:NAME@DOMAIN")
+    return text
 
 
 def parse_host_port(text: str, default_port: int) -> tuple[str, int]:

@@ -2,13 +2,13 @@
 
 Rules:
 
-1. TLS 1.3 only, ALPN `ntske/1` only, certificates checked here and nowhere else.
+1. TLS 1.3 only, one ALPN protocol at a time (`ntske/1` unless told), certificates checked here and nowhere else.
 2. A client checks the certificate at an explicit time, after the handshake and before it sends anything.
 3. No sockets, no clock. `cryptography` and pyOpenSSL do the work; the stdlib's `ssl` has no exporter.
 """
 
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Self
@@ -25,6 +25,7 @@ from nts_core.errors import CertificateError, TlsError
 
 ALPN = b"ntske/1"
 EXPORTER_LABEL = b"EXPORTER-network-time-security"
+ACME_IDENTIFIER = x509.ObjectIdentifier("1.3.6.1.5.5.7.1.31")
 _READ = 16 * 1024
 
 # What reading a hostile certificate can raise; not all of it is a ValueError.
@@ -48,23 +49,34 @@ def _context(method: int) -> SSL.Context:
     return context
 
 
-def _choose_alpn(_connection: SSL.Connection, offered: list[bytes]) -> bytes:
-    if ALPN not in offered:
-        # An exception makes the fatal alert that RFC 7301 section 3.2 demands.
-        raise TlsError("the client offers another protocol than ntske/1")
-    return ALPN
+def _server_context(alpn: bytes) -> SSL.Context:
+    """For servers of one protocol."""
+
+    def choose(_connection: SSL.Connection, offered: list[bytes]) -> bytes:
+        if alpn not in offered:
+            # An exception makes the fatal alert that RFC 7301 section 3.2 demands.
+            raise TlsError(f"the client does not offer {alpn.decode()}")
+        return alpn
+
+    context = _context(SSL.TLS_SERVER_METHOD)
+    context.set_alpn_select_callback(choose)
+    return context
 
 
 class ServerCredentials:
-    """A certificate chain and its key, ready for handshakes; replaced as a whole when either changes."""
+    """A certificate chain and its key, ready for handshakes; replaced as a whole when either changes.
 
-    __slots__ = ("_context", "names")
+    They answer for one protocol, by default NTS-KE.
+    """
 
-    def __init__(self, chain: Sequence[x509.Certificate], key: ServerKey) -> None:
+    __slots__ = ("_alpn", "_context", "names", "validity")
+
+    def __init__(self, chain: Sequence[x509.Certificate], key: ServerKey, alpn: bytes = ALPN) -> None:
         """`chain` is leaf first. Raises TlsError when certificate and key do not belong together."""
         self.names = _dns_names(chain[0])
-        self._context = _context(SSL.TLS_SERVER_METHOD)
-        self._context.set_alpn_select_callback(_choose_alpn)
+        self.validity = chain[0].not_valid_before_utc, chain[0].not_valid_after_utc
+        self._alpn = alpn
+        self._context = _server_context(alpn)
         try:
             self._context.use_certificate(chain[0])
             for issuer in chain[1:]:
@@ -75,9 +87,51 @@ class ServerCredentials:
             raise TlsError(f"certificate and key do not belong together ({_reason(error)})") from None
 
     def channel(self) -> "TlsChannel":
-        connection = SSL.Connection(self._context, None)
-        connection.set_accept_state()
-        return TlsChannel(connection, None)
+        return _accepting(self._context, self, self._alpn)
+
+    def take_over(self, connection: SSL.Connection) -> None:
+        """Finish a handshake that began without a certificate."""
+        connection.set_context(self._context)
+        connection.set_app_data(self)
+
+
+class NamedCredentials:
+    """The credentials of each name that is served here.
+
+    A client gets those of the name that it asks for (SNI). One that asks for another name, or for none, gets the only
+    ones there are; where there are several, or with `exact`, it gets an alert, since none of them is what it wants.
+    All answer for the protocol `alpn`.
+    """
+
+    __slots__ = ("_alpn", "_by_name", "_context", "_only")
+
+    def __init__(
+        self, by_name: Mapping[str, ServerCredentials], alpn: bytes = ALPN, *, exact: bool = False
+    ) -> None:
+        self._by_name = {name.lower(): credentials for name, credentials in by_name.items()}
+        self._only = next(iter(by_name.values())) if len(by_name) == 1 and not exact else None
+        self._alpn = alpn
+        # It has no certificate: a handshake that is not taken over ends with an alert.
+        self._context = _server_context(alpn)
+        self._context.set_tlsext_servername_callback(self._choose)
+
+    def channel(self) -> "TlsChannel":
+        if self._only is not None:
+            return self._only.channel()
+        return _accepting(self._context, None, self._alpn)
+
+    def _choose(self, connection: SSL.Connection) -> None:
+        name = (connection.get_servername() or b"").decode("ascii", "replace").lower()
+        credentials = self._by_name.get(name)
+        if credentials is not None:
+            credentials.take_over(connection)
+
+
+def _accepting(context: SSL.Context, credentials: ServerCredentials | None, alpn: bytes) -> "TlsChannel":
+    connection = SSL.Connection(context, None)
+    connection.set_app_data(credentials)
+    connection.set_accept_state()
+    return TlsChannel(connection, None, alpn)
 
 
 def _dns_names(leaf: x509.Certificate) -> tuple[str, ...]:
@@ -133,6 +187,24 @@ class Trust:
         return self.at if first <= self.at <= last else first
 
 
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """Accepts one certificate only, whoever issued it: for asking a server whose certificate one has.
+
+    `fingerprint` is SHA-256 of its DER in lower-case hex.
+    """
+
+    fingerprint: str
+
+    def verify(self, name: str, chain: Sequence[x509.Certificate]) -> None:
+        """Raise CertificateError unless `chain` begins with that certificate."""
+        shown = chain[0].fingerprint(hashes.SHA256()).hex()
+        if shown != self.fingerprint:
+            raise CertificateError(
+                f"another certificate is shown for {name}: {shown[:16]}, not {self.fingerprint[:16]}"
+            )
+
+
 def _check_validity(name: str, leaf: x509.Certificate, at: datetime) -> None:
     """For the sake of the dates: the library's verdict names none."""
     if at > leaf.not_valid_after_utc:
@@ -172,7 +244,13 @@ def new_key_and_csr(domain: str) -> tuple[str, str]:
     return private.decode(), csr.public_bytes(Encoding.PEM).decode()
 
 
-def client_channel(name: str, trust: Trust) -> "TlsChannel":
+def acme_identifier(digest: str) -> x509.UnrecognizedExtension:
+    """The extension, critical, by which a certificate answers TLS-ALPN-01 (RFC 8737 section 3); `digest` is in hex."""
+    octets = bytes.fromhex(digest)
+    return x509.UnrecognizedExtension(ACME_IDENTIFIER, bytes((4, len(octets))) + octets)
+
+
+def client_channel(name: str, trust: Trust | Pin) -> "TlsChannel":
     """A client's channel to the server `name`: no trailing dot; an IP literal sends no SNI (RFC 6066)."""
     if not _client_context:
         context = _context(SSL.TLS_CLIENT_METHOD)
@@ -191,12 +269,21 @@ class TlsChannel:
     Feed what the network brings to `receive`, and send what `to_send` gives after each call.
     """
 
-    def __init__(self, connection: SSL.Connection, verify: tuple[str, Trust] | None) -> None:
+    def __init__(
+        self, connection: SSL.Connection, verify: tuple[str, Trust | Pin] | None, alpn: bytes = ALPN
+    ) -> None:
         self._connection = connection
         self._verify = verify
+        self._alpn = alpn
         self.established = False
         self.closed_by_peer = False
         self.peer_chain: tuple[x509.Certificate, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The host names in the certificate that this side, a server, has shown."""
+        credentials = self._connection.get_app_data()
+        return credentials.names if isinstance(credentials, ServerCredentials) else ()
 
     def receive(self, ciphertext: bytes) -> bytes:
         """Plaintext that has come so far; call it once with nothing to start a client.
@@ -217,8 +304,8 @@ class TlsChannel:
             raise TlsError(f"TLS failed: {_reason(error)}") from None
 
     def _finish_handshake(self) -> None:
-        if self._connection.get_alpn_proto_negotiated() != ALPN:
-            raise TlsError("the peer does not speak ntske/1")
+        if self._connection.get_alpn_proto_negotiated() != self._alpn:
+            raise TlsError(f"the peer does not speak {self._alpn.decode()}")
         try:
             self.peer_chain = tuple(self._connection.get_peer_cert_chain(as_cryptography=True) or ())
         except _X509_FAULTS as error:

@@ -1,7 +1,6 @@
 """The account at the CA, for those who do not hold its key: the same calls, made by the process that does."""
 
 import asyncio
-import os
 import socket
 import subprocess
 import sys
@@ -11,10 +10,10 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from pydantic import TypeAdapter
 
-from poolsvc.acme import AcmeAccount, AcmeError
+from nts_core.acme import AcmeAccount, AcmeError
 from poolsvc.acme_process import Charge
 from poolsvc.acme_wire import CALL_DEADLINE, LINE_LIMIT, OPEN, TABLE, Answer, Request
-from poolsvc.config import AuthoritySettings, Settings
+from poolsvc.config import AuthoritySettings, Settings, bare_environment
 
 # For the process, which has a deadline of its own, to say so.
 _PATIENCE = CALL_DEADLINE + 5
@@ -157,7 +156,6 @@ def _start_child(charge: Charge) -> tuple[socket.socket, subprocess.Popen[bytes]
             [sys.executable, "-P", "-m", "poolsvc.acme_process"],
             stdin=theirs.fileno(),
             stdout=subprocess.DEVNULL,
-            # The registry's settings are not for it, and may hold a password.
-            env={name: value for name, value in os.environ.items() if not name.startswith("POOLSVC_")},
+            env=bare_environment(),
         )
     return ours, child

@@ -27,11 +27,12 @@ from typing import Any, Self
 import structlog
 from pydantic import TypeAdapter
 
+from nts_core.acme import TLS_SERVER, AcmeAccount, AcmeConfig, AcmeError, Challenge
+from nts_core.certificates import ChainError, CsrError, check_csr, csr_name
+from nts_core.errors import printable
 from nts_core.shell import configure_logging
-from poolsvc.acme import AcmeAccount, AcmeConfig, AcmeError, Challenge
 from poolsvc.acme_wire import CALL_DEADLINE, LINE_LIMIT, OPEN, TABLE, Answer, Refusal, Request
-from poolsvc.certificates import ChainError, CsrError, check_csr, csr_name, printable
-from poolsvc.config import AuthoritySettings, Settings
+from poolsvc.config import AUTO_PROFILE, AuthoritySettings, Settings
 from poolsvc.errors import PoolError
 from poolsvc.names import is_label
 
@@ -50,6 +51,19 @@ class SocketUnusable(PoolError):
     code = "socket-unusable"
 
 
+def account_of(ca: AuthoritySettings) -> AcmeConfig:
+    """Our account at a CA, as the settings describe it."""
+    return AcmeConfig(
+        directory_url=ca.directory_url,
+        account_key_file=ca.account_key_file,
+        binding_key_id=ca.binding_key_id,
+        binding_key_file=ca.binding_key_file,
+        contact=ca.contact,
+        ca_file=ca.ca_file,
+        profile=TLS_SERVER if ca.profile == AUTO_PROFILE else ca.profile,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Charge:
     """All that the process knows: one CA, with the files of our keys there, and what it may order for."""
@@ -63,7 +77,7 @@ class Charge:
     def of(cls, settings: Settings, ca: AuthoritySettings) -> Self:
         is_for_web = settings.web_tls.acme and ca.name == settings.ca.name
         web_host = settings.web_host if is_for_web else None
-        return cls(AcmeConfig.of(ca), settings.servers_domain, web_host, settings.policy.dns_01)
+        return cls(account_of(ca), settings.servers_domain, web_host, settings.policy.dns_01)
 
     def has_name(self, domain: str) -> bool:
         """Whether it is a server's name, or the registry's own."""
@@ -77,9 +91,10 @@ class Charge:
 
 def _check_order(charge: Charge, arguments: Mapping[str, Any]) -> None:
     """The account itself checks the request: this name alone, and not for the account's own key."""
-    if arguments["challenge"] is Challenge.HTTP_01:
+    challenge = arguments["challenge"]
+    if challenge is Challenge.HTTP_01:
         _check_name(charge, arguments["domain"])
-    elif charge.dns_01:
+    elif challenge is Challenge.TLS_ALPN_01 or charge.dns_01:
         _check_server(charge, arguments)
     else:
         raise AcmeError("refused", "this pool orders nothing by DNS-01 (policy.dns_01)", permanent=True)

@@ -11,8 +11,8 @@ from typing import Any, Literal, Self, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, create_model
 
-from poolsvc.acme import CALLS, AcmeError
-from poolsvc.certificates import ChainError, CsrError
+from nts_core.acme import CALLS, AcmeError
+from nts_core.certificates import ChainError, CsrError
 
 OPEN = "open"
 LINE_LIMIT = 262_144  # octets: a chain or request of certificates.PEM_LIMIT, with room for escapes

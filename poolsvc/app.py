@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from enum import StrEnum
+from functools import partial
 from http import HTTPStatus
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any
@@ -26,9 +27,11 @@ from poolsvc.db import Database
 from poolsvc.derived import RegistryKey
 from poolsvc.errors import PoolError
 from poolsvc.gate import NOT_READY, Gate, problem
+from poolsvc.inspection import Inspector
 from poolsvc.metrics import Metrics
+from poolsvc.names import targets_that_fit
 from poolsvc.oidc import Provider
-from poolsvc.pool import CensusTaker
+from poolsvc.pool import Kept, odds_of, take_census
 from poolsvc.readiness import Readiness
 from poolsvc.worker import Health, Worker
 
@@ -111,7 +114,17 @@ def create_app(
         redirect_slashes=False,  # to the host that the caller names
     )
     providers = {entry.name: Provider(entry, settings) for entry in settings.oidc}
-    app.state.services = Services(settings, database, key, _limits(settings), CensusTaker(), providers)
+    places = targets_that_fit(settings.pool)
+    app.state.services = Services(
+        settings,
+        database,
+        key,
+        _limits(settings),
+        census=Kept(take_census),
+        odds=Kept(partial(odds_of, places=places)),
+        providers=providers,
+        inspector=Inspector(settings, roots),
+    )
     app.state.metrics = metrics
     if part is not Part.WORKER:
         for router in ROUTERS:

@@ -46,9 +46,14 @@ class Operation(StrEnum):
     EXPORT_MEMBER = "export-member"
     # a server
     REGISTER_SERVER = "register-server"
-    READ_SERVER = "read-server"
+    READ_SERVER = "read-server"  # as it is, and its maintenance
+    READ_SERVER_DETAILS = "read-server-details"  # its log, its samples, its settings
     CHANGE_SERVER = "change-server"
-    REMOVE_SERVER = "remove-server"
+    TEND_SERVER = (
+        "tend-server"  # what its agent may do as well: maintenance, to stay after all, renewal, check
+    )
+    LEAVE_SERVER = "leave-server"  # on a later day
+    REMOVE_SERVER = "remove-server"  # at once
     OFFER_SERVER = "offer-server"
     TAKE_SERVER = "take-server"
     PROVE_ADDRESS = "prove-address"
@@ -100,8 +105,13 @@ PERMISSIONS: Mapping[Operation, Permission] = {
     _O.CLOSE_MEMBER: _permission("operator owner", Scope.ACCOUNT, when_blocked=True),
     _O.EXPORT_MEMBER: _permission("operator owner", Scope.ACCOUNT, when_blocked=True),
     _O.REGISTER_SERVER: _permission(_TEAM, Scope.SERVERS),
-    _O.READ_SERVER: _permission(f"{_STAFF} {_TEAM}", Scope.READ, when_blocked=True),
+    _O.READ_SERVER: _permission(f"{_STAFF} {_TEAM} agent", Scope.READ, when_blocked=True),
+    # Not for an agent: the log tells of people.
+    _O.READ_SERVER_DETAILS: _permission(f"{_STAFF} {_TEAM}", Scope.READ, when_blocked=True),
     _O.CHANGE_SERVER: _permission(f"operator {_TEAM}", Scope.SERVERS),
+    _O.TEND_SERVER: _permission(f"operator {_TEAM} agent", Scope.SERVERS),
+    # Until that day its people can cancel what an agent in wrong hands did.
+    _O.LEAVE_SERVER: _permission(f"operator {_TEAM} agent", Scope.SERVERS, when_blocked=True),
     _O.REMOVE_SERVER: _permission(f"operator {_TEAM}", Scope.SERVERS, when_blocked=True),
     _O.OFFER_SERVER: _permission("operator owner", Scope.SERVERS),
     _O.TAKE_SERVER: _permission("owner", Scope.SERVERS),
@@ -169,12 +179,19 @@ class Principal:
         return bool(self.roles() & PERMISSIONS[Operation.READ_POOL].roles)
 
     def may(self, operation: Operation, *, member: int | None = None, server: Server | None = None) -> None:
-        """Raise Forbidden, MemberBlocked or TokenUsed unless the table allows it for that member or server."""
+        """Raise Forbidden, MemberBlocked or TokenUsed unless the table allows it for that member or server.
+
+        Whether the member of an agent's server is blocked is not known here (`poolsvc.api.lookup`).
+        """
         if self.used:
             raise TokenUsed("the join token was used already", remedy=_REMEDIES[TokenKind.JOIN])
         permission = PERMISSIONS[operation]
         member = server.member_id if server is not None else member
         matching = self.roles(member) & permission.roles
+        if self.server_id is not None and server is not None and server.id != self.server_id:
+            raise Forbidden(
+                f"you cannot {operation} of another agent", remedy="an agent's token is for its own server"
+            )
         if not matching:
             is_foreign = self.user_id is not None and member not in (None, *self.acts_for)
             whose = " of another member" if is_foreign else ""
@@ -190,11 +207,8 @@ class Principal:
             )
         # An operator acts on blocked members; their own people do not.
         by_membership = not matching & {Role.OPERATOR, Role.SUPPORT}
-        if member in self.blocked and by_membership and not permission.when_blocked:
-            raise MemberBlocked(
-                f"the member is blocked or waits for approval: you cannot {operation}",
-                remedy="ask the pool's operator",
-            )
+        if member in self.blocked and by_membership:
+            refuse_when_blocked(operation)
 
     def member_for(self, operation: Operation, wanted: int | None) -> int:
         """The member that an operation is for, when the request need not name one. Raises Forbidden."""
@@ -207,6 +221,15 @@ class Principal:
             wanted = own[0]
         self.may(operation, member=wanted)
         return wanted
+
+
+def refuse_when_blocked(operation: Operation) -> None:
+    """Raise MemberBlocked unless people and agents of a blocked member may do that."""
+    if not PERMISSIONS[operation].when_blocked:
+        raise MemberBlocked(
+            f"the member is blocked or waits for approval: you cannot {operation}",
+            remedy="ask the pool's operator",
+        )
 
 
 def hash_secret(secret: str) -> str:

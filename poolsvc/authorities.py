@@ -12,7 +12,7 @@ import structlog
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from poolsvc.acme import AcmeAccount, AcmeError, Terms
+from nts_core.acme import AcmeAccount, AcmeError, Terms
 from poolsvc.acme_client import RemoteAccount
 from poolsvc.config import AUTO_PROFILE, AuthoritySettings, Settings
 from poolsvc.db import Database

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
+import dns.exception
+import dns.name
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -16,14 +18,18 @@ from pydantic import (
     Field,
     IPvAnyAddress,
     IPvAnyNetwork,
+    ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic_settings import SettingsConfigDict
 
-from nts_core.shell import ProgramSettings, SettingsError
+from nts_core.children import environment_without
+from nts_core.shell import ProgramSettings, SettingsError, check_contact, check_https
 from poolsvc.budget import MOST, Limit, Limits
-from poolsvc.names import DOMAIN
+from poolsvc.names import ANSWER_OCTETS, DOMAIN, MIN_TARGETS, targets_that_fit
 
+_PREFIX = "POOLSVC_"
 _SQLITE = "sqlite+aiosqlite:///"
 AUTO_PROFILE = "auto"
 _HOST = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
@@ -65,6 +71,23 @@ def _mail_address(text: str) -> str:
     return text
 
 
+def _is_everywhere(endpoint: str) -> bool:
+    return ipaddress.ip_address(split_endpoint(endpoint)[0]).is_unspecified
+
+
+def _key_name(text: str) -> str:
+    try:
+        return dns.name.from_text(text).canonicalize().to_text(omit_final_dot=True)
+    except dns.exception.DNSException:
+        raise ValueError("write it as a domain name, such as publisher.pool.example") from None
+
+
+def _listening(text: str) -> str:
+    if _endpoint(text).endswith(":0"):
+        raise ValueError("give a port, which is 53 for everybody to find it")
+    return text
+
+
 def _domain(text: str) -> str:
     name = text.rstrip(".").lower()
     if not DOMAIN.fullmatch(name):
@@ -78,26 +101,16 @@ def _database(text: str) -> str:
     return text
 
 
-def _https(text: str) -> str:
-    if not text.startswith("https://") or not urlsplit(text).hostname or "@" in urlsplit(text).netloc:
-        raise ValueError("write it as https://HOST/PATH")
-    return text
-
-
-def check_contact(text: str) -> str:
-    """A URL by which a CA reaches us. Raises ValueError."""
-    if not re.fullmatch(r"[a-z][a-z0-9+.-]*:[!-~]{1,250}", text):
-        raise ValueError("write it as a URL, mailto:NAME@DOMAIN")
-    return text
-
-
 def _http(text: str) -> str:
     if not text.startswith(("https://", "http://")) or not urlsplit(text).hostname:
         raise ValueError("write it as https://HOST")
     return text.rstrip("/")
 
 
-HttpsUrl = Annotated[str, AfterValidator(_https)]
+KeyName = Annotated[str, AfterValidator(_key_name)]
+ListeningEndpoint = Annotated[str, AfterValidator(_listening)]
+TsigAlgorithm = Literal["hmac-sha256", "hmac-sha384", "hmac-sha512"]
+HttpsUrl = Annotated[str, AfterValidator(check_https)]
 HttpUrl = Annotated[str, AfterValidator(_http)]
 ContactUrl = Annotated[str, AfterValidator(check_contact)]
 DatabaseUrl = Annotated[str, AfterValidator(_database)]
@@ -114,6 +127,24 @@ def check_origin(url: str, pool: str) -> None:
         raise ValueError(f"the registry's address must not be under the pool's domain, {pool}")
 
 
+def check_room(pool: str) -> None:
+    """An SRV answer must hold enough servers that a client can tell who is right."""
+    if (fit := targets_that_fit(pool)) < MIN_TARGETS:
+        raise ValueError(
+            f"the name is too long: an answer of {ANSWER_OCTETS} octets holds {max(fit, 0)} servers with it, "
+            f"and {MIN_TARGETS} are needed"
+        )
+
+
+def bare_environment() -> dict[str, str]:
+    """For a child that gets its charge from us: without the registry's settings, which may hold a password."""
+    return environment_without(_PREFIX)
+
+
+def join_endpoint(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def split_endpoint(text: EndpointText | HostEndpoint) -> tuple[str, int]:
     host, _, port = text.rpartition(":")
     return host.strip("[]"), int(port)
@@ -127,19 +158,139 @@ class PortSettings(_Section):
     """Where members serve; one KE port for the whole pool (ntpd-rs knows no other than 4460)."""
 
     http: int = Field(80, ge=1, le=65535)
+    tls: int = Field(443, ge=1, le=65535, description="where hosts answer the CA by TLS-ALPN-01")
     ke: int = Field(4460, ge=1, le=65535)
 
 
+class NameserverSettings(_Section):
+    """One NS of the zone, and where it is reached on port 53."""
+
+    name: DomainName
+    addresses: tuple[IPvAnyAddress, ...] = Field(min_length=1, max_length=8)
+
+
+class SecondarySettings(_Section):
+    """Who gets the zone from the embedded server, and is told of changes."""
+
+    address: EndpointText
+    tsig_name: KeyName
+    tsig_secret_file: Path
+    tsig_algorithm: TsigAlgorithm = "hmac-sha256"
+    signs: bool = Field(False, description="whether it signs the zone itself, and so gets it unsigned")
+
+
+class EmbeddedDnsSettings(_Section):
+    """The authoritative server that comes with the registry."""
+
+    listen: tuple[ListeningEndpoint, ...] = Field(("0.0.0.0:53", "[::]:53"), min_length=1, max_length=16)
+    directory: Path = Field(Path("dns"), description="the zone and its keys")
+    own_process: bool = Field(False, description="whether `poolsvc dns serve` runs it instead of `serve`")
+    nameservers: tuple[NameserverSettings, ...] = Field(
+        (), max_length=16, description="all NS of the zone; without any, ns1 at the addresses of `listen`"
+    )
+    secondaries: tuple[SecondarySettings, ...] = Field((), max_length=32)
+    parents: tuple[EndpointText, ...] = Field(
+        (), max_length=16, description="servers of the parent zone, asked for DS when the key changes"
+    )
+    ttl: int = Field(3600, ge=1, le=86400, description="of NS, SOA and the keys")
+    negative_ttl: int = Field(60, ge=1, le=3600, description="for how long a name may be denied")
+    ds_ttl: int = Field(86400, ge=1, le=604800, description="of the DS in the parent")
+    margin: int = Field(3600, ge=0, le=604800, description="for all nameservers to have what is new, at most")
+    responses_per_second: float = Field(
+        20, gt=0, description="UDP answers of one kind to a network that shows no cookie"
+    )
+    responses_at_once: int = Field(100, ge=1)
+
+    @model_validator(mode="after")
+    def _keys_are_told_apart(self) -> Self:
+        """A key says whose it is, and so what they get."""
+        by_name: dict[str, SecondarySettings] = {}
+        for each in self.secondaries:
+            other = by_name.setdefault(each.tsig_name, each)
+            if (other.signs, other.tsig_secret_file) != (each.signs, each.tsig_secret_file):
+                raise ValueError(
+                    f"secondaries: {each.address} and {other.address} have the key {each.tsig_name}, but not both the"
+                    " same secret and `signs`; give those that sign a key of their own"
+                )
+        if not self.nameservers and any(_is_everywhere(endpoint) for endpoint in self.listen):
+            raise ValueError(
+                "nameservers: name each NS of the zone and its public addresses; only where `listen` names addresses"
+                " can the zone do without"
+            )
+        names = [each.name for each in self.nameservers]
+        if len(set(names)) < len(names):
+            raise ValueError("nameservers: two entries have the same name; give all addresses in one")
+        return self
+
+
+# What does not follow from settings that are refused anyway.
+_REFUSED = {
+    "primary": "127.0.0.1:53",
+    "nameservers": ["127.0.0.1:53"],
+    "tsig_name": "publisher",
+    "tsig_secret_file": "publisher.secret",
+}
+
+
 class DnsSettings(_Section):
-    """The primary that takes our updates, and all authoritative servers that must agree."""
+    """The primary that takes our updates, and all authoritative servers that must agree.
+
+    Without `primary` it is the embedded server, and what is not said of it follows from where it listens.
+    """
 
     primary: EndpointText
-    tsig_name: str
+    tsig_name: KeyName
     tsig_secret_file: Path
-    tsig_algorithm: Literal["hmac-sha256", "hmac-sha384", "hmac-sha512"] = "hmac-sha256"
+    tsig_algorithm: TsigAlgorithm = "hmac-sha256"
     nameservers: tuple[EndpointText, ...] = Field(min_length=1)
+    embedded: EmbeddedDnsSettings | None = Field(None, description="excludes a primary of one's own")
+    notify: bool = Field(
+        False, description="whether they are told of a change by us too, beside the primary's own NOTIFY"
+    )
     srv_ttl: int = Field(60, ge=1, le=86400)
     address_ttl: int = Field(300, ge=1, le=86400)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follow_from_embedded(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "primary" in data:
+            return data
+        try:
+            embedded = EmbeddedDnsSettings.model_validate(data.get("embedded") or {})
+        except ValidationError:
+            # Told by the field itself, whose name is the setting's.
+            return {**_REFUSED, **data, "embedded": data.get("embedded") or {}}
+        here = [_reachable(endpoint) for endpoint in embedded.listen]
+        named = [join_endpoint(str(one), 53) for each in embedded.nameservers for one in each.addresses]
+        return {
+            "tsig_name": "publisher",
+            "tsig_secret_file": embedded.directory / "publisher.secret",
+            "nameservers": named or here,
+            **data,
+            "primary": here[0],
+            "embedded": embedded,
+        }
+
+    @model_validator(mode="after")
+    def _one_server(self) -> Self:
+        if self.embedded is None:
+            return self
+        if self.primary != _reachable(self.embedded.listen[0]):
+            raise ValueError("primary and embedded exclude each other")
+        if any(each.tsig_name == self.tsig_name for each in self.embedded.secondaries):
+            raise ValueError(
+                f"embedded.secondaries: the key {self.tsig_name} is the publisher's; give them one of their own"
+            )
+        return self
+
+
+def _reachable(endpoint: str) -> str:
+    """Where somebody on this host reaches what listens there."""
+    host, port = split_endpoint(endpoint)
+    address = ipaddress.ip_address(host)
+    if address.is_unspecified:
+        host = "127.0.0.1" if address.version == 4 else "::1"
+    return join_endpoint(host, port)
 
 
 class LimitSettings(_Section):
@@ -294,6 +445,19 @@ class MailSettings(_Section):
         return self
 
 
+class GeoSettings(_Section):
+    """Files in MaxMind's format that tell of addresses in which network and country they are."""
+
+    database: tuple[Path, ...] = Field(
+        (), max_length=4, description="one or several; of those that know an address the first counts"
+    )
+
+    @field_validator("database", mode="before")
+    @classmethod
+    def _one_is_enough(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+
 class PolicySettings(_Section):
     """What the pool asks for. Times are seconds."""
 
@@ -304,7 +468,10 @@ class PolicySettings(_Section):
     agent_interval: float = Field(60, gt=0, description="how often an idle agent reports")
     reconcile_interval: float = Field(60, gt=0, description="how often DNS is compared without a reason")
     full_pass_interval: float = Field(
-        600, gt=0, description="how often all servers and the whole zone are compared"
+        600, gt=0, description="how often all servers are compared with the zone as it was last seen"
+    )
+    transfer_interval: float = Field(
+        86400, gt=0, description="how often the whole zone is transferred without a reason"
     )
     agent_requests_per_second: float = Field(
         100,
@@ -316,6 +483,9 @@ class PolicySettings(_Section):
     proof_deadline: float = Field(10, gt=0, le=60, description="for one connection back to an address")
     proofs_per_hour: int = Field(5, ge=1, description="connections back to an address")
     proofs_per_hour_and_prefix: int = Field(5, ge=1, description="connections back to a /24 or /48")
+    checks_per_hour: int = Field(
+        6, ge=1, description="of a server from outside, that its people or agent ask for"
+    )
     retry: tuple[float, ...] = Field(
         (60, 600, 6000, 86400), min_length=1, description="waits after failed orders; the last one repeats"
     )
@@ -384,7 +554,7 @@ class PolicySettings(_Section):
 class Settings(ProgramSettings):
     """Everything `poolsvc` needs to know. Relative paths are relative to the settings file."""
 
-    model_config = SettingsConfigDict(env_prefix="POOLSVC_", env_nested_delimiter="__")
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, env_nested_delimiter="__")
 
     pool: DomainName
     database: DatabaseUrl = Field("sqlite+aiosqlite:///registry.db", repr=False)
@@ -411,7 +581,13 @@ class Settings(ProgramSettings):
     terms: tuple[TermsSettings, ...] = Field((), max_length=16)
     oidc: tuple[OidcSettings, ...] = Field((), max_length=16)
     mail: MailSettings | None = Field(None, description="without it nobody gets mail")
+    geo: GeoSettings = GeoSettings()
     policy: PolicySettings = PolicySettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _embedded_dns_is_the_default(cls, data: Any) -> Any:
+        return {"dns": {}, **data} if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _no_twins(self) -> Self:
@@ -423,6 +599,12 @@ class Settings(ProgramSettings):
             if len(set(names)) < len(names):
                 raise ValueError(f"{what}: two entries have the same")
         return self
+
+    @field_validator("pool")
+    @classmethod
+    def _room(cls, pool: str) -> str:
+        check_room(pool)
+        return pool
 
     @model_validator(mode="after")
     def _both_or_neither(self) -> Self:
@@ -514,13 +696,27 @@ def _resolve_paths(settings: Settings, base: Path) -> Settings:
     database = settings.database
     if settings.database_file is not None:
         database = _SQLITE + str(base / settings.database_file)
-    mail, rehearsal = settings.mail, settings.ca.rehearsal
+    mail, rehearsal, embedded = settings.mail, settings.ca.rehearsal, settings.dns.embedded
     return settings.model_copy(
         update={
             "database": database,
             **absolute(settings, "key_file", "journal_file", "roots_file", "tls_certificate", "tls_key"),
             "web_tls": settings.web_tls.model_copy(update=absolute(settings.web_tls, "directory")),
-            "dns": settings.dns.model_copy(update=absolute(settings.dns, "tsig_secret_file")),
+            "dns": settings.dns.model_copy(
+                update={
+                    **absolute(settings.dns, "tsig_secret_file"),
+                    "embedded": embedded
+                    and embedded.model_copy(
+                        update={
+                            **absolute(embedded, "directory"),
+                            "secondaries": tuple(
+                                each.model_copy(update=absolute(each, "tsig_secret_file"))
+                                for each in embedded.secondaries
+                            ),
+                        }
+                    ),
+                }
+            ),
             "oidc": tuple(
                 entry.model_copy(update=absolute(entry, "client_secret_file", "ca_file"))
                 for entry in settings.oidc
@@ -533,6 +729,9 @@ def _resolve_paths(settings: Settings, base: Path) -> Settings:
                     ),
                     "rehearsal": rehearsal and rehearsal.model_copy(update=absolute(rehearsal, *_CA_FILES)),
                 }
+            ),
+            "geo": settings.geo.model_copy(
+                update={"database": tuple(base / file for file in settings.geo.database)}
             ),
             "mail": mail and mail.model_copy(update=absolute(mail, "password_file", "ca_file")),
         }

@@ -22,7 +22,7 @@ from dns.rdtypes.ANY.NS import NS
 from dns.rdtypes.dnskeybase import Flag
 
 from poolsvc.errors import PoolError
-from poolsvc.publisher import Nameserver
+from poolsvc.primary import Nameserver
 from poolsvc.zone import CLOSED
 
 PAYLOAD = 1232

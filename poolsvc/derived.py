@@ -7,18 +7,16 @@ reads the database learns none of them; who replaces the key makes all of them u
 import base64
 import hashlib
 import hmac
-import os
 import secrets
-import tempfile
-from contextlib import suppress
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 
-from nts_core.shell import replace_file
+from nts_core.shell import make_file, replace_file
 
 _KEY_LENGTH = 32
 _TAG_LENGTH = 24
+_OPERATOR_LENGTH = 8
 _MAX_DIGITS = 16
 
 
@@ -35,6 +33,7 @@ class Purpose(StrEnum):
     OIDC_NONCE = "oidc-nonce"
     OIDC_VERIFIER = "oidc-verifier"
     OIDC_BINDING = "oidc-binding"
+    OPERATOR_ID = "operator-id"
 
 
 class RegistryKey:
@@ -49,22 +48,8 @@ class RegistryKey:
     def load(cls, file: Path) -> "RegistryKey":
         """The key in a file, made if there is none. Raises OSError, ValueError."""
         if not file.exists():
-            cls._make(file)
+            make_file(file, base64.b64encode(secrets.token_bytes(_KEY_LENGTH)))
         return cls(base64.b64decode(file.read_text(), validate=True))
-
-    @staticmethod
-    def _make(file: Path) -> None:
-        with suppress(FileExistsError):
-            # Of several processes that start together, one makes it and the others read it.
-            descriptor, aside = tempfile.mkstemp(dir=file.parent)
-            try:
-                with os.fdopen(descriptor, "wb") as new:
-                    new.write(base64.b64encode(secrets.token_bytes(_KEY_LENGTH)))
-                    new.flush()
-                    os.fsync(new.fileno())
-                os.link(aside, file)
-            finally:
-                Path(aside).unlink()
 
     @staticmethod
     def renew(file: Path) -> None:
@@ -75,6 +60,11 @@ class RegistryKey:
         """32 octets that nobody without the key can know."""
         message = "\n".join((purpose, *map(str, parts))).encode()
         return hmac.digest(self._key, message, hashlib.sha256)
+
+    def operator_id(self, member: int) -> str:
+        """What everybody may call a member: it tells nothing of it, and is no key to anything. 13 characters."""
+        octets = self.secret(Purpose.OPERATOR_ID, member)[:_OPERATOR_LENGTH]
+        return base64.b32encode(octets).decode().rstrip("=").lower()
 
     def token(self, purpose: Purpose, identifier: int) -> str:
         """A text that proves having been told of a row: its key, and a tag. Only for keys that never come again."""

@@ -1,6 +1,8 @@
 """What the API refuses, as exceptions: a status, a stable code, a sentence, and a remedy (RFC 9457)."""
 
+import math
 from collections.abc import Mapping
+from datetime import timedelta
 from http import HTTPStatus
 from types import MappingProxyType
 
@@ -144,6 +146,13 @@ class PreconditionFailed(PoolError):
 class TooManyRequests(PoolError):
     status = HTTPStatus.TOO_MANY_REQUESTS
     code = "too-many-requests"
+
+    def __init__(
+        self, detail: str, *, remedy: str = "", field: str | None = None, retry_after: timedelta | None = None
+    ) -> None:
+        super().__init__(detail, remedy=remedy, field=field)
+        if retry_after is not None:
+            self.headers = {"Retry-After": str(max(1, math.ceil(retry_after.total_seconds())))}
 
 
 class RateLimited(TooManyRequests):

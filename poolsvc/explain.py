@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from nts_core.control import ServerState, Stage, StageStatus
-from poolsvc import agentless, servers
+from poolsvc import own_account, servers
 from poolsvc.budget import Place
 from poolsvc.config import Settings
 from poolsvc.models import ENDED_STATES, Order, Pool, Server
@@ -24,8 +24,8 @@ class StageView:
 # What a member can do about a stage that is not met.
 REMEDIES = {
     Stage.NAME: "run the `pool-agent join` line of the registration on the server",
-    Stage.ADDRESSES: "run `pool-agent run`, and let the pool reach the HTTP port of each address",
-    Stage.ISSUANCE: "let everybody reach the HTTP port of each address; the order is repeated by itself",
+    Stage.ADDRESSES: "run `pool-agent run`, and let the pool reach the port of each address on which it proves that",
+    Stage.ISSUANCE: "let everybody reach the port of each address that answers the CA; the order is repeated by itself",
     Stage.TCP: "let everybody reach the NTS-KE port over TCP",
     Stage.TLS: "let the agent serve the NTS-KE port; another program seems to answer there",
     Stage.CERTIFICATE: "check that the agent runs and has installed its certificate",
@@ -43,6 +43,7 @@ _BY_HAND = {
     Stage.ISSUANCE: "PUT the account's URI to .../acme-account; order with your ACME client from `may_order_at` on",
     Stage.CERTIFICATE: "let the server use the certificate that your ACME client got for this name, and for no other",
 }
+_ON_THE_WAY = frozenset({ServerState.REGISTERED, ServerState.VERIFIED, ServerState.CERTIFIED})
 _PROBED = (
     Stage.TCP,
     Stage.TLS,
@@ -77,6 +78,24 @@ def explain(
     views.append(_score(server, settings))
     views.append(_pool(server, pool, settings, active))
     return [_by_hand(view) for view in views] if server.agentless else views
+
+
+# What the way to the next step commonly takes (docs/performance.md), rounded up: until everybody shows the name and its
+# absence is forgotten, and from an order's turn to a certificate that is served.
+_NAMING, _ISSUING = timedelta(minutes=2), timedelta(minutes=1)
+
+
+def expected_at(server: Server, settings: Settings, place: Place | None, now: datetime) -> datetime | None:
+    """When a server on its way into the pool can be in the answer if nothing fails; None of every other one."""
+    if server.state not in _ON_THE_WAY or (server.joined_at is None and not server.agentless):
+        return None
+    at = now
+    if server.state is not ServerState.CERTIFIED:
+        begins = server.order_due_at or now + _NAMING
+        at = max(now, begins if place is None else place.turn_at) + _ISSUING
+    done = min((row.full_probes for row in servers.publishable(server)), default=0)
+    probes = max(0, settings.policy.admission_probes - done)
+    return at + probes * timedelta(seconds=settings.policy.probe_interval)
 
 
 def _by_hand(view: StageView) -> StageView:
@@ -130,7 +149,7 @@ def _addresses(server: Server) -> StageView:
 
 def _issuance(server: Server) -> StageView:
     orders = server.orders
-    if server.agentless and not orders:
+    if own_account.is_used(server) and servers.newest_certificate(server) is None:
         return _view(Stage.ISSUANCE, StageStatus.WAITING, server.named_at, _own_order(server))
     if not orders:
         return _view(Stage.ISSUANCE, StageStatus.WAITING, server.named_at, "no order yet")
@@ -161,11 +180,11 @@ def _ordinal(number: int) -> str:
 
 
 def _own_order(server: Server) -> str:
-    """What the member's own ACME client waits for, before any probe has seen a certificate."""
+    """What the member's own account waits for, before any probe has seen a certificate."""
     if server.own_account_uri is None:
         return "no CA may issue yet: the pool does not know your ACME account"
-    begin = agentless.may_order_at(server)
-    return "on the way into DNS" if begin is None else f"your client may order from {begin.isoformat()} on"
+    begin = own_account.may_order_at(server)
+    return "on the way into DNS" if begin is None else f"your account may order from {begin.isoformat()} on"
 
 
 def _score(server: Server, settings: Settings) -> StageView:

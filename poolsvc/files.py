@@ -1,6 +1,5 @@
 """The files that the settings name: whether `serve` can use them, and whether others can read the secrets."""
 
-import base64
 import os
 import ssl
 import stat
@@ -9,11 +8,13 @@ from pathlib import Path
 
 from sqlalchemy import make_url
 
+from nts_core.acme import AcmeError, load_account_key, load_binding_key, secret_file
 from nts_core.client import ClientError, load_roots
-from poolsvc.acme import AcmeError, load_account_key, load_binding_key, secret_file
 from poolsvc.config import AuthoritySettings, Settings
 from poolsvc.derived import RegistryKey
 from poolsvc.errors import PoolError
+from poolsvc.geo import GeoError, check_file
+from poolsvc.primary import read_secret
 
 
 class UnusableFile(PoolError):
@@ -24,6 +25,8 @@ class UnusableFile(PoolError):
 
 # What only the process that holds the account reads.
 ACCOUNT_FILES = ("ca.account_key_file", "ca.binding_key_file")
+# Without them less is known of servers, which is an alarm and no reason not to serve.
+GEO_FILES = ("geo.database",)
 
 
 def check_files(settings: Settings, without: Collection[str] = ()) -> None:
@@ -48,6 +51,7 @@ def faults(settings: Settings, without: Collection[str] = ()) -> Iterator[Unusab
     """
     for setting, check in (
         ("dns.tsig_secret_file", _tsig_secret),
+        ("dns.embedded.secondaries.tsig_secret_file", _secondary_secrets),
         ("key_file", _registry_key),
         *((setting, _of_all(check)) for setting, check in _ACCOUNT_CHECKS.items()),
         ("ca.ca_file", _ca_roots),
@@ -56,6 +60,7 @@ def faults(settings: Settings, without: Collection[str] = ()) -> Iterator[Unusab
         ("roots_file", _roots),
         ("tls_certificate, tls_key", _tls),
         ("oidc", _oidc),
+        ("geo.database", _geo),
     ):
         if setting in without:
             continue
@@ -63,7 +68,7 @@ def faults(settings: Settings, without: Collection[str] = ()) -> Iterator[Unusab
             check(settings)
         except ClientError as error:
             yield _fault(setting, error.message, error.remedy)
-        except (AcmeError, OSError, ValueError) as error:
+        except (AcmeError, GeoError, OSError, ValueError) as error:
             yield _fault(setting, str(error), _REMEDIES[setting])
 
 
@@ -86,7 +91,7 @@ def exposed(settings: Settings, file: Path) -> Iterator[UnusableFile]:
 
 def _secrets(settings: Settings, file: Path) -> Iterator[tuple[str, Path]]:
     """The settings that name secrets, and the files."""
-    yield "dns.tsig_secret_file", settings.dns.tsig_secret_file
+    yield from _tsig_secrets(settings)
     yield "key_file", settings.key_file
     for ca in settings.ca.with_rehearsal:
         if ca.socket is None:
@@ -107,8 +112,16 @@ def _secrets(settings: Settings, file: Path) -> Iterator[tuple[str, Path]]:
         yield "database", file
 
 
+def _tsig_secrets(settings: Settings) -> Iterator[tuple[str, Path]]:
+    yield "dns.tsig_secret_file", settings.dns.tsig_secret_file
+    if settings.dns.embedded is not None:
+        for each in settings.dns.embedded.secondaries:
+            yield "dns.embedded.secondaries.tsig_secret_file", each.tsig_secret_file
+
+
 _REMEDIES = {
     "dns.tsig_secret_file": "give a readable file with the key's base64 secret",
+    "dns.embedded.secondaries.tsig_secret_file": "give a readable file with the key's base64 secret",
     "key_file": "give the registry's key, 32 octets in base64, readable for this user; "
     "without the file `serve` makes one",
     "ca.account_key_file": "give the account's P-256 key in PEM, for this user's eyes only (chmod 600); "
@@ -116,6 +129,7 @@ _REMEDIES = {
     "ca.binding_key_file": "give the key as the CA gave it, for this user's eyes only (chmod 600)",
     "mail.password_file": "give a readable file with the password in one line",
     "tls_certificate, tls_key": "give a PEM chain and its key",
+    "geo.database": "give files in MaxMind's format (.mmdb), and replace one by renaming a whole new one over it",
     "oidc": "give a readable file with the secret that the provider gave for the client",
 }
 
@@ -125,8 +139,14 @@ def _fault(setting: str, message: str, remedy: str) -> UnusableFile:
 
 
 def _tsig_secret(settings: Settings) -> None:
-    if not base64.b64decode(settings.dns.tsig_secret_file.read_text().strip(), validate=True):
-        raise ValueError("there is no secret in the file")
+    file = settings.dns.tsig_secret_file
+    if settings.dns.embedded is None or file.exists():  # `serve` makes the embedded server's own
+        read_secret(file)
+
+
+def _secondary_secrets(settings: Settings) -> None:
+    for each in settings.dns.embedded.secondaries if settings.dns.embedded is not None else ():
+        read_secret(each.tsig_secret_file)
 
 
 def _registry_key(settings: Settings) -> None:
@@ -193,3 +213,8 @@ def _oidc(settings: Settings) -> None:
             raise ValueError(f"{provider.name}: there is no secret in {provider.client_secret_file}")
         if provider.ca_file is not None:
             load_roots(provider.ca_file)
+
+
+def _geo(settings: Settings) -> None:
+    for file in settings.geo.database:
+        check_file(file)

@@ -11,7 +11,6 @@ staging CA in the settings an order of a server without a certificate goes throu
 and is never finalized; then it begins anew, with nothing that the staging CA gave: `_rehearse_at`, `Order.rehearsal`.
 """
 
-import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from datetime import datetime, timedelta
@@ -23,21 +22,17 @@ from sqlalchemy import ColumnElement, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import selectinload
 
-from nts_core.control import ACME_PATH, HttpChallenge, IssuedCertificate
-from poolsvc import onboarding, servers, troubles
-from poolsvc.acme import (
+from nts_core.acme import (
     SHORT_LIVED,
     AcmeAccount,
     AcmeError,
-    Challenge,
     OrderFailed,
     OrderState,
     RevocationReason,
     poll_wait,
 )
-from poolsvc.acme import OrderStatus as AcmeOrderStatus
-from poolsvc.authorities import UNKNOWN_CA, Accounts, account_uris, offers
-from poolsvc.certificates import (
+from nts_core.acme import OrderStatus as AcmeOrderStatus
+from nts_core.certificates import (
     ChainError,
     CsrError,
     certificate_id,
@@ -47,14 +42,16 @@ from poolsvc.certificates import (
     csr_key_sha256,
     renew_at,
 )
+from nts_core.control import HttpChallenge, IssuedCertificate, TlsChallenge, Validation
+from poolsvc import onboarding, own_account, servers, troubles, validation
+from poolsvc.authorities import UNKNOWN_CA, Accounts, account_uris, offers
 from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.errors import InvalidCsr, WrongState
 from poolsvc.models import OPEN_ORDERS, Order, OrderStatus, Server
-from poolsvc.outbound import FetchError, Outbound, http_origin
+from poolsvc.outbound import FetchError
 
 _log = structlog.get_logger()
-_KEY_AUTHORIZATION_LIMIT = 512
 _GONE = frozenset({HTTPStatus.NOT_FOUND, HTTPStatus.GONE})
 # After about an hour, or seven minutes where the CA has told of a failure and keeps the challenge open, as some do.
 _MAX_POLLS, _MAX_POLLS_OF_FAILED = 128, 20
@@ -80,8 +77,8 @@ def open_order(server: Server) -> Order | None:
 def want(server: Server, now: datetime) -> None:
     """Begin the order that has become due, unless one is under way."""
     server.order_due_at = None
-    if server.agentless:
-        # The member's own client may order from now on: there will be something to be seen.
+    if own_account.is_used(server):
+        # The member's own account may order from now on: there will be something to be seen.
         server.probe_due_at = server.probe_due_at or now
         return
     if needs_certificate(server) and open_order(server) is None:
@@ -92,10 +89,40 @@ def start_anew(server: Server, now: datetime) -> None:
     """An agent has joined. One that joined again has lost the keys of all orders before: order once more."""
     order = open_order(server)
     if order is not None:
-        _give_up(order, "the agent joined again")
-        order.due_at = now if order.authorization_url else None
+        _drop(order, "the agent joined again", now)
     if server.named_at is not None:
         server.order_due_at = now
+
+
+def note_agent(
+    settings: Settings, server: Server, by: Validation, account_uri: str | None, now: datetime
+) -> None:
+    """An agent says how its host answers the CA, and who orders: what CAA lacks for that, it has before an order.
+
+    An order under way that this spoils is dropped. Raises InvalidDocument for what is no account of a CA here.
+    """
+    order, reason = open_order(server), None
+    if by is not server.validation:
+        before, server.validation = validation.allowed(settings, server), by
+        is_other_caa = validation.allowed(settings, server) != before
+        if is_other_caa:
+            servers.await_caa(server)
+        if order is not None and order.txt is None and (is_other_caa or order.status is OrderStatus.PENDING):
+            reason = f"its host answers by {by} now"
+    if account_uri != server.own_account_uri:
+        own_account.choose(settings, server, account_uri)
+        reason = f"{'its agent' if account_uri else 'the registry'} orders from now on"
+    if order is None or reason is None:
+        return
+    _drop(order, reason, now)
+    if server.named_at is not None:
+        server.order_due_at = servers.soonest_order(settings, server, now)
+
+
+def _drop(order: Order, reason: str, now: datetime) -> None:
+    """Give an order up; what the CA has of it is ended."""
+    _give_up(order, reason)
+    order.due_at = now if order.authorization_url else None
 
 
 def revoke_compromised(server: Server, now: datetime) -> None:
@@ -124,11 +151,11 @@ def _give_up(order: Order, reason: str) -> None:
     order.csr = None if order.url is None else order.csr
 
 
-def _refuse_agentless(server: Server, field: str, remedy: str) -> None:
+def _refuse_own_account(server: Server, field: str, remedy: str) -> None:
     """Raise WrongState for a server whose orders are not the registry's to shape."""
-    if server.agentless:
+    if own_account.is_used(server):
         raise WrongState(
-            f"{server.name} has no agent: its certificates are ordered by its member's own client",
+            f"the certificates of {server.name} are ordered by its member's own account",
             remedy=remedy,
             field=field,
         )
@@ -137,7 +164,7 @@ def _refuse_agentless(server: Server, field: str, remedy: str) -> None:
 async def set_short_lived(session: AsyncSession, settings: Settings, server: Server, *, wanted: bool) -> None:
     """Whether orders from now on ask for certificates that live for days. Raises WrongState."""
     if wanted and not server.short_lived:
-        _refuse_agentless(server, "short_lived", "ask for the CA's profile of short life there")
+        _refuse_own_account(server, "short_lived", "ask for the CA's profile of short life there")
         if not await offers(session, settings, SHORT_LIVED):
             raise WrongState(
                 "no CA of this pool has certificates of short life",
@@ -150,8 +177,8 @@ async def set_short_lived(session: AsyncSession, settings: Settings, server: Ser
 def set_dns_01(settings: Settings, server: Server, *, wanted: bool) -> None:
     """Whether the registry answers the CA for orders from now on, in DNS. Raises WrongState."""
     if wanted and not server.dns_01:
-        _refuse_agentless(
-            server, "dns_01", "answer HTTP-01 there; only the registry writes to the pool's zone"
+        _refuse_own_account(
+            server, "dns_01", "let its host answer; only the registry writes to the pool's zone"
         )
         if not settings.policy.dns_01:
             raise WrongState(
@@ -160,11 +187,6 @@ def set_dns_01(settings: Settings, server: Server, *, wanted: bool) -> None:
                 field="dns_01",
             )
     server.dns_01 = wanted
-
-
-def _challenge_for(settings: Settings, server: Server) -> Challenge:
-    """Who answers the CA: the server's host, or the registry where policy and member want that."""
-    return Challenge.DNS_01 if server.dns_01 and settings.policy.dns_01 else Challenge.HTTP_01
 
 
 def is_valid(order: Order, now: datetime) -> bool:
@@ -176,7 +198,12 @@ def is_valid(order: Order, now: datetime) -> bool:
 
 def is_revocable(order: Order, now: datetime) -> bool:
     """Whether a certificate is ours to revoke: not one that was only seen, of a member's own account."""
-    return order.url is not None and is_valid(order, now)
+    return not is_seen(order) and is_valid(order, now)
+
+
+def is_seen(order: Order) -> bool:
+    """Whether it stands for a certificate that the registry did not order."""
+    return order.status is OrderStatus.ISSUED and order.url is None
 
 
 def lapses_at(order: Order) -> datetime:
@@ -198,7 +225,12 @@ def wants_csr(server: Server, order: Order) -> bool:
 
 
 def needs_certificate(server: Server) -> bool:
-    """One that leaves on a later day needs no other certificate, if it has one that lasts till then."""
+    """One that leaves on a later day needs no other certificate, if it has one that lasts till then.
+
+    What a member's own account orders is none of this.
+    """
+    if own_account.is_used(server):
+        return False
     if servers.may_stay(server) and server.leave_at is not None:
         ends = {order: order.not_after for order in server.orders if order.not_after is not None}
         lasts = any(end >= server.leave_at and order.compromised_at is None for order, end in ends.items())
@@ -319,29 +351,31 @@ def _other_ca(settings: Settings, order: Order, server: Server, again: datetime,
     return names[following % len(names)] if now - since >= patience else None
 
 
-def note_serving(server: Server, tokens: tuple[str, ...], now: datetime) -> None:
+def note_serving(server: Server, serving: tuple[str, ...], now: datetime) -> None:
     """The agent says which challenges it answers; the precheck finds out whether that is so."""
     order = open_order(server)
     if order is None or order.status is not OrderStatus.PENDING or order.served_at is not None:
         return
-    if order.txt is not None:
-        return  # the registry's own to answer
-    if order.token in tokens:
+    if validation.is_served(order, serving):
         order.served_at = order.due_at = now
 
 
 def challenges(server: Server) -> tuple[HttpChallenge, ...]:
-    """What the agent has to serve now."""
-    order = open_order(server)
-    if order is None or order.token is None or order.key_authorization is None:
-        return ()
-    return (HttpChallenge(order.token, order.key_authorization),)
+    """What the agent has to serve over HTTP now."""
+    return validation.http_challenges(open_order(server))
+
+
+def tls_challenges(server: Server) -> tuple[TlsChallenge, ...]:
+    """And by TLS."""
+    return validation.tls_challenges(open_order(server))
 
 
 def newest(server: Server) -> IssuedCertificate | None:
-    """The certificate that the agent has to install; none for a key of an agent before it."""
+    """The certificate that the agent has to install; none for a key of an agent before it, nor before its own account's."""
+    if own_account.is_used(server):
+        return None
     for order in reversed(server.orders):
-        if server.joined_at is None or order.created_at < server.joined_at:
+        if server.joined_at is None or order.created_at < server.joined_at or is_seen(order):
             return None
         if order.status is OrderStatus.ISSUED and order.chain and order.fingerprint:
             return IssuedCertificate(order.id, order.chain, order.fingerprint)
@@ -422,10 +456,11 @@ async def _request(
     settings: Settings, account: AcmeAccount, order: Order, server: Server, _now: datetime
 ) -> Change:
     assert order.csr is not None
+    by = server.validation
     pending = await account.order(
         order.csr,
         settings.domain_of(server.name),
-        challenge=_challenge_for(settings, server),
+        challenge=validation.challenge_for(settings, server),
         short_lived=server.short_lived,
         replaces=_replaced(server, account.uri),
     )
@@ -434,12 +469,15 @@ async def _request(
         row.ca, row.account_uri, row.profile = ca_of(settings, row), account.uri, pending.profile
         row.url, row.authorization_url = pending.url, pending.authorization_url
         row.challenge_url, row.token = pending.challenge_url, pending.token
-        row.key_authorization, row.txt = pending.key_authorization, pending.txt
+        row.key_authorization, row.txt, row.validation = pending.key_authorization, pending.txt, by
         row.attempts, row.error = 0, None
         # Without a challenge the CA still trusts an earlier validation. With one, the agent's report of
-        # serving it wakes the order up, or the publication that has seen it on every nameserver.
+        # serving it wakes the order up, or the publication that has seen it on every nameserver. What the member's
+        # web server redirects, the registry serves from now on.
         row.status = OrderStatus.PENDING if pending.token else OrderStatus.ANSWERED
-        row.due_at = None if pending.token else now
+        if pending.key_authorization is not None and by is Validation.REDIRECT:
+            row.served_at = now
+        row.due_at = now if row.served_at is not None or not pending.token else None
         _log.info("order_placed", order=row.id, ca=row.ca, profile=pending.profile, replaces=pending.replaces)
 
     return change
@@ -467,33 +505,9 @@ async def _answer(
     """
     assert order.challenge_url is not None
     if order.txt is None:
-        await _precheck_all(settings, order, server)
+        await validation.look(settings, order, server)
     await account.answer(order.challenge_url)
     return _move(OrderStatus.ANSWERED)
-
-
-async def _precheck_all(settings: Settings, order: Order, server: Server) -> None:
-    """Raises FetchError unless every published address answers the challenge."""
-    addresses = servers.published_addresses(server)
-    if not addresses:
-        raise FetchError("no address is published")
-    # All at once: silent ones would otherwise hold up the orders of others, each by a deadline.
-    looks = (_precheck(settings, order, server, address) for address in addresses)
-    for failure in await asyncio.gather(*looks, return_exceptions=True):
-        if failure is not None:
-            raise failure
-
-
-async def _precheck(settings: Settings, order: Order, server: Server, address: str) -> None:
-    """Raises FetchError unless the address answers the challenge."""
-    answer = await Outbound(settings).get(
-        f"{http_origin(address, settings.ports.http)}{ACME_PATH}{order.token}",
-        host=settings.domain_of(server.name),
-        deadline=settings.policy.proof_deadline,
-        limit=_KEY_AUTHORIZATION_LIMIT,
-    )
-    if answer.require_ok().decode("ascii", "replace").strip() != order.key_authorization:
-        raise FetchError(f"{address} answers the challenge with something else")
 
 
 async def _await_validation(

@@ -9,7 +9,8 @@ from nts_core.shell import replace_file, sync
 from poolsvc.config import Settings
 from poolsvc.derived import RegistryKey
 from poolsvc.errors import PoolError
-from poolsvc.setup import new_tsig_secret, tsig_files
+from poolsvc.primary import new_secret
+from poolsvc.setup import tsig_files
 
 
 class KeyNotRenewed(PoolError):
@@ -20,12 +21,13 @@ class KeyNotRenewed(PoolError):
 
 @dataclass(frozen=True, slots=True)
 class TsigRenewal:
-    """`secret` has the new key, `old` the one before if there was one; `knot` and `bind` are for the primary."""
+    """`secret` has the new key, `old` the one before if there was one; the others are for the primary, by its kind."""
 
     secret: Path
     old: Path
     knot: Path
     bind: Path
+    powerdns: Path
 
 
 def renew_tsig(settings: Settings) -> TsigRenewal:
@@ -35,9 +37,9 @@ def renew_tsig(settings: Settings) -> TsigRenewal:
     """
     secret = settings.dns.tsig_secret_file
     old = secret.with_name(f"{secret.name}.old")
-    key = new_tsig_secret()
+    key = new_secret()
     files = tsig_files(settings.dns.tsig_name, settings.dns.tsig_algorithm, key)
-    knot, bind = (secret.with_name(name) for name in files)
+    knot, bind, powerdns = (secret.with_name(name) for name in files)
     try:
         if not old.exists():
             with suppress(FileNotFoundError):  # a secret that was lost has nothing to keep
@@ -56,7 +58,18 @@ def renew_tsig(settings: Settings) -> TsigRenewal:
             f"dns.tsig_secret_file: {error}",
             remedy="run this as the user that owns the secret and its directory",
         ) from None
-    return TsigRenewal(secret, old, knot, bind)
+    return TsigRenewal(secret, old, knot, bind, powerdns)
+
+
+def renew_embedded_tsig(settings: Settings) -> None:
+    """Put a new TSIG secret into the file that the embedded server and its publisher read. Raises KeyNotRenewed."""
+    try:
+        replace_file(settings.dns.tsig_secret_file, f"{new_secret()}\n".encode())
+    except OSError as error:
+        raise KeyNotRenewed(
+            f"dns.tsig_secret_file: {error}",
+            remedy="run this as the user that owns the secret and its directory; `serve` makes both at its first start",
+        ) from None
 
 
 def renew_registry_key(settings: Settings) -> None:

@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import structlog
-from sqlalchemy import case, func, or_, update
+from sqlalchemy import case, func, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -74,6 +74,15 @@ async def acquire(database: Database, name: str, holder: str, life: timedelta) -
     async with database.transaction() as session:
         epoch = await session.scalar(statement)
     return None if epoch is None else Held(name, holder, epoch, until)
+
+
+async def is_held(database: Database, name: str) -> bool:
+    """Whether anybody holds it now."""
+    held = select(Lease.epoch).where(
+        Lease.name == name, Lease.holder != "", Lease.expires_at > _now(database)
+    )
+    async with database.transaction() as session:
+        return await session.scalar(held) is not None
 
 
 async def release(database: Database, held: Held) -> None:

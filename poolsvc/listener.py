@@ -4,9 +4,7 @@ uvicorn waits without end for a TLS handshake, for a request's head and for its 
 would close the API. Here every wait for a peer has a deadline, no network can take all connections, and when there
 are too many, the one whose peer is waited for longest makes room.
 
-Connections are accepted here and not by asyncio's server, because what a connection costs is decided before it has a
-transport, because each takes the certificate that is newest then, and because asyncio (3.11) logs hundreds of
-tracebacks for one accept() that finds no descriptor.
+Each connection takes the certificate that is newest when it is accepted.
 """
 
 import asyncio
@@ -14,7 +12,6 @@ import contextlib
 import errno
 import signal
 import socket
-import struct
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
@@ -33,20 +30,14 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
+from nts_core.acceptor import Acceptor
 from nts_core.ratelimit import NoSlot, Slots
 from nts_core.shell import affordable_connections
 
-_BACKLOG = 512
-# Connections accepted before those that are open get their turn.
-_BATCH = 64
-# Until the next look when there was no descriptor for a connection, and until that is logged again.
-_PAUSE = 0.1
+# Until it is logged again that there was no descriptor for a connection.
 _QUIET = 60.0
 # Descriptors that connections leave to the database, the worker's own connections, and files.
 _RESERVED_DESCRIPTORS = 128
-_OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-# A close that sends a reset: nothing is left to wait for in the kernel.
-_RESET = struct.pack("ii", 1, 0)
 
 _log = structlog.get_logger()
 
@@ -119,8 +110,7 @@ class Listeners:
         self._slots = Slots(
             self._total + 1, per_address=self.limits.per_address, per_prefix=self.limits.per_prefix
         )
-        self._sockets: set[socket.socket] = set()
-        self._pauses: dict[socket.socket, asyncio.TimerHandle] = {}
+        self._acceptor = Acceptor(self._admit, self._begin_one, self.counters, exhausted=self._tell_exhausted)
         self._peers: set[_Peer] = set()
         self._beginning: set[asyncio.Task[None]] = set()
         self._quiet_until = 0.0
@@ -134,20 +124,11 @@ class Listeners:
 
     def listen(self, sock: socket.socket) -> None:
         """Answer on a bound socket."""
-        sock.setblocking(False)
-        sock.listen(_BACKLOG)
-        self._sockets.add(sock)
-        asyncio.get_running_loop().add_reader(sock, self._accept, sock)
+        self._acceptor.listen(sock)
 
     def close(self) -> None:
         """Accept no more. Connections that are open go on."""
-        for pause in self._pauses.values():
-            pause.cancel()
-        for sock in self._sockets:
-            asyncio.get_running_loop().remove_reader(sock)
-            sock.close()
-        self._pauses.clear()
-        self._sockets.clear()
+        self._acceptor.close()
 
     async def end_connections(self) -> None:
         """End what is still open, and return once nothing is."""
@@ -155,57 +136,28 @@ class Listeners:
             peer.end()
         await asyncio.gather(*self._beginning, return_exceptions=True)
 
-    def _accept(self, sock: socket.socket) -> None:
-        for _ in range(_BATCH):
-            try:
-                connection, remote = sock.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno in _OUT_OF_RESOURCES:
-                    self._pause(sock, error.errno)
-                    return
-                # accept(2): errors of the network on that connection, which is gone.
-                self.counters["accept-error"] += 1
-                continue
-            # A link-local address comes with its interface.
-            address: bytes | None = socket.inet_pton(sock.family, remote[0].partition("%")[0])
-            if address in self._trusted:
-                address = None
-            refused = self._admit(address)
-            if refused is not None:
-                self.counters[refused] += 1
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-                connection.close()
-                continue
-            peer = _Peer(connection, address, time.monotonic())
-            self._peers.add(peer)
-            task = asyncio.get_running_loop().create_task(self._begin(peer))
-            self._beginning.add(task)
-            task.add_done_callback(self._beginning.discard)
+    def _begin_one(self, connection: socket.socket, address: bytes, _listener: socket.socket) -> None:
+        peer = _Peer(connection, None if address in self._trusted else address, time.monotonic())
+        self._peers.add(peer)
+        task = asyncio.get_running_loop().create_task(self._begin(peer))
+        self._beginning.add(task)
+        task.add_done_callback(self._beginning.discard)
 
-    def _pause(self, sock: socket.socket, number: int) -> None:
-        """Leave the socket alone for a moment: it stays readable, and the loop would spin."""
-        loop = asyncio.get_running_loop()
-        self.counters["no-descriptor"] += 1
-        if loop.time() >= self._quiet_until:
-            self._quiet_until = loop.time() + _QUIET
+    def _tell_exhausted(self, number: int) -> None:
+        """There is no descriptor for a connection."""
+        now = asyncio.get_running_loop().time()
+        if now >= self._quiet_until:
+            self._quiet_until = now + _QUIET
             _log.error("accept_paused", reason=errno.errorcode[number], connections=len(self._peers))
         self._make_room()
-        loop.remove_reader(sock)
 
-        def resume() -> None:
-            del self._pauses[sock]
-            loop.add_reader(sock, self._accept, sock)
-
-        self._pauses[sock] = loop.call_later(_PAUSE, resume)
-
-    def _admit(self, address: bytes | None) -> NoSlot | None:
+    def _admit(self, address: bytes) -> NoSlot | None:
         """Take a slot for the address, or tell why it gets none. What is full makes room, if it can."""
-        refused = None if address is None else self._slots.take(address)
+        is_trusted = address in self._trusted
+        refused = None if is_trusted else self._slots.take(address)
         if refused is None and len(self._peers) >= self._total and not self._make_room():
             refused = NoSlot.ALL
-            if address is not None:
+            if not is_trusted:
                 self._slots.give_back(address)
         return refused
 
@@ -232,7 +184,6 @@ class Listeners:
         loop = asyncio.get_running_loop()
         deadlines: dict[str, Any] = {}
         try:
-            peer.sock.setblocking(False)
             # asyncio does so only for sockets that were made with the protocol's number.
             peer.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self._tls is not None:

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import aiosmtplib
 from email_validator import EmailNotValidError, validate_email
 
-from poolsvc.certificates import printable
+from nts_core.errors import printable
 from poolsvc.config import MailSettings, split_endpoint
 from poolsvc.texts import Text
 

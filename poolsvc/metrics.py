@@ -105,6 +105,14 @@ class Metrics:
         up.add_metric(["mail"], health.mail is None)
         up.add_metric(["database"], self._figures is not None)
         yield up
+        yield CounterMetricFamily(
+            "poolsvc_zone_drift", "RRsets of the zone that somebody else changed.", health.zone_drift
+        )
+        yield GaugeMetricFamily(
+            "poolsvc_zone_held",
+            "RRsets and SRV targets whose change waits for an operator.",
+            health.zone_held,
+        )
         for name, text, moment in (
             ("publish_age", "Since the zone was last published.", health.published_at),
             (

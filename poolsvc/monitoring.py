@@ -10,9 +10,9 @@ from cryptography import x509
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from nts_core.control import ProbeResult, ServerState, Stage, StageStatus
+from nts_core.errors import printable
 from nts_core.tls import Trust
-from poolsvc import agentless, maintenance, samples, scoring, servers, troubles
-from poolsvc.certificates import printable
+from poolsvc import maintenance, own_account, samples, scoring, servers, troubles
 from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.models import HoldKind, Order, OrderStatus, SampleRecord, Server, StageRecord
@@ -37,7 +37,7 @@ async def probe_server(
         server = await servers.get(session, server_id)
         addresses = [row.address for row in servers.publishable(server)]
         is_ordered = servers.newest_certificate(server) is not None
-        may_have_certificate = is_ordered or agentless.may_order_at(server) is not None
+        may_have_certificate = is_ordered or own_account.may_order_at(server) is not None
         worth_probing = server.state in servers.NAMED_STATES and may_have_certificate
     if not worth_probing:
         return
@@ -53,7 +53,7 @@ async def probe_server(
                         trust,
                         own_addresses=frozenset(addresses),
                         guard=guard,
-                        agentless=server.agentless,
+                        is_own=own_account.is_used(server),
                     ),
                     server,
                     address,
@@ -90,16 +90,21 @@ async def record(
     _record_stages(server, results, now)
     published = servers.published_addresses(server)
     _confirm(server, results, now)
-    if server.agentless:
+    if own_account.is_used(server):
         _note_certificates(server, results, now)
     else:
         await _tell_not_ordered(session, server, results, now)
-    is_exempt = await maintenance.is_under_way(session, server, now)
+    _note_seen(server, results, now)
+    # A probe that was on its way when the maintenance began does not end it.
+    hold = servers.held(server, HoldKind.MAINTENANCE)
+    is_exempt = await maintenance.is_under_way(
+        session, server, now if hold is None else max(now, hold.set_at)
+    )
     session.add_all(_score(server, settings, results, now, is_exempt=is_exempt))
     await _tell_withdrawn(session, server, published, now)
-    if not is_exempt and servers.held(server, HoldKind.MAINTENANCE) is not None:
+    if hold is not None and not is_exempt:
         await _end_maintenance(session, server, settings, results, now)
-    if server.state is ServerState.VERIFIED and all(_is_ours(server, result) for result in results):
+    if server.state is ServerState.VERIFIED and all(is_ours(server, result) for result in results):
         await servers.apply(
             session,
             server,
@@ -116,27 +121,22 @@ async def record(
     server.probe_due_at = now + timedelta(seconds=settings.policy.probe_interval)
 
 
-def _is_ours(server: Server, result: ProbeResult) -> bool:
+def is_ours(server: Server, result: ProbeResult) -> bool:
     """Whether the certificate is one that the server should have.
 
-    One of a server without an agent need only be valid for its name, and for no other, which the probe has checked:
-    CAA lets nobody but the member's account have one.
+    Where the member's own account orders, one need only be valid for the server's name, and for no other, which the probe
+    has checked: CAA lets nobody but that account have one.
     """
-    if server.agentless:
+    if own_account.is_used(server):
         return result.fingerprint is not None and result.failed is not Stage.CERTIFICATE
-    return result.fingerprint is not None and any(
-        order.status is OrderStatus.ISSUED
-        and order.compromised_at is None
-        and order.fingerprint == result.fingerprint
-        for order in server.orders
-    )
+    return result.fingerprint in servers.fingerprints(server)
 
 
 def _note_certificates(server: Server, results: Sequence[ProbeResult], now: datetime) -> None:
     """What is seen of certificates that the registry did not order: when they end, and what revokes them at a removal."""
     ca = None if server.own_account_uri is None else urlsplit(server.own_account_uri).netloc
     for order in server.orders:
-        if order.not_after is not None and order.not_after <= now:
+        if order.url is None and order.not_after is not None and order.not_after <= now:
             order.chain = None
     for result in results:
         known = {order.fingerprint: order for order in server.orders}
@@ -174,13 +174,23 @@ async def _tell_not_ordered(
             await troubles.tell_not_ordered(session, server, result, now)
 
 
+def _note_seen(server: Server, results: Sequence[ProbeResult], now: datetime) -> None:
+    """Each address works with one certificate: the agent need not keep the one before it."""
+    seen = {result.fingerprint for result in results}
+    if len(seen) > 1 or any(result.failed is not None for result in results):
+        return
+    for order in server.orders:
+        if order.fingerprint is not None and order.fingerprint in seen and order.seen_at is None:
+            order.seen_at = now
+
+
 def _moment(seconds: int | None) -> datetime | None:
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
 
 
 def _confirm(server: Server, results: Sequence[ProbeResult], now: datetime) -> None:
     """Who has the certificate's key at an address has the address: as good as another proof."""
-    seen = {result.address for result in results if _is_ours(server, result)}
+    seen = {result.address for result in results if is_ours(server, result)}
     for row in server.addresses:
         if row.address in seen:
             row.confirmed_at = now
@@ -323,7 +333,7 @@ async def _judge_certificate(
     It is back when a probe sees one that it should have; its score may then hold it still.
     """
     kind, newest = HoldKind.CERTIFICATE, servers.newest_certificate(server)
-    if any(_is_ours(server, result) for result in results):
+    if any(is_ours(server, result) for result in results):
         reason = "a valid certificate is seen again"
         await servers.lift_hold(session, server, kind, reason=reason, actor=_ACTOR, now=now)
     elif newest is not None and newest.not_after is not None and newest.not_after <= now:

@@ -1,7 +1,7 @@
 """Server names and addresses: what may be registered. Pure.
 
 A server name is one RFC 1123 label of at most 36 characters, so that eight SRV targets fit a signed answer of
-1,232 octets. An address is unicast and globally routable, unless the demo or a test allows private ones.
+1,232 octets; longer ones that there are already go on to work. An address is unicast and globally routable, unless the demo or a test allows private ones.
 """
 
 import ipaddress
@@ -12,6 +12,9 @@ from poolsvc.errors import InvalidAddress, InvalidName, ReservedName
 
 MAX_NAME = 36
 MAX_ADDRESSES = 8
+MAX_TARGETS, MIN_TARGETS = 8, 4  # servers in an SRV answer; with fewer a client could not tell who is right
+ANSWER_OCTETS = 1232  # over UDP, so that no path has to fragment it
+_SHOWN = 80  # characters of what was refused
 _LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?")
 DOMAIN = re.compile(r"(?=.{1,253}$)(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z0-9-]{2,63}")
 # Names that people or programs take for the pool's own.
@@ -45,7 +48,13 @@ def check_name(name: str) -> str:
             remedy="use letters a to z, digits and hyphens",
             field="name",
         )
-    if not lowered or len(lowered) > MAX_NAME or not _LABEL.fullmatch(lowered):
+    if len(lowered) > MAX_NAME:
+        raise InvalidName(
+            f"the name {lowered[:_SHOWN]!r} has {len(lowered)} characters",
+            remedy=f"use {MAX_NAME} characters at most",
+            field="name",
+        )
+    if not lowered or not _LABEL.fullmatch(lowered):
         raise InvalidName(
             f"the name {name!r} is not a host label",
             remedy=f"use 1 to {MAX_NAME} letters, digits and hyphens, with no hyphen at either end",
@@ -54,6 +63,27 @@ def check_name(name: str) -> str:
     if lowered in RESERVED:
         raise ReservedName(f"the name {lowered!r} is reserved", remedy="choose another name", field="name")
     return lowered
+
+
+def targets_that_fit(pool: str) -> int:
+    """How many servers an SRV answer of a pool holds, with the longest names; MAX_TARGETS at most.
+
+    Signed with P-256, and with room for a DNS cookie (RFC 7873) in its OPT.
+    """
+    apex = len(pool) + 2  # octets on the wire
+    header, question = 12, 12 + apex + 4
+    signature = 2 + 10 + 18 + apex + 64
+    options = 11 + 4 + 24
+    target = 2 + 10 + 6 + (1 + MAX_NAME) + 8 + apex  # not compressed (RFC 2782)
+    return min(MAX_TARGETS, (ANSWER_OCTETS - header - question - signature - options) // target)
+
+
+def narrowness(pool: str) -> str | None:
+    """What an operator is told whose pool's name leaves room for fewer servers, if it does."""
+    fit = targets_that_fit(pool)
+    if fit == MAX_TARGETS:
+        return None
+    return f"the name {pool} is long: an SRV answer holds {fit} servers with it instead of {MAX_TARGETS}"
 
 
 def skeleton(name: str) -> str:
@@ -135,9 +165,3 @@ _NOT_ROUTED = tuple(
         ("192.0.0.0/24", "192.88.99.0/24", "240.0.0.0/4", "2001::/23", "3fff::/20"),
     )
 )
-
-
-def prefix_of(address: str) -> str:
-    """The /24 or /48 that an address belongs to: what limits count besides the address."""
-    parsed = ipaddress.ip_address(address)
-    return str(ipaddress.ip_network((parsed, 24 if parsed.version == 4 else 48), strict=False))

@@ -23,7 +23,7 @@ from joserfc.errors import InvalidKeyIdError, JoseError
 from joserfc.jwk import JWKRegistry, Key, KeySet
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from poolsvc.certificates import printable
+from nts_core.errors import printable
 from poolsvc.config import HttpsUrl, OidcSettings, Settings
 from poolsvc.derived import Purpose, RegistryKey
 from poolsvc.errors import ProviderFailed, SignInInvalid

@@ -18,8 +18,8 @@ from sqlalchemy import ColumnElement, and_, case, func, not_, or_, select, tuple
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import selectinload
 
-from poolsvc import budget, servers
-from poolsvc.acme import AcmeAccount, AcmeError, Challenge, PendingOrder
+from nts_core.acme import AcmeAccount, AcmeError, Challenge, PendingOrder
+from poolsvc import budget, own_account, servers
 from poolsvc.budget import Budget, Grant, Place, Refusal, Waiting
 from poolsvc.config import Settings
 from poolsvc.db import Database, queue_for
@@ -71,18 +71,18 @@ async def admit(session: AsyncSession, settings: Settings, due: Sequence[int], n
     going: list[Server] = []
     entering: list[Server] = []
     for server in await _locked(session, due):
-        if not _is_to_certify(server) or _renews(server):
+        if server.named_at is None and _is_to_certify(server):
+            # Out of DNS again, or another CAA is on the way there. Once it is, another time is set.
+            server.order_due_at = None
+        elif not _is_to_certify(server) or _renews(server):
             going.append(server)
         elif server.counted_at is not None:
             # Its agent has lost the key: nothing but the name's own limits is in the way.
-            free_at = _free_at(settings, server, now)
-            if free_at <= now:
+            at = free_at(settings, server, now)
+            if at <= now:
                 going.append(server)
             else:
-                server.order_due_at = free_at
-        elif server.named_at is None:
-            # Out of DNS again. Once it is there, another time is set.
-            server.order_due_at = None
+                server.order_due_at = at
         else:
             entering.append(server)
     await _enter(session, entering)
@@ -94,7 +94,7 @@ async def admit(session: AsyncSession, settings: Settings, due: Sequence[int], n
     await _set_times(session, {key: at for key, at in starts.items() if key not in turn} | unplanned)
     for server in going:
         server.queue_round = None
-        if server.agentless and _is_to_certify(server):
+        if own_account.is_used(server) and _is_to_certify(server):
             # Its member orders when it likes, and the registry sees it late: it is counted now.
             server.counted_at = server.counted_at or now
     return going
@@ -127,7 +127,7 @@ def _renews(server: Server) -> bool:
     return newest is not None and (server.joined_at is None or newest.created_at >= server.joined_at)
 
 
-def _free_at(settings: Settings, server: Server, now: datetime) -> datetime:
+def free_at(settings: Settings, server: Server, now: datetime) -> datetime:
     """When the CA takes another order for the name, by what it has issued and refused for it."""
     limits = settings.ca.limits.terms
     issued = [order.issued_at for order in server.orders if order.issued_at is not None]

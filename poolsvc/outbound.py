@@ -1,4 +1,4 @@
-"""What the registry dials: which addresses it may, and all that it says over HTTP.
+"""What the registry dials: which addresses it may, all that it says over HTTP, and by TLS alone to one address.
 
 1. An address is dialled when it is global unicast and not the pool's own (`Guard`).
 2. A name is resolved once. All its addresses are checked, and one of those is dialled: what the name resolves
@@ -23,7 +23,7 @@ from ipaddress import ip_address
 
 import httpx
 
-from poolsvc.certificates import printable
+from nts_core.errors import printable
 from poolsvc.config import Settings, split_endpoint
 from poolsvc.errors import AddressRefused, InvalidAddress, PoolError
 from poolsvc.names import check_address
@@ -41,13 +41,17 @@ Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
 
 class FetchError(PoolError):
-    """What was asked for over HTTP did not come. The text is printable and bounded, whatever the peer said."""
+    """What was asked for did not come. The text is printable and bounded, whatever the peer said."""
 
     status = HTTPStatus.UNPROCESSABLE_ENTITY
     code = "no-http-answer"
 
     def __init__(self, detail: str, *, remedy: str = _NOT_REACHED) -> None:
         super().__init__(printable(detail), remedy=remedy)
+
+
+class TooLong(FetchError):
+    """An answer with status 200 that was longer than it may be."""
 
 
 class NotDialled(httpx.ConnectError):
@@ -96,6 +100,16 @@ async def system_addresses(host: str, port: int) -> Sequence[str]:
         _LOOKUPS, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     )
     return [str(entry[4][0]) for entry in found]
+
+
+@cache
+def _unverified(protocol: str, least: ssl.TLSVersion) -> ssl.SSLContext:
+    """For those who have no certificate that anybody could verify, or show that they have an address."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.minimum_version = least
+    context.set_alpn_protocols([protocol])
+    return context
 
 
 @cache
@@ -187,10 +201,11 @@ def _is_literal(host: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The status and body of an HTTP answer; the body as it was sent, packed or not."""
+    """The status and body of an HTTP answer, and where it redirects; the body as it was sent, packed or not."""
 
     status: int
     body: bytes = field(repr=False)
+    location: str | None = field(default=None, repr=False)
 
     def require_ok(self) -> bytes:
         """The body. Raises FetchError for every status but 200."""
@@ -202,14 +217,22 @@ class Answer:
         return self.body
 
 
+@dataclass(frozen=True, slots=True)
+class TlsAnswer:
+    """The certificate (DER) that a server showed it has the key of, not verified; and the line that it answered."""
+
+    certificate: bytes = field(repr=False)
+    line: bytes = field(repr=False)
+
+
 def http_origin(address: str, port: int) -> str:
     return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
 
 
 class Outbound:
-    """Single HTTP requests to where people told the registry to go.
+    """Single requests to where people told the registry to go.
 
-    `deadline` is seconds for all of a request; `limit` octets of the body are read.
+    `deadline` is seconds for all of a request; `limit` octets of the body, or the line, are read.
     """
 
     def __init__(
@@ -234,6 +257,48 @@ class Outbound:
         """POST. Raises FetchError."""
         return await self._exchange("POST", url, content, headers, deadline, limit)
 
+    async def tls(
+        self,
+        address: str,
+        port: int,
+        *,
+        name: str,
+        protocol: str,
+        say: bytes = b"",
+        least: ssl.TLSVersion = ssl.TLSVersion.TLSv1_2,
+        deadline: float,
+        limit: int = 1,
+    ) -> TlsAnswer:
+        """Shake hands with the server `name` at an address by an ALPN protocol; the line that answers what is said, if any.
+
+        Raises FetchError, also for a server without that protocol.
+        """
+        try:
+            self._guard.check(address, port)
+            async with asyncio.timeout(deadline):
+                reader, writer = await asyncio.open_connection(
+                    address, port, ssl=_unverified(protocol, least), server_hostname=name, limit=limit
+                )
+                try:
+                    shaken: ssl.SSLObject = writer.get_extra_info("ssl_object")
+                    certificate = shaken.getpeercert(binary_form=True)
+                    if shaken.selected_alpn_protocol() != protocol or certificate is None:
+                        raise FetchError(f"the server at {address} does not speak {protocol}")
+                    if not say:
+                        return TlsAnswer(certificate, b"")
+                    writer.write(say)
+                    return TlsAnswer(certificate, await reader.readuntil())
+                finally:
+                    writer.transport.abort()
+        except InvalidAddress as error:
+            raise FetchError(f"not dialled: {error.detail}", remedy=error.remedy) from None
+        except TimeoutError:
+            raise FetchError(f"no TLS answer within {deadline:g} s") from None
+        except asyncio.LimitOverrunError:
+            raise FetchError(f"an answer of more than {limit} octets") from None
+        except (OSError, EOFError) as error:
+            raise FetchError(f"no TLS answer: {_reason(error)}") from None
+
     async def _exchange(
         self,
         method: str,
@@ -255,13 +320,21 @@ class Outbound:
                     method, url, content=content, headers={"Accept-Encoding": "identity", **headers}
                 ) as response,
             ):
-                return Answer(response.status_code, await _body(response, limit))
+                location = response.headers.get("Location")
+                return Answer(response.status_code, await _body(response, limit), location)
         except NotDialled as error:
             raise FetchError(str(error), remedy=error.remedy) from None
         except (TimeoutError, httpx.TimeoutException):
             raise FetchError(f"no HTTP answer within {deadline:g} s") from None
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
             raise FetchError(f"no HTTP answer: {str(error) or type(error).__name__}") from None
+
+
+def _reason(error: OSError | EOFError) -> str:
+    """What went wrong, without the names of the libraries' parts around it."""
+    if isinstance(error, ssl.SSLError) and error.reason:
+        return error.reason.lower().replace("_", " ")
+    return (isinstance(error, OSError) and error.strerror) or "the connection ended"
 
 
 async def _body(response: httpx.Response, limit: int) -> bytes:
@@ -271,7 +344,7 @@ async def _body(response: httpx.Response, limit: int) -> bytes:
         body += piece
         if len(body) > limit:
             if response.is_success:
-                raise FetchError(
+                raise TooLong(
                     f"an answer of more than {limit} octets",
                     remedy="check that no other web server answers there",
                 )

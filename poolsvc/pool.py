@@ -2,9 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from sqlalchemy import func, or_, select, text
 from sqlalchemy.exc import IntegrityError
@@ -15,9 +16,11 @@ from poolsvc import scoring
 from poolsvc.config import Settings
 from poolsvc.errors import WrongState
 from poolsvc.models import Address, Pool, Server
+from poolsvc.zone import Odds
 
-_CENSUS_LIFE, _CENSUS_MAX_LIFE = 1.0, 30.0
-_CENSUS_SHARE = 100  # a count takes a hundredth of the time between two
+_KEPT, _KEPT_MAX = 1.0, 30.0
+_KEPT_SHARE = 100  # a look takes a hundredth of the time between two
+T = TypeVar("T")
 
 
 async def the_pool(session: AsyncSession, settings: Settings, *, lock: bool = False) -> Pool:
@@ -89,24 +92,49 @@ class Census:
         return sum(count for state, count in self.by_state.items() if state is not ServerState.REMOVED)
 
 
-class CensusTaker:
-    """Counts at most once a second, and less often in a large pool, however often it is asked: it reads every server.
+async def take_census(session: AsyncSession) -> Census:
+    """Count every server."""
+    return Census(await count_by_state(session), await count_kept_low(session))
 
-    Never twice at a time: who asks meanwhile is content with the last count, and waits only for the first one.
+
+async def odds_of(session: AsyncSession, places: int) -> Odds:
+    """How often the servers that are in DNS get into an answer with so many places."""
+    traffic = (Server.traffic_cap, Server.traffic, Server.ke_cap, Server.ke_traffic)
+    found = await session.execute(
+        select(Server.member_id, Server.weight, *traffic).where(
+            Server.state == ServerState.ACTIVE, Server.listed_at.is_not(None)
+        )
+    )
+    weights = (
+        (
+            row.member_id,
+            scoring.sampling_weight(row.weight, row.traffic_cap, row.traffic, row.ke_cap, row.ke_traffic),
+        )
+        for row in found
+    )
+    return Odds.of(weights, places)
+
+
+class Kept(Generic[T]):
+    """What takes a look at every server: done once a second at most, and less often in a large pool, however often asked.
+
+    Never twice at a time: who asks meanwhile is content with what was found last, and waits only for the first one.
     """
 
-    def __init__(self) -> None:
-        self._last: Census | None = None
+    def __init__(self, look: Callable[[AsyncSession], Awaitable[T]]) -> None:
+        self._look = look
+        self._last: T | None = None
         self._due_at = 0.0
-        self._counting = asyncio.Lock()
+        self._looking = asyncio.Lock()
 
-    async def census(self, session: AsyncSession) -> Census:
-        if self._last is not None and (self._counting.locked() or time.monotonic() < self._due_at):
+    async def get(self, session: AsyncSession) -> T:
+        """What was found, some seconds ago at most."""
+        if self._last is not None and (self._looking.locked() or time.monotonic() < self._due_at):
             return self._last
-        async with self._counting:
+        async with self._looking:
             began = time.monotonic()
             if self._last is None or began >= self._due_at:
-                self._last = Census(await count_by_state(session), await count_kept_low(session))
+                self._last = await self._look(session)
                 took = time.monotonic() - began
-                self._due_at = began + min(max(_CENSUS_LIFE, _CENSUS_SHARE * took), _CENSUS_MAX_LIFE)
+                self._due_at = began + min(max(_KEPT, _KEPT_SHARE * took), _KEPT_MAX)
         return self._last

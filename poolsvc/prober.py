@@ -2,6 +2,7 @@
 
 import hashlib
 import secrets
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from ipaddress import ip_address
@@ -10,6 +11,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from nts_core import select
+from nts_core.aead import SUPPORTED, AeadId
 from nts_core.association import Association, Sample
 from nts_core.client import ClientError, Established, Failure, establish, exchange
 from nts_core.control import ProbeResult, Stage
@@ -35,7 +37,8 @@ class ProbeImpossible(Exception):
     """We could not probe: out of descriptors, memory or network."""
 
 
-def _refuse_own_fault(error: Exception) -> None:
+def refuse_own_fault(error: Exception) -> None:
+    """Raise ProbeImpossible for what says nothing of the server."""
     if isinstance(error, ClientError) and error.code == Failure.LOCAL:
         raise ProbeImpossible(error.message) from None
 
@@ -48,23 +51,47 @@ async def probe(
     *,
     own_addresses: AbstractSet[str],
     guard: Guard,
-    agentless: bool = False,
+    is_own: bool = False,
 ) -> ProbeResult:
-    """Key establishment, an exchange with a cookie from it, another with a cookie got by NTP.
+    """Key establishment, an exchange with a cookie from it, another with a cookie got by NTP. Raises ProbeImpossible."""
+    found, established = await key_establishment(
+        domain,
+        address,
+        ke_port,
+        trust,
+        own_addresses=own_addresses,
+        guard=guard,
+        is_own=is_own,
+    )
+    return found if established is None else await _exchanges(established, found)
+
+
+async def key_establishment(
+    domain: str,
+    address: str,
+    ke_port: int,
+    trust: Trust,
+    *,
+    own_addresses: AbstractSet[str],
+    guard: Guard,
+    is_own: bool = False,
+    offered: Sequence[AeadId] = SUPPORTED,
+) -> tuple[ProbeResult, Established | None]:
+    """The first part of a probe: what was found so far, and what NTP may be asked with if nothing was wrong.
 
     Proved or not, each address is checked again before it is dialled: settings may have changed since, or the
-    database have come from elsewhere. The certificate of one that is `agentless` has to be one that the pool could
-    revoke. Raises ProbeImpossible when the fault is this host's: nothing was found out about the server.
+    database have come from elsewhere. A certificate that `is_own`, ordered by the member's account, has to be one that
+    the pool could revoke. Raises ProbeImpossible when the fault is this host's: nothing was found out about the server.
     """
     try:
         guard.check(address, ke_port)
     except InvalidAddress as error:
-        return ProbeResult(address, Stage.TCP, f"not dialled: {error.detail}")
+        return ProbeResult(address, Stage.TCP, f"not dialled: {error.detail}"), None
     try:
-        established = await establish(domain, address, ke_port, trust)
+        established = await establish(domain, address, ke_port, trust, offered=offered)
     except ClientError as error:
-        _refuse_own_fault(error)
-        return ProbeResult(address, _STAGE_OF[Failure(error.code)], error.message)
+        refuse_own_fault(error)
+        return ProbeResult(address, _STAGE_OF[Failure(error.code)], error.message), None
     leaf = established.chain[0]
     found = ProbeResult(
         address,
@@ -76,14 +103,14 @@ async def probe(
         not_after=int(leaf.not_valid_after_utc.timestamp()),
         leaf=_copy(leaf),
     )
-    if agentless and (why := why_irrevocable(leaf, domain)) is not None:
-        return replace(found, failed=Stage.CERTIFICATE, detail=why)
+    if is_own and (why := why_irrevocable(leaf, domain)) is not None:
+        return replace(found, failed=Stage.CERTIFICATE, detail=why), None
     if (astray := _astray(established, own_addresses, guard)) is not None:
-        return replace(found, failed=Stage.KE, detail=f"sends clients astray: {astray}")
+        return replace(found, failed=Stage.KE, detail=f"sends clients astray: {astray}"), None
     if len(established.result.cookies) < MAX_COOKIES:
         detail = f"gave {len(established.result.cookies)} cookies instead of {MAX_COOKIES}"
-        return replace(found, failed=Stage.COOKIES, detail=detail)
-    return await _exchanges(established, found)
+        return replace(found, failed=Stage.COOKIES, detail=detail), None
+    return found, established
 
 
 def _copy(leaf: x509.Certificate) -> str | None:
@@ -126,18 +153,19 @@ async def _exchanges(established: Established, found: ProbeResult) -> ProbeResul
         try:
             samples.append(await exchange(association, established.ntp_host, established.ntp_port))
         except (ClientError, OutOfCookies) as error:
-            _refuse_own_fault(error)
+            refuse_own_fault(error)
             return replace(found, failed=stage, detail=str(error))
         except KissOfDeath as kiss:
             # NTSN means that the server lost the key of a cookie that it has just given.
             code = kiss.code if kiss.authentic else None
             return replace(found, failed=stage, detail=str(kiss), kiss=code)
-    return _measured(found, samples)
+    return measured(found, samples)
 
 
-def _measured(found: ProbeResult, samples: list[Sample]) -> ProbeResult:
+def measured(found: ProbeResult, samples: Sequence[Sample]) -> ProbeResult:
+    """What is found with these samples, of which there is at least one."""
     best = select.best(samples)
-    measured = replace(
+    result = replace(
         found,
         offset=best.offset,
         delay=best.delay,
@@ -147,12 +175,12 @@ def _measured(found: ProbeResult, samples: list[Sample]) -> ProbeResult:
         asked=sum(sample.asked for sample in samples),
         cookies=sum(sample.cookies for sample in samples),
     )
-    if measured.cookies < measured.asked:
-        detail = f"{measured.cookies} of {measured.asked} cookies came by NTP"
-        return replace(measured, failed=Stage.COOKIES, detail=detail)
+    if result.cookies < result.asked:
+        detail = f"{result.cookies} of {result.asked} cookies came by NTP"
+        return replace(result, failed=Stage.COOKIES, detail=detail)
     if not best.synchronised:
-        return replace(measured, failed=Stage.OFFSET, detail="the server says that it is not synchronised")
+        return replace(result, failed=Stage.OFFSET, detail="the server says that it is not synchronised")
     if abs(best.offset) > OFFSET_LIMIT:
         detail = f"the clock is {best.offset / 1e9:+.3f} s off; at most {OFFSET_LIMIT / 1e9:g} s is useful"
-        return replace(measured, failed=Stage.OFFSET, detail=detail)
-    return measured
+        return replace(result, failed=Stage.OFFSET, detail=detail)
+    return result

@@ -3,127 +3,96 @@
 Three rules make it safe beside a stale leader or a hand on the primary. Every update carries the leader's
 epoch and the old value of every RRset it touches as prerequisites (RFC 2136 section 2.4), so that the
 primary itself refuses what is out of date. NOERROR is never taken as done, because primaries acknowledge
-updates that they ignore (an address beside a CNAME, for one): what counts is the zone seen again. And
-`verify` asks the authoritative servers, which is what clients see.
+updates that they ignore (an address beside a CNAME, for one): what counts is the zone seen again, by what happened
+to it since it was last seen (IXFR), so that also what others do there is known. And `verify` asks the authoritative
+servers, which is what clients see.
 """
 
 import asyncio
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+import time
+from collections import ChainMap
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
 
 import dns.asyncquery
+import dns.dnssec
 import dns.exception
 import dns.flags
 import dns.message
 import dns.name
+import dns.opcode
 import dns.query
 import dns.rcode
 import dns.rdata
 import dns.rdataclass
 import dns.rdataset
 import dns.rdatatype
+import dns.rrset
 import dns.serial
 import dns.tsig
 import dns.update
-import dns.xfr
-import dns.zone
 
-from poolsvc.zone import Change, Key, RRset, Zone, ZonePolicy, diff, managed
+from poolsvc import zone_transfer
+from poolsvc.primary import (
+    UNMET,
+    Conflict,
+    Fenced,
+    Nameserver,
+    PrimaryConfig,
+    PublishError,
+    Rejected,
+    Unreachable,
+    primary_errors,
+    refusal,
+)
+from poolsvc.zone import MANAGED_TYPES, Change, Key, RRset, Zone, ZonePolicy, diff, make, managed
+from poolsvc.zone_transfer import NotIncremental, Record, Since, Source, Whole
 
 CHUNK_RECORDS = 400  # old and new records of one message, which primaries sign in a fraction of a second
 CHUNK_OCTETS = 40_000  # of their text; a message holds 64 KiB
-TRANSFER_BUFFER = 64 * 1024 * 1024  # octets that may wait to be parsed, some 250,000 records
 ATTEMPTS = 5  # rounds of observe and apply before a moving zone is reported
+SERVFAIL_TRIES = 2  # of one message
 VERIFY_CONCURRENCY = 16  # questions in flight to one authoritative server
 VERIFY_PAYLOAD = 1232
 VERIFY_TRIES = 2
-_UNMET = frozenset(
-    {dns.rcode.NXRRSET, dns.rcode.YXRRSET, dns.rcode.NXDOMAIN, dns.rcode.YXDOMAIN}
-)  # prerequisites
-
-
-class PublishError(Exception):
-    """The zone is not as wanted; `code` is stable, the text is for the operator and holds no secret."""
-
-    code = "publish"
-
-
-class Fenced(PublishError):
-    """Another leader with another epoch writes the zone; this one must stop."""
-
-    code = "fenced"
-
-
-class Conflict(PublishError):
-    """The zone was not as observed; observe again."""
-
-    code = "conflict"
-
-
-class Rejected(PublishError):
-    """The primary will not do this however often it is asked: key, clock, rights or content."""
-
-    code = "rejected"
-
-
-class Unreachable(PublishError):
-    """No usable answer in time; asking later may help."""
-
-    code = "unreachable"
-
-
-@dataclass(frozen=True, slots=True)
-class Nameserver:
-    """An authoritative server as clients reach it."""
-
-    address: str
-    port: int = 53
-
-    def __str__(self) -> str:
-        return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrimaryConfig:
-    """Where updates go and which servers must then show them; `tsig_secret` is base64.
-
-    `timeout` bounds the exchange of one question and one answer, `transfer_timeout` a whole AXFR (seconds).
-    """
-
-    address: str
-    port: int
-    tsig_name: str
-    tsig_secret: str = field(repr=False)
-    tsig_algorithm: str = "hmac-sha256"
-    nameservers: tuple[Nameserver, ...]
-    timeout: float = 5.0
-    transfer_timeout: float = 120.0
+# Of one server's answer, or it could let us work for as long as it likes (CVE-2023-50387).
+_MAX_KEYS, _MAX_SIGNATURES = 16, 4
+_IN = dns.rdataclass.IN
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """The managed part of the zone on the primary; `epoch` is the fence's text, None without a fence."""
+    """The managed part of the zone on the primary, and the fence. Both are never changed.
+
+    `soa_minimum` (seconds) is how long resolvers may still deny new names (RFC 8198).
+    """
 
     serial: int
     zone: Zone
     soa_minimum: int
-    epoch: str | None
+    fence: RRset | None
+
+    @property
+    def epoch(self) -> str | None:
+        """What the fence says; of several texts all, which is no epoch of anybody's."""
+        if self.fence is None:
+            return None
+        return " ".join(sorted(text.strip('"') for text in self.fence.rdatas))
+
+
+Plan = Callable[[Zone], Awaitable[Sequence[Change]]]
+"""What is to be done in a zone that is as given."""
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """The primary holds what was wanted at `serial`, and `changes` is what that took.
+    """The primary holds what was wanted: `changes` is what that took, and `foreign` what somebody else did meanwhile."""
 
-    `soa_minimum` (seconds) is how long resolvers may still deny the new names (RFC 8198).
-    """
-
-    serial: int
+    seen: Observation
     changes: tuple[Change, ...]
-    soa_minimum: int
+    foreign: tuple[Change, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +102,7 @@ class Mismatch:
     nameserver: Nameserver
     key: Key | None
     reason: str
+    remedy: str = field(default="", compare=False)
 
 
 class Publisher:
@@ -146,10 +116,22 @@ class Publisher:
 
     async def observe(self) -> Observation:
         """The zone by AXFR."""
-        with _primary_errors():
-            async with asyncio.timeout(self._config.transfer_timeout):
-                zone = await self._transfer()
-                return await asyncio.to_thread(self._observation, zone)
+        found = await zone_transfer.whole(self._source(), self._config.transfer_timeout)
+        return await asyncio.to_thread(self._observation, found)
+
+    async def follow(self, seen: Observation) -> tuple[Observation, tuple[Change, ...]]:
+        """The zone as it has become since it was seen, and what happened to it, whoever did it.
+
+        By IXFR where the primary has the changes, or sends a small zone in their place; else by AXFR.
+        """
+        try:
+            found = await zone_transfer.since(self._source(), seen.serial)
+            if isinstance(found, Since):
+                return self._later(seen, found)
+            now = self._observation(found)
+        except NotIncremental:
+            now = await self.observe()
+        return now, diff(now.zone, seen.zone)
 
     async def take_fence(self, epoch: int) -> None:
         """Make `epoch` the zone's epoch; Fenced when the zone has a higher one."""
@@ -190,28 +172,66 @@ class Publisher:
             messages += 1
         return messages
 
-    async def publish(self, wanted: Mapping[Key, RRset], epoch: int) -> Published:
-        """Bring the zone to `wanted` and see it there; the fence must have been taken with `epoch`."""
-        seen = first = await self.observe()
+    async def bring(self, plan: Plan, epoch: int, seen: Observation | None = None) -> Published:
+        """Make what `plan` finds to do in the zone, and see it there, until nothing is left to do.
+
+        `seen` is the zone as it was last known, without which it is observed. The fence must have been taken with
+        `epoch`. What a conflict tells is that `seen` is old, or wrong: then it is followed, or observed anew.
+        """
+        if seen is None:
+            seen = await self.observe()
+        made: list[Change] = []
+        foreign: list[Change] = []
         failure: PublishError | None = None
         for _ in range(ATTEMPTS):
             if seen.epoch != str(epoch):
                 raise Fenced(f"the zone's epoch is {seen.epoch}, ours is {epoch}")
-            changes = diff(wanted, seen.zone)
+            changes = await plan(seen.zone)
             if not changes:
-                return Published(seen.serial, diff(wanted, first.zone), seen.soa_minimum)
+                return Published(seen, tuple(made), tuple(foreign))
             try:
                 await self.apply(changes, epoch)
-                failure = Rejected(f"acknowledged but not kept: {changes[0].owner} {changes[0].rdtype}")
+                failure = Rejected(
+                    f"acknowledged but not kept: {changes[0].owner} {changes[0].rdtype}; "
+                    "look for a CNAME there, and at what the primary grants the TSIG key"
+                )
             except Conflict as conflict:
                 failure = conflict
-            seen = await self.observe()
+            before = seen
+            seen, happened = await self.follow(before)
+            if isinstance(failure, Conflict) and not happened:
+                seen = await self.observe()
+                happened = diff(seen.zone, before.zone)
+            ours = {change.key: change.after for change in changes}
+            for change in happened:
+                is_ours = change.key in ours and ours[change.key] == change.after
+                (made if is_ours else foreign).append(change)
         assert failure is not None
         raise failure
+
+    async def notify(self) -> None:
+        """Tell the nameservers, if they are to be told, that the zone has changed (RFC 1996); nobody's answer is awaited.
+
+        Signed, so that they need not know our address. The primary is told as well where it is one of them.
+        """
+        message = dns.message.make_query(self._apex, "SOA", flags=dns.flags.AA)
+        message.set_opcode(dns.opcode.NOTIFY)
+        message.use_tsig(self._tsig)
+        wire, loop = message.to_wire(), asyncio.get_running_loop()
+        for to in self._config.nameservers if self._config.notify else ():
+            # What cannot be sent is left to the primary's own NOTIFY.
+            with suppress(OSError):
+                async with asyncio.timeout(self._config.timeout):
+                    transport, _ = await loop.create_datagram_endpoint(
+                        asyncio.DatagramProtocol, remote_addr=(to.address, to.port)
+                    )
+                transport.sendto(wire)
+                transport.close()
 
     async def verify(self, keys: Iterable[Key], wanted: Mapping[Key, RRset]) -> tuple[Mismatch, ...]:
         """Ask every authoritative server for each key: equal and signed, or absent, as `wanted` says.
 
+        A signature counts if it holds now by the keys that the same server shows; `poolsvc doctor` follows these up.
         The answer is in the order of servers, then keys; a server that falls silent comes first, once.
         """
         asked = tuple(keys)
@@ -224,10 +244,10 @@ class Publisher:
         """Ask for each kind of change that the publisher makes, so that nothing is changed.
 
         Each message deletes RRsets of which its prerequisites say that they do not exist. A primary checks the
-        key first; Knot checks the rights before the prerequisites, BIND after them. Returns the primary's time.
+        key first, then Knot and BIND the rights; PowerDNS keeps what it denies to itself. Returns the primary's time.
         """
         trials = (
-            (self._policy.domain("_trial"), ("A", "AAAA", "CAA")),  # no server can have this name
+            (self._policy.domain("_trial"), ("A", "AAAA", "CAA", "TXT")),  # no server can have this name
             (self._policy.challenge("_trial"), ("TXT",)),
             (self._policy.service, ("SRV",)),
             (self._policy.fence, ("TXT",)),
@@ -241,71 +261,84 @@ class Publisher:
         for rdtype in rdtypes:
             update.delete(owner, rdtype)
         try:
-            answer = await self._exchange(update, *_UNMET)
+            answer = await self._exchange(update, *UNMET)
         except Rejected as error:
             raise Rejected(f"{owner} {', '.join(rdtypes)}: {error}") from None
         assert answer.tsig is not None
         return datetime.fromtimestamp(answer.tsig[0].time_signed, UTC)
 
-    async def serial(self) -> int:
-        """The zone's serial on the primary."""
-        query = dns.message.make_query(self._apex, "SOA", flags=0)
-        query.use_tsig(self._tsig)
-        soa = _answered(await self._exchange(query))
-        if soa is None:
-            raise Unreachable("the primary does not show the zone's SOA")
-        serial: int = soa[0].serial
-        return serial
+    async def behind(self, serial: int) -> tuple[Nameserver, ...]:
+        """The authoritative servers that do not say that they have come to `serial`.
 
-    async def behind(self, serial: int) -> tuple[Mismatch, ...]:
-        """The authoritative servers that have not come to `serial` yet, or do not say so."""
-        found = await asyncio.gather(*(self._behind(server, serial) for server in self._config.nameservers))
-        return tuple(mismatch for mismatch in found if mismatch is not None)
+        That is a reason to ask them, and no fault: a server that signs by itself has serials of its own. Only what it
+        shows counts.
+        """
+        nameservers = self._config.nameservers
+        found = await asyncio.gather(*(self._is_behind(one, serial) for one in nameservers))
+        return tuple(one for one, is_behind in zip(nameservers, found, strict=True) if is_behind)
 
-    async def _behind(self, nameserver: Nameserver, serial: int) -> Mismatch | None:
+    async def _is_behind(self, nameserver: Nameserver, serial: int) -> bool:
         try:
             soa = _answered(await self._question(nameserver, (self._policy.apex, "SOA")))
-        except Unreachable as silence:
-            return Mismatch(nameserver, None, str(silence))
-        if soa is None:
-            return Mismatch(nameserver, None, "does not show the zone's SOA")
-        if dns.serial.Serial(soa[0].serial) < dns.serial.Serial(serial):
-            return Mismatch(nameserver, None, f"has the serial {soa[0].serial} instead of {serial}")
-        return None
+        except Unreachable:
+            return True
+        return soa is None or dns.serial.Serial(soa[0].serial) < dns.serial.Serial(serial)
 
-    async def _transfer(self) -> dns.zone.Zone:
-        """The whole zone by a signed transfer (RFC 5936); parsed in threads, as that takes seconds."""
-        to = self._config
-        zone = dns.zone.Zone(self._apex, relativize=False)
-        query, _ = dns.xfr.make_query(zone, serial=None, keyring=self._tsig)
-        async with asyncio.timeout(to.timeout):
-            # The stream goes on reading while a message is parsed: primaries give up on one that stalls
-            # (Knot after half a second).
-            reader, writer = await asyncio.open_connection(to.address, to.port, limit=TRANSFER_BUFFER)
-        try:
-            writer.write(query.to_wire(prepend_length=True))
-            done, signing = False, None
-            with dns.xfr.Inbound(zone) as inbound:
-                while not done:
-                    async with asyncio.timeout(to.timeout):
-                        size = int.from_bytes(await reader.readexactly(2), "big")
-                        octets = await reader.readexactly(size)
-                    message = await asyncio.to_thread(_transferred, query, octets, signing)
-                    done = await asyncio.to_thread(inbound.process_message, message)
-                    signing = message.tsig_ctx
-        finally:
-            writer.close()
-        return zone
+    def _source(self) -> Source:
+        policy, to = self._policy, self._config
+        return Source(
+            address=to.address,
+            port=to.port,
+            zone=policy.apex,
+            tsig_name=to.tsig_name,
+            tsig_secret=to.tsig_secret,
+            tsig_algorithm=to.tsig_algorithm,
+            owners=policy.owners,
+            types=MANAGED_TYPES,
+            timeout=to.timeout,
+        )
 
-    def _observation(self, zone: dns.zone.Zone) -> Observation:
-        found: Zone = {}
-        for name, rdataset in zone.iterate_rdatasets():
-            owner, rdtype = name.to_text().lower(), dns.rdatatype.to_text(rdataset.rdtype)
-            if managed(owner, rdtype, self._policy):
-                found[owner, rdtype] = _rrset(rdataset)
-        soa = zone.get_soa()
-        fence = zone.get_rdataset(self._policy.fence, "TXT")
-        return Observation(soa.serial, found, soa.minimum, None if fence is None else _fence_text(fence))
+    def _observation(self, found: Whole) -> Observation:
+        zone = {key: rrset for key, rrset in found.records.items() if managed(*key, self._policy)}
+        fence = found.records.get((self._policy.fence, "TXT"))
+        return Observation(found.soa.serial, zone, found.soa.minimum, fence)
+
+    def _later(self, seen: Observation, since: Since) -> tuple[Observation, tuple[Change, ...]]:
+        """What was seen, gone on by what happened since. NotIncremental when the two do not fit."""
+        fence = self._policy.fence, "TXT"
+        before = ChainMap({} if seen.fence is None else {fence: seen.fence}, seen.zone)
+        after: dict[Key, RRset] = {}
+
+        def become(record: Record, texts: frozenset[str]) -> None:
+            after[record.owner, record.rdtype] = RRset(record.ttl, texts)
+
+        def held(record: Record) -> frozenset[str]:
+            key = record.owner, record.rdtype
+            rrset = after.get(key) or before.get(key)
+            return frozenset() if rrset is None else rrset.rdatas
+
+        for step in since.steps:
+            for record in filter(self._is_followed, step.deleted):
+                if record.text not in (texts := held(record)):
+                    raise NotIncremental(f"{record.owner} {record.rdtype} was not known to be there")
+                become(record, texts - {record.text})
+            for record in filter(self._is_followed, step.added):
+                become(record, held(record) | {record.text})
+        changes = tuple(
+            Change(*key, before.get(key), rrset if rrset.rdatas else None)
+            for key, rrset in after.items()
+            if before.get(key) != (rrset if rrset.rdatas else None)
+        )
+        zone = seen.zone
+        if ours := tuple(change for change in changes if change.key != fence):
+            zone = dict(zone)
+            make(zone, ours)
+        epoch = next((change.after for change in changes if change.key == fence), seen.fence)
+        return Observation(since.soa.serial, zone, since.soa.minimum, epoch), ours
+
+    def _is_followed(self, record: Record) -> bool:
+        is_fence = record.owner == self._policy.fence and record.rdtype == "TXT"
+        return is_fence or managed(record.owner, record.rdtype, self._policy)
 
     async def fence(self) -> int | None:
         """The epoch that the zone's fence holds."""
@@ -323,15 +356,29 @@ class Publisher:
         return dns.update.UpdateMessage(self._apex, keyring=self._tsig)
 
     async def _exchange(self, message: dns.message.Message, *fine: dns.rcode.Rcode) -> dns.message.Message:
-        """One signed message to the primary and its signed answer; rcodes but NOERROR and `fine` raise."""
-        with _primary_errors():
-            to = self._config
-            answer = await dns.asyncquery.tcp(message, to.address, to.timeout, to.port)
+        """One signed message to the primary and its signed answer; rcodes but NOERROR and `fine` raise.
+
+        After one SERVFAIL it is asked again: PowerDNS says so when it writes something else in the same moment.
+        """
+        for _ in range(SERVFAIL_TRIES):
+            answer = await self._answer(message)
+            if answer.rcode() != dns.rcode.SERVFAIL:
+                break
         if answer.rcode() not in {dns.rcode.NOERROR, *fine}:
-            raise _refusal(answer.rcode())
-        if not answer.had_tsig:
-            raise Rejected("the primary's answer carries no TSIG signature")
+            raise refusal(answer.rcode())
         return answer
+
+    async def _answer(self, message: dns.message.Message) -> dns.message.Message:
+        to = self._config
+        with primary_errors():
+            async with asyncio.timeout(to.timeout):
+                reader, writer = await asyncio.open_connection(to.address, to.port)
+                try:
+                    writer.write(message.to_wire(prepend_length=True))
+                    octets = await reader.readexactly(int.from_bytes(await reader.readexactly(2), "big"))
+                finally:
+                    writer.close()
+            return _signed(message, octets)
 
     async def _verify_at(
         self, nameserver: Nameserver, keys: tuple[Key, ...], wanted: Mapping[Key, RRset]
@@ -342,16 +389,24 @@ class Publisher:
         async def ask_in_turn() -> None:
             for key in waiting:
                 answer = await self._question(nameserver, key)
-                if (reason := _fault(answer, wanted.get(key))) is not None:
-                    found.append(Mismatch(nameserver, key, reason))
+                if (fault := _fault(answer, wanted.get(key), dnskeys)) is not None:
+                    found.append(Mismatch(nameserver, key, *fault))
 
         try:
+            dnskeys = self._dnskeys(await self._question(nameserver, (self._policy.apex, "DNSKEY")))
             async with asyncio.TaskGroup() as group:
                 for _ in range(VERIFY_CONCURRENCY):
                     group.create_task(ask_in_turn())
         except* Unreachable as silence:
-            found.append(Mismatch(nameserver, None, str(silence.exceptions[0])))
+            found.append(Mismatch(nameserver, None, str(silence.exceptions[0]), _SILENT))
         return sorted(found, key=lambda mismatch: mismatch.key or ())
+
+    def _dnskeys(self, answer: dns.message.Message) -> dns.rrset.RRset | None:
+        """The zone's keys as a server shows them, which sign each other; None if they do not."""
+        keys = _answered(answer)
+        if keys is None or len(keys) > _MAX_KEYS or _signature_fault(answer, keys, keys) is not None:
+            return None
+        return keys
 
     async def _question(self, to: Nameserver, key: Key) -> dns.message.Message:
         query = dns.message.make_query(*key, want_dnssec=True, payload=VERIFY_PAYLOAD, flags=0)
@@ -359,7 +414,7 @@ class Publisher:
         failure = Unreachable("not asked")
         for _ in range(VERIFY_TRIES):
             try:
-                with _primary_errors():
+                with primary_errors():
                     answer, _ = await dns.asyncquery.udp_with_fallback(
                         query, to.address, timeout, to.port, ignore_unexpected=True, ignore_errors=True
                     )
@@ -369,14 +424,21 @@ class Publisher:
         raise failure
 
 
-def _transferred(query: dns.message.Message, octets: bytes, signing: Any) -> dns.message.Message:
-    """One message of a transfer; `signing` is the TSIG context after the one before, None for the first."""
-    message = dns.message.from_wire(
-        octets, keyring=query.keyring, request_mac=query.mac, xfr=True, tsig_ctx=signing, multi=True
-    )
-    if not query.is_response(message, xfr_continuation=signing is not None):
+def _signed(message: dns.message.Message, octets: bytes) -> dns.message.Message:
+    """The answer to a signed message, once its signature is checked."""
+    bare = dns.message.from_wire(octets, keyring=False)
+    if not bare.had_tsig:
+        match bare.rcode():
+            case dns.rcode.NOERROR:
+                raise Rejected("the primary's answer carries no TSIG signature")
+            case dns.rcode.REFUSED:  # PowerDNS to a wrong key; others name the fault in a TSIG (RFC 8945)
+                raise refusal(dns.rcode.NOTAUTH)
+            case rcode:
+                raise refusal(rcode)
+    answer = dns.message.from_wire(octets, keyring=message.keyring, request_mac=message.mac)
+    if not message.is_response(answer):
         raise dns.query.BadResponse
-    return message
+    return answer
 
 
 def _chunks(changes: Iterable[Change]) -> Iterator[list[Change]]:
@@ -423,61 +485,60 @@ def _fence_text(rdataset: dns.rdataset.Rdataset) -> str:
     return " ".join(sorted(rdata.to_text().strip('"') for rdata in rdataset))
 
 
-def _answered(answer: dns.message.Message) -> dns.rdataset.Rdataset | None:
+def _answered(answer: dns.message.Message) -> dns.rrset.RRset | None:
     """The RRset that was asked for."""
     asked = answer.question[0]
-    return answer.get_rrset(answer.answer, asked.name, dns.rdataclass.IN, asked.rdtype)
+    return answer.get_rrset(answer.answer, asked.name, _IN, asked.rdtype)
 
 
-def _fault(answer: dns.message.Message, expected: RRset | None) -> str | None:
+_Fault = tuple[str, str]
+"""What is wrong with an answer, and what to do."""
+
+_SILENT = "see whether it runs and is reachable from here, or take it out of dns.nameservers"
+_LATE = "see whether it gets NOTIFY and transfers from the primary"
+_UNSIGNED = "see why the primary does not sign anew: its log, its keys, its clock"
+
+
+def _fault(
+    answer: dns.message.Message, expected: RRset | None, dnskeys: dns.rrset.RRset | None
+) -> _Fault | None:
     """What is wrong with an authoritative server's answer, None when nothing is."""
     if answer.rcode() not in {dns.rcode.NOERROR, dns.rcode.NXDOMAIN}:
-        return f"answers {dns.rcode.to_text(answer.rcode())}"
+        return f"answers {dns.rcode.to_text(answer.rcode())}", "let it serve the zone; its log says more"
     if not answer.flags & dns.flags.AA:
-        return "is not authoritative"
+        return "is not authoritative", "let it serve the zone, or take it out of dns.nameservers"
     shown = _answered(answer)
     if expected is None:
-        return None if shown is None else "still shows the records"
+        return None if shown is None else ("still shows the records", _LATE)
     if shown is None:
-        return "does not show the records"
+        return "does not show the records", _LATE
     if _rrset(shown).rdatas != expected.rdatas:
-        return "shows other records"
-    if not any(rrset.covers == shown.rdtype for rrset in answer.answer):
-        return "shows the records without a signature"
+        return "shows other records", _LATE
+    return _signature_fault(answer, shown, dnskeys)
+
+
+def _signature_fault(
+    answer: dns.message.Message, shown: dns.rrset.RRset, dnskeys: dns.rrset.RRset | None
+) -> _Fault | None:
+    """Whether one of the signatures over what is shown holds now, by the zone's keys; what is wrong otherwise."""
+    signatures = answer.get_rrset(answer.answer, shown.name, _IN, dns.rdatatype.RRSIG, shown.rdtype)
+    if signatures is None:
+        return "shows the records without a signature", "turn signing on at the primary"
+    if dnskeys is None:
+        return "shows no DNSKEY that signs itself", _UNSIGNED
+    if len(signatures) > _MAX_SIGNATURES:
+        return f"shows more than {_MAX_SIGNATURES} signatures over the records", _UNSIGNED
+    try:
+        dns.dnssec.validate(shown, signatures, {dnskeys.name: dnskeys})
+    except (dns.exception.ValidationFailure, dns.exception.UnsupportedAlgorithm):
+        now = time.time()
+        if (end := max(signature.expiration for signature in signatures)) < now:
+            return f"shows a signature that ended on {_day(end)}", _UNSIGNED
+        if (begin := min(signature.inception for signature in signatures)) > now:
+            return f"shows a signature that begins on {_day(begin)}", _UNSIGNED
+        return "shows a signature that does not hold by the zone's keys", _UNSIGNED
     return None
 
 
-def _refusal(rcode: dns.rcode.Rcode) -> PublishError:
-    """The error for an answer of the primary: a prerequisite that failed, a passing fault, or a refusal."""
-    text = f"the primary answers {dns.rcode.to_text(rcode)}"
-    if rcode in _UNMET:
-        return Conflict(text)
-    if rcode == dns.rcode.SERVFAIL:
-        return Unreachable(text)
-    return Rejected(text)
-
-
-@contextmanager
-def _primary_errors() -> Iterator[None]:
-    """What dnspython and the system raise, in this module's words."""
-    try:
-        yield
-    except dns.tsig.PeerBadKey:
-        # Knot answers BADKEY to a known key that its acl does not allow the name or type as well.
-        raise Rejected("the primary does not know the TSIG key, or does not grant it this") from None
-    except dns.tsig.PeerBadSignature:
-        raise Rejected("the primary refuses the TSIG signature: the secrets differ") from None
-    except dns.tsig.PeerBadTime:
-        raise Rejected("the primary refuses the TSIG time: one of the two clocks is wrong") from None
-    except (dns.tsig.PeerError, dns.tsig.BadSignature, dns.tsig.BadTime, dns.message.UnknownTSIGKey) as error:
-        raise Rejected(f"TSIG with the primary failed: {error}") from None
-    except dns.xfr.TransferError as error:
-        raise _refusal(error.rcode) from None
-    except OSError as error:
-        # Without the peer's address: alarms are public, and a primary may be hidden.
-        reason = os.strerror(error.errno) if error.errno else type(error).__name__
-        raise Unreachable(reason) from error
-    except (EOFError, dns.exception.Timeout) as error:
-        raise Unreachable(str(error) or type(error).__name__) from error
-    except dns.exception.DNSException as error:
-        raise Unreachable(f"not a usable answer: {error}") from error
+def _day(moment: int) -> str:
+    return f"{datetime.fromtimestamp(moment, UTC):%Y-%m-%d %H:%M} UTC"

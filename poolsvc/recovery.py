@@ -18,17 +18,16 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from nts_core.control import ServerState
-from poolsvc import auth, backup, journal, servers, teams, transfers
+from poolsvc import auth, backup, journal, plans, servers, teams, transfers
 from poolsvc.backup import BackupError
 from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.journal import Entry
 from poolsvc.models import ENDED_STATES, Member, MemberStatus, Server, SignIn, User
-from poolsvc.names import is_label, skeleton
-from poolsvc.pool import count_by_state, the_pool
-from poolsvc.publication import Publication
+from poolsvc.names import skeleton
+from poolsvc.plans import Outlook
+from poolsvc.pool import the_pool
 from poolsvc.servers import EventKind
-from poolsvc.zone import Change, diff
 
 _ACTOR = "restore"
 
@@ -115,8 +114,9 @@ async def _burn(
 ) -> list[str]:
     """Keep names that were in DNS, and that the database does not know, from ever being given again."""
     burnt: list[str] = []
+    held = await plans.held_names(session, names)
     for name, at in names.items():
-        if await _is_held(session, name):
+        if name in held:
             continue
         keeper = await _keeper(session, now)
         server = Server(
@@ -144,11 +144,6 @@ async def _burn(
     return burnt
 
 
-async def _is_held(session: AsyncSession, name: str) -> bool:
-    held = select(Server.id).where(Server.name == name, Server.released_at.is_(None))
-    return await session.scalar(held.limit(1)) is not None
-
-
 async def _keeper(session: AsyncSession, now: datetime) -> Member:
     """The member that keeps names of servers whose members the copy does not know."""
     name = "Servers of lost records"
@@ -160,39 +155,10 @@ async def _keeper(session: AsyncSession, now: datetime) -> Member:
     return member
 
 
-@dataclass(frozen=True, slots=True)
-class Outlook:
-    """What a frozen registry would do to the zone."""
-
-    frozen_at: datetime | None
-    epoch: int | None  # the zone's
-    changes: tuple[Change, ...]
-    unknown: tuple[str, ...]  # names in the zone that no server has
-    servers: Mapping[ServerState, int]
-
-
-async def look(database: Database, settings: Settings, now: datetime) -> Outlook:
-    """Compare the zone on the primary with what would be published. Raises PublishError, OSError."""
-    publication = Publication(database, settings)
-    is_ready = await publication.look(now, even_frozen=True)
-    async with database.transaction() as session:
-        pool = await the_pool(session, settings)
-        states = await count_by_state(session)
-    if not is_ready:
-        return Outlook(pool.frozen_at, None, (), (), states)
-    seen = await publication.publisher.observe()
-    epoch = int(seen.epoch) if seen.epoch is not None and seen.epoch.isdecimal() else None
-    below = f".{settings.servers_domain}."
-    names = {owner.removesuffix(below) for owner, _ in seen.zone if owner.endswith(below)}
-    async with database.transaction() as session:
-        unknown = [name for name in sorted(names) if is_label(name) and not await _is_held(session, name)]
-    return Outlook(pool.frozen_at, epoch, diff(publication.whole(), seen.zone), tuple(unknown), states)
-
-
 async def thaw(database: Database, settings: Settings, outlook: Outlook, now: datetime) -> None:
     """Let the registry publish again what was looked at, with an epoch above the zone's.
 
-    Names in the zone that no server has are burnt: their certificates may still be good.
+    Confirmed with it is what the guard would stop. Names in the zone that no server has are burnt: their certificates may still be good.
     """
     async with database.transaction("console") as session:
         names = dict.fromkeys(outlook.unknown, now)
@@ -200,6 +166,8 @@ async def thaw(database: Database, settings: Settings, outlook: Outlook, now: da
         pool = await the_pool(session, settings, lock=True)
         pool.epoch = max(pool.epoch, outlook.epoch or 0)
         pool.frozen_at = None
+        if outlook.question:
+            await plans.approve(session, outlook.question, now)
 
 
 async def move(source: Database, target: Database, settings: Settings, now: datetime) -> dict[str, int]:

@@ -1,8 +1,8 @@
 """Taking a server out for good: the CA's side of it, and the receipt. DNS's side is `poolsvc.publication`.
 
 The four steps do not wait for each other where they need not: a dead DNS server delays no revocation, and a
-dead CA delays no withdrawal. REMOVED is reached when each step has its time. What a server without an agent has is its
-member's own: `poolsvc.revocation` revokes that if the CA lets it.
+dead CA delays no withdrawal. REMOVED is reached when each step has its time. What a member's own account has ordered
+`poolsvc.revocation` revokes if the CA lets it.
 """
 
 import asyncio
@@ -15,9 +15,9 @@ from sqlalchemy import Select, and_, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import aliased
 
+from nts_core.acme import AcmeError
 from nts_core.control import ServerState
-from poolsvc import issuance, journal, revocation, servers
-from poolsvc.acme import AcmeError
+from poolsvc import issuance, journal, own_account, revocation, servers
 from poolsvc.authorities import Accounts
 from poolsvc.config import Settings
 from poolsvc.db import Database
@@ -37,8 +37,8 @@ _CAA_LIFE = timedelta(hours=8)
 class Receipt:
     """When each step of a removal was done; None while it is outstanding.
 
-    Without an agent: CAA is turned to the registry's accounts, which prove control of the name and revoke. None also for
-    what was given up; `not_revoked` says why.
+    Where the member's own account has ordered: CAA is turned to the registry's accounts, which prove control of the name and
+    revoke. None also for what was given up; `not_revoked` says why.
     """
 
     srv_withdrawn_at: datetime | None
@@ -91,8 +91,9 @@ def _outstanding(server: Server) -> tuple[str, ...]:
     if not server.agentless:
         steps += [
             (server.authorization_deactivated_at, "authorization: not ended at the CA"),
-            (server.certificate_revoked_at, "certificate: not revoked by the CA"),
         ]
+    if not server.agentless and server.revoking_since is None and server.not_revoked is None:
+        steps += [(server.certificate_revoked_at, "certificate: not revoked by the CA")]
     elif revocation.is_under_way(server):
         steps += [
             (server.caa_turned_at, "CAA: not seen turned to the registry's account on every nameserver"),
@@ -119,7 +120,8 @@ def _for_notice(made: Receipt | None, now: datetime) -> dict[str, Any]:
 def _exposure(server: Server, settings: Settings, ends: datetime | None) -> str:
     cached = max(settings.dns.srv_ttl, settings.dns.address_ttl)
     text = f"resolvers may know the name for {cached} s after it was broken"
-    if server.agentless:
+    is_own = own_account.is_used(server) or server.revoking_since is not None
+    if is_own or server.not_revoked is not None:
         return text + _own_exposure(server, ends)
     if ends is not None:
         text += f"; a client that never looks at DNS or revocation may use its keys until {ends.isoformat()}"
@@ -179,7 +181,7 @@ async def advance(
         # Somebody may have hurried it meanwhile; a lease that was renewed is later, and ends here.
         if claimed is None or server.removal_due_at is None or server.removal_due_at >= claimed:
             server.removal_due_at = due_at
-        if _is_complete(server):
+        if _is_complete(server, now):
             await _close(session, settings, server, now)
     if done.failures:
         raise BaseExceptionGroup("steps at CAs failed", done.failures)
@@ -242,9 +244,10 @@ def _note_ca_steps(server: Server, done: "_Done", now: datetime) -> None:
     ended = [order.deactivated_at for order in server.orders if _has_authorization(order)]
     if None not in ended:
         # Each order's authorization ends with its issue already: the receipt tells when the last one did.
-        last = server.authorization_deactivated_at or now
-        server.authorization_deactivated_at = max(filter(None, ended), default=last)
-    if not any(issuance.is_revocable(order, now) for order in server.orders):
+        known = filter(None, [server.authorization_deactivated_at, *ended])
+        server.authorization_deactivated_at = max(known, default=now)
+    is_own = server.revoking_since is not None or server.not_revoked is not None
+    if not is_own and not any(issuance.is_revocable(order, now) for order in server.orders):
         server.certificate_revoked_at = server.certificate_revoked_at or now
 
 
@@ -257,6 +260,7 @@ def _unrevoked(settings: Settings, server: Server) -> str | None:
         for order in server.orders
         if order.not_after is not None
         and order.revoked_at is None
+        and not issuance.is_seen(order)
         and issuance.is_out_of_reach(settings, order)
     ]
     end = max(ends, default=server.state_since)
@@ -265,14 +269,15 @@ def _unrevoked(settings: Settings, server: Server) -> str | None:
     return f"not revoked: its CA is named no more in the settings; ended at {end.isoformat()}"
 
 
-def _is_complete(server: Server) -> bool:
+def _is_complete(server: Server, now: datetime) -> bool:
     steps = [server.srv_withdrawn_at, server.name_broken_at]
     if not server.agentless:
-        steps += [server.authorization_deactivated_at, server.certificate_revoked_at]
-    elif server.revoking_since is not None:
+        steps.append(server.authorization_deactivated_at)
+    if server.revoking_since is not None:
         # Whether it was done or given up, as the receipt says.
         steps += [server.revoking_ended_at, server.caa_closed_at]
-    return None not in steps and not revocation.is_any_left(server)
+    is_ours_left = any(issuance.is_revocable(order, now) for order in server.orders)
+    return None not in steps and not is_ours_left and not revocation.is_any_left(server)
 
 
 @dataclass(slots=True)

@@ -8,14 +8,17 @@ from http import HTTPStatus
 from random import SystemRandom
 
 import structlog
+from sqlalchemy.ext.asyncio import AsyncSession
 
-from poolsvc import issuance, servers
-from poolsvc.acme import AcmeError, RenewalInfo
+from nts_core.acme import AcmeError, RenewalInfo
+from nts_core.certificates import ChainError, certificate_id, moment_of, renew_by
+from poolsvc import commands, issuance, onboarding, own_account, servers
 from poolsvc.authorities import Accounts
-from poolsvc.certificates import ChainError, certificate_id, moment_of, renew_by
 from poolsvc.config import Settings
 from poolsvc.db import Database
-from poolsvc.models import Order, Server
+from poolsvc.errors import TooManyRequests, WrongState
+from poolsvc.models import CommandKind, Order, Server
+from poolsvc.servers import EventKind
 
 _log = structlog.get_logger()
 # Before a CA is asked again for renewal information that it does not have, refused, or could not give now.
@@ -24,6 +27,42 @@ _REFUSED = timedelta(hours=6)
 _FAILED = timedelta(hours=1)
 _DAY = timedelta(days=1)
 _random = SystemRandom()
+# Certificates that one server orders by hand within a day.
+BY_HAND = 1
+
+
+async def order_now(
+    session: AsyncSession, settings: Settings, server: Server, *, actor: str, now: datetime
+) -> None:
+    """Order a certificate before its time; what comes of it is an order like any other, under the same limits.
+
+    Raises WrongState, or TooManyRequests while the CA's limits or ours are in the way.
+    """
+    if own_account.is_used(server):
+        raise WrongState(
+            f"the certificates of {server.name} are ordered by its member's own account",
+            remedy="renew there",
+        )
+    if server.named_at is None or not issuance.needs_certificate(server):
+        raise WrongState(
+            f"{server.name} is {server.state}, and its name is not in DNS yet",
+            remedy="prove an address; the first certificate is ordered by itself",
+        )
+    due_at = server.order_due_at
+    if issuance.open_order(server) is not None or (due_at is not None and due_at <= now):
+        raise WrongState(f"an order for {server.name} is open already", remedy="wait for what comes of it")
+    free_at = onboarding.free_at(settings, server, now)
+    if server.queue_round is not None and due_at is not None:
+        free_at = due_at
+    if free_at > now:
+        raise TooManyRequests(
+            f"the CA's limits leave no order for {server.name} before {free_at:%Y-%m-%d %H:%M} UTC",
+            remedy="wait until then; what is due is ordered by itself",
+            retry_after=free_at - now,
+        )
+    await commands.take(session, server, CommandKind.RENEWAL, BY_HAND, now)
+    server.order_due_at = now
+    servers.note(session, server, EventKind.RENEWAL_ORDERED, actor=actor, now=now)
 
 
 async def ask(

@@ -25,10 +25,10 @@ from datetime import datetime, timedelta
 import structlog
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from nts_core.acme import AcmeAccount, AcmeError, OrderState, PendingOrder
+from nts_core.certificates import ChainError
 from poolsvc import issuance, onboarding, servers
-from poolsvc.acme import AcmeAccount, AcmeError, OrderState, PendingOrder
 from poolsvc.authorities import UNKNOWN_CA, Accounts
-from poolsvc.certificates import ChainError
 from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.models import Order, RevocationOrder, Server
@@ -47,7 +47,7 @@ _CLOSED = {"rate-limited", "unreachable"}
 
 def begin(server: Server, now: datetime) -> None:
     """If probes have seen certificates that are still good, CAA is turned to the registry's accounts."""
-    if not server.agentless or server.revoking_since is not None or server.not_revoked is not None:
+    if server.revoking_since is not None or server.not_revoked is not None:
         return
     if any(_is_to_revoke(order, now) for order in server.orders):
         server.revoking_since = now
@@ -74,13 +74,16 @@ def _good(server: Server, now: datetime) -> list[Order]:
     return [
         order
         for order in server.orders
-        if order.revoked_at is None and order.not_after is not None and order.not_after > now
+        if issuance.is_seen(order)
+        and order.revoked_at is None
+        and order.not_after is not None
+        and order.not_after > now
     ]
 
 
 def _is_to_revoke(order: Order, now: datetime) -> bool:
     """What the CA has refused is not asked for again."""
-    return order.error is None and issuance.is_valid(order, now)
+    return issuance.is_seen(order) and order.error is None and issuance.is_valid(order, now)
 
 
 @dataclass(slots=True)
@@ -370,9 +373,9 @@ def _is_to_give_up(settings: Settings, server: Server, trouble: AcmeError | None
 
 def _end_if_over(settings: Settings, server: Server, trouble: AcmeError | None, now: datetime) -> None:
     """All is done, or refused, or has taken too long: CAA is closed."""
+    ended = [one.deactivated_at for one in server.revocation_orders]
     server.authorization_deactivated_at = max(
-        (one.deactivated_at for one in server.revocation_orders if one.deactivated_at is not None),
-        default=None,
+        filter(None, [server.authorization_deactivated_at, *ended]), default=None
     )
     if not is_under_way(server):
         return

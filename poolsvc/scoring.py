@@ -82,10 +82,21 @@ def advance(score: float, found: Step) -> float:
     return max(-100.0, min(DECAY * score + found.value, found.cap))
 
 
-def sampling_weight(weight: int, cap: float | None, traffic: float | None) -> int:
+def sampling_weight(
+    weight: int,
+    cap: float | None,
+    traffic: float | None,
+    ke_cap: float | None = None,
+    ke_traffic: float | None = None,
+) -> int:
     """The share of a server in the answer, in tenths: as its member wants it, less what it cannot answer.
 
-    `cap` and `traffic` are requests a second. Tenths, so that not every flutter draws the answer anew.
+    `cap` and `traffic` are NTP requests a second, `ke_cap` and `ke_traffic` NTS-KE connections a minute; the worse of
+    both counts, since a client needs both. Tenths, so that not every flutter draws the answer anew.
     """
-    answered = min(1.0, cap / traffic) if cap is not None and traffic else 1.0
+    answered = min(_answered(cap, traffic), _answered(ke_cap, ke_traffic))
     return max(1, round(10 * weight * answered))
+
+
+def _answered(cap: float | None, traffic: float | None) -> float:
+    return min(1.0, cap / traffic) if cap is not None and traffic else 1.0

@@ -22,9 +22,9 @@ from sqlalchemy import Select, and_, bindparam, exists, func, or_, select, true
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import joinedload, selectinload
 
+from nts_core.certificates import renew_at
 from nts_core.control import ServerState, Stage, StageStatus
 from poolsvc import members, scoring
-from poolsvc.certificates import renew_at
 from poolsvc.config import Settings
 from poolsvc.db import queue_for
 from poolsvc.errors import (
@@ -70,6 +70,7 @@ class EventKind(StrEnum):
     # These change no state.
     ADDRESS_WITHDRAWN = "address-withdrawn"
     BURNT = "burnt"
+    RENEWAL_ORDERED = "renewal-ordered"  # by hand
 
 
 _S = ServerState
@@ -467,12 +468,51 @@ def newest_certificate(server: Server) -> Order | None:
     return next((order for order in reversed(server.orders) if order.status is OrderStatus.ISSUED), None)
 
 
+def seen_certificate(server: Server) -> str | None:
+    """The fingerprint of its newest certificate that probes found working."""
+    seen = (order for order in server.orders if order.seen_at is not None)
+    newest = max(seen, key=lambda order: (order.issued_at or order.created_at, order.id), default=None)
+    return None if newest is None else newest.fingerprint
+
+
+def fingerprints(server: Server) -> frozenset[str]:
+    """Of its certificates, those whose key nobody else has."""
+    return frozenset(
+        order.fingerprint
+        for order in server.orders
+        if order.status is OrderStatus.ISSUED
+        and order.compromised_at is None
+        and order.fingerprint is not None
+    )
+
+
 def renewal_at(server: Server) -> datetime | None:
-    """When the newest certificate is to be renewed; None without one."""
+    """When the newest certificate is to be renewed; None without one that its agent can use till then."""
     newest = newest_certificate(server)
     if newest is None or newest.not_before is None or newest.not_after is None:
         return None
+    is_lost = server.joined_at is not None and newest.created_at < server.joined_at
+    if is_lost or newest.compromised_at is not None:
+        return None
     return newest.renew_at or renew_at(newest.not_before, newest.not_after)
+
+
+def await_caa(server: Server) -> None:
+    """Nobody orders before every nameserver shows the CAA that is new, and every resolver has forgotten the one before."""
+    server.caa_changed = server.caa_changed or server.burnt_at is not None
+    server.named_at = server.order_due_at = None
+
+
+def soonest_order(settings: Settings, server: Server, now: datetime) -> datetime:
+    """Each order of a day that came to nothing makes the next one wait longer, also after what would let it begin anew."""
+    failed = [
+        order.created_at
+        for order in server.orders
+        if order.status is OrderStatus.FAILED
+        and order.url is not None
+        and now - order.created_at < timedelta(days=1)
+    ]
+    return max(failed) + settings.policy.order_wait(len(failed) - 1) if failed else now
 
 
 def forget_scores(server: Server, now: datetime) -> None:

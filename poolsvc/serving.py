@@ -14,14 +14,21 @@ from poolsvc.listener import Listeners, Server, Service
 from poolsvc.metrics import Metrics
 from poolsvc.web_tls import AcmeCertificate, CertificateFiles, PlainHttp, WebCertificate
 
+Duty = Callable[[], Coroutine[Any, Any, None]]
+
 # Requests whose callers have gone still have to end: as many as there can be connections, of both services.
 _REQUESTS = 2000
 
 
 def create_server(
-    settings: Settings, app: FastAPI, listening: Sequence[socket.socket], plain: Sequence[socket.socket]
+    settings: Settings,
+    app: FastAPI,
+    listening: Sequence[socket.socket],
+    plain: Sequence[socket.socket],
+    beside: Sequence[Duty] = (),
 ) -> Server:
-    """The API on the sockets `listening`; with a certificate by ACME also the CA's questions on `plain`.
+    """The API on the sockets `listening`; with a certificate by ACME also the CA's questions on `plain`. `beside` runs
+    as long.
 
     Raises OSError or ChainError when the certificate's files cannot be used.
     """
@@ -38,7 +45,7 @@ def create_server(
     )
     metrics.add_listeners("api", api)
     services = [Service(api, listening, certificate.ready if has_tls else None)]
-    duties: list[Callable[[], Coroutine[Any, Any, None]]] = []
+    duties = list(beside)
     if settings.web_tls.acme:
         acme = AcmeCertificate(settings, certificate, health)
         duties.append(acme.run)

@@ -3,11 +3,9 @@
 Everything is rendered from checked answers, and written only where nothing of it is yet.
 """
 
-import base64
 import json
 import os
 import re
-import secrets
 import shlex
 import shutil
 import tempfile
@@ -30,18 +28,20 @@ from pydantic import (
     field_validator,
 )
 
+from nts_core.acme import new_account_key
 from nts_core.shell import parse_host_port, sync
-from poolsvc.acme import new_account_key
-from poolsvc.config import DomainName, HttpsUrl, HttpUrl, check_origin
+from poolsvc.config import DomainName, HttpsUrl, HttpUrl, check_origin, check_room, join_endpoint
 from poolsvc.errors import PoolError
 from poolsvc.names import DOMAIN
+from poolsvc.primary import new_secret
 from poolsvc.zone import CLOSED
 
 SETTINGS = "poolsvc.toml"
+TRANSFER_SECRET, EDGE_SECRET = "transfer.secret", "edge.secret"
 TSIG_SECRET = "tsig.secret"  # noqa: S105 - a file's name
 ACCOUNT_KEY = "acme-account.pem"
-KNOT_TSIG, BIND_TSIG = "knot-tsig.conf", "bind-tsig.conf"
-TSIG_OCTETS = 32
+KNOT_TSIG, BIND_TSIG, POWERDNS_TSIG = "knot-tsig.conf", "bind-tsig.conf", "pdns-tsig.sh"
+TSIG_ALGORITHM = "hmac-sha256"
 MAX_NAMESERVERS = 16
 DNS_PORT = 53
 
@@ -110,7 +110,12 @@ class NamedServer:
 
     @property
     def endpoint(self) -> str:
-        return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
+        return join_endpoint(self.address, self.port)
+
+    @property
+    def at(self) -> str:
+        """As Knot and NSD write it."""
+        return f"{self.address}@{self.port}"
 
 
 class Answers(BaseModel):
@@ -124,12 +129,12 @@ class Answers(BaseModel):
     ca: Annotated[HttpsUrl, AfterValidator(_plain)]
     caa_identity: DomainName
     contact: tuple[Annotated[str, AfterValidator(_mailto)], ...] = ()
+    own_primary: bool = False  # in place of the embedded server
 
     @field_validator("pool")
     @classmethod
     def _fits(cls, pool: str) -> str:
-        if len(pool) > 180:
-            raise ValueError("too long for the names of servers under it")
+        check_room(pool)
         return pool
 
     @field_validator("public_url")
@@ -146,8 +151,27 @@ class Answers(BaseModel):
         return f"publisher.{self.pool}"
 
     @property
+    def transfer_name(self) -> str:
+        """The key of the secondaries: it may read the zone, and change nothing."""
+        return f"transfer.{self.pool}"
+
+    @property
+    def edge_name(self) -> str:
+        """The key of edges, which sign by themselves."""
+        return f"edge.{self.pool}"
+
+    @property
     def primary(self) -> NamedServer:
         return self.nameservers[0]
+
+    @property
+    def secondaries(self) -> dict[str, list[NamedServer]]:
+        """By name, each with all its addresses."""
+        found: dict[str, list[NamedServer]] = {}
+        for server in self.nameservers:
+            if server.name != self.primary.name:
+                found.setdefault(server.name, []).append(server)
+        return found
 
     def nameserver_addresses(self) -> dict[str, list[str]]:
         """By name, in the order in which they were given."""
@@ -181,6 +205,7 @@ def check_answers(
     ca: str,
     caa_identity: str | None,
     contact: Iterable[str],
+    own_primary: bool = False,
 ) -> Answers:
     """The answers, once all of them are usable. Raises InvalidAnswer for the first that is not.
 
@@ -199,6 +224,7 @@ def check_answers(
             ca=ca,
             caa_identity=caa_identity or _identity(ca),
             contact=tuple(contact),
+            own_primary=own_primary,
         )
     except ValidationError as error:
         first = error.errors()[0]
@@ -233,46 +259,115 @@ def render(answers: Answers, *, directory: Path, program: Path) -> dict[str, byt
             remedy="give a path of letters, digits and . _ - +",
             field="--directory",
         )
-    secret = new_tsig_secret()
     values = {
         "pool": answers.pool,
         "public_url": _toml(answers.public_url),
-        "primary": _toml(answers.primary.endpoint),
-        "tsig_name": answers.tsig_name,
-        "nameservers": _toml([server.endpoint for server in answers.nameservers]),
+        "dns": _dns_section(answers),
+        "credential": Template(_CREDENTIAL).substitute(directory=directory) if answers.own_primary else "",
+        "capabilities": "" if answers.own_primary else "CAP_NET_BIND_SERVICE",
         "ca": _toml(answers.ca),
         "caa_identity": answers.caa_identity,
         "contact": _toml(answers.contact),
-        "tsig_secret": TSIG_SECRET,
         "account_key": ACCOUNT_KEY,
-        "knot_tsig": KNOT_TSIG,
-        "bind_tsig": BIND_TSIG,
         "settings": SETTINGS,
         "directory": directory,
         "program": program,
-        "zone_records": "".join(f"{owner:24} {rest}\n" for owner, rest in zone_records(answers)),
     }
-    texts = {name: Template(text).substitute(values).encode() for name, text in _TEMPLATES.items()}
+    secret, transfer_secret, edge_secret = (new_secret() for _ in range(3))
+    files = nameserver_files(answers, secret, transfer_secret, edge_secret)
+    if answers.own_primary:
+        files[TSIG_SECRET] = f"{secret}\n".encode()
+    else:
+        files = {name: files[name] for name in _SECONDARIES}
+        files[TRANSFER_SECRET] = f"{transfer_secret}\n".encode()
+        files[EDGE_SECRET] = f"{edge_secret}\n".encode()
     return {
-        **texts,
-        **tsig_files(answers.tsig_name, "hmac-sha256", secret),
-        TSIG_SECRET: f"{secret}\n".encode(),
+        **files,
+        "poolsvc.service": Template(_SERVICE).substitute(values).encode(),
         ACCOUNT_KEY: new_account_key(),
         SETTINGS: Template(_SETTINGS).substitute(values).encode(),  # the last one: with it the pool is set up
     }
 
 
-def new_tsig_secret() -> str:
-    """256 random bits in base64."""
-    return base64.b64encode(secrets.token_bytes(TSIG_OCTETS)).decode("ascii")
+def _dns_section(answers: Answers) -> str:
+    """The settings of the server that has the zone."""
+    nameservers = _toml([server.endpoint for server in answers.nameservers])
+    if answers.own_primary:
+        return Template(_DNS).substitute(
+            primary=_toml(answers.primary.endpoint),
+            nameservers=nameservers,
+            tsig_name=answers.tsig_name,
+            tsig_secret=TSIG_SECRET,
+            tsig_algorithm=TSIG_ALGORITHM,
+        )
+    port = answers.primary.port
+    everywhere = [f"0.0.0.0:{port}", f"[::]:{port}"]
+    is_trial = _is_loopback(answers.primary.address)
+    text = Template(_EMBEDDED).substitute(
+        nameservers=nameservers,
+        listen=_toml([answers.primary.endpoint] if is_trial else everywhere),
+        names="".join(
+            f"\n[[dns.embedded.nameservers]]\nname = {_toml(name)}\naddresses = {_toml(addresses)}\n"
+            for name, addresses in answers.nameserver_addresses().items()
+        ),
+    )
+    secondaries = (server for found in answers.secondaries.values() for server in found)
+    return text + "".join(
+        f"\n[[dns.embedded.secondaries]]\naddress = {_toml(server.endpoint)}\ntsig_name = {_toml(answers.transfer_name)}\n"
+        f'tsig_secret_file = "{TRANSFER_SECRET}"\n'
+        for server in secondaries
+    )
+
+
+def nameserver_files(
+    answers: Answers, secret: str, transfer_secret: str, edge_secret: str
+) -> dict[str, bytes]:
+    """For each kind of primary and of secondary its configuration, with the publisher's key and the secondaries'.
+
+    Edges, which get the zone unsigned, have a key of their own.
+    """
+    transfer, by_name = answers.transfer_name, answers.secondaries
+    secondaries = [server for found in by_name.values() for server in found]
+    # Knot notifies only one address of a remote, which is right for the addresses of one server.
+    remotes = "".join(
+        f"  - id: {name}\n    address: {json.dumps([server.at for server in found])}\n    key: {transfer}\n"
+        for name, found in by_name.items()
+    )
+    values = {
+        "pool": answers.pool,
+        "tsig_name": answers.tsig_name,
+        "transfer_name": transfer,
+        "transfer_secret": transfer_secret,
+        "edge_name": answers.edge_name,
+        "edge_secret": edge_secret,
+        "algorithm": TSIG_ALGORITHM,
+        "knot_tsig": KNOT_TSIG,
+        "bind_tsig": BIND_TSIG,
+        "powerdns_tsig": POWERDNS_TSIG,
+        "primary": answers.primary.at,
+        "primary_address": answers.primary.address,
+        "primary_port": answers.primary.port,
+        "knot_remotes": f"remote:\n{remotes}" if remotes else "",
+        "knot_notify": f"    notify: [{', '.join(by_name)}]\n" if by_name else "",
+        "bind_secondaries": "".join(
+            f' {server.address} port {server.port} key "{transfer}";' for server in secondaries
+        ),
+        "powerdns_secondaries": shlex.join(server.endpoint for server in secondaries),
+        "zone_records": "".join(f"{owner:24} {rest}\n" for owner, rest in zone_records(answers)),
+    }
+    return {
+        **{name: Template(text).substitute(values).encode() for name, text in _NAMESERVERS.items()},
+        **tsig_files(answers.tsig_name, TSIG_ALGORITHM, secret),
+    }
 
 
 def tsig_files(name: str, algorithm: str, secret: str) -> dict[str, bytes]:
-    """The key as Knot and as BIND read it."""
+    """The key as Knot, BIND and PowerDNS take it."""
     values = {"name": name, "algorithm": algorithm, "secret": secret}
     return {
         KNOT_TSIG: Template(_KNOT_KEY).substitute(values).encode(),
         BIND_TSIG: Template(_BIND_KEY).substitute(values).encode(),
+        POWERDNS_TSIG: Template(_POWERDNS_KEY).substitute(values).encode(),
     }
 
 
@@ -280,7 +375,8 @@ def zone_records(answers: Answers) -> list[tuple[str, str]]:
     """The zone to begin with: owner relative to the pool or absolute, and the rest of the line."""
     inside = f".{answers.pool}"
     first = answers.primary.name
-    records = [("@", f"3600 SOA {first}. hostmaster.{answers.pool}. 1 3600 600 604800 60")]
+    # A secondary that missed a notification asks within a minute.
+    records = [("@", f"3600 SOA {first}. hostmaster.{answers.pool}. 1 60 30 604800 60")]
     records += [("@", f"3600 NS {name}.") for name in answers.nameserver_addresses()]
     records.append(("@", f"3600 CAA {CLOSED}"))
     records += [
@@ -377,14 +473,7 @@ sign_up = "approval"
 # SQLite is right for one process; several share a PostgreSQL: "postgresql+psycopg://USER@HOST/NAME".
 database = "sqlite+aiosqlite:///registry.db"
 
-[dns]
-# The server that takes updates, and all that clients may ask; each must show a change before it counts.
-primary = $primary
-nameservers = $nameservers
-tsig_name = "$tsig_name"
-tsig_secret_file = "$tsig_secret"
-tsig_algorithm = "hmac-sha256"
-
+$dns
 [ca]
 # The registry accepts the terms of service of this CA in your name: read them.
 directory_url = $ca
@@ -397,6 +486,10 @@ contact = $contact
 # [[ca.fallback]]
 # A staging CA, where first orders are tried, likewise:
 # [ca.rehearsal]
+
+# Files in MaxMind's format, for DNS to tell clients in which network and country each server is.
+# [geo]
+# database = ["GeoLite2-ASN.mmdb", "GeoLite2-Country.mmdb"]
 
 [policy]
 # Servers that must work before clients are told of any.
@@ -417,6 +510,31 @@ title = "Each certificate, and with it the server's name, is published for ever 
 url = "https://certificate.transparency.dev/"
 """
 
+_DNS = """\
+[dns]
+# The server that takes updates, and all that clients may ask; each must show a change before it counts.
+primary = $primary
+nameservers = $nameservers
+tsig_name = "$tsig_name"
+tsig_secret_file = "$tsig_secret"
+tsig_algorithm = "$tsig_algorithm"
+"""
+
+_EMBEDDED = """\
+[dns]
+# All that clients may ask; each must show a change before it counts.
+nameservers = $nameservers
+
+[dns.embedded]
+# The zone is served from here: docs/embedded-dns.md. Its keys are made in `dns` at the first start.
+listen = $listen
+$names"""
+
+_CREDENTIAL = """\
+LoadCredential=tsig.secret:$directory/tsig.secret
+Environment=POOLSVC_DNS__TSIG_SECRET_FILE=%d/tsig.secret
+"""
+
 _KNOT_KEY = """\
 key:
   - id: $name
@@ -431,13 +549,23 @@ key "$name" {
 };
 """
 
+_POWERDNS_KEY = """\
+#!/bin/sh
+# As root at the primary. Options go to pdnsutil, such as --config-dir=DIRECTORY.
+pdnsutil "$$@" import-tsig-key $name $algorithm $secret
+"""
+
 # Knot matches a whole message against one acl rule, so everything that the publisher writes stands in one.
 _KNOT = """\
 # For knot.conf: include: knot-pool.conf
 include: $knot_tsig
-acl:
+key:
+  - id: $transfer_name
+    algorithm: $algorithm
+    secret: $transfer_secret
+${knot_remotes}acl:
   - id: $pool-transfer
-    key: $tsig_name
+    key: [$tsig_name, $transfer_name]
     action: transfer
   - id: $pool-update
     key: $tsig_name
@@ -451,9 +579,16 @@ policy:
     algorithm: ecdsap256sha256
     single-type-signing: on
     rrsig-refresh: 7d
+# Answers with an SRV have the addresses of its targets too: at most 1,232 octets for a question of 60. Whoever is over
+# the limit is told to come by TCP.
+mod-rrl:
+  - id: $pool-limit
+    rate-limit: 200
+    slip: 1
 zone:
   - domain: $pool
     acl: [$pool-transfer, $pool-update]
+${knot_notify}    module: mod-rrl/$pool-limit
     dnssec-signing: on
     dnssec-policy: $pool-policy
     # The journal is the zone: with a zone file a restart would throw the updates away.
@@ -462,18 +597,92 @@ zone:
     zonefile-load: none
 """
 
+_KNOT_SECONDARY = """\
+# A secondary with Knot. For its knot.conf: include: knot-secondary.conf
+key:
+  - id: $transfer_name
+    algorithm: $algorithm
+    secret: $transfer_secret
+remote:
+  - id: $pool-primary
+    address: "$primary"
+    key: $transfer_name
+acl:
+  - id: $pool-notify
+    key: $transfer_name
+    action: notify
+mod-rrl:
+  - id: $pool-limit
+    rate-limit: 200
+    slip: 1
+zone:
+  - domain: $pool
+    master: $pool-primary
+    acl: $pool-notify
+    module: mod-rrl/$pool-limit
+    zonefile-sync: -1
+    journal-content: all
+    zonefile-load: none
+"""
+
+_KNOT_EDGE = """\
+# An edge with Knot: it takes the zone from the embedded server, which tells its secondary with `signs = true` nothing of
+# signatures, signs it with the key that `poolsvc dns keys copy-to-knot` brings, and answers. For its knot.conf:
+# include: knot-edge.conf. All edges have the same key, and roll it only together.
+key:
+  - id: $edge_name
+    algorithm: $algorithm
+    secret: $edge_secret
+remote:
+  - id: $pool-primary
+    address: "$primary"
+    key: $edge_name
+acl:
+  - id: $pool-notify
+    key: $edge_name
+    action: notify
+policy:
+  - id: $pool-edge
+    manual: on
+    algorithm: ecdsap256sha256
+    single-type-signing: on
+    rrsig-lifetime: 14d
+    rrsig-refresh: 7d
+mod-rrl:
+  - id: $pool-limit
+    rate-limit: 200
+    slip: 1
+zone:
+  - domain: $pool
+    master: $pool-primary
+    acl: $pool-notify
+    module: mod-rrl/$pool-limit
+    dnssec-signing: on
+    dnssec-policy: $pool-edge
+    zonefile-sync: -1
+    journal-content: all
+    zonefile-load: none
+"""
+
 _BIND = """\
 // For named.conf.local: include "/etc/bind/bind-pool.conf";
 include "/etc/bind/$bind_tsig";
+key "$transfer_name" {
+    algorithm $algorithm;
+    secret "$transfer_secret";
+};
 zone "$pool" {
     type primary;
     file "/var/lib/bind/$pool.zone";
     dnssec-policy default;
     // With yes, updates are acknowledged long before they are signed.
     inline-signing no;
-    allow-transfer { key "$tsig_name"; };
+    allow-transfer { key "$tsig_name"; key "$transfer_name"; };
+    notify explicit;
+    notify-delay 0;
+    also-notify {$bind_secondaries };
     update-policy {
-        // TXT for _acme-challenge of each server: BIND has no narrower rule for such names.
+        // TXT for each server and for _acme-challenge below it: BIND has no narrower rule for such names.
         grant "$tsig_name" subdomain servers.$pool. A AAAA CAA TXT;
         grant "$tsig_name" name _ntske._tcp.$pool. SRV;
         grant "$tsig_name" name _fence.$pool. TXT;
@@ -481,8 +690,118 @@ zone "$pool" {
 };
 """
 
+_BIND_OPTIONS = """\
+// In place of named.conf.options, on a host that serves nothing but zones of its own; for primary and secondary.
+options {
+    directory "/var/cache/bind";
+    listen-on-v6 { any; };
+    recursion no;
+    // It resolves nothing, and would ask the root servers for their keys.
+    dnssec-validation no;
+    minimal-responses yes;
+    allow-transfer { none; };
+    // Whoever is over the limit is told to come by TCP.
+    rate-limit { responses-per-second 200; slip 1; };
+};
+logging {
+    // Otherwise one line for each record of each update.
+    category update { null; };
+};
+"""
+
+_BIND_SECONDARY = """\
+// A secondary with BIND. For its named.conf.local: include "/etc/bind/bind-secondary.conf";
+key "$transfer_name" {
+    algorithm $algorithm;
+    secret "$transfer_secret";
+};
+zone "$pool" {
+    type secondary;
+    file "$pool.zone";
+    primaries { $primary_address port $primary_port key "$transfer_name"; };
+    allow-notify { key "$transfer_name"; };
+    allow-transfer { none; };
+    notify no;
+    // The SOA says how often it asks by itself; five minutes would be the least.
+    min-refresh-time 1;
+    min-retry-time 1;
+};
+"""
+
+_NSD_SECONDARY = """\
+# A secondary with NSD, for /etc/nsd/nsd.conf.d.
+server:
+    minimal-responses: yes
+    # A change is shown at once, not after a second.
+    xfrd-reload-timeout: 0
+key:
+    name: "$transfer_name"
+    algorithm: $algorithm
+    secret: "$transfer_secret"
+zone:
+    name: "$pool"
+    zonefile: "$pool.zone"
+    allow-notify: $primary_address "$transfer_name"
+    request-xfr: $primary "$transfer_name"
+"""
+
+_POWERDNS = """\
+# For /etc/powerdns/pdns.d, on a primary with a database in SQLite.
+launch=gsqlite3
+gsqlite3-database=/var/lib/powerdns/pdns.sqlite3
+gsqlite3-dnssec=yes
+gsqlite3-pragma-foreign-keys=yes
+primary=yes
+dnsupdate=yes
+lua-dnsupdate-policy-script=/etc/powerdns/pdns-pool.lua
+# Keys say who may update and transfer; without these two lines everybody on this host may.
+allow-dnsupdate-from=
+allow-axfr-ips=
+# Only the servers of ALSO-NOTIFY: for the names of the NS it would ask a resolver, and an update waits for that.
+only-notify=
+"""
+
+_POWERDNS_POLICY = """\
+-- What the publisher's key may change. It holds for all zones of this server: others that take updates need lines too.
+local pool, key = newDN("$pool"), newDN("$tsig_name")
+local servers, service, fence = newDN("servers.$pool"), newDN("_ntske._tcp.$pool"), newDN("_fence.$pool")
+local kinds = { [pdns.A] = true, [pdns.AAAA] = true, [pdns.CAA] = true, [pdns.TXT] = true }
+
+function updatepolicy(update)
+    local name, kind = update:getQName(), update:getQType()
+    if update:getZoneName() ~= pool or update:getTsigName() ~= key then
+        return false
+    end
+    return (name:isPartOf(servers) and kinds[kind] == true)
+        or (name == service and kind == pdns.SRV)
+        or (name == fence and kind == pdns.TXT)
+end
+"""
+
+_POWERDNS_ZONE = """\
+#!/bin/sh
+# As root at the primary, once: begins the zone. Options go to pdnsutil, such as --config-dir=DIRECTORY.
+set -eu
+cd "$$(dirname "$$0")"
+sh $powerdns_tsig "$$@"
+pdnsutil "$$@" import-tsig-key $transfer_name $algorithm $transfer_secret
+pdnsutil "$$@" load-zone $pool pool.zone
+pdnsutil "$$@" secure-zone $pool
+pdnsutil "$$@" set-kind $pool primary
+pdnsutil "$$@" set-meta $pool ALLOW-DNSUPDATE-FROM 0.0.0.0/0 ::/0
+pdnsutil "$$@" set-meta $pool TSIG-ALLOW-DNSUPDATE $tsig_name
+# The first one also signs the notifications.
+pdnsutil "$$@" set-meta $pool TSIG-ALLOW-AXFR $transfer_name $tsig_name
+pdnsutil "$$@" set-meta $pool ALSO-NOTIFY $powerdns_secondaries
+pdnsutil "$$@" set-meta $pool NOTIFY-DNSUPDATE 1
+# The serial must grow with each update, and each week with the signatures. No other pair of settings does both.
+pdnsutil "$$@" set-meta $pool SOA-EDIT-DNSUPDATE INCREASE
+pdnsutil "$$@" set-meta $pool SOA-EDIT INCREMENT-WEEKS
+pdnsutil "$$@" rectify-zone $pool
+"""
+
 _ZONE = """\
-; BIND only: /var/lib/bind/$pool.zone
+; What the zone begins with: on BIND /var/lib/bind/$pool.zone, on PowerDNS loaded by pdns-pool.sh.
 $$ORIGIN $pool.
 $zone_records"""
 
@@ -496,9 +815,7 @@ Wants=network-online.target
 [Service]
 User=poolsvc
 ExecStart=$program serve --config $directory/$settings
-LoadCredential=$tsig_secret:$directory/$tsig_secret
-Environment=POOLSVC_DNS__TSIG_SECRET_FILE=%d/$tsig_secret
-WorkingDirectory=$directory
+${credential}WorkingDirectory=$directory
 ReadWritePaths=$directory
 Restart=on-failure
 RestartSec=5
@@ -507,7 +824,8 @@ RestartPreventExitStatus=2 3
 LimitNOFILE=65536
 UMask=0077
 NoNewPrivileges=yes
-CapabilityBoundingSet=
+AmbientCapabilities=$capabilities
+CapabilityBoundingSet=$capabilities
 PrivateTmp=yes
 PrivateDevices=yes
 ProtectSystem=strict
@@ -531,9 +849,21 @@ SystemCallFilter=@system-service
 WantedBy=multi-user.target
 """
 
-_TEMPLATES = {
+# What the embedded server's secondaries and edges need.
+_SECONDARIES = (
+    *("knot-secondary.conf", "knot-edge.conf"),
+    *("bind-secondary.conf", "bind-options.conf", "nsd-secondary.conf"),
+)
+_NAMESERVERS = {
     "knot-pool.conf": _KNOT,
+    "knot-secondary.conf": _KNOT_SECONDARY,
+    "knot-edge.conf": _KNOT_EDGE,
     "bind-pool.conf": _BIND,
-    "bind-pool.zone": _ZONE,
-    "poolsvc.service": _SERVICE,
+    "bind-options.conf": _BIND_OPTIONS,
+    "bind-secondary.conf": _BIND_SECONDARY,
+    "nsd-secondary.conf": _NSD_SECONDARY,
+    "pdns-pool.conf": _POWERDNS,
+    "pdns-pool.lua": _POWERDNS_POLICY,
+    "pdns-pool.sh": _POWERDNS_ZONE,
+    "pool.zone": _ZONE,
 }

@@ -13,6 +13,7 @@ from string import Formatter
 from typing import Any
 
 from nts_core.control import Stage
+from nts_core.errors import printable
 from poolsvc.explain import REMEDIES
 from poolsvc.models import HoldKind
 from poolsvc.notices import Letter, NoticeKind
@@ -312,7 +313,7 @@ def _value(name: str, value: Any) -> str:
     text = str(value)
     if name == "at" or name.endswith("_at"):
         text = _moment(text)
-    return "".join(letter if letter.isprintable() else " " for letter in text[:_MAX_VALUE])
+    return printable(text, _MAX_VALUE)
 
 
 def _moment(text: str) -> str:

@@ -107,8 +107,9 @@ async def accept(session: AsyncSession, settings: Settings, transfer_id: int, no
     target = both[transfer.to_member_id]
     await servers.check_room(session, settings, target)
     server.member_id, transfer.accepted_at = target.id, now
-    # Without an agent the new member's ACME client has another account; the old one orders no more.
-    server.own_account_uri = None
+    if server.agentless:
+        # The new member's ACME client has another account; the old one orders no more.
+        server.own_account_uri = None
     await auth.revoke(session, now, Token.server_id == server.id, Token.kind == TokenKind.JOIN)
     await _tell_both(session, NoticeKind.SERVER_MOVED, transfer, server, now)
     return transfer

@@ -6,9 +6,9 @@ import structlog
 from sqlalchemy import func, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from nts_core.certificates import renew_at
 from nts_core.control import ProbeResult, ServerState
 from poolsvc import servers
-from poolsvc.certificates import renew_at
 from poolsvc.models import Notice, Order, Server
 from poolsvc.notices import NoticeKind
 

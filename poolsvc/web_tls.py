@@ -18,12 +18,12 @@ import structlog
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from nts_core.acme import AcmeAccount, AcmeError, OrderFailed, OrderState, PendingOrder, poll_wait
+from nts_core.certificates import ChainError, ChainFacts, chain_facts, check_chain, renew_at
 from nts_core.control import ACME_PATH
 from nts_core.shell import replace_file
 from nts_core.tls import new_key_and_csr
-from poolsvc.acme import AcmeAccount, AcmeError, OrderFailed, OrderState, PendingOrder, poll_wait
 from poolsvc.acme_client import RemoteAccount
-from poolsvc.certificates import ChainError, ChainFacts, chain_facts, check_chain, renew_at
 from poolsvc.config import Settings
 from poolsvc.gate import insecure_transport, may_carry_secret, problem
 from poolsvc.worker import Health

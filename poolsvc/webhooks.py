@@ -19,8 +19,8 @@ import httpx
 from sqlalchemy import func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from nts_core.errors import printable
 from poolsvc import members, notices
-from poolsvc.certificates import printable
 from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.derived import Purpose, RegistryKey

@@ -59,6 +59,8 @@ _FAREWELL = 2.0
 _QUICK, _YOUNG = 0.01, 10.0
 # How often silent agents are looked for.
 _WATCH = timedelta(minutes=1)
+# How often the outbox of the zone is looked at, in seconds.
+_GLANCE = 0.1
 _T = TypeVar("_T")
 
 
@@ -163,6 +165,10 @@ class Health:
 
     def __init__(self) -> None:
         self.dns: str | None = None
+        self.zone: list[str] = []  # what waits for an operator, or was done by somebody else
+        self.zone_drift = 0  # RRsets that somebody else changed
+        self.zone_held = 0  # RRsets and servers that wait for an operator
+        self.geo: str | None = None  # the files that tell where servers are
         self.cas: dict[str, str] = {}  # that are out of reach, with why
         self.ca_faults: dict[str, str] = {}  # what does not keep them from issuing
         self.queue: str | None = None  # for the CA's limits, when it is too long
@@ -176,6 +182,8 @@ class Health:
 
     def alarms(self) -> list[str]:
         found = [f"DNS: {self.dns}"] if self.dns else []
+        found += [f"DNS: {text}" for text in self.zone]
+        found += [f"geo: {self.geo}"] if self.geo else []
         found += [f"CA: {name}: {text}" for name, text in self.cas.items()]
         found += [f"CA settings: {text}" for text in self.ca_faults.values()]
         if self.not_ordered:
@@ -274,7 +282,12 @@ class Worker:
                 await self._pause(self._until_next(work))
 
     def _until_next(self, work: Work) -> float:
-        """Seconds between two looks for the same work: hardly any while an order of ours is young."""
+        """Seconds between two looks for the same work: hardly any while an order of ours is young.
+
+        The leader looks for what others changed, which costs it one small query; the rest of it has its own time.
+        """
+        if work == self._reconcile:
+            return min(_GLANCE, self._settings.policy.tick)
         is_quick = work.__name__.startswith(ORDERS.name) and time.monotonic() < self._quick_until
         return min(_QUICK, self._settings.policy.tick) if is_quick else self._settings.policy.tick
 
@@ -437,4 +450,9 @@ class Worker:
             return await self._leader.step(now)
         finally:
             self._health.dns = self._leader.alarm
+            self._health.zone = list(self._leader.warnings(now))
+            self._health.zone_drift = self._leader.drifted
+            question = self._leader.question
+            self._health.zone_held = len(question.changes) + len(question.kept)
+            self._health.geo = self._leader.geo_alarm
             self._health.published_at = self._leader.published_at

@@ -1,16 +1,18 @@
 """What a pool's zone should hold, and the ordered way there from what it holds now. Pure.
 
 DNS is derived state: `wanted` is the one function from servers and policy to RRsets, `diff` the one way to
-find what a primary has to change. A server's addresses and CAA exist from proof to removal, its place in
-the SRV answer only while it is listed, a TXT for a CA that asks for one only while it does; the order of `diff` keeps
-every SRV target resolvable after each single change.
+find what a primary has to change. A server's addresses and CAA exist from proof to removal, the TXT that tells whose it
+is (`nts_core.metadata`) as long as the addresses, a TXT for a CA that asks for one only while it does. Its place in the SRV
+answer exists only while it is listed, which is while it is ACTIVE, but for those that fell with too many others at once.
+The order of `diff` keeps every SRV target resolvable after each single change.
 """
 
 import hashlib
 import heapq
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import lru_cache
@@ -20,11 +22,18 @@ from urllib.parse import urlsplit
 import dns.ipv6
 import dns.rdata
 
+from nts_core.metadata import Metadata
+from poolsvc.names import targets_that_fit
+
 LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 CAA_WORD = re.compile(r"[!#-:<-[\]-~]+")  # RFC 8659 section 4.2 without what the quoted form would escape
-_SERVER_TYPES = ("A", "AAAA", "CAA")
+_SERVER_TYPES = ("A", "AAAA", "CAA", "TXT")
+MANAGED_TYPES = (*_SERVER_TYPES, "SRV")  # of which records may be ours, or the fence
 _CHALLENGE = "_acme-challenge."
 CLOSED = '0 issue ";"'  # no certification authority may issue (RFC 8659 section 4.2)
+# What may vanish at once without a question: this share, and anything where there are few.
+_SHARE_PERCENT, _LEAST = 30, 10
+_HALVINGS = 50  # of a stretch of time: more than a share needs
 SRV_PRIORITY_AND_WEIGHT = "0 10"  # equal for all: a server's share is given by the sampling alone
 
 
@@ -50,7 +59,11 @@ class ZonePolicy:
     address_ttl: int
     ke_port: int
     caa: tuple[CaaIssuer, ...]
-    max_targets: int = 8
+
+    @property
+    def max_targets(self) -> int:
+        """How many servers an SRV answer may name."""
+        return targets_that_fit(self.pool)
 
     @property
     def apex(self) -> str:
@@ -71,13 +84,23 @@ class ZonePolicy:
         """The owner of the TXT record that holds the leader's epoch; not a managed owner."""
         return f"_fence.{self.apex}"
 
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """At or below which everything is that we write."""
+        return self.servers, self.service, self.fence
+
     def domain(self, name: str) -> str:
-        """The owner of a server's addresses and CAA."""
+        """The owner of a server's addresses, CAA and metadata."""
         return f"{name}.{self.servers}"
 
     def challenge(self, name: str) -> str:
         """The owner of the TXT by which a CA sees that we control a server's name (RFC 8555 section 8.4)."""
         return f"{_CHALLENGE}{self.domain(name)}"
+
+    def name_of(self, owner: str) -> str | None:
+        """The server that a managed owner belongs to, if it is one's."""
+        below = owner.removesuffix(f".{self.servers}")
+        return None if below == owner else below.rpartition(".")[2]
 
     def keys(self, name: str) -> tuple["Key", ...]:
         """All that a server may have in the zone, the SRV aside."""
@@ -92,7 +115,7 @@ class ServerRecords:
     proved ones, `listed` whether it may be an SRV target, `weight` its share of SRV answers relative to the others.
     `account_uri` is the only account that may order for it, in place of the pool's at the same CA; empty while none may.
     `methods` are those by which the account may prove control, `proofs` the texts by which it does so in DNS now.
-    `keeps_caa`: also without an address.
+    `keeps_caa`: also without an address. `metadata` is shown with the addresses.
     """
 
     name: str
@@ -104,6 +127,7 @@ class ServerRecords:
     methods: tuple[str, ...] = ("http-01",)
     proofs: tuple[str, ...] = ()
     keeps_caa: bool = False
+    metadata: Metadata | None = None
 
     def __post_init__(self) -> None:
         if LABEL.fullmatch(self.name) is None:
@@ -141,13 +165,18 @@ class Change:
     before: RRset | None
     after: RRset | None
 
+    @property
+    def key(self) -> Key:
+        return self.owner, self.rdtype
+
 
 def managed(owner: str, rdtype: str, policy: ZonePolicy) -> bool:
     """Whether an RRset is ours to change; everything else in the zone is the operator's."""
     if rdtype == "SRV":
         return owner == policy.service
     if rdtype == "TXT":
-        return owner.startswith(_CHALLENGE) and owner.endswith(f".{policy.servers}")
+        name, _, above = owner.removeprefix(_CHALLENGE).partition(".")
+        return bool(name) and above == policy.servers
     return rdtype in _SERVER_TYPES and (owner == policy.servers or owner.endswith(f".{policy.servers}"))
 
 
@@ -168,7 +197,7 @@ def wanted(servers: Iterable[ServerRecords], policy: ZonePolicy, *, is_open: boo
 
 
 def records_of(server: ServerRecords, policy: ZonePolicy) -> Zone:
-    """The records of one server: its addresses, the CAA that lets only our CAs issue, and what proves control to them."""
+    """The records of one server: addresses and whose they are, the CAA for our CAs only, what proves control to them."""
     if not server.addresses and not server.keeps_caa:
         return {}
     owner, texts = policy.domain(server.name), dict[str, list[str]]()
@@ -180,6 +209,8 @@ def records_of(server: ServerRecords, policy: ZonePolicy) -> Zone:
         else:
             texts.setdefault("AAAA", []).append(dns.ipv6.inet_ntoa(address.packed))
     found = {(owner, kind): RRset(policy.address_ttl, frozenset(some)) for kind, some in texts.items()}
+    if server.addresses and server.metadata is not None:
+        found[owner, "TXT"] = RRset(policy.address_ttl, frozenset({f'"{server.metadata.to_text()}"'}))
     if server.proofs:
         proofs = RRset.of(policy.address_ttl, "TXT", (f'"{text}"' for text in server.proofs))
         found[policy.challenge(server.name), "TXT"] = proofs
@@ -242,6 +273,65 @@ def sample(servers: Iterable[ServerRecords], count: int, *, draw: int) -> list[S
     return [*first.values(), *rest[: count - len(first)]]
 
 
+@dataclass(frozen=True, slots=True)
+class Odds:
+    """How often `sample` chooses a server, over all draws; what has to be known of the others.
+
+    Its waiting times are exponential, so a server is chosen before a moment with the chance 1 - exp(-weight * moment).
+    The answer is taken for full at the moments until which as many are chosen, on average, as there is room for: `first`
+    for one server of each member, `rest` for the others. Exact among equals, and good to a few percent else.
+    """
+
+    members: Mapping[int, int]  # the weight of all servers of each
+    first: float
+    rest: float
+
+    @classmethod
+    def of(cls, candidates: Iterable[tuple[int, int]], count: int) -> "Odds":
+        """Of all candidates, member and weight of each, for the places of an answer."""
+        weights, members = Counter[int](), Counter[int]()
+        for member, weight in candidates:
+            weights[weight] += 1
+            members[member] += weight
+        of_members = Counter(members.values())
+        room = count - len(members)  # beside one server of each
+        first, rest = math.inf, 0.0
+        if room < 0:
+            first = _moment(lambda moment: _chosen(of_members, moment), count)
+        elif weights.total() <= count:
+            rest = math.inf
+        elif room > 0:
+            rest = _moment(lambda moment: _chosen(weights, moment) - _chosen(of_members, moment), room)
+        return cls(members, first, rest)
+
+    def chance(self, member: int, weight: int) -> float:
+        """The part of the answers, from 0 to 1, that a candidate is in."""
+        of_member = max(self.members.get(member, 0), weight)
+        is_first = weight / of_member  # of its member's servers
+        as_first = is_first * _passed(of_member, self.first)
+        return as_first + _passed(weight, self.rest) - is_first * _passed(of_member, self.rest)
+
+
+def _passed(weight: int, moment: float) -> float:
+    return -math.expm1(-weight * moment)
+
+
+def _chosen(weights: Mapping[int, int], moment: float) -> float:
+    """How many of so many of each weight are chosen until a moment, on average."""
+    return sum(number * _passed(weight, moment) for weight, number in weights.items())
+
+
+def _moment(chosen: Callable[[float], float], wanted: int) -> float:
+    """Until when so many are chosen; `chosen` grows with the moment, beyond that."""
+    low, high = 0.0, 1.0
+    while chosen(high) < wanted:
+        low, high = high, 2 * high
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if chosen(middle) < wanted else (low, middle)
+    return high
+
+
 class _Turn(IntEnum):
     """When a change is due: a target leaves the SRV before its addresses go and joins after they exist."""
 
@@ -282,3 +372,163 @@ def ordered(changes: Iterable[Change]) -> tuple[Change, ...]:
             changes, key=lambda change: (_turn(change), change.owner.count("."), change.owner, change.rdtype)
         )
     )
+
+
+def make(zone: Zone, changes: Iterable[Change]) -> None:
+    """Make the changes in a zone that is held in memory."""
+    for change in changes:
+        if change.after is None:
+            zone.pop(change.key, None)
+        else:
+            zone[change.key] = change.after
+
+
+def is_too_much(lost: int, of: int) -> bool:
+    """Whether so many may not vanish without a question: more than 30 % of at least 10."""
+    return of >= _LEAST and lost * 100 > of * _SHARE_PERCENT
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What waits for an operator's word: changes that were stopped, and servers that stay in the SRV for now."""
+
+    changes: tuple[Change, ...] = ()
+    kept: tuple[str, ...] = ()
+    existing: int = 0  # records of which the changes take so many
+
+    def __bool__(self) -> bool:
+        return bool(self.changes or self.kept)
+
+    @property
+    def checksum(self) -> str:
+        """Of exactly this plan, in whatever order."""
+        lines = [
+            f"{change.owner} {change.rdtype} {_line(change.before)} -> {_line(change.after)}"
+            for change in self.changes
+        ]
+        text = "\n".join(sorted(lines + [f"{name} leaves the SRV" for name in self.kept]))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def deleted(self) -> int:
+        """How many records would go."""
+        return sum(_lost(change) for change in self.changes if change.after is None)
+
+    @property
+    def replaced(self) -> int:
+        """How many records would become others, or get another TTL."""
+        return sum(_lost(change) for change in self.changes if change.after is not None)
+
+    @property
+    def is_of_settings(self) -> bool:
+        """Whether TTLs, CAA and metadata are all that would change, as after a change of the settings."""
+        return bool(self.changes) and all(is_of_settings(change) for change in self.changes)
+
+
+def is_of_settings(change: Change) -> bool:
+    """Whether a change may come of other settings, and of no server: another TTL, CAA or text of whose it is."""
+    if change.before is None or change.after is None:
+        return False
+    return change.rdtype in {"CAA", "TXT"} or change.before.rdatas == change.after.rdatas
+
+
+def of_settings_alone(
+    changes: Iterable[Change], observed: Mapping[Key, RRset], policy: ZonePolicy
+) -> set[Change]:
+    """Those of the changes that other settings explain: all servers that had a value get the same other one.
+
+    The texts that tell whose a server is differ: there it is that all of them change. What one alone has, and a text for
+    a CA, is explained by nothing.
+    """
+    servers = [key for key in observed if policy.name_of(key[0]) is not None and _counts(*key)]
+    had = Counter(value for key in servers for value in _values(key[1], observed[key]))
+    steps = {
+        change: _steps(change)
+        for change in changes
+        if is_of_settings(change) and policy.name_of(change.owner) is not None and _counts(*change.key)
+    }
+    made = Counter(step for some in steps.values() for step in some)
+    return {change for change, some in steps.items() if all(made[step] == had[step[0]] > 1 for step in some)}
+
+
+_Value = tuple[str, int | frozenset[str] | None]
+
+
+def _values(rdtype: str, rrset: RRset) -> tuple[_Value, _Value]:
+    """The TTL of a server's RRset, and its content as far as that is the same at all servers."""
+    return ("TTL", rrset.ttl), (rdtype, None if rdtype == "TXT" else rrset.rdatas)
+
+
+def _steps(change: Change) -> list[tuple[_Value, _Value]]:
+    """Of an RRset that is replaced: from which TTL to which, and from which content to which."""
+    before, after = change.before, change.after
+    assert before is not None
+    assert after is not None
+    ttl, content = zip(_values(change.rdtype, before), _values(change.rdtype, after), strict=True)
+    return [ttl] * (before.ttl != after.ttl) + [content] * (before.rdatas != after.rdatas)
+
+
+def _line(rrset: RRset | None) -> str:
+    return "nothing" if rrset is None else f"{rrset.ttl} {' | '.join(sorted(rrset.rdatas))}"
+
+
+def _lost(change: Change) -> int:
+    """How many records a change deletes or replaces."""
+    if change.before is None or not _counts(*change.key):
+        return 0
+    if change.after is None or change.after.ttl != change.before.ttl:
+        return len(change.before.rdatas)
+    return len(change.before.rdatas - change.after.rdatas)
+
+
+def _counts(owner: str, rdtype: str) -> bool:
+    """Whether what the guard counts is in an RRset: not in the SRV, a sample that rotates, nor in texts for a CA."""
+    return rdtype != "SRV" and not owner.startswith(_CHALLENGE)
+
+
+def guard(
+    plan: Sequence[Change],
+    observed: Mapping[Key, RRset],
+    policy: ZonePolicy,
+    excepted: Collection[str] = (),
+    unlisted: Collection[str] = (),
+) -> tuple[tuple[Change, ...], Question]:
+    """Split a plan into what may be made and what has to be asked for, because it would take too much of the zone.
+
+    What other settings change and what servers lose are two plans, each with the threshold for itself: neither holds up
+    the other. One server alone is never too much. `excepted` are servers that somebody meant to go. What is created never
+    counts. A target of the SRV whose addresses were all to go stays in it, before all others, unless it is one of the
+    `unlisted`, of which the database knows that they are no targets: an empty database would empty the SRV first.
+    """
+    counted = [change for change in plan if _lost(change) and policy.name_of(change.owner) not in excepted]
+    existing = sum(len(rrset.rdatas) for key, rrset in observed.items() if _counts(*key)) if counted else 0
+    parts = [[change for change in counted if is_of_settings(change) is of] for of in (True, False)]
+    stopped = [change for part in parts if _is_wave(part, existing, policy) for change in part]
+    if not stopped:
+        return tuple(plan), Question()
+    rest, gone = set(stopped), {change.key for change in stopped if change.after is None}
+    held = {
+        owner
+        for owner in {owner for owner, _ in gone} - {policy.domain(name) for name in unlisted}
+        if (there := {key for kind in ("A", "AAAA") if (key := (owner, kind)) in observed}) and there <= gone
+    }
+    made = (_without_loss(change, held, policy) for change in plan if change not in rest)
+    return tuple(filter(None, made)), Question(tuple(stopped), existing=existing)
+
+
+def _is_wave(changes: Collection[Change], existing: int, policy: ZonePolicy) -> bool:
+    names = {policy.name_of(change.owner) for change in changes}
+    return len(names) > 1 and is_too_much(sum(map(_lost, changes)), existing)
+
+
+def _without_loss(change: Change, held: Collection[str], policy: ZonePolicy) -> Change | None:
+    """The change, but for the SRV so that it keeps targets that are held."""
+    if change.rdtype != "SRV" or change.before is None:
+        return change
+    kept = sorted(text for text in change.before.rdatas if text.split()[-1] in held)
+    others = sorted(change.after.rdatas - set(kept)) if change.after else []
+    if not kept:
+        return change
+    ttl = (change.after or change.before).ttl
+    after = RRset(ttl, frozenset([*kept, *others][: max(policy.max_targets, len(kept))]))
+    return None if after == change.before else replace(change, after=after)

@@ -1,43 +1,57 @@
-"""The engine inside the agent: NTS-KE and NTP in this process, certificates and keys swapped while it runs."""
+"""The engine inside the agent: NTS-KE and NTP in this process and, where one core is not enough, in workers like it.
 
+Certificates, keys and places are swapped while it runs. All sockets are bound here.
+"""
+
+import asyncio
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from datetime import UTC, datetime
 
 import structlog
 
 from member_agent.clock import Clock
 from member_agent.config import AgentSettings
-from member_agent.ke_server import KeListeners
-from member_agent.ntp_server import NtpListeners
-from member_agent.sockets import Endpoint
+from member_agent.engines import EngineError, Service
+from member_agent.engines.serving import Charge, Counts, PemPair, Place, Protocol, Server
+from member_agent.engines.workers import MOST_PLACES, ClockOrders, Crew, Orders
+from member_agent.errors import AgentError, ExitStatus
+from member_agent.install import InstalledPair, InstallError, load_pair
+from member_agent.ke_server import connections
+from member_agent.ntp_server import prepare, requests
+from member_agent.sockets import Endpoint, bind_shared, bound_endpoint
 from member_agent.state import StateDirectory
 from nts_core.cookies import Keyring, Schedule
-from nts_core.ke import NtpEndpoint, NtpService
+from nts_core.errors import TlsError
 from nts_core.tls import ServerCredentials
 
 _log = structlog.get_logger()
+# Seconds: the clock that tells when a key's time has come may be set meanwhile.
+_LONGEST_SLEEP = 3600.0
 
 
 class BuiltinEngine:
-    """Serves from `start` to `stop`."""
+    """Serves from the first `apply` to `close`."""
 
     name = "builtin"
+    patience: tuple[float, ...] = (0.0,)  # a socket costs nothing
 
-    def __init__(
-        self,
-        credentials: ServerCredentials,
-        clock: Clock,
-        settings: AgentSettings,
-        state: StateDirectory | None,
-    ) -> None:
+    def __init__(self, clock: Clock, settings: AgentSettings, state: StateDirectory | None) -> None:
         """Cookie keys are kept in `state`; without one they die with the process. Raises AgentError."""
         self._settings = settings
         self._state = state
-        self._keyring = self._first_keyring()
+        self.keyring = self._first_keyring()
         self.clock = clock
-        self.ke = KeListeners(credentials, self._keyring, settings.limits, settings.aead)
-        self.ntp = NtpListeners(clock, self._keyring, settings.limits)
+        charge = Charge.of(settings)
+        self._server = Server(charge, clock, self.keyring)
+        self._crew = Crew(settings.workers - 1, Orders(charge, self._clock_orders(), self.keyring))
+        # What is served now: the place that was asked for, which may leave the port open, and the one that is bound.
+        self._bound: dict[Place, Place] = {}
+        self._applying = asyncio.Lock()
+        clock.heard = self._tell_of_clock
 
     def _first_keyring(self) -> Keyring:
         """The keys of the last run under the schedule that holds now, or fresh ones."""
@@ -59,55 +73,178 @@ class BuiltinEngine:
         if self._state is not None:
             self._state.save_keyring(keyring)
 
-    async def start(self, ke: Sequence[Endpoint], ntp: Sequence[Endpoint]) -> None:
-        """Bind everything, then answer. Raises AgentError when something cannot be bound."""
-        sockets = [self.ke.bind(endpoint) for endpoint in ke]
-        for endpoint in ntp:
-            self.ntp.listen(endpoint)
-        for sock in sockets:
-            self.ke.listen(sock, self._service)
+    async def apply(self, service: Service) -> None:
+        """Serve this instead of what is served now, in all processes. On EngineError nothing has changed."""
+        async with self._applying:
+            pairs = await asyncio.to_thread(_read_pairs, service.pairs)
+            credentials = {
+                domain: _credentials(domain, pair, service.pairs[domain]) for domain, pair in pairs.items()
+            }
+            wanted = [Place(Protocol.KE, endpoint) for endpoint in service.ke]
+            wanted += [Place(Protocol.NTP, endpoint) for endpoint in service.ntp]
+            if len(wanted) > MOST_PLACES:
+                raise EngineError(
+                    f"{len(wanted)} places to listen on are too many",
+                    f"listen on {MOST_PLACES} at most",
+                    ExitStatus.CONFIGURATION,
+                )
+            await self._move(wanted)
+            self._server.use_credentials(credentials)
+            await self._crew.follow(replace(self._crew.orders, pairs=pairs))
 
-    def _service(self, local: str) -> NtpService:
-        """Where clients of the KE address `local` find NTP: there if it is served there.
+    async def _move(self, wanted: Sequence[Place]) -> None:
+        """Listen at these places only. What is new is bound before anything is closed that is not in its way."""
+        gone = [place for place in self._bound if place not in wanted]
+        fresh = [place for place in dict.fromkeys(wanted) if place not in self._bound]
+        blocking = [old for old in gone if any(self._bound[old].is_in_the_way_of(new) for new in fresh)]
+        await self._leave(blocking)
+        try:
+            self._listen(fresh)
+        except AgentError as error:
+            try:
+                self._listen(blocking)
+            except AgentError as lost:
+                _log.error("listener_lost", detail=lost.message)
+            await self._crew.follow(self._crew.orders)
+            raise EngineError(error.message, error.remedy, error.status) from None
+        await self._leave([place for place in gone if place not in blocking])
 
-        Otherwise at an address of the same family, at another, or by the certificate's name, which may lead to
-        any (RFC 8915 section 4.1.7). Addresses with a zone mean nothing elsewhere and are not told.
-        """
-        family = Endpoint(local, 0).family
-        names = self.ke.credentials.names
-        here: list[NtpEndpoint] = []
-        told: list[NtpEndpoint] = []
-        for ntp in sorted(self.ntp.endpoints, key=lambda ntp: ntp.family != family):
-            if ntp.address == local or (ntp.is_wildcard and ntp.family == family):
-                here.append(NtpEndpoint(None, ntp.port))
-                # By these names, too, a client may ask for what it would get anyway.
-                told += [NtpEndpoint(name, ntp.port) for name in (local, *names)]
-            elif ntp.is_wildcard:
-                told += [NtpEndpoint(name, ntp.port) for name in names]
-            else:
-                told.append(NtpEndpoint(ntp.address, ntp.port))
-        told = [endpoint for endpoint in told if endpoint.host and "%" not in endpoint.host]
-        elsewhere = [self._settings.ntp_server] if self._settings.ntp_server else []
-        choices = [*elsewhere, *here, *told, NtpEndpoint(None, self.ntp.endpoints[0].port)]
-        return NtpService(choices[0], tuple(told))
+    def _listen(self, places: Sequence[Place]) -> None:
+        """Bind all of them, then answer. Raises AgentError when one cannot be bound."""
+        count = self._settings.workers
+        with ExitStack() as stack:
+            found = {}
+            for place in places:
+                sockets = bind_shared(place.endpoint, place.kind, count)
+                for sock in sockets:
+                    stack.enter_context(sock)
+                found[place] = sockets
+            stack.pop_all()
+        bound = {}
+        for place, sockets in found.items():
+            self._bound[place] = actual = replace(place, endpoint=bound_endpoint(sockets[0]))
+            bound[actual] = sockets
+            if place.protocol is Protocol.NTP:
+                for sock in sockets:
+                    prepare(sock)
+            self._server.open(actual, sockets[0])
+        self._crew.tell(replace(self._crew.orders, sockets={**self._crew.orders.sockets, **bound}))
 
-    async def stop(self) -> None:
-        await self.ke.close()
-        self.ntp.close()
+    async def _leave(self, places: Sequence[Place]) -> None:
+        """Close these, in the workers first: a place is free when nobody has it."""
+        closing = {self._bound.pop(place) for place in places}
+        if not closing:
+            return
+        sockets = self._crew.orders.sockets
+        kept = {place: found for place, found in sockets.items() if place not in closing}
+        await self._crew.follow(replace(self._crew.orders, sockets=kept))
+        for place in closing:
+            self._server.leave(place)
+            for sock in sockets[place][1:]:
+                sock.close()
 
-    def use_credentials(self, credentials: ServerCredentials) -> None:
-        """The certificate for new connections; those under way are not touched."""
-        self.ke.credentials = credentials
+    async def close(self) -> None:
+        """Answer no more, in no process."""
+        await self._crew.close()
+        await self._server.close()
+        for sockets in self._crew.orders.sockets.values():
+            for sock in sockets[1:]:
+                sock.close()
+
+    async def remove(self) -> None:
+        """Serve nothing, until there is something again."""
+        await self.apply(Service({}, (), ()))
+
+    @property
+    def requests(self) -> int:
+        return requests(self.counts.ntp)
+
+    @property
+    def ke_requests(self) -> int:
+        """NTS-KE connections so far."""
+        return connections(self.counts.ke)
+
+    @property
+    def counts(self) -> Counts:
+        """Of all processes; may be read in another thread."""
+        return self._server.counts + self._crew.counts
+
+    @property
+    def processes(self) -> int:
+        """How many serve now."""
+        return 1 + self._crew.alive
+
+    @property
+    def restarts(self) -> int:
+        """How often a worker had to be started again."""
+        return self._crew.restarts
+
+    def endpoints(self, protocol: Protocol) -> list[Endpoint]:
+        """Where it is served, in the order in which that was asked for."""
+        return [place.endpoint for place in self._bound.values() if place.protocol is protocol]
+
+    async def tend(self) -> None:
+        """Change cookie keys when their time has come, for ever."""
+        while True:
+            try:
+                self.rotate_if_due()
+            except AgentError as error:
+                # The old key goes on sealing; a full disk must not stop the service.
+                _log.error("cookie_key_not_saved", detail=error.message)
+            await asyncio.sleep(min(self.seconds_to_rotation(), _LONGEST_SLEEP))
 
     def rotate_if_due(self) -> None:
         """Seal with the key that was made ahead once its time has come, and make the next."""
-        rotated = self._keyring.at(int(time.time()), secrets.token_bytes)
-        if rotated is self._keyring:
+        rotated = self.keyring.at(int(time.time()), secrets.token_bytes)
+        if rotated is self.keyring:
             return
         self._save(rotated)
-        self._keyring = rotated
-        self.ke.keyring = rotated
-        self.ntp.use_keyring(rotated)
+        self.keyring = rotated
+        self._server.use_keyring(rotated)
+        self._crew.tell(replace(self._crew.orders, keyring=rotated))
 
     def seconds_to_rotation(self) -> float:
-        return max(1.0, self._keyring.next_at - time.time())
+        return max(1.0, self.keyring.next_at - time.time())
+
+    def _clock_orders(self) -> ClockOrders:
+        return ClockOrders(self.clock.local_stratum, self.clock.offset_ns, *self.clock.last_heard)
+
+    def _tell_of_clock(self) -> None:
+        self._crew.tell(replace(self._crew.orders, clock=self._clock_orders()))
+
+
+def _read_pairs(pairs: Mapping[str, InstalledPair]) -> dict[str, PemPair]:
+    """What the files hold now, each pair checked. Raises EngineError."""
+    found = {}
+    for domain, pair in pairs.items():
+        try:
+            load_pair(pair.chain_path, pair.key_path)
+            found[domain] = PemPair(pair.chain_path.read_text("ascii"), pair.key_path.read_text("ascii"))
+        except InstallError as error:
+            raise EngineError(error.message, error.remedy, ExitStatus.CERTIFICATE) from None
+        except (OSError, ValueError) as error:
+            raise _unusable(pair, error) from None
+    return found
+
+
+def _credentials(domain: str, pair: PemPair, files: InstalledPair) -> ServerCredentials:
+    """Ready for handshakes. Raises EngineError."""
+    try:
+        credentials = pair.credentials()
+    except (TlsError, ValueError) as error:
+        raise _unusable(files, error) from None
+    begins, ends = credentials.validity
+    if not begins <= datetime.now(UTC) <= ends:
+        # It may be the clock that is wrong, so it is served all the same.
+        _log.warning(
+            "certificate_not_valid_now", domain=domain, begins=begins.isoformat(), ends=ends.isoformat()
+        )
+    return credentials
+
+
+def _unusable(files: InstalledPair, error: Exception) -> EngineError:
+    return EngineError(
+        f"{files.chain_path}, {files.key_path}: {error}",
+        "check both files; the key has to be of a kind that TLS uses, such as P-256",
+        ExitStatus.CERTIFICATE,
+    )

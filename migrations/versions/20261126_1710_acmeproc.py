@@ -3,7 +3,7 @@
 import sqlalchemy as sa
 from alembic import op
 
-from poolsvc.certificates import CsrError, csr_key_sha256
+from nts_core.certificates import CsrError, csr_key_sha256
 
 revision = "7f1c0a9d52e3"
 down_revision = "4a054848f497"

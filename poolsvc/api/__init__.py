@@ -6,6 +6,8 @@ from poolsvc.api import (
     acme,
     agent,
     agentless,
+    challenges,
+    commands,
     export,
     history,
     members,
@@ -39,9 +41,11 @@ ROUTERS = tuple(
         settings,
         absence,
         agentless,
+        commands,
         transfers,
         staff,
         acme,
+        challenges,
         history,
     )
 )

@@ -23,7 +23,7 @@ from poolsvc.api.request import (
     ServicesDep,
     SessionDep,
 )
-from poolsvc.api.servers import ServerView, changed_view, removal_reason
+from poolsvc.api.servers import ServerView, changed_view, removal_reason, side_of
 from poolsvc.auth import Operation
 from poolsvc.models import HoldKind, MaintenanceWindow
 
@@ -54,7 +54,7 @@ async def list_maintenance(
     name: NamePath, principal: PrincipalDep, session: SessionDep, paging: PagingDep
 ) -> Page[WindowView]:
     """The server's maintenance windows, those that were announced last first."""
-    server = await server_to_read(session, principal, name)
+    server = await server_to_read(session, principal, name, Operation.READ_SERVER)
     found = select(MaintenanceWindow).where(MaintenanceWindow.server_id == server.id)
     rows, further = await paging.rows(session, found, MaintenanceWindow.id, newest_first=True)
     return Page(items=[WindowView.model_validate(row) for row in rows], next=further)
@@ -66,7 +66,7 @@ async def add_maintenance(
     name: NamePath, body: WindowRequest, principal: PrincipalDep, session: SessionDep, now: NowDep
 ) -> WindowView:
     """Announce maintenance: the server is out of the answer then, and nothing counts against it."""
-    server = await server_for(session, principal, name, Operation.CHANGE_SERVER, staying=True)
+    server = await server_for(session, principal, name, Operation.TEND_SERVER, staying=True)
     window = await maintenance.add(
         session,
         server,
@@ -88,7 +88,7 @@ async def cancel_maintenance(
     now: NowDep,
 ) -> WindowView:
     """End maintenance before its time, or before it began."""
-    server = await server_for(session, principal, name, Operation.CHANGE_SERVER)
+    server = await server_for(session, principal, name, Operation.TEND_SERVER)
     cancelled = await maintenance.cancel(session, server, window, actor=principal.actor, now=now)
     return WindowView.model_validate(cancelled)
 
@@ -109,7 +109,7 @@ async def hold_server(
     await servers.set_hold(
         session, server, HoldKind.OPERATOR, reason=body.reason, actor=principal.actor, now=now
     )
-    return await changed_view(session, services.settings, server)
+    return await changed_view(session, services, server, now)
 
 
 @router.delete("/servers/{name}/hold")
@@ -119,7 +119,7 @@ async def lift_hold(
     """Lift the operator's hold; others stay, and so does that of a member who is blocked."""
     server = await server_for(session, principal, name, Operation.JUDGE_SERVER)
     await standing.release(session, server, now, actor=principal.actor)
-    return await changed_view(session, services.settings, server)
+    return await changed_view(session, services, server, now)
 
 
 @router.post("/servers/{name}/leaving", status_code=202)
@@ -132,8 +132,12 @@ async def leave(
     session: SessionDep,
     now: NowDep,
 ) -> ServerView:
-    """Leave the pool: at once and for good, or out of the answer now and for good on a later day."""
-    server = await server_for(session, principal, name, Operation.REMOVE_SERVER)
+    """Leave the pool: at once and for good, or out of the answer now and for good on a later day.
+
+    An agent says `at`: who has its token must not end the server's name.
+    """
+    operation = Operation.REMOVE_SERVER if body.at is None else Operation.LEAVE_SERVER
+    server = await server_for(session, principal, name, operation)
     reason = body.reason or removal_reason(server, principal)
     if body.at is None:
         await servers.leave(session, server, actor=principal.actor, reason=reason, now=now)
@@ -145,9 +149,9 @@ async def leave(
             actor=principal.actor,
             reason=reason,
             now=now,
-            by_operator=server.member_id not in principal.acts_for,
+            by_operator=side_of(server, principal) == "operator",
         )
-    return await changed_view(session, services.settings, server)
+    return await changed_view(session, services, server, now)
 
 
 @router.delete("/servers/{name}/leaving")
@@ -158,8 +162,8 @@ async def stay(
 
     What an operator scheduled, only operators cancel.
     """
-    server = await server_for(session, principal, name, Operation.CHANGE_SERVER)
+    server = await server_for(session, principal, name, Operation.TEND_SERVER)
     if servers.may_stay(server) and server.leave_by_operator:
         principal.may(Operation.JUDGE_SERVER)
     await servers.cancel_leave(session, server, actor=principal.actor, now=now)
-    return await changed_view(session, services.settings, server)
+    return await changed_view(session, services, server, now)

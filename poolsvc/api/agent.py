@@ -5,7 +5,7 @@ import binascii
 import json
 import math
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timedelta
 from typing import Annotated, Any, TypeVar
 
@@ -23,6 +23,7 @@ from nts_core.control import (
     JoinRequest,
     ProofAnswer,
     ProofRequest,
+    ProofWay,
     RejoinChallenge,
     RejoinQuestion,
     RejoinRequest,
@@ -30,7 +31,8 @@ from nts_core.control import (
     join_statement,
     rejoin_statement,
 )
-from poolsvc import auth, issuance, onboarding, proofs, servers, troubles
+from nts_core.errors import printable
+from poolsvc import auth, issuance, onboarding, own_account, proofs, servers, troubles, validation
 from poolsvc.api.lookup import refuse_gone
 from poolsvc.api.request import (
     CredentialsDep,
@@ -203,8 +205,17 @@ async def request_proof(
     principal.may(Operation.AGENT)
     server = await servers.get(session, principal.server_id or 0)
     refuse_gone(server)
-    nonce = await proofs.call(session, services.settings, server, body.address, source, now)
+    nonce = await proofs.call(session, services.settings, server, body.address, source, now, by=_way(body.by))
     return ProofAnswer(address=body.address, nonce=nonce)
+
+
+def _way(text: str) -> ProofWay:
+    try:
+        return ProofWay(text)
+    except ValueError:
+        raise InvalidDocument(
+            f"an address is proved by {' or '.join(ProofWay)}", remedy="update pool-agent", field="by"
+        ) from None
 
 
 @router.post("/agent/sync")
@@ -222,27 +233,32 @@ async def sync(
         raise Gone(f"{server.name} has left the pool", remedy="the agent can be stopped and removed")
     settings = services.settings
     server.agent_seen_at = now
-    server.agent_engine = _clean(report.engine, 100)
-    server.agent_clock = _clean(report.clock, 300)
-    problem = _clean(report.problem, 1000) if report.problem else None
+    server.agent_engine = printable(report.engine, 100)
+    server.agent_clock = printable(report.clock, 300)
+    problem = printable(report.problem, 1000) if report.problem else None
     await troubles.note_report(session, server, problem, now)
     server.traffic_cap, server.traffic = _figure(report.traffic_cap), _figure(report.traffic)
+    server.ke_cap, server.ke_traffic = _figure(report.ke_cap), _figure(report.ke_traffic)
+    account, refusal = report.account_uri, own_account.refusal(settings, server, report.account_uri)
+    if refusal is not None:
+        account = server.own_account_uri  # as before: what else the agent says counts all the same
+    if not server.leave_final:
+        issuance.note_agent(settings, server, validation.said(report.validation), account, now)
     if report.csr is not None:
         await issuance.take_csr(session, settings, server, report.csr.order, report.csr.pem, now)
     issuance.note_serving(server, report.serving, now)
     proofs.note_serving(server, report.serving, now)
     why = "" if is_full and is_in_dns(server) else await _why(session, settings, server)
-    return await _assignment(session, services, server, why, now)
+    assignment = await _assignment(session, services, server, why, now)
+    if refusal is None:
+        return assignment
+    # Another account may: the one that CAA names.
+    return replace(assignment, account_refused=refusal.detail, may_order=False)
 
 
 def _figure(value: float | None) -> float | None:
-    """Requests a second, as an agent says; None when it cannot be."""
+    """How many come, or may come, as an agent says; None when it cannot be."""
     return value if value is not None and 0 <= value <= _MAX_TRAFFIC else None
-
-
-def _clean(text: str, limit: int) -> str:
-    """What an agent says, as printable text of bounded length."""
-    return "".join(character if character.isprintable() else " " for character in text)[:limit]
 
 
 async def _why(session: AsyncSession, settings: Settings, server: Server) -> str:
@@ -259,7 +275,7 @@ async def _assignment(
     is_new = server.state is ServerState.REGISTERED and server.burnt_at is None
     leaves_now = server.state is ServerState.LEAVING and server.leave_at is None
     busy = order is not None or is_new or leaves_now
-    interval = _interval(settings, (await services.counts.census(session)).reporting)
+    interval = _interval(settings, (await services.census.get(session)).reporting)
     return Assignment(
         pool=settings.pool,
         server=server.name,
@@ -276,7 +292,17 @@ async def _assignment(
         challenges=issuance.challenges(server),
         certificate=issuance.newest(server),
         why=why,
+        tls_port=settings.ports.tls,
+        tls_challenges=issuance.tls_challenges(server),
+        may_order=not leaves_now and _may_order(server, now),
+        in_dns=validation.is_in_dns(settings, server),
+        seen=servers.seen_certificate(server),
     )
+
+
+def _may_order(server: Server, now: datetime) -> bool:
+    begin = own_account.may_order_at(server)
+    return begin is not None and begin <= now
 
 
 def _pace(server: Server, order: Order | None, now: datetime) -> float:

@@ -6,7 +6,7 @@ from fastapi import APIRouter
 from pydantic import Field
 
 from nts_core.control import PROOF_PATH
-from poolsvc import agentless, proofs
+from poolsvc import own_account, proofs
 from poolsvc.api.idempotent import idempotent
 from poolsvc.api.lookup import server_for
 from poolsvc.api.request import (
@@ -58,7 +58,7 @@ async def begin_proof(
 ) -> ProofFile:
     """Prove an address, from that address: the registry then connects to it and expects the content at the path."""
     server = await server_for(session, principal, name, Operation.PROVE_ADDRESS, staying=True)
-    agentless.require(server)
+    own_account.require_agentless(server)
     nonce = await proofs.call(session, services.settings, server, body.address, source, now)
     name_of_file, content = proofs.file_of(nonce)
     return ProofFile(
@@ -80,7 +80,7 @@ async def end_proof(
 ) -> AddressView:
     """The content is there: the registry looks at once."""
     server = await server_for(session, principal, name, Operation.PROVE_ADDRESS, staying=True)
-    agentless.require(server)
+    own_account.require_agentless(server)
     return address_view(services.settings, proofs.ready(server, address, now))
 
 
@@ -91,9 +91,10 @@ async def name_account(
     principal: PrincipalDep,
     services: ServicesDep,
     session: SessionDep,
+    now: NowDep,
 ) -> ServerView:
     """The account at the CA that may order for the server's name; `may_order_at` then says from when on."""
     server = await server_for(session, principal, name, Operation.CHANGE_SERVER, staying=True)
-    agentless.require(server)
-    agentless.set_account(services.settings, server, body.account_uri)
-    return await changed_view(session, services.settings, server)
+    own_account.require_agentless(server)
+    own_account.choose(services.settings, server, body.account_uri)
+    return await changed_view(session, services, server, now)

@@ -2,28 +2,41 @@
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from poolsvc import servers
-from poolsvc.auth import Operation, Principal
+from poolsvc import members, servers
+from poolsvc.auth import Operation, Principal, refuse_when_blocked
 from poolsvc.errors import Gone, WrongState
-from poolsvc.models import ENDED_STATES, Server
+from poolsvc.models import ENDED_STATES, MemberStatus, Server
 
 
-async def server_to_read(session: AsyncSession, principal: Principal, name: str) -> Server:
+async def server_to_read(
+    session: AsyncSession,
+    principal: Principal,
+    name: str,
+    operation: Operation = Operation.READ_SERVER_DETAILS,
+) -> Server:
     """As it is. Raises NotFound, Forbidden."""
     server = await servers.find(session, name)
-    principal.may(Operation.READ_SERVER, server=server)
+    principal.may(operation, server=server)
     return server
 
 
 async def server_for(
     session: AsyncSession, principal: Principal, name: str, operation: Operation, *, staying: bool = False
 ) -> Server:
-    """Locked for a change; `staying`: one that is not to leave. Raises NotFound, Forbidden, Gone, WrongState."""
+    """Locked for a change; `staying`: one that is not to leave.
+
+    Raises NotFound, Forbidden, MemberBlocked, Gone, WrongState.
+    """
     found = await servers.find(session, name)
     principal.may(operation, server=found)
     server = await servers.get(session, found.id)
     # Once more: it may have become another member's while we waited for it.
     principal.may(operation, server=server)
+    if principal.server_id is not None:
+        # An agent may no more than the people whose it is.
+        member = await members.get(session, server.member_id)
+        if member.status is not MemberStatus.ACTIVE:
+            refuse_when_blocked(operation)
     if staying:
         refuse_gone(server)
     return server

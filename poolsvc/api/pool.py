@@ -38,7 +38,7 @@ async def read_pool(services: ServicesDep, session: SessionDep, now: NowDep) -> 
     """The pool and the state of its own parts; needs no token."""
     settings = services.settings
     pool = await the_pool(session, settings)
-    census = await services.counts.census(session)
+    census = await services.census.get(session)
     found = await alarms.current(session, now)
     if census.kept_low:
         found.append(

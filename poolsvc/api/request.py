@@ -16,8 +16,10 @@ from poolsvc.auth import Principal
 from poolsvc.config import Settings
 from poolsvc.db import Database, act_as
 from poolsvc.derived import RegistryKey
+from poolsvc.inspection import Inspector
 from poolsvc.oidc import Provider
-from poolsvc.pool import CensusTaker
+from poolsvc.pool import Census, Kept
+from poolsvc.zone import Odds
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +30,10 @@ class Services:
     database: Database
     key: RegistryKey
     limits: Limits
-    counts: CensusTaker
+    census: Kept[Census]
+    odds: Kept[Odds]
     providers: Mapping[str, Provider]  # of OpenID Connect, by name
+    inspector: Inspector
 
 
 # Not plain functions: FastAPI would send each through a thread.

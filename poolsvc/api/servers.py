@@ -9,8 +9,19 @@ from pydantic import Field
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from nts_core.control import ServerState
-from poolsvc import addresses, agentless, auth, issuance, onboarding, removal, samples, servers, terms
+from nts_core.control import ServerState, Validation
+from poolsvc import (
+    addresses,
+    auth,
+    issuance,
+    onboarding,
+    own_account,
+    removal,
+    samples,
+    scoring,
+    servers,
+    terms,
+)
 from poolsvc.api.idempotent import idempotent
 from poolsvc.api.lookup import server_for, server_to_read
 from poolsvc.api.paging import MAX_LIMIT, Page, PagingDep, cursor_of
@@ -21,6 +32,7 @@ from poolsvc.api.request import (
     NamePath,
     NowDep,
     PrincipalDep,
+    Services,
     ServicesDep,
     SessionDep,
     TextQuery,
@@ -29,8 +41,8 @@ from poolsvc.auth import Operation, Principal
 from poolsvc.budget import Place
 from poolsvc.config import Settings
 from poolsvc.errors import WrongState
-from poolsvc.explain import StageView, explain, why_not
-from poolsvc.models import Address, SampleRecord, Server, Token, TokenKind
+from poolsvc.explain import StageView, expected_at, explain, why_not
+from poolsvc.models import Address, HoldKind, SampleRecord, Server, Token, TokenKind
 from poolsvc.pool import count_until_open, the_pool
 from poolsvc.removal import Receipt
 
@@ -38,7 +50,7 @@ router = APIRouter(prefix="/v1")
 
 
 class ServerRequest(Document):
-    name: Line = Field(max_length=200, description="one host label, such as alice")
+    name: Line = Field(max_length=200, description="one host label of at most 36 characters, such as alice")
     member: int | None = Field(None, description="whose it is to be; needed by those who act for several")
     addresses: list[Line] = Field(max_length=64, description="the server's IPv4 and IPv6 addresses")
     agentless: bool = Field(
@@ -81,6 +93,30 @@ class AgentView(Document):
     problem: str | None
     traffic_cap: float | None = Field(description="NTP requests a second that it answers at most")
     traffic: float | None = Field(description="and how many come, as the agent says")
+    ke_cap: float | None = Field(description="NTS-KE connections a minute that it takes at most")
+    ke_traffic: float | None = Field(description="and how many come, as the agent says")
+    validation: Validation = Field(description="how the host answers the CA")
+
+
+class HoldView(Document):
+    """A reason for which it is out of the answer now."""
+
+    kind: HoldKind
+    reason: str
+    set_at: datetime
+
+
+class CurrentCertificateView(Document):
+    """The certificate that it has, as far as the pool knows, and the next one."""
+
+    serial: str | None
+    fingerprint: str | None
+    not_after: datetime | None
+    renewal_at: datetime | None = Field(
+        description="when the next one is ordered; empty while that is under way, and where the member's own account orders"
+    )
+    ordering: bool = Field(description="whether an order is under way")
+    problem: str | None = Field(description="why the last order failed, or does not come on")
 
 
 class QueueView(Document):
@@ -102,12 +138,20 @@ class ServerView(Document):
     in_dns: bool = Field(description="whether the SRV answer may hold it now")
     why: str = Field(description="why it is not in DNS: the first stage that is not met; empty when it is")
     stages: list[StageView]
+    share: float = Field(description="the part of the pool's answers that name it, from 0 to 1", ge=0, le=1)
+    holds: list[HoldView] = Field(description="why it is suspended")
     queue: QueueView | None = Field(description="empty unless its first order waits for the CA's limits")
+    expected_at: datetime | None = Field(
+        description="when a server on its way into the pool can be in DNS, if nothing fails and the pool is open"
+    )
     addresses: list[AddressView]
     agent: AgentView
     agentless: bool
-    acme_account: str | None = Field(description="the member's own account that may order, without an agent")
+    acme_account: str | None = Field(
+        description="the member's own account that orders, in place of the registry's"
+    )
     may_order_at: datetime | None = Field(description="from when on it may; empty while that is not known")
+    certificate: CurrentCertificateView | None = Field(description="empty before the first one")
     certificates: list[CertificateView]
     receipt: Receipt | None
 
@@ -185,15 +229,19 @@ async def register_server(
         agentless=body.agentless,
     )
     join = None if server.agentless else await new_join_token(session, services.settings, server, now)
-    return ServerCreated(server=await changed_view(session, services.settings, server), join=join)
+    return ServerCreated(server=await changed_view(session, services, server, now), join=join)
 
 
 @router.get("/servers/{name}")
 async def read_server(
-    name: NamePath, principal: PrincipalDep, services: ServicesDep, session: SessionDep
+    name: NamePath, principal: PrincipalDep, services: ServicesDep, session: SessionDep, now: NowDep
 ) -> ServerView:
-    """A server with its stages and why it is, or is not, in DNS; a removed one with its receipt."""
-    return await view_of(session, services.settings, await server_to_read(session, principal, name))
+    """A server with its stages and why it is, or is not, in DNS; a removed one with its receipt.
+
+    For its agent too.
+    """
+    server = await server_to_read(session, principal, name, Operation.READ_SERVER)
+    return await view_of(session, services, server, now)
 
 
 @router.delete("/servers/{name}", status_code=202)
@@ -214,12 +262,19 @@ async def remove_server(
     server = await server_for(session, principal, name, operation)
     reason = removal_reason(server, principal)
     await servers.leave(session, server, actor=principal.actor, reason=reason, now=now, emergency=emergency)
-    return await changed_view(session, services.settings, server)
+    return await changed_view(session, services, server, now)
 
 
 def removal_reason(server: Server, principal: Principal) -> str:
     """The reason of a removal for which none was given."""
-    return f"removed by its {'member' if server.member_id in principal.members else 'operator'}"
+    return f"removed by its {side_of(server, principal)}"
+
+
+def side_of(server: Server, principal: Principal) -> str:
+    """On whose behalf a server is changed."""
+    if principal.server_id is not None:
+        return "agent"
+    return "member" if server.member_id in principal.members else "operator"
 
 
 @router.post("/servers/{name}/join-token", status_code=201)
@@ -242,7 +297,7 @@ async def revoke_compromised(
     """The key of a server's certificate is lost or known to others: revoke it, and order one with another key."""
     server = await server_for(session, principal, name, Operation.CHANGE_SERVER)
     issuance.revoke_compromised(server, now)
-    return await changed_view(session, services.settings, server)
+    return await changed_view(session, services, server, now)
 
 
 class SampleView(Document):
@@ -336,13 +391,39 @@ async def stages_of(
     return explain(server, pool, settings, active=active, place=place)
 
 
-async def changed_view(session: AsyncSession, settings: Settings, server: Server) -> ServerView:
+async def changed_view(
+    session: AsyncSession, services: Services, server: Server, now: datetime
+) -> ServerView:
     """A server that this transaction has changed, with all that belongs to it now."""
     await session.flush()
-    return await view_of(session, settings, await servers.get(session, server.id))
+    return await view_of(session, services, await servers.get(session, server.id), now)
 
 
-async def view_of(session: AsyncSession, settings: Settings, server: Server) -> ServerView:
+async def _share(session: AsyncSession, services: Services, server: Server) -> float:
+    if not is_in_dns(server):
+        return 0.0
+    weight = scoring.sampling_weight(
+        server.weight, server.traffic_cap, server.traffic, server.ke_cap, server.ke_traffic
+    )
+    return (await services.odds.get(session)).chance(server.member_id, weight)
+
+
+def _certificate(server: Server) -> CurrentCertificateView | None:
+    if (newest := servers.newest_certificate(server)) is None:
+        return None
+    is_ordering = issuance.open_order(server) is not None
+    return CurrentCertificateView(
+        serial=newest.serial,
+        fingerprint=newest.fingerprint,
+        not_after=newest.not_after,
+        renewal_at=None if is_ordering or own_account.is_used(server) else server.order_due_at,
+        ordering=is_ordering,
+        problem=server.orders[-1].error,
+    )
+
+
+async def view_of(session: AsyncSession, services: Services, server: Server, now: datetime) -> ServerView:
+    settings = services.settings
     place = await onboarding.place_of(session, settings, server)
     views = await stages_of(session, settings, server, place)
     return ServerView(
@@ -354,7 +435,10 @@ async def view_of(session: AsyncSession, settings: Settings, server: Server) -> 
         in_dns=is_in_dns(server),
         why=why_not(views, server),
         stages=views,
+        share=await _share(session, services, server),
+        holds=[HoldView.model_validate(hold) for hold in servers.open_holds(server)],
         queue=None if place is None else QueueView.model_validate(place),
+        expected_at=expected_at(server, settings, place, now),
         addresses=[address_view(settings, row) for row in server.addresses],
         agent=AgentView(
             seen_at=server.agent_seen_at,
@@ -363,10 +447,14 @@ async def view_of(session: AsyncSession, settings: Settings, server: Server) -> 
             problem=server.agent_problem,
             traffic_cap=server.traffic_cap,
             traffic=server.traffic,
+            ke_cap=server.ke_cap,
+            ke_traffic=server.ke_traffic,
+            validation=server.validation,
         ),
         agentless=server.agentless,
         acme_account=server.own_account_uri,
-        may_order_at=agentless.may_order_at(server),
+        may_order_at=own_account.may_order_at(server),
+        certificate=_certificate(server),
         certificates=[CertificateView.model_validate(order) for order in server.orders],
         receipt=removal.receipt(server, settings),
     )

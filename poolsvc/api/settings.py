@@ -30,7 +30,10 @@ class SettingsView(Document):
     )
     waive_source: bool = Field(description="proof calls may come from elsewhere (NAT); the operator's to set")
     traffic_cap: float | None = Field(
-        description="NTP requests a second that it answers at most; the agent's to set, [limits] traffic_cap"
+        description="NTP requests a second that it answers at most; the agent's to set, [limits] ntp_pps"
+    )
+    ke_cap: float | None = Field(
+        description="NTS-KE connections a minute that it takes at most; the agent's to set, [limits] ke_per_minute"
     )
 
 
@@ -58,6 +61,7 @@ def _view(server: Server) -> SettingsView:
         dns_01=server.dns_01,
         waive_source=server.waive_source,
         traffic_cap=server.traffic_cap,
+        ke_cap=server.ke_cap,
     )
 
 

@@ -10,17 +10,19 @@ import structlog
 import typer
 from sqlalchemy import make_url
 
+from nts_core import acceptor
 from nts_core.client import load_roots
 from nts_core.shell import configure_logging, raise_descriptor_limit
-from poolsvc import schema
+from poolsvc import embedded_dns, schema
 from poolsvc.app import Part, create_app
-from poolsvc.cli import accounts, acme, data, dayone, keys
+from poolsvc.cli import accounts, acme, data, dayone, dns, keys, zone
 from poolsvc.cli.common import ConfigOption, ExitStatus, fail, read_registry_key, read_settings, refuse
 from poolsvc.config import Settings, split_endpoint
 from poolsvc.db import Database
-from poolsvc.files import ACCOUNT_FILES, UnusableFile, check_files
+from poolsvc.files import ACCOUNT_FILES, GEO_FILES, UnusableFile, check_files
+from poolsvc.names import narrowness
 from poolsvc.schema import DatabaseUnusable
-from poolsvc.serving import create_server
+from poolsvc.serving import Duty, create_server
 
 app = typer.Typer(
     name="poolsvc", no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False
@@ -30,7 +32,9 @@ database_app = typer.Typer(no_args_is_help=True, help="the database")
 app.add_typer(accounts.app, name="operator")
 app.add_typer(acme.app, name="acme")
 app.add_typer(config_app, name="config")
+app.add_typer(dns.app, name="dns")
 app.add_typer(keys.app, name="key")
+app.add_typer(zone.app, name="zone")
 app.command("init")(dayone.init)
 app.command("parent-records")(dayone.show_parent_records)
 app.command("doctor")(dayone.examine)
@@ -63,7 +67,8 @@ def serve(
     configure_logging()
     raise_descriptor_limit()
     _check_migrated(settings)
-    _check_files(settings, without=ACCOUNT_FILES)
+    dns_server = _dns_server(settings, part)
+    _check_files(settings, without=(*ACCOUNT_FILES, *GEO_FILES))
     if settings.allow_private_addresses:
         structlog.get_logger().warning("private_addresses_allowed")
     listening = [_bind("listen", endpoint) for endpoint in settings.listen]
@@ -74,25 +79,38 @@ def serve(
     ]
     roots, key = load_roots(settings.roots_file), read_registry_key(settings)
     application = create_app(settings, Database(settings.database), roots, key, part)
-    create_server(settings, application, listening, plain).run()
+    create_server(settings, application, listening, plain, dns_server).run()
+
+
+def _dns_server(settings: Settings, part: Part) -> list[Duty]:
+    """The embedded server, if it is this process's to run."""
+    embedded = settings.dns.embedded
+    if embedded is None:
+        return []
+    if part is not Part.ALL and not embedded.own_process:
+        fail(
+            ExitStatus.CONFIGURATION,
+            f"dns.embedded: `serve --role {part}` runs no DNS server",
+            "set dns.embedded.own_process and run `poolsvc dns serve` on one machine; on others name it as dns.primary",
+        )
+    charge = embedded_dns.Charge.of(settings)
+    try:
+        charge.prepare()
+        return [] if embedded.own_process else [embedded_dns.Child(charge, embedded_dns.bind(charge)).run]
+    except embedded_dns.DnsUnusable as error:
+        refuse(ExitStatus.CONFIGURATION, error)
 
 
 def _bind(setting: str, endpoint: str) -> socket.socket:
     """A socket that does not listen yet: nobody is kept waiting for what is not there."""
-    address, port = split_endpoint(endpoint)
-    sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if sock.family is socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind((address, port))
+        return acceptor.bind(*split_endpoint(endpoint), socket.SOCK_STREAM)
     except OSError as error:
         fail(
             ExitStatus.CONFIGURATION,
             f"{setting} {endpoint}: {os.strerror(error.errno or 0)}",
             "choose another address or port",
         )
-    return sock
 
 
 def _check_migrated(settings: Settings) -> None:
@@ -114,6 +132,8 @@ def config_check(config: ConfigOption) -> None:
     """Say whether the settings and the files that they name can be used."""
     settings = read_settings(config)
     _check_files(settings)
+    if (note := narrowness(settings.pool)) is not None:
+        typer.echo(f"note: {note}")
     typer.echo("ok, for a trial: allow_private_addresses is on" if settings.allow_private_addresses else "ok")
 
 

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from nts_core.shell import configure_logging
+from nts_core.acme import AccountFacts, AcmeError, change_contact, read_account
+from nts_core.shell import check_contact, configure_logging
 from poolsvc import acme_process, onboarding
-from poolsvc.acme import AccountFacts, AcmeConfig, AcmeError, change_contact, read_account
 from poolsvc.budget import MOST, Bucket
 from poolsvc.cli.common import (
     CaOption,
@@ -22,7 +22,7 @@ from poolsvc.cli.common import (
     read_settings,
     refuse,
 )
-from poolsvc.config import AuthoritySettings, check_contact
+from poolsvc.config import AuthoritySettings
 from poolsvc.files import UnusableFile, check_account_files
 
 app = typer.Typer(no_args_is_help=True, help="the accounts at the CAs, and the CA's limits")
@@ -109,7 +109,7 @@ def limits(
 def account(config: ConfigOption, name: CaOption = None) -> None:
     """Show the account at a CA, and what that CA says of itself."""
     ca = authority(read_settings(config), name)
-    _show(ca, _asked(ca, read_account(AcmeConfig.of(ca))))
+    _show(ca, _asked(ca, read_account(acme_process.account_of(ca))))
 
 
 @app.command("contact")
@@ -127,7 +127,7 @@ def contact(
             check_contact(url)
         except ValueError as error:
             fail(ExitStatus.USAGE, f"{url}: {error}", "give URLs, such as mailto:operator@example.net")
-    _show(ca, _asked(ca, change_contact(AcmeConfig.of(ca), tuple(urls))))
+    _show(ca, _asked(ca, change_contact(acme_process.account_of(ca), tuple(urls))))
     if tuple(urls) != ca.contact:
         typer.echo("set `contact` of this CA in the settings likewise: a new account would get that")
 

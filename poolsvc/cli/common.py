@@ -15,6 +15,7 @@ from poolsvc.config import AuthoritySettings, ConfigError, Settings, load_settin
 from poolsvc.db import Database
 from poolsvc.derived import RegistryKey
 from poolsvc.errors import PoolError
+from poolsvc.primary import PublishError
 from poolsvc.schema import DatabaseUnusable
 
 T = TypeVar("T")
@@ -93,3 +94,26 @@ def in_transaction(settings: Settings, work: Callable[[AsyncSession], Awaitable[
         refuse(ExitStatus.USAGE, error)
     except (SQLAlchemyError, OSError) as error:
         fail(ExitStatus.DATABASE, f"the database: {error}", "check `database` in the settings")
+
+
+def with_database(settings: Settings, work: Callable[[Database], Awaitable[T]]) -> T:
+    """Do something with the database, and say what went wrong in words."""
+
+    async def run() -> T:
+        database = Database(settings.database, patient=True)
+        try:
+            return await work(database)
+        finally:
+            await database.close()
+
+    try:
+        schema.check_current(settings)
+        return asyncio.run(run())
+    except PublishError as error:
+        fail(ExitStatus.PEER, f"the primary: {error}", "poolsvc doctor says more")
+    except PoolError as error:
+        refuse(ExitStatus.DATABASE, error)
+    except SQLAlchemyError as error:
+        fail(ExitStatus.DATABASE, f"the database: {error}", "check `database` in the settings")
+    except OSError as error:
+        fail(ExitStatus.CONFIGURATION, str(error), "check the file's name, rights and space")

@@ -1,54 +1,29 @@
 """`poolsvc backup`, `restore`, `thaw` and `move`: copies of the database. Rendering only."""
 
-import asyncio
-from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
 from pydantic import TypeAdapter, ValidationError
-from sqlalchemy.exc import SQLAlchemyError
 
-from poolsvc import backup, recovery, schema
-from poolsvc.cli.common import ConfigOption, ExitStatus, fail, read_settings, refuse
-from poolsvc.config import DatabaseUrl, Settings
+from poolsvc import backup, plans, recovery, schema
+from poolsvc.cli import zone
+from poolsvc.cli.common import ConfigOption, ExitStatus, fail, read_settings, refuse, with_database
+from poolsvc.config import DatabaseUrl
 from poolsvc.db import Database
 from poolsvc.errors import PoolError
-from poolsvc.publisher import PublishError
-from poolsvc.recovery import Outlook
+from poolsvc.plans import Outlook
 
-T = TypeVar("T")
 _SHOWN = 50
-
-
-def _run(settings: Settings, work: Callable[[Database], Awaitable[T]]) -> T:
-    """Do something with the database, and say what went wrong in words."""
-
-    async def with_database() -> T:
-        database = Database(settings.database, patient=True)
-        try:
-            return await work(database)
-        finally:
-            await database.close()
-
-    try:
-        schema.check_current(settings)
-        return asyncio.run(with_database())
-    except PublishError as error:
-        fail(ExitStatus.PEER, f"the primary: {error}", "poolsvc doctor says more")
-    except PoolError as error:
-        refuse(ExitStatus.DATABASE, error)
-    except SQLAlchemyError as error:
-        fail(ExitStatus.DATABASE, f"the database: {error}", "check `database` in the settings")
-    except OSError as error:
-        fail(ExitStatus.CONFIGURATION, str(error), "check the file's name, rights and space")
 
 
 def write_backup(file: Annotated[Path, typer.Argument(help="a new file")], config: ConfigOption) -> None:
     """Copy the whole database into a file, while the registry runs."""
     settings = read_settings(config)
-    made = _run(settings, lambda database: backup.dump(database, file, settings.pool, datetime.now(UTC)))
+    made = with_database(
+        settings, lambda database: backup.dump(database, file, settings.pool, datetime.now(UTC))
+    )
     rows = sum(content.rows for content in made.tables.values())
     typer.echo(f"{file} holds {rows} rows of {len(made.tables)} tables")
     typer.echo(
@@ -78,7 +53,7 @@ def restore(
             "give each machine's with --journal FILE; without them, who left since comes back (--no-journal)",
         )
     now = datetime.now(UTC)
-    done = _run(settings, lambda database: recovery.restore(database, settings, file, journals, now))
+    done = with_database(settings, lambda database: recovery.restore(database, settings, file, journals, now))
     typer.echo(f"{done.rows} rows of {done.created_at.isoformat(timespec='seconds')}")
     typer.echo(f"taken out again: {', '.join(done.left_again) or 'none'}")
     typer.echo(f"names burnt by the journal alone: {', '.join(done.burnt) or 'none'}")
@@ -95,27 +70,21 @@ def thaw(
 ) -> None:
     """Show what a restored registry would change in the zone, and let it once that is confirmed."""
     settings = read_settings(config)
-    outlook = _run(settings, lambda database: recovery.look(database, settings, datetime.now(UTC)))
+    outlook = with_database(settings, lambda database: plans.look(database, settings, datetime.now(UTC)))
     if outlook.frozen_at is None:
         typer.echo("the registry is not frozen")
         return
     _show(outlook)
     if not yes and not typer.confirm("Publish this?"):
         raise typer.Exit(ExitStatus.OK)
-    _run(settings, lambda database: recovery.thaw(database, settings, outlook, datetime.now(UTC)))
+    with_database(settings, lambda database: recovery.thaw(database, settings, outlook, datetime.now(UTC)))
     typer.echo("the registry publishes from now on")
 
 
 def _show(outlook: Outlook) -> None:
     counts = ", ".join(f"{count} {state}" for state, count in sorted(outlook.servers.items()))
     typer.echo(f"servers: {counts or 'none'}")
-    for change in outlook.changes[:_SHOWN]:
-        for sign, rrset in (("-", change.before), ("+", change.after)):
-            for text in sorted(rrset.rdatas) if rrset else ():
-                typer.echo(f"{sign} {change.owner} {change.rdtype} {text}")
-    if len(outlook.changes) > _SHOWN:
-        typer.echo(f"... and {len(outlook.changes) - _SHOWN} more")
-    typer.echo(f"{len(outlook.changes)} RRsets of the zone would change")
+    zone.show(outlook, outlook.changes[:_SHOWN])
     if outlook.unknown:
         typer.echo(f"in the zone and unknown here, never to be given again: {', '.join(outlook.unknown)}")
 
@@ -145,7 +114,7 @@ def move(
         schema.upgrade(target)
     except PoolError as error:
         refuse(ExitStatus.DATABASE, error)
-    counts = _run(settings, copy)
+    counts = with_database(settings, copy)
     typer.echo(f"{sum(counts.values())} rows of {len(counts)} tables are there")
     typer.echo(
         "Set `database` to the new one, start `poolsvc serve`, and keep the old one until you trust it."

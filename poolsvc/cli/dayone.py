@@ -17,7 +17,8 @@ from poolsvc.cli.common import ConfigOption, ExitStatus, fail, read_settings, re
 from poolsvc.config import ConfigError, load_settings, split_endpoint
 from poolsvc.delegation import NoReply, ParentRecords
 from poolsvc.doctor.report import Examination, Verdict
-from poolsvc.publisher import Nameserver
+from poolsvc.names import narrowness
+from poolsvc.primary import Nameserver
 from poolsvc.setup import Answers, InvalidAnswer, NotWritten, WouldOverwrite
 
 _LETS_ENCRYPT = "https://acme-v02.api.letsencrypt.org/directory"
@@ -36,6 +37,14 @@ def init(
             metavar="NAME=ADDRESS", help="an authoritative server, the primary first; without any, this host"
         ),
     ] = None,
+    *,
+    own_primary: Annotated[
+        bool,
+        typer.Option(
+            "--own-primary",
+            help="the first nameserver is a Knot, BIND or PowerDNS of yours, not the registry itself",
+        ),
+    ] = False,
     public_url: Annotated[
         str, typer.Option(metavar="URL", help="the registry's address, not under the pool's domain")
     ] = "http://127.0.0.1:8080",
@@ -57,6 +66,7 @@ def init(
             ca=ca,
             caa_identity=caa_identity,
             contact=contact or (),
+            own_primary=own_primary,
         )
         place = (directory or Path(answers.pool)).absolute()
         files = setup.render(answers, directory=place, program=Path(sys.executable).with_name("poolsvc"))
@@ -70,6 +80,8 @@ def init(
         records = asyncio.run(delegation.parent_records(answers.pool, primary, _GLANCE))
     except NoReply:
         records = delegation.planned_records(answers.pool, answers.nameserver_addresses())
+    if (note := narrowness(answers.pool)) is not None:
+        typer.echo(f"note: {note}", err=True)
     typer.echo(_next_steps(answers, place, files, records))
 
 
@@ -95,7 +107,8 @@ def examine(
     trust_anchor: Annotated[
         Path | None, typer.Option(metavar="FILE", help="DS or DNSKEY records to validate from")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON document")] = False,  # noqa: FBT002 - a flag
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document")] = False,
 ) -> None:
     """Check what the registry stands on, and say what to do."""
     asked = doctor.system_resolver() if resolver is None else _resolver(resolver)
@@ -155,33 +168,59 @@ def _lines(records: ParentRecords) -> str:
 def _next_steps(answers: Answers, directory: Path, files: dict[str, bytes], records: ParentRecords) -> str:
     settings = directory / setup.SETTINGS
     written = "\n".join(f"  {directory / name}" for name in files)
-    commands = "\n".join(f"     {line}" for line in setup.knot_commands(answers))
     lines = "\n".join(f"     {line}" for line in _lines(records).splitlines())
-    return f"""\
-{answers.pool} is set up in files that only you can read:
-{written}
-
-1. The primary. With Knot:
-     install -o knot -m 0600 -t /etc/knot {directory}/{setup.KNOT_TSIG} {directory}/knot-pool.conf
-     and in /etc/knot/knot.conf: include: knot-pool.conf
-     knotc reload
-{commands}
-   With BIND:
-     install -o bind -m 0600 -t /etc/bind {directory}/{setup.BIND_TSIG} {directory}/bind-pool.conf
-     install -o bind -m 0644 {directory}/bind-pool.zone /var/lib/bind/{answers.pool}.zone
-     and in /etc/bind/named.conf.local: include "/etc/bind/bind-pool.conf";
-     rndc reconfig
-2. The parent zone, which takes these; `poolsvc parent-records --config {settings}` prints them
+    parent = f"""\
+The parent zone, which takes these; `poolsvc parent-records --config {settings}` prints them
    again, with DS once the zone is signed:
-{lines}
-   When it has the DS, with Knot: knotc zone-ksk-submitted {answers.pool}
-3. Put everything else in order:
-     poolsvc migrate --config {settings}
-     poolsvc doctor --config {settings}
-4. Keep a copy of {directory / setup.ACCOUNT_KEY}, and start:
+{lines}"""
+    start = f"""\
+Keep a copy of {directory / setup.ACCOUNT_KEY}, and start:
      poolsvc operator create --config {settings} --email EMAIL
      poolsvc serve --config {settings}
    or as a service of a user of its own, who also runs the commands above:
      useradd --system poolsvc && chown -R poolsvc {directory}
      install -m 0644 -t /etc/systemd/system {directory}/poolsvc.service
      systemctl enable --now poolsvc"""
+    migrate = f"poolsvc migrate --config {settings}"
+    examine = f"poolsvc doctor --config {settings}"
+    secondaries = "Each secondary, by its kind, includes one of knot-secondary.conf, bind-secondary.conf, nsd-secondary.conf."
+    if answers.own_primary:
+        steps = [
+            f"The primary. With Knot:\n{_primary_steps(answers, directory)}\n   {secondaries}",
+            f"{parent}\n   When it has the DS, with Knot: knotc zone-ksk-submitted {answers.pool}",
+            f"Put everything else in order:\n     {migrate}\n     {examine}",
+            start,
+        ]
+    else:
+        secondaries = f"\n   {secondaries}" if answers.secondaries else ""
+        steps = [
+            f"Make the tables:\n     {migrate}",
+            f"{start}\n   The zone is served from then on. Keep a copy of its key, in {directory / 'dns'}.{secondaries}",
+            parent,
+            f"See what is missing, until nothing is:\n     {examine}",
+        ]
+    numbered = "\n".join(f"{number}. {step}" for number, step in enumerate(steps, start=1))
+    return f"{answers.pool} is set up in files that only you can read:\n{written}\n\n{numbered}"
+
+
+def _primary_steps(answers: Answers, directory: Path) -> str:
+    """How each kind of primary begins to serve the zone."""
+    commands = "\n".join(f"     {line}" for line in setup.knot_commands(answers))
+    return f"""\
+     install -o knot -m 0600 -t /etc/knot {directory}/{setup.KNOT_TSIG} {directory}/knot-pool.conf
+     and in /etc/knot/knot.conf: include: knot-pool.conf
+     knotc reload
+{commands}
+   With BIND:
+     install -o bind -m 0600 -t /etc/bind {directory}/{setup.BIND_TSIG} {directory}/bind-pool.conf
+     install -o bind -m 0644 {directory}/pool.zone /var/lib/bind/{answers.pool}.zone
+     and in /etc/bind/named.conf.local: include "/etc/bind/bind-pool.conf";
+     on a host that serves no other zones: bind-options.conf in place of named.conf.options
+     rndc reconfig
+   With PowerDNS and its database in SQLite:
+     install -o pdns -m 0600 -t /etc/powerdns {directory}/pdns-pool.lua
+     install -o pdns -m 0600 -t /etc/powerdns/pdns.d {directory}/pdns-pool.conf
+     sqlite3 /var/lib/powerdns/pdns.sqlite3 </usr/share/pdns-backend-sqlite3/schema/schema.sqlite3.sql
+     sh {directory}/pdns-pool.sh
+     chown pdns: /var/lib/powerdns/pdns.sqlite3*
+     systemctl restart pdns"""

@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from nts_core.acme import AcmeError, roll_account_key
 from poolsvc import issuance, keys, servers, sign_in, webhooks
-from poolsvc.acme import AcmeConfig, AcmeError, roll_account_key
+from poolsvc.acme_process import account_of
 from poolsvc.cli.common import (
     CaOption,
     ConfigOption,
@@ -26,8 +27,20 @@ app = typer.Typer(no_args_is_help=True, help="new keys; docs/runbook.md has the 
 @app.command("tsig")
 def tsig(config: ConfigOption) -> None:
     """Make a new TSIG secret, and say how the primary gets it."""
+    settings = read_settings(config)
     try:
-        made = keys.renew_tsig(read_settings(config))
+        if settings.dns.embedded is not None:
+            keys.renew_embedded_tsig(settings)
+            first = (
+                "`poolsvc dns serve`, then `serve`"
+                if settings.dns.embedded.own_process
+                else "`poolsvc serve`"
+            )
+            typer.echo(
+                f"{settings.dns.tsig_secret_file} has a new secret. Restart {first}; until then nothing is published."
+            )
+            return
+        made = keys.renew_tsig(settings)
     except keys.KeyNotRenewed as error:
         refuse(ExitStatus.CONFIGURATION, error)
     typer.echo(
@@ -40,6 +53,8 @@ Until the primary and the registry both have the new one, nothing is published; 
    With BIND:
      install -o bind -m 0600 -t /etc/bind {made.bind}
      rndc reconfig
+   With PowerDNS:
+     sh {made.powerdns}
 2. Restart `poolsvc serve`.
 3. poolsvc doctor --config {config}
    transfer and update are ok.
@@ -52,7 +67,7 @@ def acme_account(config: ConfigOption, name: CaOption = None) -> None:
     """Give the account at a CA a new key; the account and all CAA records stay. Stop `serve` first."""
     ca = authority(read_settings(config), name)
     try:
-        uri = asyncio.run(roll_account_key(AcmeConfig.of(ca)))
+        uri = asyncio.run(roll_account_key(account_of(ca)))
     except AcmeError as error:
         fail(
             ExitStatus.CONFIGURATION if error.code == "account-key" else ExitStatus.PEER,

@@ -12,7 +12,7 @@ from poolsvc.config import ConfigError
 from poolsvc.doctor import ca, host, mail, zone
 from poolsvc.doctor.report import DEADLINE, Check, Examination, Result, Unknowable, Verdict, fail, skipped
 from poolsvc.errors import PoolError
-from poolsvc.publisher import Nameserver
+from poolsvc.primary import Nameserver
 
 CHECKS = (
     Check("files", host.files),
@@ -27,6 +27,7 @@ CHECKS = (
     Check("update", zone.update),
     Check("nameservers", zone.nameservers),
     Check("negative-ttl", zone.negative_ttl),
+    Check("answer-size", zone.answer_size),
     Check("signatures", zone.signatures),
     Check("caa", zone.caa),
     Check("delegation", zone.delegation),

@@ -7,9 +7,9 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from poolsvc.acme import AcmeConfig, AcmeError, read_terms
+from nts_core.acme import AcmeError, read_terms
 from poolsvc.acme_client import RemoteAccount
-from poolsvc.acme_process import is_open_to_others
+from poolsvc.acme_process import account_of, is_open_to_others
 from poolsvc.config import AUTO_PROFILE, AuthoritySettings, Settings
 from poolsvc.doctor.report import (
     DEADLINE,
@@ -39,7 +39,7 @@ async def directory(at: Examination) -> Finding:
 
 async def _directory(ca: AuthoritySettings) -> Finding:
     try:
-        terms = await read_terms(replace(AcmeConfig.of(ca), timeout=int(DEADLINE / 3)))
+        terms = await read_terms(replace(account_of(ca), timeout=int(DEADLINE / 3)))
     except AcmeError as error:
         return fail(
             f"{ca.directory_url}: {error.detail}",

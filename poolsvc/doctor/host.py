@@ -14,10 +14,10 @@ from cryptography import x509
 from sqlalchemy import false, update
 from sqlalchemy.exc import SQLAlchemyError
 
+from nts_core.acme import secret_file
+from nts_core.certificates import ChainError, chain_facts, load_chain
 from nts_core.kernel import KernelClock, read_kernel
 from poolsvc import schema
-from poolsvc.acme import secret_file
-from poolsvc.certificates import ChainError, chain_facts, load_chain
 from poolsvc.config import split_endpoint
 from poolsvc.db import Database
 from poolsvc.doctor.report import (

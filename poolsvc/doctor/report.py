@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nts_core.resolve import TrustAnchors
 from poolsvc.config import Settings
-from poolsvc.publisher import Nameserver
+from poolsvc.primary import Nameserver
 
 QUESTION_TIMEOUT = 3.0  # seconds, for one question and its answer
 DEADLINE = 25.0  # seconds, for one check

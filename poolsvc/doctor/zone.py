@@ -35,9 +35,10 @@ from poolsvc.doctor.report import (
     worst,
 )
 from poolsvc.errors import InvalidAddress
-from poolsvc.names import check_address
+from poolsvc.names import ANSWER_OCTETS, MAX_TARGETS, check_address, narrowness
+from poolsvc.primary import Nameserver, PublishError, Unreachable
 from poolsvc.publication import primary_config, zone_policy
-from poolsvc.publisher import Nameserver, Publisher, PublishError, Unreachable
+from poolsvc.publisher import Publisher
 from poolsvc.zone import CLOSED
 
 TRANSFER_TIMEOUT = 20.0
@@ -110,6 +111,13 @@ async def negative_ttl(at: Examination) -> Finding:
             text, f"lower the SOA minimum to 60: each new server waits {denial} s for its certificate"
         )
     return ok(text)
+
+
+async def answer_size(at: Examination) -> Finding:
+    note = narrowness(at.settings.pool)
+    if note is not None:
+        return warn(note, "a shorter name would offer clients more servers at a time")
+    return ok(f"{MAX_TARGETS} servers fit an SRV answer of {ANSWER_OCTETS} octets")
 
 
 async def signatures(at: Examination) -> Finding:

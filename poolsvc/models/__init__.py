@@ -33,6 +33,8 @@ from poolsvc.models.servers import (
     CaAccount,
     CaLimits,
     CaRefusal,
+    Command,
+    CommandKind,
     ConnectBack,
     DailyCount,
     Hold,
@@ -46,6 +48,7 @@ from poolsvc.models.servers import (
     Server,
     StageRecord,
     Transfer,
+    ZonePlan,
 )
 from poolsvc.models.zone_changes import ZoneChange
 
@@ -59,6 +62,8 @@ __all__ = [
     "CaLimits",
     "CaRefusal",
     "Channel",
+    "Command",
+    "CommandKind",
     "ConnectBack",
     "DailyCount",
     "Delivery",
@@ -96,4 +101,5 @@ __all__ = [
     "Webhook",
     "WorkerReport",
     "ZoneChange",
+    "ZonePlan",
 ]

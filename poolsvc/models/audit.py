@@ -30,6 +30,7 @@ from poolsvc.models.servers import (
     RevocationOrder,
     Server,
     Transfer,
+    ZonePlan,
 )
 
 
@@ -48,6 +49,7 @@ def _rule(noun: str, shown: str, hidden: str = "") -> _Rule:
 
 _AUDITED: Mapping[type[Base], _Rule] = {
     Pool: _rule("pool", "domain opened_at frozen_at"),
+    ZonePlan: _rule("zone-plan", "checksum deleted replaced withdrawn expires_at made_at"),
     CaAccount: _rule("ca-account", "ca uri"),
     CaLimits: _rule("ca-limits", "certificates orders until note"),
     User: _rule("user", "staff confirmed_at blocked_at blocked_reason erased_at", "email name"),
@@ -59,7 +61,7 @@ _AUDITED: Mapping[type[Base], _Rule] = {
     Token: _rule("token", "kind label viewer_id member_id server_id scopes expires_at used_at revoked_at"),
     Server: _rule(
         "server",
-        "member_id name weight ipv4 ipv6 public agentless own_account_uri waive_source short_lived dns_01"
+        "member_id name weight ipv4 ipv6 public agentless own_account_uri validation waive_source short_lived dns_01"
         " burnt_at released_at joined_at leave_at leave_final leave_reason leave_by_operator",
         "agent_key",
     ),

@@ -17,7 +17,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
-from nts_core.control import ServerState, Stage, StageStatus
+from nts_core.control import ProofWay, ServerState, Stage, StageStatus, Validation
 from poolsvc.db import Base, UtcDateTime, text_enum
 from poolsvc.models.accounts import Member
 
@@ -46,6 +46,13 @@ class OrderStatus(StrEnum):
     FAILED = "failed"
 
 
+class CommandKind(StrEnum):
+    """What people and agents have done at once, and not often."""
+
+    RENEWAL = "renewal"
+    CHECK = "check"
+
+
 # Those that may still become a certificate.
 OPEN_ORDERS = frozenset(OrderStatus) - {OrderStatus.ISSUED, OrderStatus.FAILED}
 
@@ -63,6 +70,21 @@ class Pool(Base):
     frozen_at: Mapped[datetime | None] = mapped_column(
         UtcDateTime
     )  # restored: nothing is published until confirmed
+
+
+class ZonePlan(Base):
+    """A change of the zone that was stopped, and that an operator has confirmed: by its checksum, for a while."""
+
+    __tablename__ = "zone_plans"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    checksum: Mapped[str] = mapped_column(String(64), index=True)
+    deleted: Mapped[int] = mapped_column()  # records
+    replaced: Mapped[int] = mapped_column()
+    withdrawn: Mapped[int] = mapped_column()  # servers that leave the SRV
+    approved_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    expires_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    made_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
 
 class CaLimits(Base):
@@ -146,7 +168,15 @@ class Server(Base):
     ipv6: Mapped[bool] = mapped_column(default=True)
     public: Mapped[bool] = mapped_column(default=False)  # may be shown to everybody
     agentless: Mapped[bool] = mapped_column(default=False)  # the member runs an ACME client of its own
-    own_account_uri: Mapped[str | None] = mapped_column(Text)  # that client's account, for CAA
+    own_account_uri: Mapped[str | None] = mapped_column(
+        Text
+    )  # that client's account for CAA, or the agent's own
+    caa_changed: Mapped[bool] = mapped_column(
+        default=False
+    )  # since the name was in DNS, where everybody is to see it yet
+    validation: Mapped[Validation] = mapped_column(
+        text_enum(Validation, "validation"), default=Validation.HTTP_01
+    )  # how its host answers the CA, as its agent says
     waive_source: Mapped[bool] = mapped_column(default=False)  # proof calls may come from elsewhere (NAT)
     short_lived: Mapped[bool] = mapped_column(default=False)  # its certificates live for days, not weeks
     dns_01: Mapped[bool] = mapped_column(
@@ -165,6 +195,8 @@ class Server(Base):
     silent_told_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # since it was last heard of
     traffic_cap: Mapped[float | None] = mapped_column()  # NTP requests a second that it will answer
     traffic: Mapped[float | None] = mapped_column()  # and how many come, as the agent says
+    ke_cap: Mapped[float | None] = mapped_column()  # NTS-KE connections a minute that it will take
+    ke_traffic: Mapped[float | None] = mapped_column()  # and how many come
 
     burnt_at: Mapped[datetime | None] = mapped_column(
         UtcDateTime
@@ -172,6 +204,9 @@ class Server(Base):
     released_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # the name is free again
     named_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # every authoritative server has the name
     listed_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # every one has the SRV, or left it out
+    kept_at: Mapped[datetime | None] = mapped_column(
+        UtcDateTime
+    )  # suspended with too many others at once: it stays in the SRV until an operator has looked
 
     probe_due_at: Mapped[datetime | None] = mapped_column(UtcDateTime, index=True)
     order_due_at: Mapped[datetime | None] = mapped_column(UtcDateTime, index=True)
@@ -234,9 +269,11 @@ class Address(Base):
     server_id: Mapped[int] = mapped_column(ForeignKey("servers.id"), index=True)
     address: Mapped[str] = mapped_column(String(45), index=True)
     nonce: Mapped[str | None] = mapped_column(String(64))
+    proof_by: Mapped[ProofWay] = mapped_column(text_enum(ProofWay, "proof_by"), default=ProofWay.HTTP)
     served_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # first told that the answer is there
     proof_due_at: Mapped[datetime | None] = mapped_column(UtcDateTime, index=True)
     proof_error: Mapped[str | None] = mapped_column(String(300))
+    called_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # last call for a proof of it
     proved_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     confirmed_at: Mapped[datetime | None] = mapped_column(
         UtcDateTime
@@ -257,6 +294,18 @@ class ConnectBack(Base):
     address: Mapped[str] = mapped_column(String(45), index=True)
     prefix: Mapped[str] = mapped_column(String(49), index=True)
     at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
+
+
+class Command(Base):
+    """One thing that was done for a server because somebody asked: what the limits of `poolsvc.commands` count."""
+
+    __tablename__ = "commands"
+    __table_args__ = (Index("ix_commands_server_id", "server_id", "kind", "at"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    server_id: Mapped[int] = mapped_column(ForeignKey("servers.id"))
+    kind: Mapped[CommandKind] = mapped_column(text_enum(CommandKind, "kind"))
+    at: Mapped[datetime] = mapped_column(UtcDateTime)
 
 
 class Hold(Base):
@@ -373,6 +422,9 @@ class Order(Base):
         String(128)
     )  # of a failed order only if the CA looked for it in vain
     key_authorization: Mapped[str | None] = mapped_column(String(200))
+    validation: Mapped[Validation] = mapped_column(
+        text_enum(Validation, "validation"), default=Validation.HTTP_01
+    )  # how that is served
     txt: Mapped[str | None] = mapped_column(String(64))  # in its place, for DNS, where the registry answers
     served_at: Mapped[datetime | None] = mapped_column(
         UtcDateTime
@@ -393,6 +445,7 @@ class Order(Base):
     window_url: Mapped[str | None] = mapped_column(String(1000))  # where the CA explains it
     window_due_at: Mapped[datetime | None] = mapped_column(UtcDateTime, index=True)  # when it is asked again
     renew_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    seen_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # first by probes that found no fault
     deactivated_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     compromised_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # its key is known to others
     revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from poolsvc import scoring
 from poolsvc.db import Base, RecordedSession
-from poolsvc.models.servers import Address, Order, RevocationOrder, Server
+from poolsvc.models.servers import Address, Hold, HoldKind, Order, RevocationOrder, Server
 
 _SERVER = (
     "member_id",
@@ -22,6 +22,7 @@ _SERVER = (
     "ipv4",
     "ipv6",
     "own_account_uri",
+    "validation",
     "dns_01",
     "leave_at",
     "leave_final",
@@ -29,7 +30,7 @@ _SERVER = (
     "revoking_since",
     "revoking_ended_at",
 )
-_TRAFFIC = ("traffic_cap", "traffic")
+_TRAFFIC = ("traffic_cap", "traffic", "ke_cap", "ke_traffic")
 _ADDRESS = ("address", "proved_at")
 
 
@@ -53,18 +54,25 @@ def _changed(session: Session) -> Iterator[int]:
     for row in session.new:
         # A server begins without a proved address, and so outside DNS.
         is_proved = isinstance(row, Address) and row.proved_at is not None
-        if is_proved or isinstance(row, RevocationOrder):
+        if is_proved or isinstance(row, RevocationOrder) or _is_by_operator(row):
             yield row.server_id
     for row in session.dirty:
         if isinstance(row, Server) and (_any_changed(row, _SERVER) or _share_changed(row)):
             yield row.id
-        elif (isinstance(row, Address) and (_any_changed(row, _ADDRESS) or _crossed(row))) or (
-            isinstance(row, Order | RevocationOrder) and _proof_changed(row)
+        elif (
+            (isinstance(row, Address) and (_any_changed(row, _ADDRESS) or _crossed(row)))
+            or (isinstance(row, Order | RevocationOrder) and _proof_changed(row))
+            or (isinstance(row, Hold) and _is_by_operator(row) and _any_changed(row, ("lifted_at",)))
         ):
             yield row.server_id
     for row in session.deleted:
         if isinstance(row, Address):
             yield row.server_id
+
+
+def _is_by_operator(row: Base) -> bool:
+    """Whether it is a hold that tells that somebody meant a server to go, which may be suspended already."""
+    return isinstance(row, Hold) and row.kind is HoldKind.OPERATOR
 
 
 def _any_changed(row: Base, names: tuple[str, ...]) -> bool:
@@ -84,9 +92,8 @@ def _share_changed(row: Server) -> bool:
         return False
     histories = (inspect(row).attrs[name].history for name in _TRAFFIC)
     before = [(history.deleted or history.unchanged or [None])[0] for history in histories]
-    return scoring.sampling_weight(row.weight, *before) != scoring.sampling_weight(
-        row.weight, row.traffic_cap, row.traffic
-    )
+    after = [getattr(row, name) for name in _TRAFFIC]
+    return scoring.sampling_weight(row.weight, *before) != scoring.sampling_weight(row.weight, *after)
 
 
 def _crossed(row: Address) -> bool:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from bench.contenders import OURS, THEIRS, Contender
+from bench.contenders import OURS, THEIRS, TimeServer
 from bench.load import WINDOW, Load, LoadError
 from bench.ntp import Question, Questions
 from bench.report import Comparison, Turn
@@ -69,8 +69,15 @@ def udp_server(reply):
             thread.join(10)
 
 
-@pytest.mark.parametrize(("module", "kinds"), [("bench.ntp", {"nts", "plain"}), ("bench.ke", {"ke"})])
-def test_a_bench_gives_every_figure_of_both_servers(module, kinds):
+@pytest.mark.parametrize(
+    ("module", "servers", "kinds"),
+    [
+        ("bench.ntp", {OURS, THEIRS}, {"nts", "plain"}),
+        ("bench.ke", {OURS, THEIRS}, {"ke"}),
+        ("bench.dns", {"embedded", "knot"}, {"service", "addresses", "absences"}),
+    ],
+)
+def test_a_bench_gives_every_figure_of_both_servers(module, servers, kinds):
     done = run(module, "--seconds", "1", "--rounds", "2", "--json")
 
     assert done.returncode == 0, done.stderr
@@ -80,7 +87,7 @@ def test_a_bench_gives_every_figure_of_both_servers(module, kinds):
     assert document["results"].keys() == kinds
     for result in document["results"].values():
         assert 0 < result["ratio"]["min"] <= result["ratio"]["median"] <= result["ratio"]["max"]
-        assert result["servers"].keys() == {OURS, THEIRS}
+        assert result["servers"].keys() == servers
         for figures in result["servers"].values():
             # A bench ends with an error at the first sampled answer that is not authentic.
             assert figures["answered"] >= figures["checked"] >= 2
@@ -136,7 +143,7 @@ def test_a_server_that_changes_its_answers_ends_the_bench():
         return right[:-1] + bytes((right[-1] ^ 1,))
 
     with udp_server(change) as port:
-        asked = Questions(Contender("liar", os.getpid(), 0, port), questions)
+        asked = Questions(TimeServer("liar", os.getpid(), 0, port), questions)
         with pytest.raises(LoadError, match="a wrong answer of liar"):
             asked.turn(0.1)
 
@@ -174,7 +181,7 @@ def test_the_processor_time_of_child_processes_counts():
     spin = f"{sys.executable} -c 'while True: pass' & wait"
     with subprocess.Popen(["/bin/sh", "-c", spin], start_new_session=True) as shell:
         try:
-            contender = Contender("shell", shell.pid, 0, 0)
+            contender = TimeServer("shell", shell.pid, 0, 0)
             wait_until(lambda: contender.cpu_ns() > 200_000_000, "processor time of the child")
         finally:
             os.killpg(shell.pid, 9)

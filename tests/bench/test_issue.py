@@ -18,6 +18,7 @@ def run(*options):
 
 
 @pytest.mark.timeout(180)
+@pytest.mark.long
 def test_a_bench_gives_the_cas_part_and_ours():
     done = run("--orders", "2", "--json")
     assert done.returncode == 0, done.stderr

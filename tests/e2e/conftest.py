@@ -12,7 +12,7 @@ from lab.pool import LabPool
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory):
     """CA, zone, resolver and registry; each test adds the members it needs."""
-    with LabPool(tmp_path_factory.mktemp("pool"), addresses=12, opening_size=1) as running:
+    with LabPool(tmp_path_factory.mktemp("pool"), addresses=12, opening_size=1, knot=True) as running:
         yield running
 
 

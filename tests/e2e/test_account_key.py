@@ -11,7 +11,7 @@ import pytest
 
 from lab.pool import LabPool
 from lab.processes import wait_until
-from poolsvc.acme import load_account_key
+from nts_core.acme import load_account_key
 
 KEY = "acme-account.pem"
 WATCHED = """\

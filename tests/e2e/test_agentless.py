@@ -21,7 +21,7 @@ pytestmark = pytest.mark.timeout(180)
 def caa(pool, domain):
     """The CAA records that the authoritative server gives."""
     query = dns.message.make_query(domain, "CAA")
-    answer = dns.query.udp(query, pool.knot.address, port=pool.knot.port, timeout=3)
+    answer = dns.query.udp(query, pool.primary.address, port=pool.primary.port, timeout=3)
     return [rdata.to_text() for rrset in answer.answer for rdata in rrset]
 
 

@@ -15,8 +15,8 @@ from lab.pebble import Pebble
 from lab.pool import LabPool
 from lab.processes import LabError, wait_until
 from lab.programs import AgentServer
+from nts_core.acme import AcmeAccount, AcmeConfig, OrderState
 from nts_core.tls import new_key_and_csr
-from poolsvc.acme import AcmeAccount, AcmeConfig, OrderState
 
 pytestmark = pytest.mark.timeout(180)
 OTHERS = r"CAA record for carol\.servers\.pool\.example prevents issuance"
@@ -29,7 +29,7 @@ def pool(tmp_path_factory):
     directory = tmp_path_factory.mktemp("pool")
     # certbot repeats a request once only whose nonce is refused: of good ones none is, here.
     options = {"fronted": True, "authz_reuse": 100, "nonce_reject": 0}
-    with LabPool(directory, opening_size=1, leaving_margin=60, **options) as running:
+    with LabPool(directory, opening_size=1, leaving_margin=60, knot=True, **options) as running:
         yield running
 
 
@@ -79,6 +79,7 @@ def test_a_removed_member_with_the_pools_account_gets_no_certificate(pool, tmp_p
     assert asyncio.run(order_as(stranger, member.domain)).error_detail == f"caa: {CLOSED}"
 
 
+@pytest.mark.long
 def test_a_removed_member_with_an_account_of_its_own_gets_no_certificate(pool, tmp_path, web_server):
     """Neither with a valid authorization of before, nor with a new account, nor at another CA."""
     member = pool.add("carol")
@@ -164,7 +165,7 @@ def test_an_emergency_is_over_in_a_minute_or_says_what_is_outstanding(pool):
     pool.ca.faults = {}
     pool.wait_for_state(without_ca, "removed")
 
-    pool.knot.stop()
+    pool.primary.stop()
     try:
         remove(pool, without_dns)
         wait_until(lambda: without_dns.view()["receipt"]["certificate_revoked_at"], "the CA waits for no DNS")
@@ -176,7 +177,7 @@ def test_an_emergency_is_over_in_a_minute_or_says_what_is_outstanding(pool):
             "the alarm about DNS",
         )
     finally:
-        pool.knot.start()
+        pool.primary.start()
     pool.wait_for_state(without_dns, "removed")
     for serial in serials.values():
         assert pool.pebble.certificate_status(serial) == "Revoked"

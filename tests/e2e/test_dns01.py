@@ -13,7 +13,7 @@ pytestmark = pytest.mark.timeout(180)
 def shown(pool, owner, kind):
     """The records that the authoritative server gives."""
     query = dns.message.make_query(owner, kind)
-    answer = dns.query.udp(query, pool.knot.address, port=pool.knot.port, timeout=3)
+    answer = dns.query.udp(query, pool.primary.address, port=pool.primary.port, timeout=3)
     return [
         rdata.to_text()
         for rrset in answer.answer
@@ -25,16 +25,15 @@ def shown(pool, owner, kind):
 def test_a_server_whose_port_80_is_closed_gets_its_certificate_and_is_removed(tmp_path):
     with LabPool(tmp_path / "pool", opening_size=1, fronted=True, closed=True) as pool:
         member, other = pool.add("alice"), pool.add("bob")
-        token = member.register()
-        settings = f"/v1/servers/{member.name}/settings"
-        assert pool.member.call("PATCH", settings, {"dns_01": True})["dns_01"] is True
-        assert member.join(token).status == 0
+        assert member.join(member.register()).status == 0
+        (member.state / "agent.toml").write_text('[acme]\nvalidation = "dns-01"\n')
         member.process.start()
         other.start()
 
         view = pool.wait_for_state(member, "active", 60)
         (certificate,) = view["certificates"]
         assert (certificate["status"], certificate["error"]) == ("issued", None)
+        assert (view["agent"]["validation"], view["agent"]["problem"]) == ("dns-01", None)
         (caa,) = shown(pool, member.domain, "CAA")
         assert caa.endswith('validationmethods=http-01,dns-01"')
         text = f"_acme-challenge.{member.domain}"

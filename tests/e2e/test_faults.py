@@ -1,11 +1,13 @@
 """Parts of the pool that fail while members come and go: the work resumes, and the reason is shown meanwhile."""
 
+import json
 import signal
 
 import pytest
 
-from lab.processes import wait_until
+from lab.processes import free_port, wait_until
 from lab.programs import run
+from lab.relay import Relay
 from member_agent.errors import ExitStatus
 
 pytestmark = pytest.mark.timeout(150)
@@ -19,17 +21,19 @@ def test_join_with_a_wrong_token_is_refused(pool, tmp_path):
     assert "copied whole" in done.stderr
 
 
-def test_join_twice_is_refused_on_either_side(pool, tmp_path):
-    """The same host says that it has joined; another host's second use of the token is refused."""
+def test_a_join_token_serves_one_host(pool, tmp_path):
+    """Said twice there it changes nothing; another host's use of it is refused."""
     member = pool.add("twice")
     token = member.register()
     assert member.join(token).status == 0
 
+    before = sorted(path.read_bytes() for path in member.state.rglob("*.json"))
     again = member.join(token)
     stranger = pool.join(token, tmp_path)
 
-    assert again.status == ExitStatus.STATE
-    assert "already is twice.servers.pool.example" in again.stderr
+    assert again.status == ExitStatus.OK
+    assert "twice.servers.pool.example" in again.stdout
+    assert sorted(path.read_bytes() for path in member.state.rglob("*.json")) == before
     assert stranger.status == ExitStatus.REGISTRY
     assert "used already" in stranger.stderr
 
@@ -92,14 +96,14 @@ def test_members_serve_on_while_the_registry_is_down(pool):
 
 def test_a_dead_primary_delays_and_loses_nothing(pool):
     """The pool says which of its parts is down; once it is back, the member gets in by itself."""
-    pool.knot.stop()
+    pool.primary.stop()
     try:
         member = pool.add("patient").start()
         pool.wait_for_state(member, "verified")
         wait_until(lambda: any(text.startswith("DNS") for text in _alarms(pool)), "the alarm about DNS")
         waiting = member.view()
     finally:
-        pool.knot.start()
+        pool.primary.start()
 
     assert waiting["why"].startswith("addresses: proved, on the way into DNS")
     view = pool.wait_for_state(member, "active")
@@ -157,3 +161,38 @@ def test_the_api_says_where_its_documents_are(pool):
 
 def _alarms(pool):
     return pool.api().call("GET", "/v1/pool")["alarms"]
+
+
+def test_an_agent_renews_by_hand_and_learns_from_a_check_what_a_firewall_drops(pool):
+    """What its commands ask, asked with its own token; long NTP packets are dropped on the way at first."""
+    member = pool.add("walled")
+    assert member.join(member.register()).status == 0
+    behind = free_port(member.address)
+    (member.state / "agent.toml").write_text(f'ntp_server = "{member.address}:{behind}"\n')
+    unused, ntp = free_port(member.address), (member.address, pool.ntp_port)
+    with Relay(member.address, ke=(unused, ntp), ntp=(behind, ntp), longest=400) as relay:
+        member.process.start()
+        pool.wait_for_state(member, "certified")
+        membership = json.loads(next(member.state.rglob("membership.json")).read_text())
+        agent = pool.api(membership["token"])
+
+        def failures():
+            answer = agent.call("POST", f"/v1/servers/{member.name}/check")
+            return {row["check"]: row for row in answer["findings"] if row["status"] == "failed"}
+
+        failed = failures()
+        assert set(failed) == {"nts-long"}
+        assert "octets pass" in failed["nts-long"]["detail"]
+        assert member.view()["state"] == "certified"
+        relay.longest = 1500
+        pool.wait_for_state(member, "active")
+        assert failures() == {}
+        before = agent.server(member.name)["certificate"]
+        agent.call("POST", f"/v1/servers/{member.name}/renewal")
+
+        def renewed():
+            now = agent.server(member.name)["certificate"]
+            return now["fingerprint"] != before["fingerprint"] and not now["ordering"]
+
+        wait_until(renewed, "the renewal", 40)
+        assert agent.request("POST", f"/v1/servers/{member.name}/renewal").status_code == 429

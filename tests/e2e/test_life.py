@@ -27,6 +27,7 @@ def test_a_certificate_is_renewed_with_a_new_key_and_swapped_without_a_gap(tmp_p
         assert view["certificates"][-1]["fingerprint"] != first["fingerprint"]
 
 
+@pytest.mark.long
 def test_a_pool_lives_on_postgresql(tmp_path):
     """The same life on the other engine: join, issue, admission, look-up, removal."""
     with Postgres(tmp_path / "postgres") as postgres:
@@ -38,6 +39,9 @@ def test_a_pool_lives_on_postgresql(tmp_path):
             wait_until(lambda: members[0].view()["in_dns"] and members[1].view()["in_dns"], "the SRV record")
             found = pool.client("--count", "2")
             assert found.status == 0, found.stdout
+            operators = {source["operator"] for source in found.document["sources"]}
+            assert len(operators) == 1
+            assert None not in operators
             pool.member.call("DELETE", "/v1/servers/bob")
             view = pool.wait_for_state(members[1], "removed")
             assert pool.pebble.certificate_status(view["certificates"][-1]["serial"]) == "Revoked"

@@ -11,6 +11,15 @@ from fuzz.target import CORPUS
 from fuzz.targets import CANARY, TARGETS
 
 each_target = pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+# An engine takes seconds to start: every run has one target of each module, the long one has all.
+FIRST = {target.run.__module__: target for target in reversed(TARGETS.values())}
+each_for_the_engine = pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param(target, id=name, marks=[] if target in FIRST.values() else [pytest.mark.long])
+        for name, target in TARGETS.items()
+    ],
+)
 needs_engine = pytest.mark.skipif(not has_engine(), reason=NO_ENGINE)
 
 
@@ -28,7 +37,7 @@ def test_the_corpus_is_small_files_of_targets_that_there_are():
 
 
 @needs_engine
-@each_target
+@each_for_the_engine
 def test_the_engine_finds_nothing_in_a_moment(target, tmp_path):
     fault, figures = fuzz(target, 1, tmp_path)
     assert fault is None, str(fault)

@@ -137,7 +137,7 @@ def test_a_relay_loses_the_share_that_was_asked_for(loss, lost):
 
 def fates(seed):
     relay = Relay("127.77.99.1", ke=(1, ("127.0.0.1", 1)), ntp=(1, ("127.0.0.1", 1)), loss=0.25, seed=seed)
-    return [relay.passes() for _ in range(200)]
+    return [relay.passes(48) for _ in range(200)]
 
 
 def test_the_fate_of_packets_comes_from_the_seed():

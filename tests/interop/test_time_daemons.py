@@ -12,10 +12,9 @@ import pytest
 from lab.certificates import Authority
 from lab.peers import ChronydClient, ChronydServer, Namespace, NtpsecServer, chronyc_environment
 from lab.processes import free_port, wait_until
-from lab.programs import RUN_DEADLINE, AgentServer, run, script
+from lab.programs import RUN_DEADLINE, AgentServer, alice, run, script
 from member_agent.errors import ExitStatus
 from member_agent.sockets import Endpoint
-from member_agent.state import Membership, StateDirectory
 from member_agent.tracking import ClockSource, Daemon, TrackingError, ask
 from nts_core import ntptime
 from nts_core.packet import Header, Leap
@@ -164,9 +163,7 @@ async def test_a_command_socket_that_answers_garbage(tmp_path):
 
 
 def test_status_says_what_chronyd_says(tmp_path, daemon):
-    StateDirectory(tmp_path / "state").save_membership(
-        Membership("https://registry.example", "pool.example", "s-1", "alice.servers.pool.example", "TOKEN")
-    )
+    alice(tmp_path / "state")
     (tmp_path / "state" / "agent.toml").write_text(f'clock_source = "chronyd:{daemon.socket}"\n')
     done = run("pool-agent", "status", f"--state={tmp_path}/state")
     assert done.status == ExitStatus.OK
@@ -195,9 +192,7 @@ def inside(ntpd, *argv):
 @pytest.mark.parametrize("source", ["ntpd", "ntpd:[::1]:123", "auto"])
 def test_status_says_what_ntpd_says(tmp_path, ntpd, source):
     """`auto` finds no chronyd in ntpd's network, and a command socket of the host's is out of the question."""
-    StateDirectory(tmp_path / "state").save_membership(
-        Membership("https://registry.example", "pool.example", "s-1", "alice.servers.pool.example", "TOKEN")
-    )
+    alice(tmp_path / "state")
     (tmp_path / "state" / "agent.toml").write_text(f'clock_source = "{source}"\n')
     done = inside(
         ntpd, "env", "PATH=/nonexistent", script("pool-agent"), "status", f"--state={tmp_path}/state"
@@ -230,9 +225,7 @@ def test_an_ntpd_without_a_source_is_not_synchronised(tmp_path, namespace, pair)
     config = tmp_path / "ntpd" / "ntp.conf"
     lines = config.read_text().splitlines(keepends=True)
     config.write_text("".join(line for line in lines if not line.startswith("tos orphan")))
-    StateDirectory(tmp_path / "state").save_membership(
-        Membership("https://registry.example", "pool.example", "s-1", "alice.servers.pool.example", "TOKEN")
-    )
+    alice(tmp_path / "state")
     settings = tmp_path / "state" / "agent.toml"
     with lost.process.start(lambda: "Private Key OK" in lost.process.output()):
         for vouched, words in (("", "served as not synchronised"), ("local_stratum = 5", "as stratum 5")):

@@ -19,6 +19,7 @@ from member_agent.challenges import (
     Responder,
     validate_challenge,
 )
+from member_agent.errors import AgentError
 from nts_core.control import ACME_PATH, PROOF_PATH, HttpChallenge
 
 NAME = "alice.servers.pool.example"
@@ -230,33 +231,33 @@ async def test_only_the_first_request_of_a_connection_is_answered(responder):
     assert answer.count(b"HTTP/1.1 200") == 1
 
 
-async def test_withdraw_and_replace(responder):
-    responder.withdraw(NAME, PATH)
-    assert status(await exchange(responder, request())) == 404
+async def test_replace_and_forget(responder):
     other = "c" * 22
     responder.replace(NAME.upper() + ".", {ACME_PATH + other: f"{other}.{'d' * 43}".encode()})
+    assert status(await exchange(responder, request())) == 404
     assert status(await exchange(responder, request(PROOF))) == 404
     assert status(await exchange(responder, request(ACME_PATH + other))) == 200
     with pytest.raises(ChallengeError):
         responder.replace(NAME, {"/index.html": b"x"})
     assert status(await exchange(responder, request(ACME_PATH + other))) == 200
+    responder.forget(NAME)
+    assert status(await exchange(responder, request(ACME_PATH + other))) == 421
 
 
 @pytest.mark.parametrize(
-    ("host", "path", "body"),
+    ("path", "body"),
     [
-        ("bob.servers.pool.example", PATH, AUTHORIZATION.encode()),
-        (NAME, "/index.html", b"x"),
-        (NAME, PROOF_PATH, b"x"),
-        (NAME, PROOF_PATH + "a/b", b"x"),
-        (NAME, PROOF, b"x" * (BODY_LIMIT + 1)),
-        (NAME, PATH, b"something else"),
-        (NAME, PATH, AUTHORIZATION.encode() + b"\n"),
+        ("/index.html", b"x"),
+        (PROOF_PATH, b"x"),
+        (PROOF_PATH + "a/b", b"x"),
+        (PROOF, b"x" * (BODY_LIMIT + 1)),
+        (PATH, b"something else"),
+        (PATH, AUTHORIZATION.encode() + b"\n"),
     ],
 )
-def test_what_is_not_ours_cannot_be_published(host, path, body):
+def test_what_has_not_our_form_cannot_be_published(path, body):
     with pytest.raises(ChallengeError):
-        Responder([NAME]).publish(host, path, body)
+        Responder([NAME]).publish(NAME, path, body)
 
 
 def test_the_table_is_bounded():
@@ -296,7 +297,7 @@ def test_other_challenges_are_refused_by_the_part_that_is_wrong(token, authoriza
 
 
 async def test_several_addresses_are_served_and_a_taken_port_is_an_error(responder):
-    await responder.listen(("127.0.0.2", 0), ("::1", 0))
+    await responder.listen(("127.0.0.1", 0), ("127.0.0.2", 0), ("::1", 0))
     assert len(responder.endpoints) == 3
     for endpoint in responder.endpoints:
         reader, writer = await asyncio.open_connection(*endpoint)
@@ -304,9 +305,23 @@ async def test_several_addresses_are_served_and_a_taken_port_is_an_error(respond
         assert status(await reader.read()) == 200
         writer.close()
         await writer.wait_closed()
-    with pytest.raises(OSError, match="in use"):
-        await responder.listen(("127.0.0.3", 0), responder.endpoints[0])
-    assert len(responder.endpoints) == 3
+    first, second, third = responder.endpoints
+    with pytest.raises(AgentError, match="in use"):
+        await responder.listen(("127.0.0.1", 0), ("127.0.0.2", 0), ("::1", 0), ("127.0.0.3", 0), first)
+    assert responder.endpoints == (first, second, third)
+
+
+async def test_what_is_not_wanted_any_more_is_left_and_the_rest_goes_on(responder):
+    await responder.listen(("127.0.0.1", 0), ("127.0.0.2", 0))
+    stays, goes = responder.endpoints
+    await responder.listen(("127.0.0.1", 0))
+    assert responder.endpoints == (stays,)
+    assert status(await exchange(responder, request())) == 200
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection(*goes)
+    # One address of a family makes room for all of it.
+    await responder.listen(("0.0.0.0", stays.port))
+    assert status(await exchange(responder, request())) == 200
 
 
 async def test_a_slow_client_is_ended_by_the_deadline():

@@ -1,9 +1,12 @@
 """`pool-agent`'s bad input beyond `serve`: each is an error with a remedy and its exit status, never a traceback."""
 
+import subprocess
+import sys
+
 import pytest
 
 from lab.certificates import Authority
-from lab.programs import run
+from lab.programs import run, script
 from member_agent.errors import ExitStatus
 
 
@@ -49,6 +52,30 @@ def test_a_state_directory_that_is_not_there_is_not_made(tmp_path):
     for command in ("run", "status"):
         assert refused(command, "--state", str(tmp_path / "none")).status == ExitStatus.STATE
     assert not (tmp_path / "none").exists()
+
+
+def test_nothing_is_imported_from_where_an_agent_is_started(tmp_path):
+    """`run` becomes another program, which Python would look for there first."""
+    for name in ("json", "member_agent", "asyncio"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(77)")
+    done = subprocess.run(
+        [script("pool-agent"), "run", "--state", str(tmp_path / "none")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, "holds no membership" in done.stderr) == (ExitStatus.STATE, True), done
+
+
+def test_an_agent_that_runs_knows_nothing_of_command_lines():
+    """2 MB of it that Python would not give back."""
+    loaded = "import sys, member_agent.running; print({'typer', 'member_agent.cli', 'nts_core.client'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", loaded], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "set()\n"
 
 
 def test_an_unknown_variable_is_named(tmp_path, monkeypatch):

@@ -69,6 +69,9 @@ def test_lists_in_the_environment_are_json(monkeypatch):
         load_settings(None, {})
 
 
+OWN_ACCOUNT = {"mode": "own-account", "directory_url": "https://ca.example/dir"}
+
+
 @pytest.mark.rfc8915("4.1.7-1", "4.1.7-2", "4.1.7-4", "4.1.7-5")
 @pytest.mark.parametrize(
     ("flags", "text"),
@@ -91,6 +94,11 @@ def test_lists_in_the_environment_are_json(monkeypatch):
         ({"limits": 3}, "limits: write a table of settings"),
         ({"limits": {"deny": "10.0.0.0/8"}}, "limits.deny: write a list, in brackets"),
         ({"limits": {"ntp_intervall": 8}}, "limits.ntp_intervall: there is no such setting"),
+        ({"acme": {"mode": "own-account"}}, "directory_url: own-account needs the CA's"),
+        ({"acme": {"mode": "own-account", "directory_url": "http://ca.example/dir"}}, "https://HOST/PATH"),
+        ({"acme": {**OWN_ACCOUNT, "validation": "redirect"}}, "validation: the registry has no answer"),
+        ({"acme": {**OWN_ACCOUNT, "validation": "dns-01"}}, "validation: the registry has no answer"),
+        ({"acme": {**OWN_ACCOUNT, "contact": ["ann@example.org"]}}, "mailto:NAME@DOMAIN"),
         ({"cookie_rotation": 60}, "cookie_rotation 60 with cookie_history 864000"),
         ({"cookie_rotation": 5}, "cookie_rotation: Input should be greater"),
         ({"cookie_rotation": 600, "cookie_history": 86400 * 30}, "a history of 2592000 s is more than 1022"),

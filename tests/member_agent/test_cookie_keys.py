@@ -1,6 +1,8 @@
 """`pool-agent cookie-keys`, and servers that share their keys."""
 
 import json
+import os
+import pwd
 import secrets
 import stat
 import time
@@ -25,8 +27,8 @@ def succeeds(done):
     return done.stdout
 
 
-def fails(done, text):
-    assert done.status == ExitStatus.STATE, done
+def fails(done, text, status=ExitStatus.STATE):
+    assert done.status == status, done
     assert text in done.stderr
     assert len(done.stderr.splitlines()) == 2, "what happened, and what to do"
 
@@ -69,6 +71,35 @@ def test_renewing_throws_every_key_away(tmp_path):
     assert not before & secrets_in(tmp_path)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root writes for another")
+def test_what_root_writes_is_the_agents(tmp_path):
+    """Or the agent could not read its keys at the next start, nor take the lock."""
+    nobody, state, other = pwd.getpwnam("nobody"), tmp_path / "a", tmp_path / "b"
+    for directory in (state, other):
+        directory.mkdir(mode=0o700)
+        os.chown(directory, nobody.pw_uid, nobody.pw_gid)
+    share, planted = tmp_path / "share", tmp_path / "of-root"
+    succeeds(keys("share", share, state=state))
+    succeeds(keys("renew", state=state))
+    succeeds(keys("adopt", share, state=other))
+    made = [*state.iterdir(), *other.iterdir()]
+    assert sorted(path.name for path in made) == ["cookie-keys.json", "cookie-keys.json", "lock", "lock"]
+    for path in made:
+        status = path.stat()
+        assert (status.st_uid, status.st_gid) == (nobody.pw_uid, nobody.pw_gid), path
+        assert stat.S_IMODE(status.st_mode) == 0o600
+    assert share.stat().st_uid == 0, "the share is whose who asked for it"
+
+    planted.write_text("of root")
+    (state / "lock").unlink()
+    (state / "lock").symlink_to(planted)
+    fails(keys("renew", state=state), "lock: ")
+    (state / "lock").unlink()
+    (state / "lock").hardlink_to(planted)
+    succeeds(keys("renew", state=state))
+    assert planted.stat().st_uid == 0
+
+
 def secrets_in(state):
     return {key["secret"] for key in json.loads((state / "cookie-keys.json").read_text())["keys"]}
 
@@ -108,7 +139,7 @@ def test_a_share_from_the_future_is_refused(tmp_path):
 
 def test_a_running_server_keeps_its_keys(tmp_path, authority):
     with AgentServer(tmp_path / "log", authority.issue(NAME), f"--state={tmp_path / 'a'}"):
-        fails(keys("renew", state=tmp_path / "a"), "another pool-agent uses")
+        fails(keys("renew", state=tmp_path / "a"), "another pool-agent uses", ExitStatus.LOCKED)
 
 
 @pytest.mark.rfc8915("6-7")

@@ -22,8 +22,8 @@ from member_agent.install import (
     InstallError,
     load_pair,
 )
+from nts_core.certificates import check_csr
 from nts_core.tls import new_key_and_csr
-from poolsvc.certificates import check_csr
 
 NAME = "alice.servers.pool.example"
 NOW = dt.datetime(2026, 3, 1, 12, tzinfo=dt.UTC)
@@ -68,8 +68,15 @@ def fingerprint(chain: str) -> str:
 
 def install(store, issuer, order: int) -> str:
     chain = issuer.chain(store.pending(order))
-    store.install(order, chain, now=NOW)
+    take(store, order, chain)
     return fingerprint(chain)
+
+
+def take(store, order: int, chain: str) -> Path:
+    """Staged, then served."""
+    place = store.stage(order, chain, now=NOW).chain_path.parent
+    store.adopt()
+    return place
 
 
 def names_in(directory: Path) -> set[str]:
@@ -102,7 +109,7 @@ def test_the_csr_of_an_order_stays_the_same_over_a_restart(store, tmp_path):
 def test_a_certificate_is_installed_with_narrow_permissions(store, issuer, tmp_path):
     chain = issuer.chain(store.pending(1))
     assert store.current() is None
-    place = store.install(1, chain, now=NOW)
+    place = take(store, 1, chain)
     pair = store.current()
     assert (pair.chain_path, pair.key_path) == (place / "fullchain.pem", place / "key.pem")
     assert (pair.fingerprint, pair.not_after) == (fingerprint(chain), NOW + 6 * DAY)
@@ -113,7 +120,7 @@ def test_a_certificate_is_installed_with_narrow_permissions(store, issuer, tmp_p
     for path in (tmp_path / "certificates").rglob("*"):
         if not path.is_symlink():
             mode = path.stat().st_mode & 0o777
-            assert mode == (0o700 if path.is_dir() else 0o600) or (path.name == ".lock"), path
+            assert mode == (0o700 if path.is_dir() else 0o600), path
 
 
 def test_the_pending_key_waits_with_narrow_permissions_and_goes_after_the_install(store, issuer, tmp_path):
@@ -122,7 +129,7 @@ def test_the_pending_key_waits_with_narrow_permissions_and_goes_after_the_instal
     assert (pending / "1" / "key.pem").stat().st_mode & 0o777 == 0o600
     assert (pending / "1").stat().st_mode & 0o777 == 0o700
     store.pending(2)
-    store.install(1, chain, now=NOW)
+    take(store, 1, chain)
     assert names_in(pending) == {"2"}
 
 
@@ -144,9 +151,9 @@ def test_the_previous_generation_stays_and_older_ones_go(store, issuer, tmp_path
 def test_installing_the_same_certificate_again_changes_nothing(store, issuer, tmp_path):
     install(store, issuer, 1)
     chain = issuer.chain(store.pending(2))
-    place = store.install(2, chain, now=NOW)
+    place = take(store, 2, chain)
     before = tree(tmp_path)
-    assert store.install(2, chain, now=NOW) == place
+    assert take(store, 2, chain) == place
     assert tree(tmp_path) == before
 
 
@@ -170,16 +177,16 @@ def test_a_chain_that_does_not_fit_is_refused_and_nothing_changes(store, issuer,
     csr = store.pending(2)
     before = tree(tmp_path)
     with pytest.raises(InstallError, match=fault) as caught:
-        store.install(2, make(issuer, csr), now=now)
+        store.stage(2, make(issuer, csr), now=now)
     assert caught.value.remedy
     assert tree(tmp_path) == before
     assert store.current().fingerprint == first
-    store.install(2, issuer.chain(csr), now=NOW)
+    take(store, 2, issuer.chain(csr))
 
 
 def test_a_certificate_for_an_order_without_key_is_refused(store, issuer):
     with pytest.raises(InstallError, match=r"key\.pem cannot be read"):
-        store.install(5, issuer.chain(new_key_and_csr(NAME)[1]), now=NOW)
+        take(store, 5, issuer.chain(new_key_and_csr(NAME)[1]))
 
 
 def test_what_a_crash_left_half_written_is_removed(store, issuer, tmp_path):
@@ -193,23 +200,74 @@ def test_what_a_crash_left_half_written_is_removed(store, issuer, tmp_path):
     assert store.current().fingerprint == first
     assert store.pending(2) == csr
     assert names_in(home / "pending") == {"2"}
-    store.install(2, issuer.chain(csr), now=NOW)
+    take(store, 2, issuer.chain(csr))
     assert not [path for path in home.rglob("*") if path.name.startswith(".tmp")]
 
 
-def test_a_crash_between_writing_and_switching_is_gone_forward_by_the_next_install(store, issuer, tmp_path):
-    first, csr = install(store, issuer, 1), store.pending(2)
-    link = tmp_path / "certificates" / "current"
-    old, chain = link.readlink(), issuer.chain(csr)
-    pending = tmp_path / "certificates" / "pending" / "2"
-    shutil.copytree(pending, tmp_path / "kept")
-    place = store.install(2, chain, now=NOW)
-    shutil.copytree(tmp_path / "kept", pending)
-    link.unlink()
-    link.symlink_to(old)
+def test_what_is_staged_is_not_in_use_before_it_is_served(store, issuer, tmp_path):
+    first, chain = install(store, issuer, 1), issuer.chain(store.pending(2))
+    assert (store.next(), store.newest().fingerprint) == (None, first)
+    staged = store.stage(2, chain, now=NOW)
+    again = CertificateStore(tmp_path / "certificates", NAME)
+    for each in (store, again):
+        assert (each.current().fingerprint, each.next(), each.newest()) == (first, staged, staged)
+    assert (staged.fingerprint, staged.order) == (fingerprint(chain), 2)
+    assert names_in(tmp_path / "certificates" / "pending") == set()
+    assert again.stage(2, chain, now=NOW) == staged, "its key is in the generation"
+    again.adopt()
+    assert (store.current(), store.next(), store.newest()) == (staged, None, staged)
+    store.adopt()
+    assert store.current() == staged, "nothing was staged"
+
+
+def test_another_certificate_takes_the_place_of_one_that_was_never_served(store, issuer, tmp_path):
+    first, places = install(store, issuer, 1), []
+    for order in range(2, 6):
+        staged = store.stage(order, issuer.chain(store.pending(order)), now=NOW)
+        places.append(staged.chain_path.parent.name)
     assert store.current().fingerprint == first
-    assert store.install(2, chain, now=NOW) == place
-    assert store.current().fingerprint == fingerprint(chain)
+    assert store.next() == staged
+    kept = names_in(tmp_path / "certificates" / "generations")
+    assert kept == {f"{1:010}-{first[:16]}", places[-1]}
+
+
+def test_the_generation_before_goes_once_the_new_one_was_seen_to_work(store, issuer, tmp_path):
+    first = install(store, issuer, 1)
+    second = install(store, issuer, 2)
+    assert store.fingerprints() == {first, second}
+    store.settle()
+    assert store.fingerprints() == {second}
+    assert names_in(tmp_path / "certificates" / "generations") == {f"{2:010}-{second[:16]}"}
+    assert store.current().fingerprint == second
+    staged = store.stage(3, issuer.chain(store.pending(3)), now=NOW)
+    store.settle()
+    assert (store.current().fingerprint, store.next()) == (second, staged)
+    shutil.rmtree(staged.chain_path.parent)
+    assert (store.next(), store.newest().fingerprint) == (None, second)
+    with pytest.raises(InstallError):
+        store.adopt()
+    assert store.current().fingerprint == second, "nothing is adopted that cannot be served"
+
+
+def test_what_is_only_staged_takes_no_place_that_is_empty(store, issuer):
+    """Or whoever looks for the pair in use would take it past the member's hook and the engine."""
+    staged = store.stage(1, issuer.chain(store.pending(1)), now=NOW)
+    assert (store.current(), store.next()) == (None, staged)
+    store.adopt()
+    assert store.current() == staged
+    again = store.stage(2, issuer.chain(store.pending(2)), now=NOW)
+    damage_key(staged.key_path.parent)
+    assert (store.current(), store.next()) == (None, again)
+
+
+def test_one_that_is_kept_and_has_ended_is_not_staged_again(store, issuer):
+    """By a registry that was restored from a copy of before the renewal, or means us no good."""
+    old = issuer.chain(store.pending(1))
+    take(store, 1, old)
+    second = install(store, issuer, 2)
+    with pytest.raises(InstallError, match="not now"):
+        store.stage(1, old, now=NOW + 6 * DAY)
+    assert (store.next(), store.current().fingerprint) == (None, second)
 
 
 def damage_key(place: Path) -> None:
@@ -232,12 +290,12 @@ def test_a_broken_generation_is_left_for_the_one_before_and_can_be_installed_aga
     pending = tmp_path / "certificates" / "pending" / "2"
     shutil.copytree(pending, tmp_path / "kept")
     chain = issuer.chain(csr)
-    damage(store.install(2, chain, now=NOW))
+    damage(take(store, 2, chain))
     link = tmp_path / "certificates" / "current"
     assert store.current().fingerprint == first
     assert load_pair(link / "fullchain.pem", link / "key.pem").fingerprint == first
     shutil.copytree(tmp_path / "kept", pending)
-    store.install(2, chain, now=NOW)
+    take(store, 2, chain)
     assert store.current().fingerprint == fingerprint(chain)
 
 
@@ -275,7 +333,7 @@ def test_a_reader_sees_only_whole_pairs_while_generations_change(store, issuer, 
         for order in range(2, 32):
             chains[order] = issuer.chain(store.pending(order))
             known.add(fingerprint(chains[order]))
-            store.install(order, chains[order], now=NOW)
+            take(store, order, chains[order])
     finally:
         done.set()
         thread.join(20)

@@ -9,6 +9,7 @@ import secrets
 import select
 import socket
 import struct
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,9 @@ from lab.processes import free_port, wait_until
 from lab.programs import AgentServer, run, scrape
 from member_agent.config import Limits, load_settings
 from member_agent.errors import AgentError, ExitStatus
-from member_agent.ke_server import MAX_RECEIVED, RESERVED_DESCRIPTORS, KeListeners
-from member_agent.ntp_server import Meter, NtpListeners
-from member_agent.sockets import Endpoint
+from member_agent.ke_server import MAX_RECEIVED, RESERVED_DESCRIPTORS, KeListeners, connections
+from member_agent.ntp_server import Meter, requests
+from member_agent.sockets import Endpoint, bind
 from nts_core import records
 from nts_core.association import Association
 from nts_core.client import establish
@@ -425,9 +426,9 @@ async def test_what_cannot_be_sent_is_thrown_away_at_the_deadline(authority, tru
     key = load_pem_private_key(long.key.read_bytes(), None)
     credentials = ServerCredentials(x509.load_pem_x509_certificates(long.cert.read_bytes()), key)
     listeners = KeListeners(credentials, Keyring.new(0, secrets.token_bytes), LIMITS)
-    bound = listeners.bind(Endpoint(HOST, 0))
+    bound = bind(Endpoint(HOST, 0), socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
-    listeners.listen(bound, lambda _local: NtpService(NtpEndpoint()))
+    listeners.listen(bound, lambda _local, _names: NtpService(NtpEndpoint()))
     peer = Peer(listeners.endpoints[0].port, trust, receive_buffer=1)
     with peer.socket:
         before = descriptors("self")
@@ -737,17 +738,61 @@ def test_a_variable_sets_a_limit(pair, monkeypatch):
 
 def test_beyond_the_cap_nobody_is_answered_whoever_asks(tmp_path, pair):
     """One request in 100 s: of two clients only the first one is answered."""
-    with serving(tmp_path, pair, toml="[limits]\ntraffic_cap = 0.01\n") as server:
+    with serving(tmp_path, pair, toml="[limits]\nntp_pps = 0.01\n") as server:
         assert plain_answer(server.ntp_port, "127.0.0.2") is not None
         assert plain_answer(server.ntp_port, "127.0.0.3", patience=0.5) is None
         assert ntp_count(server, "over-cap") >= 1
 
 
+def test_beyond_the_cap_an_address_may_be_told_so(tmp_path, pair):
+    toml = '[limits]\nntp_pps = 0.01\nabove = "rate"\n'
+    with serving(tmp_path, pair, toml=toml) as server:
+        assert plain_answer(server.ntp_port, "127.0.0.2").stratum == 3
+        assert_kiss(plain_answer(server.ntp_port, "127.0.0.3"), b"RATE")
+        assert plain_answer(server.ntp_port, "127.0.0.4", patience=0.5) is None, "no more KoDs than answers"
+        assert (ntp_count(server, "kiss-rate"), ntp_count(server, "over-cap")) == (1, 1)
+
+
+async def test_beyond_the_cap_of_key_establishments_connections_end_before_tls(tmp_path, pair, trust):
+    """Ten in ten minutes, of which six seconds' worth come at once: one. Whose connection it is does not count."""
+    with serving(tmp_path, pair, toml="[limits]\nke_per_minute = 1\n") as server:
+        assert await is_served(server, trust)
+        assert refused(server.ke_port, "127.0.0.2")
+        assert refused(server.ke_port, "127.0.0.3")
+        assert ke_count(server, "over-cap") == 2
+        wait_until(lambda: slots_taken(server) == 0, "no slot is lost")
+        assert plain_answer(server.ntp_port).stratum == 3, "NTP has a cap of its own"
+
+
+@pytest.mark.parametrize("name", ["ntp_pps", "ke_per_minute"])
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "2e9", '"much"'])
-def test_a_cap_that_is_none_is_refused(tmp_path, value):
-    (tmp_path / "agent.toml").write_text(f"[limits]\ntraffic_cap = {value}\n")
-    with pytest.raises(AgentError, match="traffic_cap"):
+def test_a_cap_that_is_none_is_refused(tmp_path, name, value):
+    (tmp_path / "agent.toml").write_text(f"[limits]\n{name} = {value}\n")
+    with pytest.raises(AgentError, match=name):
         load_settings(tmp_path, {})
+
+
+@pytest.mark.parametrize(
+    ("toml", "named"),
+    [
+        ("workers = 0", "workers"),
+        ("workers = 65", "workers"),
+        ('workers = "all"', "workers"),
+        ("workers = 3\n[limits]\nke_connections = 2", "3 cannot share limits.ke_connections = 2"),
+        ('group = "nogroup"', "give user as well"),
+        ('[limits]\nabove = "shout"', "limits.above"),
+        ("[limits]\ntraffic_cap = 5", "limits.traffic_cap: there is no such setting"),
+    ],
+)
+def test_settings_of_processes_that_make_no_sense(tmp_path, toml, named):
+    (tmp_path / "agent.toml").write_text(toml + "\n")
+    with pytest.raises(AgentError, match=named):
+        load_settings(tmp_path, {})
+
+
+def test_auto_is_a_process_for_each_core(tmp_path):
+    (tmp_path / "agent.toml").write_text('workers = "auto"\n')
+    assert load_settings(tmp_path, {}).workers == len(os.sched_getaffinity(0))
 
 
 def test_a_meter_tells_the_mean_of_ten_seconds_or_more():
@@ -760,6 +805,6 @@ def test_a_meter_tells_the_mean_of_ten_seconds_or_more():
 
 
 def test_what_comes_is_counted_answered_or_not():
-    listeners = NtpListeners(None, Keyring.new(0, secrets.token_bytes), Limits())
-    listeners.counters.update({"plain": 3, "rate-limited": 4, "send-error": 2, "receive-error": 1})
-    assert listeners.requests == 7
+    counters = Counter({"plain": 3, "rate-limited": 4, "send-error": 2, "receive-error": 1})
+    assert requests(counters) == 7
+    assert connections(Counter({"ok": 2, "over-cap": 3, "accept-error": 4, "no-descriptor": 5})) == 5

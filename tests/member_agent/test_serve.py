@@ -15,13 +15,12 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from lab.certificates import Authority, Pair
 from lab.processes import free_port, wait_until
-from lab.programs import AgentServer, run, scrape
+from lab.programs import AgentServer, alice, run, scrape
 from member_agent.config import Limits
-from member_agent.daemon import load_credentials
+from member_agent.engines.serving import PemPair
 from member_agent.errors import ExitStatus
 from member_agent.ke_server import KeListeners
-from member_agent.sockets import Endpoint
-from member_agent.state import Membership, StateDirectory
+from member_agent.sockets import Endpoint, bind
 from nts_core import records
 from nts_core.association import Association
 from nts_core.cli import ExitStatus as ClientStatus
@@ -175,10 +174,9 @@ async def test_a_fault_of_our_own_is_error_2(pair, trust):
             raise RuntimeError("broken on purpose")
 
     keyring = Broken.load(Keyring.new(0, secrets.token_bytes).dump())
-    credentials = load_credentials(pair.cert, pair.key)
+    credentials = PemPair(pair.cert.read_text(), pair.key.read_text()).credentials()
     listeners = KeListeners(credentials, keyring, Limits())
-    bound = listeners.bind(Endpoint(HOST, 0))
-    listeners.listen(bound, lambda _local: NtpService())
+    listeners.listen(bind(Endpoint(HOST, 0), socket.SOCK_STREAM), lambda _local, _names: NtpService())
     answer = await converse(listeners.endpoints[0].port, trust, REQUEST)
     await listeners.close()
     assert answer == [Record(RecordType.ERROR, uint16(ErrorCode.INTERNAL_SERVER_ERROR), critical=True)]
@@ -239,9 +237,7 @@ def test_a_test_offset_is_served_and_shown(tmp_path, authority, pair, offset):
 
 
 def test_status_shows_the_test_offset(tmp_path):
-    StateDirectory(tmp_path).save_membership(
-        Membership("https://registry.example", "pool.example", "s-1", "alice.servers.pool.example", "TOKEN")
-    )
+    alice(tmp_path)
     (tmp_path / "agent.toml").write_text("clock_offset = 0.25\nlocal_stratum = 2\n")
     done = run("pool-agent", "status", f"--state={tmp_path}")
     assert done.status == ExitStatus.OK
@@ -251,9 +247,7 @@ def test_status_shows_the_test_offset(tmp_path):
 
 
 def test_status_with_a_bad_setting_names_it(tmp_path):
-    StateDirectory(tmp_path).save_membership(
-        Membership("https://registry.example", "pool.example", "s-1", "alice.servers.pool.example", "TOKEN")
-    )
+    alice(tmp_path)
     (tmp_path / "agent.toml").write_text("colour = 1\n")
     done = run("pool-agent", "status", f"--state={tmp_path}")
     assert done.status == ExitStatus.CONFIGURATION
@@ -414,7 +408,7 @@ def test_options_out_of_range(pair):
 
 def test_a_state_directory_in_use(tmp_path, pair):
     with AgentServer(tmp_path / "log", pair, f"--state={tmp_path}/state"):
-        said = start_fails(ExitStatus.STATE, *files(pair), f"--state={tmp_path}/state")
+        said = start_fails(ExitStatus.LOCKED, *files(pair), f"--state={tmp_path}/state")
     assert "another pool-agent" in said
 
 
@@ -588,9 +582,8 @@ async def test_a_query_to_a_server_whose_ntp_port_is_silent(authority, pair):
     listeners = KeListeners(credentials, Keyring.new(0, secrets.token_bytes), Limits())
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
         silent.bind((HOST, 0))
-        bound = listeners.bind(Endpoint(HOST, 0))
         service = NtpService(NtpEndpoint(None, silent.getsockname()[1]))
-        listeners.listen(bound, lambda _local: service)
+        listeners.listen(bind(Endpoint(HOST, 0), socket.SOCK_STREAM), lambda _local, _names: service)
         outcome = await asyncio.to_thread(query, authority, str(listeners.endpoints[0]), "--samples=1")
         await listeners.close()
     fails(outcome, ClientStatus.NO_TIME, "ntp")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nts_core import ntptime
 from nts_core.aead import Aead, AeadId, SessionKeys
-from nts_core.association import MAX_REQUEST, Association
+from nts_core.association import MAX_REQUEST, Association, Plain
 from nts_core.cookies import DAY, CookieKey, Keyring, Schedule
 from nts_core.errors import KissOfDeath, NotAuthentic, OutOfCookies
 from nts_core.ke import KeResult
@@ -26,7 +26,7 @@ from nts_core.packet import (
     encode_fields,
     protect,
 )
-from nts_core.server import ClockState, NtpServer
+from nts_core.server import ClockState, Kiss, NtpServer
 
 VECTORS = Path(__file__).parent.parent / "vectors"
 MS = 1_000_000
@@ -423,3 +423,31 @@ def test_the_captured_answer_of_chronyd():
     assert (sample.stratum, sample.leap, sample.asked, sample.cookies) == (10, 0, 4, 4)
     assert sample.synchronised
     assert len(association.jar) == 8
+
+
+# Without NTS
+
+
+def test_plain_requests_have_48_octets_and_their_answer_a_sample():
+    plain = Plain(secrets.token_bytes)
+    first, second = plain.poll(), plain.poll()
+    assert (len(first), first != second) == (48, True)
+    sample = receive(plain, serve(second, at=SENT + 5 * MS), SENT + MS)
+    assert (sample.stratum, sample.cookies, sample.asked) == (2, 0, 0)
+    with pytest.raises(NotAuthentic, match="not an answer to our request"):
+        receive(plain, serve(first))
+
+
+def test_a_plain_kiss_code_is_nobodys_word():
+    plain = Plain(secrets.token_bytes)
+    with pytest.raises(KissOfDeath, match="RATE") as caught:
+        receive(plain, serve(plain.poll(), clock=Kiss.RATE.state))
+    assert not caught.value.authentic
+
+
+@given(st.binary(max_size=200))
+def test_garbage_is_no_answer_to_a_plain_request(octets):
+    plain = Plain(secrets.token_bytes)
+    plain.poll()
+    with pytest.raises(NotAuthentic):
+        receive(plain, octets)

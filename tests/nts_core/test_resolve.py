@@ -4,6 +4,7 @@ import asyncio
 import time
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 
 import dns.dnssec
 import dns.flags
@@ -19,7 +20,19 @@ import pytest
 from lab.knot import Knot
 from lab.processes import free_port
 from lab.unbound import Unbound
-from nts_core.resolve import NoAnswer, ResolveError, Resolver, SrvTarget, TrustAnchors, addresses, srv_targets
+from nts_core.metadata import Metadata
+from nts_core.resolve import (
+    ROOT,
+    NoAnswer,
+    ResolveError,
+    Resolver,
+    Resolvers,
+    SrvTarget,
+    TrustAnchors,
+    addresses,
+    metadata,
+    srv_targets,
+)
 
 YEAR = 365 * 86400
 ALICE = "alice.servers.pool.example."
@@ -27,7 +40,11 @@ RECORDS = (
     "_ntske._tcp SRV 0 10 4460 Alice.servers",
     "alice.servers A 192.0.2.1",
     "alice.servers AAAA 2001:db8::1",
+    'alice.servers TXT "v=spf1 -all"',
+    'alice.servers TXT "v=truechimer1 op=abcdefghij234 as=64500,64501 cc=DE"',
     "four.servers A 192.0.2.4",
+    'odd.servers TXT "v=truechimer1 op=ALICE"',
+    *(f'talkative.servers TXT "v=truechimer1 op=abcdefghij23{n}"' for n in range(2, 8)),
     "alias.servers CNAME alice.servers",
     "*.wild.servers A 192.0.2.7",
     "_ntske._tcp.off SRV 0 0 0 .",
@@ -121,6 +138,30 @@ async def test_a_pool_gives_its_targets_and_these_their_addresses_ipv6_first(res
     ]
     assert await addresses(resolver, "alice.servers.pool.example", now) == ["2001:db8::1", "192.0.2.1"]
     assert await addresses(resolver, "four.servers.pool.example", now) == ["192.0.2.4"]
+
+
+async def test_a_target_has_metadata_or_none(resolver):
+    now = time.time()
+    found = Metadata("abcdefghij234", (64500, 64501), ("DE",))
+    assert await metadata(resolver, "alice.servers.pool.example", now) == found
+    for name in ("four", "odd", "talkative", "nobody", "alias"):
+        assert await metadata(resolver, f"{name}.servers.pool.example", now) is None
+
+
+@pytest.mark.parametrize("offset", [-2 * YEAR, 2 * YEAR])
+async def test_metadata_that_is_not_valid_now_is_none(resolver, offset):
+    assert await metadata(resolver, "alice.servers.pool.example", time.time() + offset) is None
+
+
+async def test_metadata_is_believed_only_as_it_was_signed(knot):
+    def flatter(answer):
+        for rrset in answer.answer:
+            if rrset.rdtype == dns.rdatatype.TXT:
+                rrset.update(dns.rrset.from_text(ALICE, 2, "IN", "TXT", '"v=truechimer1 op=zzzzzzzzzzzzz"'))
+        return answer
+
+    async with lying(knot, flatter) as resolver:
+        assert await metadata(resolver, "alice.servers.pool.example", time.time()) is None
 
 
 async def test_an_answer_too_long_for_udp_comes_over_tcp_and_is_bounded(resolver):
@@ -486,3 +527,59 @@ def test_the_closest_anchor_counts():
     key = f"DNSKEY 257 3 13 {'A' * 88}"
     anchors = TrustAnchors.parse(f". {key}\nexample. {key}\nother.example. {key}")
     assert anchors.above(dns.name.from_text("a.pool.example.")).to_text() == "example."
+
+
+# Several resolvers
+
+
+@pytest.mark.parametrize(
+    ("alter", "code"),
+    [
+        (flip_an_octet, "bogus"),
+        (without_signatures(), "resolver-no-dnssec"),
+        (without_signatures(dns.rdatatype.A), "unsigned"),
+        (rcode(dns.rcode.SERVFAIL), "resolver-failed"),
+        (lambda answer: None, "resolver-unreachable"),
+    ],
+)
+async def test_a_resolver_of_no_use_is_passed_over_and_asked_last_from_then_on(knot, alter, code):
+    good = Resolver(knot.address, knot.port, TrustAnchors.parse(knot.trust_anchor()))
+    async with lying(knot, alter, timeout=0.5) as liar:
+        both = Resolvers([liar, good])
+        assert [row.address for row in (await both.lookup(ALICE, "A", time.time())).rdatas] == ["192.0.2.1"]
+        assert {name: error.code for name, error in both.passed_over.items()} == {str(liar): code}
+        asked = liar.liar.questions
+        await both.lookup(ALICE, "AAAA", time.time())
+        assert liar.liar.questions == asked
+        only = Resolvers([liar, liar])
+        assert (await failure(only.lookup(ALICE, "A", time.time()))).code == code
+
+
+async def test_a_resolver_that_is_good_again_is_not_said_to_be_passed_over(knot):
+    lies = [True]
+    good = Resolver(knot.address, free_port(), TrustAnchors.parse(knot.trust_anchor()), 0.5)
+    async with lying(knot, lambda answer: b"garbage" if lies else answer, timeout=2) as liar:
+        both = Resolvers([liar, good])
+        await failure(both.lookup(ALICE, "A", time.time()))
+        assert set(both.passed_over) == {str(liar), str(good)}
+        lies.clear()
+        await both.lookup(ALICE, "A", time.time())
+        assert set(both.passed_over) == {str(good)}
+
+
+async def test_an_absence_is_no_reason_to_ask_another_resolver(knot):
+    good = Resolver(knot.address, knot.port, TrustAnchors.parse(knot.trust_anchor()))
+    async with lying(knot, lambda answer: answer) as other:
+        both = Resolvers([good, other])
+        with pytest.raises(NoAnswer):
+            await both.lookup("nobody.servers.pool.example.", "A", time.time())
+        assert (await failure(both.lookup("bank.test.", "A", time.time()))).code == "not-under-anchor"
+        assert (other.liar.questions, both.passed_over) == (0, {})
+
+
+def test_the_roots_keys_are_those_that_debian_ships():
+    """In its package `dns-root-data`; both keys, so that a roll-over to the new one is no event."""
+    known = {(record.key_tag, record.digest.hex()) for record in ROOT.zones[dns.name.root]}
+    assert {tag for tag, _ in known} == {20326, 38696}
+    anchors = TrustAnchors.parse(Path("/usr/share/dns/root.ds").read_text())
+    assert {(record.key_tag, record.digest.hex()) for record in anchors.zones[dns.name.root]} <= known

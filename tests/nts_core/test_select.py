@@ -1,5 +1,6 @@
 """Truechimers and falsetickers (RFC 5905 section 11.2.1)."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -36,7 +37,7 @@ def test_nothing_gives_nothing():
 
 
 def test_one_source_is_believed():
-    assert select([ms(3)]) == Selection(frozenset({0}), 3 * MS)
+    assert select([ms(3)]) == Selection(frozenset({0}), 3 * MS, frozenset({0}))
 
 
 def test_two_that_agree():
@@ -159,15 +160,52 @@ def test_the_best_sample_has_the_least_delay():
 
 def test_an_estimate_states_the_root_distance():
     found = estimate([sample(3 * MS, 40 * MS, root_delay=20 * MS, root_dispersion=7 * MS)])
-    assert found == Estimate(3 * MS, 37 * MS)
+    assert (found.offset, found.distance) == (3 * MS, 37 * MS)
 
 
 def test_no_claim_is_narrower_than_the_minimum():
-    assert estimate([sample(0, 1)]) == Estimate(0, MIN_DISTANCE)
+    found = estimate([sample(0, 1)])
+    assert (found.offset, found.distance) == (0, MIN_DISTANCE)
+    assert found.jitter == 1e9 * 2**-20, "no less than its clock can tell"
 
 
 def test_scatter_widens_a_claim():
-    assert estimate([sample(0, 1), sample(8 * MS, 2)]) == Estimate(0, MIN_DISTANCE + 8 * MS)
+    assert estimate([sample(0, 1), sample(8 * MS, 2)]) == Estimate(0, MIN_DISTANCE + 8 * MS, 8 * MS)
+    scattered = estimate([sample(0, 1), sample(3 * MS, 2), sample(-4 * MS, 2)])
+    assert scattered.jitter == pytest.approx(math.sqrt(12.5) * MS)
+
+
+def scattering(*offsets, jitter=0.1):
+    return [Estimate(round(offset * MS), 50 * MS, jitter * MS) for offset in offsets]
+
+
+def test_of_those_that_agree_the_farthest_is_left_out():
+    found = select(scattering(0, 1, 2, 30))
+    assert found.truechimers == {0, 1, 2, 3}, "it tells the truth, but not well"
+    assert (found.survivors, found.offset) == ({0, 1, 2}, 1 * MS)
+    assert found.jitter == math.sqrt(2.5) * MS
+
+
+def test_who_is_as_near_as_they_are_steady_is_kept():
+    """Nothing is won by leaving one out whose distance from the others is less than their own jitter."""
+    assert select(scattering(0, 1, 2, 30, jitter=40)).survivors == {0, 1, 2, 3}
+    assert select(scattering(0, 1, 2, 30, jitter=5)).survivors == {0, 1, 2}
+
+
+def test_three_survive_whatever_they_say():
+    assert select(scattering(0, 20, 45)).survivors == {0, 1, 2}
+    assert len(select(scattering(0, 1, 3, 6, 10, 15, 21, 28)).survivors) == 3
+
+
+@given(st.lists(st.integers(-40, 40), min_size=3, max_size=10))
+def test_leaving_out_never_makes_them_differ_more(offsets):
+    found = select(scattering(*offsets))
+    if found.offset is None:
+        return
+    assert found.survivors <= found.truechimers
+    assert len(found.survivors) >= min(3, len(found.truechimers))
+    said = [offsets[index] * MS for index in found.survivors]
+    assert min(said) <= found.offset <= max(said)
 
 
 @given(st.lists(st.builds(sample, st.integers(-(10**9), 10**9), st.integers(0, 10**9)), min_size=1))

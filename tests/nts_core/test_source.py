@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 import signal
+import socket
 import sys
 import time
 from collections import Counter
@@ -17,7 +18,7 @@ from lab.processes import free_port
 from lab.programs import AgentServer, run
 from member_agent.config import Limits
 from member_agent.ke_server import KeListeners
-from member_agent.sockets import Endpoint
+from member_agent.sockets import Endpoint, bind
 from nts_core.aead import NONCE_LENGTH, Aead, AeadId
 from nts_core.cli import ExitStatus
 from nts_core.client import ClientError, Failure
@@ -79,10 +80,10 @@ class Server(asyncio.DatagramProtocol):
     async def start(self):
         loop = asyncio.get_running_loop()
         self.transport, _ = await loop.create_datagram_endpoint(lambda: self, local_addr=(HOST, 0))
-        bound = self.listeners.bind(Endpoint(HOST, 0))
+        bound = bind(Endpoint(HOST, 0), socket.SOCK_STREAM)
         self.ntp_port = self.transport.get_extra_info("sockname")[1]
         service = NtpService(NtpEndpoint(None, self.ntp_port))
-        self.listeners.listen(bound, lambda _local: service)
+        self.listeners.listen(bound, lambda _local, _names: service)
         self.ke_port = self.listeners.endpoints[0].port
 
     async def stop(self):
@@ -247,9 +248,9 @@ async def test_a_silent_server_is_asked_for_keys_again_after_a_restart(server, m
 @pytest.fixture
 async def blocked(server):
     """An address of the server where key establishment works and NTP does not."""
-    bound = server.listeners.bind(Endpoint("127.0.0.2", server.ke_port))
+    bound = bind(Endpoint("127.0.0.2", server.ke_port), socket.SOCK_STREAM)
     nowhere = NtpService(NtpEndpoint(None, free_port("127.0.0.2")))
-    server.listeners.listen(bound, lambda _local: nowhere)
+    server.listeners.listen(bound, lambda _local, _names: nowhere)
     return "127.0.0.2"
 
 

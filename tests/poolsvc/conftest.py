@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import shlex
 import shutil
 import socketserver
@@ -10,6 +11,7 @@ import tempfile
 import threading
 import time
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +19,12 @@ from typing import NamedTuple
 
 import dns.flags
 import dns.message
+import dns.query
 import dns.rcode
 import dns.rdatatype
 import dns.rrset
+import dns.tsig
+import dns.update
 import httpx
 import pytest
 import structlog
@@ -31,14 +36,16 @@ from typer.testing import CliRunner
 import migrations
 from lab.ca_front import CaFront
 from lab.knot import Knot
+from lab.nameservers import Primary
 from lab.pebble import Pebble
 from lab.postgres import Postgres
+from lab.primaries import PRIMARIES, SECONDARIES
 from lab.processes import Process, free_port, require, wait_until
 from member_agent.challenges import Responder
+from nts_core.acme import AcmeAccount, AcmeConfig, OrderState
 from nts_core.control import ACME_PATH, ServerState
 from nts_core.tls import new_key_and_csr
 from poolsvc import auth, issuance, members, servers
-from poolsvc.acme import AcmeAccount, AcmeConfig, OrderState
 from poolsvc.app import create_app
 from poolsvc.cli import app as poolsvc_app
 from poolsvc.cli import configure_logging
@@ -56,8 +63,10 @@ from poolsvc.models import (
     OrderStatus,
     TokenKind,
 )
-from poolsvc.publisher import Nameserver
+from poolsvc.primary import Nameserver, PrimaryConfig
+from poolsvc.publisher import Publisher
 from poolsvc.servers import EventKind
+from poolsvc.zone import CaaIssuer, ServerRecords, ZonePolicy, diff, wanted
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 NAME = "alice.servers.pool.example"
@@ -312,6 +321,117 @@ def published_by(knot, tuned, tmp_path):
         return tuned(dns=dns | values.pop("dns", {}), **{"opening_size": 2, **values})
 
     return change
+
+
+# Every kind of primary and of secondary is in one of these; all pairs are in the long tests.
+SHORT_PAIRS = {("knot", "bind"), ("bind", "nsd"), ("powerdns", "knot"), ("embedded", "nsd")}
+PAIRS = [
+    pytest.param(pair, id="+".join(pair), marks=() if pair in SHORT_PAIRS else pytest.mark.long)
+    for pair in itertools.product(PRIMARIES, SECONDARIES)
+]
+CNAME = "cname.servers.pool.example."
+
+
+@pytest.fixture(scope="module", params=PAIRS)
+def pair(request, tmp_path_factory):
+    """A primary with a secondary, as `poolsvc init` configures them."""
+    primary, secondary = request.param
+    directory = tmp_path_factory.mktemp("pair")
+    first = PRIMARIES[primary](directory / "primary", records=[f"{CNAME} CNAME ns1"])
+    second = SECONDARIES[secondary](directory / "secondary", first)
+    with first, second:
+        yield first
+
+
+class SignedZone:
+    """The zone on a primary with secondaries, empty at first but for what the operator put there, and its publisher."""
+
+    policy = ZonePolicy(
+        pool="pool.example",
+        srv_ttl=1,
+        address_ttl=1,
+        ke_port=4460,
+        caa=(CaaIssuer("ca.example", "https://ca.example/acct/1"),),
+    )
+
+    def __init__(self, primary: Primary) -> None:
+        self.primary, self.servers = primary, (primary, *primary.secondaries)
+        self.config = PrimaryConfig(
+            address=primary.address,
+            port=primary.port,
+            tsig_name=primary.tsig_name,
+            tsig_secret=primary.tsig_secret,
+            nameservers=tuple(Nameserver(server.address, server.port) for server in self.servers),
+            timeout=5.0,
+        )
+        self.publisher = self.publisher_with()
+        self.epoch = 0
+
+    def publisher_with(self, **options) -> Publisher:
+        """One with other settings."""
+        return Publisher(self.policy, replace(self.config, **options))
+
+    async def begin(self):
+        """As a new leader, in an empty zone."""
+        self.epoch = (await self.publisher.fence() or 0) + 1
+        await self.publisher.take_fence(self.epoch)
+        await self.publish({})
+        return self
+
+    def pool(self, *names, **options):
+        """What the zone holds of an open pool with servers of these names; options are those of each."""
+        servers = [
+            ServerRecords(
+                name,
+                number,
+                (f"198.18.{number // 256}.{number % 256}", f"2001:db8::{number:x}"),
+                True,
+                **options,
+            )
+            for number, name in enumerate(names, start=1)
+        ]
+        return wanted(servers, self.policy, is_open=True, draw=0)
+
+    async def publish(self, zone, publisher=None):
+        """Bring the zone to this; the changes that it took."""
+
+        async def plan(seen):
+            return diff(zone, seen)
+
+        return (await (publisher or self.publisher).bring(plan, self.epoch)).changes
+
+    async def seen(self):
+        return (await self.publisher.observe()).zone
+
+    async def shown(self, zone, *gone):
+        """Wait until every server shows this, signed, and nothing at the keys `gone`."""
+        end = time.monotonic() + 10
+        while mismatches := await self.publisher.verify([*zone, *gone], zone):
+            assert time.monotonic() < end, mismatches
+            await asyncio.sleep(0.02)
+
+    def by_hand(self, change, **key):
+        """An update that the publisher knows nothing of; its rcode."""
+        key = {
+            "name": self.primary.tsig_name,
+            "secret": self.primary.tsig_secret,
+            "algorithm": "hmac-sha256",
+        } | key
+        keyring = dns.tsig.Key(**key) if key["name"] else None
+        update = dns.update.UpdateMessage(self.policy.apex, keyring=keyring)
+        change(update)
+        return dns.query.tcp(update, self.primary.address, timeout=5, port=self.primary.port).rcode()
+
+
+@pytest.fixture
+async def zone(pair):
+    return await SignedZone(pair).begin()
+
+
+@pytest.fixture
+def signed_zone():
+    """For tests with a primary of their own: `await signed_zone(PRIMARY).begin()`."""
+    return SignedZone
 
 
 class Udp(socketserver.BaseRequestHandler):
@@ -672,12 +792,16 @@ async def flow(engine_url, lab, tuned):
 
 @pytest.fixture
 def init(tmp_path):
-    """Runs `poolsvc init` for a primary that does not answer: `init("--contact=...", directory=...)`."""
+    """Runs `poolsvc init` for a primary that does not answer: `init("--contact=...", directory=...)`.
+
+    `embedded` is for the server that comes with the registry, in place of one's own primary.
+    """
     primary = f"--nameserver=ns1.pool.example=127.0.0.1:{free_port()}"
 
-    def run(*options, pool="pool.example", directory=tmp_path / "new", nameserver=primary):
+    def run(*options, pool="pool.example", directory=tmp_path / "new", nameserver=primary, embedded=False):
         url = "--public-url=https://registry.example.net"
         arguments = ["init", pool, f"--directory={directory}", url, nameserver, *options]
+        arguments += [] if embedded else ["--own-primary"]
         done = CliRunner().invoke(poolsvc_app, arguments)
         if done.exception is not None and not isinstance(done.exception, SystemExit):
             raise done.exception

@@ -16,10 +16,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from urllib3.exceptions import MaxRetryError, NewConnectionError, ProtocolError
 
-from nts_core.control import ACME_PATH
-from nts_core.tls import new_key_and_csr
-from poolsvc import acme
-from poolsvc.acme import (
+from nts_core import acme
+from nts_core.acme import (
     AcmeAccount,
     AcmeConfig,
     AcmeError,
@@ -30,7 +28,9 @@ from poolsvc.acme import (
     retry_after_seconds,
     roll_account_key,
 )
-from poolsvc.certificates import CsrError, chain_facts, check_chain, key_sha256
+from nts_core.certificates import CsrError, chain_facts, check_chain, key_sha256
+from nts_core.control import ACME_PATH
+from nts_core.tls import new_key_and_csr
 
 NAME = "alice.servers.pool.example"
 NOW = dt.datetime(2026, 3, 1, 12, tzinfo=dt.UTC)

@@ -9,13 +9,14 @@ from sqlalchemy import select
 from lab.certificates import Authority
 from member_agent.challenges import Responder
 from nts_core.control import PROOF_PATH, ProbeResult, ServerState, Stage, StageStatus
-from poolsvc import agentless, issuance, monitoring, prober, proofs, removal, servers, worker
+from poolsvc import issuance, monitoring, own_account, prober, proofs, removal, servers, worker
 from poolsvc.errors import InvalidDocument
 from poolsvc.explain import explain
 from poolsvc.models import Order, OrderStatus, Server
 from poolsvc.pool import the_pool
 from poolsvc.prober import why_irrevocable
 from poolsvc.publication import Publication
+from poolsvc.publisher import Observation
 
 S = ServerState
 HERE = "127.0.0.1"
@@ -168,7 +169,7 @@ async def test_with_an_agent_there_is_nothing_to_be_done_by_hand(registry, clien
 def test_what_is_no_account_of_the_pools_ca_is_refused(settings, uri):
     server = Server(name="alice", agentless=True)
     with pytest.raises(InvalidDocument) as caught:
-        agentless.set_account(settings, server, uri)
+        own_account.choose(settings, server, uri)
     assert caught.value.field == "account_uri"
     assert server.own_account_uri is None
 
@@ -188,7 +189,7 @@ async def test_caa_lets_nobody_order_until_the_account_is_known_and_then_that_on
         server.addresses[0].proved_at = alice.now
     assert await caa(alice) == '0 issue ";"'
     async with alice.change(alice.alice) as (_, server):
-        agentless.set_account(alice.settings, server, ACCOUNT)
+        own_account.choose(alice.settings, server, ACCOUNT)
     assert await caa(alice) == f'0 issue "ca.example; accounturi={ACCOUNT}; validationmethods=http-01"'
 
 
@@ -196,7 +197,7 @@ async def note(alice):
     """What the publication notes once the nameservers were asked."""
     leader = Publication(alice.database, alice.settings)
     await leader.look(alice.now)
-    leader._negative_ttl = timedelta(seconds=60)
+    leader._seen = Observation(1, {}, 60, None)
     leader._unconfirmed.clear()
     await leader._note(leader.whole(), alice.now)
     return await alice.get(alice.alice)
@@ -215,7 +216,7 @@ async def verified(alice):
 async def test_the_member_may_order_when_everybody_sees_its_caa(verified, client):
     found = await note(verified)
     assert (found.named_at, found.order_due_at) == (verified.now, None), "nobody may order yet"
-    assert agentless.may_order_at(found) is None
+    assert own_account.may_order_at(found) is None
     async with client(verified.token) as http:
         view = (await http.put(f"{URL}/acme-account", json={"account_uri": ACCOUNT})).json()
         assert (view["acme_account"], view["may_order_at"]) == (ACCOUNT, None)
@@ -234,15 +235,15 @@ async def test_the_member_may_order_when_everybody_sees_its_caa(verified, client
         assert (server.orders, server.probe_due_at) == ([], later), (
             "there is no order, but something to be seen"
         )
-        assert agentless.may_order_at(server) == verified.now
+        assert own_account.may_order_at(server) == verified.now
 
 
 async def test_another_account_has_to_be_seen_everywhere_first(verified):
     async with verified.change(verified.alice) as (_, server):
-        agentless.set_account(verified.settings, server, ACCOUNT)
+        own_account.choose(verified.settings, server, ACCOUNT)
     await note(verified)
     async with verified.change(verified.alice) as (_, server):
-        agentless.set_account(verified.settings, server, ACCOUNT + "8")
+        own_account.choose(verified.settings, server, ACCOUNT + "8")
         assert (server.named_at, server.order_due_at) == (None, None)
 
 
@@ -336,7 +337,7 @@ async def test_probes_begin_when_there_may_be_a_certificate(verified, tmp_path):
 
     assert await probed() == []
     async with verified.change(verified.alice) as (_, server):
-        agentless.set_account(verified.settings, server, ACCOUNT)
+        own_account.choose(verified.settings, server, ACCOUNT)
     await note(verified)
     stages = {row.stage: row.status for row in await probed()}
     assert stages[Stage.TCP] is StageStatus.FAILED

@@ -637,9 +637,8 @@ async def test_a_challenge_is_relayed_until_its_order_is_over(ordered):
 async def issued(world):
     """The order became a certificate, and the one after it failed."""
     async with world.registry.database.transaction() as session:
-        await session.execute(
-            update(Order).values(status=OrderStatus.ISSUED, chain="PEM", fingerprint="ab", csr="x")
-        )
+        values = {"chain": "PEM", "fingerprint": "ab", "csr": "x", "url": "https://ca.example/order/1"}
+        await session.execute(update(Order).values(status=OrderStatus.ISSUED, **values))
         session.add(Order(server_id=world.server, status=OrderStatus.FAILED, created_at=NOW))
 
 
@@ -787,25 +786,29 @@ async def test_an_answer_is_sent_only_after_its_transaction_has_ended(alice):
     assert issuance.open_order(await alice.registry.get(alice.server)) is None
 
 
+TRAFFIC = ("traffic_cap", "traffic", "ke_cap", "ke_traffic")
+
+
 @pytest.mark.parametrize("figure", [None, 0, 12.5, 1e9])
 async def test_what_an_agent_says_of_its_traffic_is_kept(registry, client, figure):
     server, token = await _agent(registry)
     async with client(token) as http:
-        body = {"engine": "builtin", "traffic_cap": figure, "traffic": figure}
+        body = {"engine": "builtin"} | dict.fromkeys(TRAFFIC, figure)
         assert (await http.post("/v1/agent/sync", json=body)).status_code == 200
     found = await registry.get(server)
-    assert (found.traffic_cap, found.traffic) == (figure, figure)
+    assert [getattr(found, name) for name in TRAFFIC] == [figure] * 4
 
 
 @pytest.mark.parametrize("figure", ["NaN", "Infinity", "-Infinity", "-1", "1e300"])
 async def test_figures_that_cannot_be_are_not_kept(registry, client, figure):
     server, token = await _agent(registry)
-    text = f'{{"engine": "builtin", "traffic_cap": {figure}, "traffic": {figure}}}'
+    figures = ", ".join(f'"{name}": {figure}' for name in TRAFFIC)
+    text = f'{{"engine": "builtin", {figures}}}'
     async with client(token) as http:
         answer = await http.post("/v1/agent/sync", content=text, headers={"Content-Type": "application/json"})
         assert answer.status_code in {200, 422}
     found = await registry.get(server)
-    assert (found.traffic_cap, found.traffic) == (None, None)
+    assert [getattr(found, name) for name in TRAFFIC] == [None] * 4
 
 
 async def _agent(registry):

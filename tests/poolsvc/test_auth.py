@@ -48,8 +48,11 @@ ROLES = {
     "close-member": "operator owner",
     "export-member": "operator owner",
     "register-server": "owner technician",
-    "read-server": "operator support owner technician",
+    "read-server": "operator support owner technician agent",
+    "read-server-details": "operator support owner technician",
     "change-server": "operator owner technician",
+    "tend-server": "operator owner technician agent",
+    "leave-server": "operator owner technician agent",
     "remove-server": "operator owner technician",
     "offer-server": "operator owner",
     "take-server": "owner",
@@ -75,6 +78,8 @@ WHEN_BLOCKED = {
     "close-member",
     "export-member",
     "read-server",
+    "read-server-details",
+    "leave-server",
     "remove-server",
 }
 MINE, OTHER = 1, 2
@@ -189,7 +194,7 @@ async def world(registry):
     server = await registry.server("alice", state=ServerState.REGISTERED, member=owner)
     foreigner = await registry.member("Foreigner")
     foreign = await registry.owner_token(foreigner)
-    await registry.server("bob", "198.18.6.6", state=ServerState.ACTIVE, member=owner)
+    bob = await registry.server("bob", "198.18.6.6", state=ServerState.ACTIVE, member=owner)
     await registry.server("erin", "198.18.0.1", state=ServerState.VERIFIED, member=owner, agentless=True)
     colleague = await registry.person(owner, MemberRole.TECHNICIAN)
     numbers = await offers(registry, owner, foreigner, colleague.id)
@@ -207,6 +212,7 @@ async def world(registry):
         ):
             kind = TokenKind.SESSION if "user_id" in options else TokenKind(role.value)
             _, tokens[role] = await auth.issue(session, kind, now=NOW, **options)
+        _, agent_of_bob = await auth.issue(session, TokenKind.AGENT, now=NOW, server_id=bob)
     for role in (MemberRole.OWNER, MemberRole.TECHNICIAN):
         tokens[Role(role.value)] = await registry.owner_token(owner, role, TokenKind.SESSION)
     async with registry.database.transaction() as session:
@@ -219,7 +225,14 @@ async def world(registry):
         own = numbers.get(template.partition("?")[0], {})
         return template.format(**{"name": "alice", "member": owner, "user": colleague.id} | GONE | own)
 
-    return SimpleNamespace(tokens=tokens, foreign=foreign, server=server, owner=owner, path=path)
+    def bearer(role, template):
+        """A token of that role; an agent's is that of the server in the endpoint's path."""
+        is_bobs = role is Role.AGENT and path(template).startswith("/v1/servers/bob/")
+        return {"Authorization": f"Bearer {agent_of_bob if is_bobs else tokens[role]}"}
+
+    return SimpleNamespace(
+        tokens=tokens, foreign=foreign, server=server, owner=owner, path=path, bearer=bearer
+    )
 
 
 async def hooks_of(registry, owner):
@@ -336,13 +349,13 @@ ENDPOINTS = [
         Operation.REGISTER_SERVER,
     ),
     ("GET", "/v1/servers/{name}", None, Operation.READ_SERVER),
-    ("GET", "/v1/servers/{name}/events", None, Operation.READ_SERVER),
-    ("GET", "/v1/servers/{name}/samples", None, Operation.READ_SERVER),
-    ("GET", "/v1/servers/{name}/settings", None, Operation.READ_SERVER),
+    ("GET", "/v1/servers/{name}/events", None, Operation.READ_SERVER_DETAILS),
+    ("GET", "/v1/servers/{name}/samples", None, Operation.READ_SERVER_DETAILS),
+    ("GET", "/v1/servers/{name}/settings", None, Operation.READ_SERVER_DETAILS),
     ("PATCH", "/v1/servers/{name}/settings", {"weight": 2}, Operation.CHANGE_SERVER),
     ("GET", "/v1/servers/{name}/maintenance", None, Operation.READ_SERVER),
-    ("POST", "/v1/servers/{name}/maintenance", {"ends_at": SOON}, Operation.CHANGE_SERVER),
-    ("DELETE", "/v1/servers/{name}/maintenance/{window}", None, Operation.CHANGE_SERVER),
+    ("POST", "/v1/servers/{name}/maintenance", {"ends_at": SOON}, Operation.TEND_SERVER),
+    ("DELETE", "/v1/servers/{name}/maintenance/{window}", None, Operation.TEND_SERVER),
     ("PUT", "/v1/servers/{name}/hold", REASON, Operation.JUDGE_SERVER),
     ("DELETE", "/v1/servers/{name}/hold", None, Operation.JUDGE_SERVER),
     ("POST", "/v1/servers/{name}/proofs", {"address": "198.18.0.1"}, Operation.PROVE_ADDRESS),
@@ -353,8 +366,8 @@ ENDPOINTS = [
         {"account_uri": "https://ca.example/1"},
         Operation.CHANGE_SERVER,
     ),
-    ("POST", "/v1/servers/{name}/leaving", {"at": LATER}, Operation.REMOVE_SERVER),
-    ("DELETE", "/v1/servers/{name}/leaving", None, Operation.REMOVE_SERVER),
+    ("POST", "/v1/servers/{name}/leaving", {"at": LATER}, Operation.LEAVE_SERVER),
+    ("DELETE", "/v1/servers/{name}/leaving", None, Operation.TEND_SERVER),
     ("POST", "/v1/servers/{name}/join-token", None, Operation.CHANGE_SERVER),
     ("POST", "/v1/servers/{name}/transfer", {"to": OPAQUE}, Operation.OFFER_SERVER),
     ("DELETE", "/v1/servers/{name}/transfer", None, Operation.OFFER_SERVER),
@@ -374,6 +387,8 @@ BACK = {"state": "1.x", "code": "x", "binding": "x"}
 IN_VAIN = [
     ("DELETE", "/v1/me/sessions/{session_id}", None, Operation.CHANGE_SELF, 404),
     ("POST", "/v1/servers/{name}/certificate/compromised", None, Operation.CHANGE_SERVER, 409),
+    ("POST", "/v1/servers/{name}/renewal", None, Operation.TEND_SERVER, 409),
+    ("POST", "/v1/servers/{name}/check", None, Operation.TEND_SERVER, 409),
     ("DELETE", "/v1/me/tokens/{token_id}", None, Operation.CHANGE_SELF, 404),
     ("POST", "/v1/me/email", {"token": "1.x"}, Operation.CHANGE_IDENTITY, 401),
     ("POST", "/v1/me/identities", {"provider": "nobody"}, Operation.CHANGE_IDENTITY, 404),
@@ -405,9 +420,9 @@ PUBLIC = {
 @pytest.mark.parametrize("role", Role)
 async def test_every_endpoint_by_role(world, client, role):
     own = {role.value} if role in (Role.JOIN, Role.AGENT) else {role.value, "user"}
-    async with client(world.tokens[role], source="198.18.0.1") as http:
+    async with client(source="198.18.0.1") as http:
         for method, path, body, operation in ENDPOINTS:
-            answer = await http.request(method, world.path(path), json=body)
+            answer = await http.request(method, world.path(path), json=body, headers=world.bearer(role, path))
             if own & set(ROLES[operation].split()):
                 assert answer.status_code in {200, 201, 202, 204}, f"{path}: {answer.text}"
             else:
@@ -478,13 +493,18 @@ async def test_a_foreign_member_reaches_nothing_of_a_member_or_its_server(world,
 
 
 async def test_an_agents_token_reaches_its_own_server_only(world, registry, client):
-    """An agent names no server: the token does."""
+    """At its own endpoints an agent names no server; where it does, that has to be its own."""
     other = await registry.server("dave", "198.18.0.2")
     async with client(world.tokens[Role.AGENT], source="198.18.0.2") as http:
         answer = await http.post("/v1/agent/sync", json={"engine": "builtin"})
         assert answer.json()["server"] == "alice"
         proof = await http.post("/v1/agent/proof", json={"address": "198.18.0.2"})
         assert (proof.status_code, proof.json()["code"]) == (404, "not-found")
+        for method, template, body, operation, *_ in (*ENDPOINTS, *IN_VAIN):
+            if "{name}" in template and "agent" in ROLES[operation].split():
+                path = template.format(name="dave", window=1)
+                answer = await http.request(method, path, json=body)
+                assert (answer.status_code, answer.json()["code"]) == (403, "forbidden"), path
     assert (await registry.get(other)).agent_seen_at is None
 
 

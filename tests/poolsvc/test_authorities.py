@@ -13,9 +13,9 @@ from sqlalchemy import select
 from lab.pebble import PROFILES
 from lab.peers import PEBBLE_SID
 from lab.processes import free_port
+from nts_core.acme import SHORT_LIVED, AcmeError, OrderState
 from nts_core.control import ServerState
 from nts_core.tls import new_key_and_csr
-from poolsvc.acme import SHORT_LIVED, AcmeError, OrderState
 from poolsvc.authorities import Authorities, account_uris, offers
 from poolsvc.derived import RegistryKey
 from poolsvc.models import CaAccount, Order, OrderStatus

@@ -8,8 +8,8 @@ from sqlalchemy import update
 
 from lab.ca_front import Fault, Resource
 from lab.caddy import Caddy
+from nts_core.acme import AcmeError, OrderState
 from poolsvc import issuance
-from poolsvc.acme import AcmeError, OrderState
 from poolsvc.db import Database
 from poolsvc.models import Order, OrderStatus
 from poolsvc.worker import ORDERS, claim

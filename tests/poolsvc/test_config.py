@@ -2,6 +2,7 @@
 
 import os
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -79,6 +80,27 @@ def test_relative_paths_are_relative_to_the_file(file, tmp_path, monkeypatch):
     assert settings.roots_file == tmp_path / "roots.pem"
     assert settings.ca.ca_file is None
     assert settings.database == f"sqlite+aiosqlite:///{tmp_path}/registry.db"
+
+
+def test_files_of_networks_are_one_or_several(file, tmp_path):
+    assert load_settings(file()).geo.database == ()
+    one = load_settings(file('geo = { database = "a.mmdb" }\n'))
+    assert one.geo.database == (tmp_path / "a.mmdb",)
+    two = load_settings(file('geo = { database = ["a.mmdb", "/b.mmdb"] }\n'))
+    assert two.geo.database == (tmp_path / "a.mmdb", Path("/b.mmdb"))
+    with pytest.raises(ConfigError, match=r"geo\.database"):
+        load_settings(file('geo = { database = ["a", "b", "c", "d", "e"] }\n'))
+
+
+@pytest.mark.parametrize(("length", "fits"), [(134, True), (135, False), (240, False)])
+def test_a_pool_whose_name_leaves_no_room_for_servers_is_refused(file, length, fits):
+    pool = ("a" * 50 + ".") * 5
+    path = file(pool=f'"{pool[-length - 1 : -1]}"')
+    if fits:
+        assert len(load_settings(path).pool) == length
+        return
+    with pytest.raises(ConfigError, match=r"pool: .*4 are needed"):
+        load_settings(path)
 
 
 def test_absolute_paths_and_other_databases_stay_as_they_are(file):
@@ -448,3 +470,97 @@ def test_terms_and_providers_are_tables_and_their_paths_relative_to_the_file(fil
 )
 def test_terms_and_providers_that_cannot_be_meant_are_refused(file, text, named):
     assert named in refused(append(file(), text))
+
+
+EMBEDDED = """\
+pool = "pool.example"
+
+{dns}
+
+[ca]
+directory_url = "https://ca.example/dir"
+caa_identity = "ca.example"
+account_key_file = "keys/account.pem"
+"""
+
+
+@pytest.fixture
+def embedded(tmp_path):
+    """Writes a settings file with sections of DNS."""
+
+    def write(dns=""):
+        path = tmp_path / "poolsvc.toml"
+        path.write_text(EMBEDDED.format(dns=dns))
+        return path
+
+    return write
+
+
+def test_without_a_primary_the_registry_serves_the_zone(embedded, tmp_path):
+    dns = load_settings(embedded('[dns.embedded]\nlisten = ["127.0.0.1:53", "[::1]:53"]')).dns
+    assert dns.embedded is not None
+    assert (dns.primary, dns.nameservers) == ("127.0.0.1:53", ("127.0.0.1:53", "[::1]:53"))
+    assert dns.tsig_secret_file == tmp_path / "dns" / "publisher.secret"
+    dns = load_settings(embedded('[dns.embedded]\nlisten = ["192.0.2.1:5353"]\ndirectory = "/srv/dns"')).dns
+    assert (dns.primary, dns.nameservers) == ("192.0.2.1:5353", ("192.0.2.1:5353",))
+    assert str(dns.tsig_secret_file) == "/srv/dns/publisher.secret"
+
+
+def test_all_nameservers_of_the_zone_are_asked(embedded):
+    names = (
+        '[[dns.embedded.nameservers]]\nname = "ns1.pool.example"\naddresses = ["192.0.2.53", "2001:db8::53"]'
+    )
+    dns = load_settings(embedded(names)).dns
+    assert (dns.primary, dns.nameservers) == ("127.0.0.1:53", ("192.0.2.53:53", "[2001:db8::53]:53"))
+
+
+OWN_PRIMARY = """\
+[dns]
+primary = "192.0.2.1:53"
+tsig_name = "a"
+tsig_secret_file = "a"
+nameservers = ["192.0.2.1:53"]
+"""
+SECONDARY = """
+[[dns.embedded.nameservers]]
+name = "ns{number}.pool.example"
+addresses = ["192.0.2.53"]
+
+[[dns.embedded.secondaries]]
+address = "192.0.2.{number}:53"
+tsig_name = "{name}"
+tsig_secret_file = "transfer.secret"
+signs = {signs}
+"""
+
+
+@pytest.mark.parametrize(
+    ("dns", "words"),
+    [
+        ('[dns]\nprimary = "192.0.2.1:53"\n[dns.embedded]', ["dns", "tsig_name"]),
+        (
+            f'{OWN_PRIMARY}[dns.embedded]\nlisten = ["192.0.2.2:53"]',
+            ["dns", "exclude each other"],
+        ),
+        ("", ["dns.embedded", "nameservers: name each NS"]),
+        ("[dns.embedded]\nfoo = 1", ["dns.embedded.foo", "there is no such setting"]),
+        ('[dns.embedded]\nlisten = ["ns1:53"]', ["dns.embedded.listen.0"]),
+        ('[dns.embedded]\nlisten = ["127.0.0.1:0"]', ["dns.embedded.listen.0", "give a port"]),
+        ("[dns.embedded]\nttl = 0", ["dns.embedded.ttl"]),
+        (SECONDARY.format(number=1, name="a..b", signs="false"), ["dns.embedded.secondaries.0.tsig_name"]),
+        (SECONDARY.format(number=1, name="Publisher.", signs="false"), ["is the publisher's"]),
+        (
+            SECONDARY.format(number=1, name="t", signs="false")
+            + SECONDARY.format(number=2, name="T.", signs="true"),
+            ["dns.embedded", "192.0.2.2:53 and 192.0.2.1:53", "a key of their own"],
+        ),
+        (
+            '[[dns.embedded.nameservers]]\nname = "ns1.pool.example"\naddresses = ["192.0.2.53"]\n' * 2,
+            ["dns.embedded", "the same name"],
+        ),
+    ],
+)
+def test_a_mistake_in_the_embedded_server_is_told_by_its_setting(embedded, dns, words):
+    told = refused(embedded(dns))
+    for word in words:
+        assert word in told

@@ -1,6 +1,7 @@
 """Secrets that derive from the registry's key: what they prove, and what becomes of them with another key."""
 
 import base64
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -15,6 +16,14 @@ def test_a_token_proves_its_row_and_its_purpose_only():
     assert key.read(Purpose.INVITATION, token) is None
     assert RegistryKey(b"\x01" * 32).read(Purpose.SIGN_IN, token) is None
     assert key.read(Purpose.SIGN_IN, token.replace("42.", "43.")) is None
+
+
+def test_an_operator_id_is_a_members_and_a_registrys():
+    key = RegistryKey(bytes(32))
+    assert re.fullmatch(r"[a-z2-7]{13}", key.operator_id(1))
+    assert key.operator_id(1) == RegistryKey(bytes(32)).operator_id(1)
+    others = {key.operator_id(2), key.operator_id(11), RegistryKey(b"\x01" * 32).operator_id(1)}
+    assert len(others | {key.operator_id(1)}) == 4
 
 
 @pytest.mark.parametrize(

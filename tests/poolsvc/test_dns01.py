@@ -10,10 +10,10 @@ import dns.query
 import pytest
 from sqlalchemy import select
 
+from nts_core.acme import AcmeError, Challenge, OrderState
 from nts_core.control import ServerState
 from nts_core.tls import new_key_and_csr
-from poolsvc import agentless, issuance, servers
-from poolsvc.acme import AcmeError, Challenge, OrderState
+from poolsvc import issuance, own_account, servers
 from poolsvc.acme_process import RULES, Charge
 from poolsvc.models import Order, OrderStatus, RevocationOrder, Server, ZoneChange
 from poolsvc.publication import Publication
@@ -287,7 +287,7 @@ async def departing(zone):
     """A server without an agent that leaves in an emergency, whose member's account ordered something."""
     zone.server = await zone.registry.server("carol", "192.0.2.3", state=S.ACTIVE, agentless=True)
     async with zone.registry.change(zone.server) as (session, server):
-        agentless.set_account(zone.registry.settings, server, "https://ca.example/acct/7")
+        own_account.choose(zone.registry.settings, server, "https://ca.example/acct/7")
         await session.flush()
     await zone.passes()
     async with zone.registry.change(zone.server) as (session, server):

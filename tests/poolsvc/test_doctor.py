@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
+from types import SimpleNamespace
 
 import pytest
 import uvicorn
@@ -28,9 +29,10 @@ from poolsvc.cli import ExitStatus
 from poolsvc.config import AuthoritySettings, load_settings
 from poolsvc.db import Database
 from poolsvc.delegation import parent_records
+from poolsvc.doctor import zone
 from poolsvc.doctor.host import judge_certificate, judge_clock
 from poolsvc.doctor.report import Examination, Finding, Verdict, worst
-from poolsvc.publisher import Nameserver
+from poolsvc.primary import Nameserver
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
@@ -65,10 +67,10 @@ class Site:
 @contextmanager
 def parent_of(pool, directory, *, ds):
     """The zone above the pool with this DS, and a resolver that validates from it."""
-    delegation = ["pool NS ns1.pool", f"ns1.pool A {pool.knot.address}", *ds.splitlines()]
+    delegation = ["pool NS ns1.pool", f"ns1.pool A {pool.primary.address}", *ds.splitlines()]
     with (
         Knot(directory / "parent", zone="example", records=delegation) as parent,
-        Unbound(directory / "resolver", [parent, pool.knot]) as resolver,
+        Unbound(directory / "resolver", [parent, pool.primary]) as resolver,
     ):
         yield parent, resolver
 
@@ -77,8 +79,8 @@ def parent_of(pool, directory, *, ds):
 def site(tmp_path_factory):
     directory = tmp_path_factory.mktemp("site")
     with (
-        LabPool(directory / "pool", addresses=1) as pool,
-        parent_of(pool, directory, ds=pool.knot.ds()) as (parent, resolver),
+        LabPool(directory / "pool", addresses=1, knot=True) as pool,
+        parent_of(pool, directory, ds=pool.primary.ds()) as (parent, resolver),
     ):
         site = Site(pool, parent, resolver)
         wait_until(lambda: examined(site.examination())["caa"].found.startswith("any CA"), "the first CAA")
@@ -135,12 +137,26 @@ def test_the_command_prints_all_and_ends_with_the_right_status(site):
     assert shown.status == done.status
     for check in checks:
         assert check["found"].split(";")[0].split(",")[0] in shown.stdout
-    assert site.pool.knot.tsig_secret not in shown.stdout + done.stdout
+    assert site.pool.primary.tsig_secret not in shown.stdout + done.stdout
 
 
 def test_an_examination_changes_nothing(site):
     before = examined(site.examination())["transfer"].found
     assert examined(site.examination())["transfer"].found == before
+
+
+def test_a_file_of_networks_that_is_missing(site, tmp_path):
+    found = faulty(site, geo={"database": (tmp_path / "networks.mmdb",)})
+    assert [*found] == ["files"]
+    failed(found["files"], "geo.database: networks.mmdb", "renaming")
+
+
+def test_a_name_that_leaves_little_room():
+    settings = SimpleNamespace(pool=f"{'a' * 60}.example")
+    found = asyncio.run(zone.answer_size(SimpleNamespace(settings=settings)))
+    assert found.verdict is Verdict.WARN
+    assert "holds 7 servers" in found.found
+    assert found.remedy
 
 
 def test_settings_that_cannot_be_read(tmp_path):
@@ -288,7 +304,7 @@ def test_a_ds_of_another_key(site, tmp_path):
 def test_a_ds_too_many(site, tmp_path):
     with (
         Knot(tmp_path / "other") as other,
-        parent_of(site.pool, tmp_path, ds=other.ds() + site.pool.knot.ds()) as (parent, resolver),
+        parent_of(site.pool, tmp_path, ds=other.ds() + site.pool.primary.ds()) as (parent, resolver),
     ):
         results = examined(Site(site.pool, parent, resolver).examination())
     assert results["ds"].verdict is Verdict.WARN
@@ -530,7 +546,7 @@ def test_the_clock(kernel, verdict):
 
 def test_a_secret_that_others_can_read(site, tmp_path):
     secret = tmp_path / "tsig.secret"
-    secret.write_text(site.pool.knot.tsig_secret)
+    secret.write_text(site.pool.primary.tsig_secret)
     secret.chmod(0o644)
     found = faulty(site, dns={"tsig_secret_file": secret})
     assert {*found} == {"secrets"}

@@ -5,7 +5,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from nts_core.control import ServerState, Stage, StageStatus
-from poolsvc.explain import REMEDIES, explain, why_not
+from poolsvc.budget import Place
+from poolsvc.explain import REMEDIES, expected_at, explain, why_not
 from poolsvc.models import Address, Hold, HoldKind, Order, OrderStatus, Pool, Server, StageRecord
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -206,3 +207,30 @@ def test_the_sentence_fits_one_line_in_every_state(told, state):
     _, why = told(make_server(state), make_pool(opened=False))
     assert "\n" not in why
     assert "None" not in why
+
+
+@pytest.mark.parametrize(
+    ("state", "values", "place", "minutes"),
+    [
+        (S.REGISTERED, {"joined_at": None}, None, None),
+        (S.REGISTERED, {"joined_at": at(1)}, None, 2 + 1 + 3),
+        (S.VERIFIED, {"order_due_at": at(15)}, None, 5 + 1 + 3),
+        (S.VERIFIED, {"order_due_at": at(5)}, None, 1 + 3),
+        (S.VERIFIED, {"order_due_at": at(15)}, Place(7, 9, at(10 + 2880), 50), 2880 + 1 + 3),
+        (S.CERTIFIED, {}, None, 3),
+        (S.ACTIVE, {}, None, None),
+        (S.LEAVING, {}, None, None),
+    ],
+)
+def test_who_is_on_the_way_knows_when_it_can_be_there(settings, state, values, place, minutes):
+    server, now = make_server(state), at(10)
+    for name, value in values.items():
+        setattr(server, name, value)
+    found = expected_at(server, settings, place, now)
+    assert found == (None if minutes is None else now + timedelta(minutes=minutes))
+
+
+def test_probes_that_were_passed_are_not_waited_for_again(settings):
+    server = make_server(S.CERTIFIED, addresses=2)
+    server.addresses[0].full_probes, server.addresses[1].full_probes = 3, 2
+    assert expected_at(server, settings, None, at(10)) == at(11)

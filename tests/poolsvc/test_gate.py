@@ -239,6 +239,7 @@ async def test_metrics_tell_of_states_and_of_what_is_late(app, registry):
     assert found['poolsvc_due_age_seconds{kind="advance_orders"}'] == 0
     assert found['poolsvc_up{part="database"}'] == 1
     assert "poolsvc_publish_age_seconds" not in found, "nothing was published yet"
+    assert (found["poolsvc_zone_drift_total"], found["poolsvc_zone_held"]) == (0, 0)
 
 
 async def test_metrics_tell_of_the_queue(app, registry):

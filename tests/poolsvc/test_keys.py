@@ -8,7 +8,7 @@ import pytest
 
 from lab.processes import free_port, wait_until
 from lab.programs import run
-from poolsvc.acme import (
+from nts_core.acme import (
     AcmeAccount,
     AcmeConfig,
     AcmeError,
@@ -17,11 +17,14 @@ from poolsvc.acme import (
     read_account,
     roll_account_key,
 )
+from poolsvc.acme_process import account_of
 from poolsvc.cli import ExitStatus
 from poolsvc.config import load_settings
+from poolsvc.embedded_dns import Charge
 from poolsvc.keys import KeyNotRenewed, renew_tsig
+from poolsvc.primary import PublishError
 from poolsvc.publication import primary_config, zone_policy
-from poolsvc.publisher import Publisher, PublishError
+from poolsvc.publisher import Publisher
 
 
 def publishes(settings_file) -> bool:
@@ -46,7 +49,7 @@ def test_a_new_tsig_secret_by_the_printed_steps(first_day):
     assert (directory / "tsig.secret.old").read_text() == before
     assert before.strip() not in done.stdout
     assert after.strip() not in done.stdout
-    for name in ("tsig.secret", "tsig.secret.old", "knot-tsig.conf", "bind-tsig.conf"):
+    for name in ("tsig.secret", "tsig.secret.old", "knot-tsig.conf", "bind-tsig.conf", "pdns-tsig.sh"):
         assert (directory / name).stat().st_mode & 0o777 == 0o600
     assert not publishes(first_day.settings), "the primary has the old one"
     assert "knotc reload" in done.stdout
@@ -85,6 +88,22 @@ def test_a_tsig_secret_that_was_lost_is_made_anew(first_day):
     assert not (first_day.settings.parent / "tsig.secret.old").exists()
     assert first_day.control("knotc reload") == 0
     wait_until(lambda: publishes(first_day.settings), "the new secret at the primary")
+
+
+def test_the_embedded_server_gets_a_new_secret_with_its_registry(init, tmp_path):
+    init(embedded=True)
+    settings = load_settings(tmp_path / "new" / "poolsvc.toml")
+    before_there_is_one = run("poolsvc", "key", "tsig", f"--config={tmp_path / 'new' / 'poolsvc.toml'}")
+    assert before_there_is_one.status == ExitStatus.CONFIGURATION
+    assert "first start" in before_there_is_one.stderr
+    Charge.of(settings).prepare()
+    known = settings.dns.tsig_secret_file.read_text()
+    done = run("poolsvc", "key", "tsig", f"--config={tmp_path / 'new' / 'poolsvc.toml'}")
+    assert done.status == ExitStatus.OK, done.stderr
+    assert "Restart `poolsvc serve`" in done.stdout
+    assert settings.dns.tsig_secret_file.read_text() not in {known, ""}
+    assert settings.dns.tsig_secret_file.stat().st_mode & 0o777 == 0o600
+    assert {path.name for path in (tmp_path / "new" / "dns").iterdir()} == {"publisher.secret"}
 
 
 def test_a_directory_that_is_gone_is_told(init, tmp_path):
@@ -127,7 +146,7 @@ async def test_the_key_is_not_changed_under_those_who_use_it(lab):
     account = await AcmeAccount.open(config)
     path, aside = keys(config)
     before = path.read_bytes()
-    with pytest.raises(AcmeError, match="stop `serve` first"):
+    with pytest.raises(AcmeError, match="a program uses it"):
         await roll_account_key(config)
     assert path.read_bytes() == before
     assert not aside.exists()
@@ -144,7 +163,7 @@ async def test_the_command_rolls_the_key(lab, tmp_path, init):
         f'"{pebble.directory_url}"\nca_file = "{pebble.ca_file}"',
     )
     settings.write_text(text)
-    account = await uri(AcmeConfig.of(load_settings(settings).ca))
+    account = await uri(account_of(load_settings(settings).ca))
     before = (tmp_path / "new" / "acme-account.pem").read_bytes()
     done = await asyncio.to_thread(run, "poolsvc", "key", "acme-account", f"--config={settings}")
     assert done.status == ExitStatus.OK, done.stderr
@@ -266,9 +285,7 @@ contact = ["mailto:old@example.net"]
 """
     file.write_text(text + more)
     cas = load_settings(file).ca.all
-    return SimpleNamespace(
-        file=file, cas=cas, uris=[await uri(AcmeConfig.of(ca)) for ca in cas], second=second
-    )
+    return SimpleNamespace(file=file, cas=cas, uris=[await uri(account_of(ca)) for ca in cas], second=second)
 
 
 async def poolsvc(two, *arguments):
@@ -282,7 +299,7 @@ async def test_the_key_of_one_of_several_accounts(two):
     assert two.uris[1] in done.stdout
     assert two.cas[0].account_key_file.read_bytes() == before[0]
     assert two.cas[1].account_key_file.read_bytes() != before[1]
-    assert [await uri(AcmeConfig.of(ca)) for ca in two.cas] == two.uris
+    assert [await uri(account_of(ca)) for ca in two.cas] == two.uris
 
 
 async def test_an_account_and_its_contact_by_command(two):
@@ -297,7 +314,7 @@ async def test_an_account_and_its_contact_by_command(two):
     )
     assert changed.status == ExitStatus.OK, changed.stderr
     assert "in the settings likewise" in changed.stdout
-    known = await read_account(AcmeConfig.of(two.cas[1]))
+    known = await read_account(account_of(two.cas[1]))
     assert (known.uri, set(known.contact)) == (
         two.uris[1],
         {"mailto:new@example.net", "mailto:b@example.net"},
@@ -321,7 +338,7 @@ async def test_a_mistake_about_an_account_is_told(two, arguments, status, words)
     done = await poolsvc(two, "acme", *arguments)
     assert done.status == status, done.stderr
     assert words in done.stderr
-    assert (await read_account(AcmeConfig.of(two.cas[1]))).contact == ("mailto:old@example.net",)
+    assert (await read_account(account_of(two.cas[1]))).contact == ("mailto:old@example.net",)
 
 
 async def test_an_account_that_is_out_of_reach_or_not_there(two):

@@ -18,12 +18,12 @@ from lab import caa as caa_rule
 from lab.ca_front import Limit, Limits, Resource
 from lab.pebble import PROFILES
 from lab.peers import PEBBLE_SID
+from nts_core.acme import AcmeAccount, AcmeError, Challenge, OrderState, RevocationReason, read_terms
+from nts_core.certificates import chain_facts
 from nts_core.control import ACME_PATH
 from nts_core.tls import new_key_and_csr
-from poolsvc.acme import AcmeAccount, AcmeError, Challenge, OrderState, RevocationReason, read_terms
-from poolsvc.certificates import chain_facts
 
-NAME = "alice.servers.pool.example"
+NAME, ANOTHER = "alice.servers.pool.example", "bob.servers.pool.example"
 ISSUER = caa_rule.Issuer("ca.example", "https://ca.example/account/1", "http-01")
 OURS = '0 issue "ca.example; accounturi=https://ca.example/account/1; validationmethods=dns-01,http-01"'
 CLOSED = '0 issue ";"'
@@ -156,16 +156,16 @@ async def test_a_resolver_that_is_silent_refuses(free_udp):
 
 
 async def test_the_front_refuses_a_challenge_by_caa_and_says_why(lab, caa):
-    front = lab.front(lab.pebble(nonce_reject=0, authz_reuse=0))
+    front = lab.front(lab.pebble(nonce_reject=0))
     account = await lab.account(front)
     caa[f"{NAME}."] = [f'0 issue "ca.example; accounturi={account.uri}; validationmethods=http-01"']
     assert chain_facts(await issued(lab, account))
-    caa[f"{NAME}."] = ['0 issue "ca.example; accounturi=https://ca.example/another"']
-    order = await account.order(new_key_and_csr(NAME)[1], NAME)
+    caa[f"{ANOTHER}."] = ['0 issue "ca.example; accounturi=https://ca.example/another"']
+    order = await account.order(new_key_and_csr(ANOTHER)[1], ANOTHER)
     await account.answer(order.challenge_url)
     status = await account.poll(order.url)
     assert status.status is OrderState.INVALID
-    assert status.error_detail == f"caa: CAA record for {NAME} prevents issuance"
+    assert status.error_detail == f"caa: CAA record for {ANOTHER} prevents issuance"
     assert account.uri.startswith(front.directory_url.removesuffix("/dir"))
 
 

@@ -10,13 +10,17 @@ import dns.query
 import dns.tsig
 import dns.update
 import pytest
+from sqlalchemy import event, update
 
+from lab import mmdb
 from lab.processes import Process, free_port, wait_until
 from lab.programs import script
 from nts_core.control import ServerState
-from poolsvc import leases, recovery
+from poolsvc import leases, plans, recovery
+from poolsvc.config import GeoSettings
 from poolsvc.db import Database
 from poolsvc.leader import FROZEN, Leader
+from poolsvc.models import Server
 from poolsvc.pool import the_pool
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -37,9 +41,13 @@ def address(knot, name):
 
 def set_fence(knot, epoch):
     """As another registry would take the zone."""
+    by_hand(knot, FENCE, "TXT", str(epoch), ttl=0)
+
+
+def by_hand(knot, owner, kind, text, ttl=2):
     key = dns.tsig.Key(knot.tsig_name, knot.tsig_secret, "hmac-sha256")
     message = dns.update.UpdateMessage("pool.example.", keyring=key)
-    message.replace(FENCE, 0, "TXT", str(epoch))
+    message.replace(owner, ttl, kind, text)
     assert dns.query.tcp(message, knot.address, timeout=5, port=knot.port).rcode() == 0
 
 
@@ -65,7 +73,7 @@ class World:
 
 def seen(epoch):
     """What an operator saw of a zone with this epoch."""
-    return recovery.Outlook(NOW, epoch, (), (), {})
+    return plans.Outlook(NOW, epoch, (), (), {})
 
 
 @pytest.fixture
@@ -73,6 +81,22 @@ async def world(database, knot, published_by, registry_of):
     registry = registry_of(database, published_by(step_retry=10))
     await registry.open_account()
     return World(registry, knot)
+
+
+async def test_a_file_of_networks_that_is_missing_is_an_alarm_and_stops_nothing(world, tmp_path):
+    geo = GeoSettings(database=(tmp_path / "networks.mmdb",))
+    world.registry.settings = world.registry.settings.model_copy(update={"geo": geo})
+    leader = world.leader("one")
+    await world.verified("alice", "192.0.2.1")
+    await world.step(leader)
+    assert address(world.knot, "alice") == ["192.0.2.1"]
+    assert leader.alarm is None
+    assert leader.geo_alarm == "networks.mmdb: there is no such file"
+    mmdb.write(tmp_path / "networks.mmdb", {"192.0.2.0/24": {"asn": "AS64500"}})
+    await world.step(leader, world.registry.settings.policy.full_pass_interval)
+    assert leader.geo_alarm is None
+    (text,) = ask(world.knot, "alice.servers.pool.example.", "TXT")
+    assert text.endswith(" as=64500")
 
 
 async def test_one_leads_and_publishes_and_the_other_one_follows(world):
@@ -155,8 +179,8 @@ async def test_a_zone_of_another_registry_is_left_alone_until_an_operator_has_de
         "however often it is tried, its own epochs do not climb up to the other's"
     )
     assert FROZEN in {leader.alarm for leader in leaders}
-    outlook = await recovery.look(world.database, world.registry.settings, world.now)
-    assert (outlook.epoch, len(outlook.changes)) == (57, 3)
+    outlook = await plans.look(world.database, world.registry.settings, world.now)
+    assert (outlook.epoch, len(outlook.changes)) == (57, 4)
     await recovery.thaw(world.database, world.registry.settings, outlook, NOW)
     for leader in leaders:
         await world.step(leader, 10)
@@ -190,6 +214,100 @@ async def test_a_dead_primary_is_an_alarm_and_the_lease_is_kept(world):
     await world.step(leader, 10)
     assert address(world.knot, "alice") == ["192.0.2.1"]
     assert leader.alarm is None
+
+
+async def test_a_hand_on_the_zone_is_told_for_an_hour_and_counted(world):
+    leader = world.leader("one")
+    await world.verified("alice", "192.0.2.1")
+    await world.step(leader)
+    assert (leader.drifted, list(leader.warnings(world.now))) == (0, [])
+    by_hand(world.knot, "alice.servers.pool.example.", "A", "198.51.100.9")
+    await world.step(leader, 60)
+    assert address(world.knot, "alice") == ["192.0.2.1"]
+    (text,) = leader.warnings(world.now + timedelta(minutes=59))
+    assert "somebody else changed alice.servers.pool.example. A" in text
+    assert (leader.drifted, leader.alarm) == (1, None)
+    assert list(leader.warnings(world.now + timedelta(minutes=61))) == []
+
+
+async def test_what_waits_for_a_word_is_an_alarm_with_the_command(world):
+    leader = world.leader("one")
+    for number in range(1, 11):
+        await world.verified(f"s{number}", f"192.0.2.{number}")
+    await world.step(leader)
+    async with world.database.transaction() as session:
+        await session.execute(update(Server).values(state=ServerState.REGISTERED))
+    await world.step(leader, 601)
+    assert address(world.knot, "s1") == ["192.0.2.1"]
+    (text,) = leader.warnings(world.now)
+    assert text.startswith("30 records would be deleted and 0 replaced, of 31: ")
+    assert text.endswith(f"`poolsvc zone apply --plan {leader.question.checksum}`")
+    async with world.database.transaction() as session:
+        await plans.approve(session, leader.question, world.now)
+    await world.step(leader)
+    assert address(world.knot, "s1") == []
+    assert list(leader.warnings(world.now)) == []
+
+
+async def test_between_two_full_looks_only_the_outbox_is_asked(database, knot, published_by, registry_of):
+    """And what is found there is published at once."""
+    registry = registry_of(database, published_by(tick=60))
+    await registry.open_account()
+    world = World(registry, knot)
+    leader, other = world.leader("one"), world.leader("two")
+    await world.step(leader)
+    await world.step(other)
+    statements = []
+    event.listen(
+        database.engine.sync_engine, "before_cursor_execute", lambda *args: statements.append(args[2])
+    )
+    await world.step(leader)
+    await world.step(other)
+    assert [text for text in statements if "FROM" in text] == [
+        text for text in statements if "zone_changes" in text
+    ]
+    assert len([text for text in statements if "zone_changes" in text]) == 1
+    await world.verified("alice", "192.0.2.1")
+    await world.step(leader)
+    assert address(knot, "alice") == ["192.0.2.1"]
+
+
+async def test_without_an_account_the_outbox_is_looked_at_once_a_tick(
+    database, knot, published_by, registry_of
+):
+    """Not ten times a second for as long as there is none."""
+    registry = registry_of(database, published_by(tick=60))
+    world = World(registry, knot)
+    leader = world.leader("one")
+    await world.verified("alice", "192.0.2.1")
+    await world.step(leader)
+    statements = []
+    event.listen(
+        database.engine.sync_engine, "before_cursor_execute", lambda *args: statements.append(args[2])
+    )
+    await world.step(leader)
+    assert statements == []
+    await registry.open_account()
+    await world.step(leader, 60)
+    assert address(knot, "alice") == ["192.0.2.1"]
+
+
+async def test_a_nameserver_that_is_a_moment_late_is_no_alarm_and_holds_nothing_up(
+    database, knot, published_by, registry_of
+):
+    endpoint, silent = f"{knot.address}:{knot.port}", f"127.0.0.1:{free_port()}"
+    registry = registry_of(database, published_by(dns={"nameservers": (endpoint, silent)}))
+    await registry.open_account()
+    world = World(registry, knot)
+    leader = world.leader("one")
+    await world.verified("alice", "192.0.2.1")
+    await world.step(leader)
+    assert leader.alarm is None
+    await world.verified("bob", "192.0.2.2")
+    await world.step(leader)
+    assert address(knot, "bob") == ["192.0.2.2"]
+    await world.step(leader, 30)
+    assert leader.alarm == "not every authoritative server shows the zone"
 
 
 CONFIG = """\

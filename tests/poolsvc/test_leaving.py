@@ -79,7 +79,7 @@ async def test_nothing_of_the_removal_is_done_before_its_day_and_all_of_it_then(
     assert (found.state, found.removal_due_at) == (S.LEAVING, alice.now + 30 * DAY)
     assert found.certificate_revoked_at is None
     _, kinds = await zone(alice, 30 * DAY - SECOND)
-    assert kinds == {"A", "CAA"}
+    assert kinds == {"A", "CAA", "TXT"}
     assert (await remove(alice, alice.alice, 30 * DAY)).state is S.LEAVING
     _, kinds = await zone(alice, 30 * DAY)
     assert kinds == set()
@@ -119,7 +119,7 @@ async def test_who_stays_after_all_begins_with_probes_again(alice):
     assert found.probe_due_at == alice.now + 20 * DAY
     assert [(row.score, row.full_probes) for row in found.addresses] == [(None, 0)]
     made, kinds = await zone(alice, 20 * DAY)
-    assert kinds == {"A", "CAA"}
+    assert kinds == {"A", "CAA", "TXT"}
     assert OWNER not in str(made.get(SERVICE))
     await addresses.withdraw_stale(alice.database, alice.settings, alice.now + 50 * DAY - SECOND)
     assert (await alice.get(alice.alice)).state is S.VERIFIED, "nobody looked while it was leaving"
@@ -214,13 +214,13 @@ async def test_the_name_of_one_that_leaves_at_once_outlives_its_srv_and_nobody_m
     grace = alice.settings.leaving_grace
     await remove(alice, alice.alice, 10 * grace)
     made, kinds = await zone(alice, 10 * grace)
-    assert kinds == {"A", "CAA"}, "its SRV was seen to be out nowhere yet"
+    assert kinds == {"A", "CAA", "TXT"}, "its SRV was seen to be out nowhere yet"
     assert made[OWNER, "CAA"].rdatas == {'0 issue ";"'}
     assert OWNER not in str(made.get(SERVICE))
     async with alice.change(alice.alice) as (_, server):
         server.srv_withdrawn_at = alice.now + 10 * grace
     await remove(alice, alice.alice, 11 * grace - SECOND)
-    assert (await zone(alice, 11 * grace))[1] == {"A", "CAA"}
+    assert (await zone(alice, 11 * grace))[1] == {"A", "CAA", "TXT"}
     await remove(alice, alice.alice, 11 * grace)
     assert (await zone(alice, 11 * grace))[1] == set()
 

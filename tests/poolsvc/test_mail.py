@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from lab.certificates import Authority
 from lab.processes import free_port
 from lab.smtp import MailServer
+from nts_core.errors import DETAIL_LIMIT
 from poolsvc import mail
-from poolsvc.certificates import DETAIL_LIMIT
 from poolsvc.config import MailSettings
 from poolsvc.doctor.mail import server as examine_server
 from poolsvc.doctor.report import Examination, Verdict

@@ -69,6 +69,13 @@ async def test_a_window_that_begins_now_holds_at_once_and_ends_by_itself(registr
         assert (await session.get_one(MaintenanceWindow, 1)).due_at is None
 
 
+async def test_a_probe_that_was_on_its_way_when_the_window_began_does_not_end_it(registry):
+    server = await registry.server(state=S.ACTIVE)
+    await add(registry, server, None, 2 * HOUR)
+    await probe(registry, server, GOOD, -timedelta(seconds=5))
+    assert await state(registry, server) is S.SUSPENDED
+
+
 async def test_a_window_of_later_begins_and_ends_at_its_times(registry):
     server = await registry.server(state=S.ACTIVE)
     await add(registry, server, HOUR, 2 * HOUR)

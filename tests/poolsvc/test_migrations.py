@@ -14,10 +14,10 @@ from alembic import command
 from sqlalchemy.exc import IntegrityError, StatementError
 
 import migrations
+from nts_core.certificates import csr_key_sha256
 from nts_core.control import ServerState, Stage, StageStatus
 from nts_core.tls import new_key_and_csr
 from poolsvc import auth, schema
-from poolsvc.certificates import csr_key_sha256
 from poolsvc.db import Database
 from poolsvc.errors import NotFound
 from poolsvc.models import (

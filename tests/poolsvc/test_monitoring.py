@@ -87,6 +87,29 @@ async def test_the_certificate_seen_on_every_address_certifies(registry, rounds)
     assert (await reasons(registry, server))[-1][:2] == ("certificate-seen", "prober")
 
 
+async def test_a_certificate_was_seen_when_every_address_works_with_it(registry, rounds):
+    server = await registry.server("alice", ONE, OTHER, state=S.ACTIVE)
+    await issue(registry, server, fingerprint="00" * 32)
+    await issue(registry, server)
+
+    async def seen():
+        async with registry.change(server) as (_, found):
+            return servers.seen_certificate(found)
+
+    for faulty in (
+        bad(address=OTHER),
+        good(OTHER, fingerprint="00" * 32),
+        bad(Stage.OFFSET, OTHER, fingerprint=OURS),
+        good(OTHER, fingerprint=None),
+    ):
+        await rounds(server, good(), faulty)
+        assert await seen() is None
+    await rounds(server, good(), good(OTHER))
+    assert await seen() == OURS
+    await rounds(server, good(fingerprint="00" * 32), good(OTHER, fingerprint="00" * 32))
+    assert await seen() == OURS, "the newest of those that were seen"
+
+
 async def test_a_valid_certificate_that_was_not_ordered_certifies_nothing(registry, rounds):
     server = await registry.server(state=S.VERIFIED)
     await issue(registry, server)

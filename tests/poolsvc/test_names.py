@@ -14,7 +14,6 @@ from poolsvc.names import (
     check_address,
     check_addresses,
     check_name,
-    prefix_of,
     reserved_lookalike,
     skeleton,
 )
@@ -48,6 +47,15 @@ def test_what_is_not_a_host_label_is_refused(text):
     assert caught.value.code == "invalid-name"
     assert caught.value.field == "name"
     assert caught.value.remedy
+
+
+def test_a_name_that_is_too_long_is_told_the_limit():
+    with pytest.raises(InvalidName, match="has 37 characters") as caught:
+        check_name("a" * (MAX_NAME + 1))
+    assert str(MAX_NAME) in caught.value.remedy
+    with pytest.raises(InvalidName) as caught:
+        check_name("a" * 5000)
+    assert len(str(caught.value)) < 200
 
 
 @pytest.mark.parametrize(
@@ -162,11 +170,6 @@ def test_whatever_is_accepted_is_global_unicast_and_stays_itself(address):
     assert found.is_global
     assert not found.is_multicast
     assert found.version == 4 or found in ipaddress.ip_network("2000::/3")
-
-
-def test_a_prefix_is_a_24_or_a_48():
-    assert prefix_of("8.8.8.8") == "8.8.8.0/24"
-    assert prefix_of("2001:4860:4860::8888") == "2001:4860:4860::/48"
 
 
 @pytest.mark.parametrize(

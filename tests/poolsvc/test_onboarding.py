@@ -14,10 +14,10 @@ from sqlalchemy import func, select, update
 from lab.buckets import ExactBucket
 from lab.ca_front import Fault, Resource
 from lab.web import WebServer, http, says
+from nts_core.acme import AcmeError
 from nts_core.control import ServerState, Stage
 from nts_core.tls import new_key_and_csr
 from poolsvc import auth, issuance, members, onboarding, servers
-from poolsvc.acme import AcmeError
 from poolsvc.budget import Limit, Place
 from poolsvc.config import LimitSettings
 from poolsvc.db import Database

@@ -14,6 +14,7 @@ import pytest
 from sqlalchemy import select
 from typer.testing import CliRunner
 
+from lab import mmdb
 from lab.processes import Process, free_port, wait_until
 from lab.programs import Finished, run, script
 from poolsvc import auth, members, servers, sign_in
@@ -365,6 +366,28 @@ def test_config_check_is_content_with_what_serve_can_use(config):
 def test_config_check_names_the_setting_of_a_file(config, more, setting):
     failed(poolsvc("config", "check", "--config", config(more=more)), ExitStatus.CONFIGURATION, "PEM")
     assert setting in poolsvc("config", "check", "--config", config(more=more)).stderr
+
+
+def test_config_check_names_a_file_of_networks_that_serve_can_do_without(config, tmp_path):
+    path = config(more='geo = { database = "networks.mmdb" }')
+    (tmp_path / "networks.mmdb").write_text("damaged")
+    failed(
+        poolsvc("config", "check", "--config", path), ExitStatus.CONFIGURATION, "geo.database: networks.mmdb"
+    )
+    (tmp_path / "networks.mmdb").unlink()
+    failed(poolsvc("config", "check", "--config", path), ExitStatus.CONFIGURATION, ".mmdb")
+    mmdb.write(tmp_path / "networks.mmdb", {"192.0.2.0/24": {"asn": "AS1"}})
+    assert poolsvc("config", "check", "--config", path).stdout == "ok\n"
+    (tmp_path / "networks.mmdb").unlink()
+    failed(poolsvc("serve", "--config", path), ExitStatus.DATABASE, "migrate")
+
+
+def test_config_check_tells_of_a_name_that_leaves_little_room(config):
+    path = config()
+    path.write_text(path.read_text().replace("pool.example", f"{'a' * 60}.example"))
+    done = poolsvc("config", "check", "--config", path)
+    assert (done.status, done.stdout.splitlines()[-1]) == (ExitStatus.OK, "ok")
+    assert "holds 7 servers" in done.stdout
 
 
 def test_config_check_names_an_account_key_that_is_none(config, tmp_path):

@@ -4,20 +4,24 @@ import asyncio
 import base64
 import contextlib
 import re
+import ssl
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import func, select, update
 
+from lab.certificates import Authority
 from lab.processes import free_port
-from lab.web import WebServer, http, says
+from lab.web import WebServer, by_tls, http, says
 from member_agent.challenges import Responder
-from nts_core.control import PROOF_PATH, ServerState, proof_statement
+from nts_core.control import PROOF_ALPN, PROOF_PATH, ProofWay, ServerState, proof_statement
 from poolsvc import proofs, servers, worker
 from poolsvc.db import Database
 from poolsvc.errors import TooManyRequests
-from poolsvc.models import Address, ConnectBack, Event
+from poolsvc.models import Address, ConnectBack, Event, Order, OrderStatus
 from poolsvc.proofs import wants_call
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -52,10 +56,10 @@ async def alice(registry, key):
     return registry
 
 
-async def call(registry, server_id, address=HERE, now=NOW):
+async def call(registry, server_id, address=HERE, now=NOW, by=ProofWay.HTTP):
     """The agent's call; the address' id and the nonce."""
     async with registry.change(server_id) as (session, server):
-        nonce = await proofs.call(session, registry.settings, server, address, address, now)
+        nonce = await proofs.call(session, registry.settings, server, address, address, now, by=by)
         return next(row.id for row in server.addresses if row.address == address), nonce
 
 
@@ -80,6 +84,7 @@ async def test_the_right_signature_proves_the_address_and_verifies_the_server(al
         alice, port_of(responder), responder=responder, answer=lambda nonce: signature(key, nonce=nonce)
     )
     assert (row.proved_at, row.proof_error, row.nonce, row.proof_due_at) == (NOW, None, None, None)
+    assert row.called_at == NOW
     assert (await alice.get(alice.alice)).state is ServerState.VERIFIED
     async with alice.database.transaction() as session:
         last = (await session.scalars(select(Event).where(Event.kind == "address-proved"))).one()
@@ -164,6 +169,28 @@ async def test_after_a_failure_the_agent_is_asked_to_call_again_when_the_wait_is
         assert wants_call(
             alice.settings, (await alice.get(alice.alice)).addresses[0], due + timedelta(minutes=minutes)
         )
+
+
+async def test_an_agent_that_knows_nothing_of_its_call_may_call_again_at_once(alice, responder, key):
+    """The answer was lost, by a crash of one of the two: no connection is spent on it, and no hour's share of five."""
+    address, _ = await call(alice, alice.alice)
+    later = proofs.look_at(alice.settings, NOW)
+    async with alice.change(alice.alice) as (_, server):
+        server.agent_seen_at = NOW + timedelta(seconds=1)
+    await proofs.prove(alice.database, alice.settings, address, later)
+    row = (await alice.get(alice.alice)).addresses[0]
+    assert (row.nonce, row.proof_error, row.proof_due_at) == (None, None, None)
+    assert wants_call(alice.settings, row, later)
+    async with alice.database.transaction() as session:
+        assert await session.scalar(select(func.count()).select_from(ConnectBack)) == 0
+    row = await proved(
+        alice,
+        port_of(responder),
+        responder=responder,
+        answer=lambda nonce: signature(key, nonce=nonce),
+        now=later,
+    )
+    assert row.proved_at == later, "an agent that has not reported since is looked for all the same"
 
 
 async def test_an_address_is_wanted_once_until_its_proof_is_decided(alice):
@@ -300,3 +327,138 @@ async def test_calls_of_long_ago_are_not_counted_and_removed_in_bounded_numbers(
     async with alice.database.transaction() as session:
         left = await session.scalar(select(func.count()).select_from(ConnectBack))
     assert left == 80
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """An agent's certificate for its KE port, which nobody trusts."""
+    return Authority(tmp_path / "authority").issue(NAME)
+
+
+async def proved_at_ke(registry, web, *, by=ProofWay.TLS, now=NOW, responder=None):
+    """Alice's address after a call and the connection back to the KE port, where `web` is."""
+    http_port = free_port() if responder is None else port_of(responder)
+    ports = registry.settings.ports.model_copy(update={"ke": web.port, "http": http_port})
+    registry.settings = registry.settings.model_copy(update={"ports": ports})
+    address, nonce = await call(registry, registry.alice, now=now, by=by)
+    web.nonce = nonce
+    await proofs.prove(registry.database, registry.settings, address, now)
+    return (await registry.get(registry.alice)).addresses[0]
+
+
+def signing(key, context, answer=lambda good: good + b"\n", **options):
+    """Who signs what it is asked by TLS."""
+
+    async def serve(_reader, writer):
+        writer.write(answer(signature(key, nonce=web.heads[-1].rstrip("\n"))))
+        await writer.drain()
+
+    web = WebServer(serve, tls=context, until=b"\n", **options)
+    return web
+
+
+async def test_the_right_signature_by_tls_proves_the_address(alice, key, pair):
+    names = []
+    context = by_tls(pair, "ntske/1", PROOF_ALPN)
+    context.sni_callback = lambda _socket, name, _context: names.append(name)
+    async with signing(key, context) as web:
+        row = await proved_at_ke(alice, web)
+        assert (row.proved_at, row.proof_error, row.proof_by) == (NOW, None, ProofWay.TLS)
+        assert web.heads == [web.nonce + "\n"]
+    assert names == [NAME]
+    assert (await alice.get(alice.alice)).state is ServerState.VERIFIED
+    async with alice.database.transaction() as session:
+        assert await session.scalar(select(func.count()).select_from(ConnectBack)) == 1
+
+
+@pytest.mark.parametrize(
+    ("protocols", "answer", "error"),
+    [
+        ((PROOF_ALPN,), lambda good: good[:-4] + b"AAA=\n", "not signed by this server's agent"),
+        ((PROOF_ALPN,), lambda _: b"<html>It works!</html>\n", "not a signature"),
+        ((PROOF_ALPN,), lambda _: b"\xff\xfe\n", "not a signature"),
+        ((PROOF_ALPN,), lambda _: b"\n", "not signed|not a signature"),
+        ((PROOF_ALPN,), lambda good: good, "the connection ended"),
+        ((PROOF_ALPN,), lambda _: b"", "the connection ended"),
+        ((PROOF_ALPN,), lambda _: b"A" * 300 + b"\n", "more than 256 octets"),
+        ((PROOF_ALPN,), lambda _: b"A" * 1_000_000, "more than 256 octets"),
+        (("ntske/1",), lambda good: good + b"\n", "does not speak truechimer-proof/1"),
+        ((), lambda good: good + b"\n", "does not speak truechimer-proof/1"),
+    ],
+)
+async def test_other_answers_by_tls_prove_nothing(sqlite_alice, key, pair, protocols, answer, error):
+    async with signing(key, by_tls(pair, *protocols), answer) as web:
+        row = await proved_at_ke(sqlite_alice, web)
+    assert row.proved_at is None
+    assert re.search(error, row.proof_error), row.proof_error
+
+
+async def test_another_agent_and_tls_of_before_1_3_prove_nothing(sqlite_alice, key, pair):
+    async with signing(OTHER_KEY, by_tls(pair, PROOF_ALPN)) as web:
+        row = await proved_at_ke(sqlite_alice, web)
+    assert row.proof_error == "the answer is not signed by this server's agent"
+    old = by_tls(pair, PROOF_ALPN)
+    old.maximum_version = ssl.TLSVersion.TLSv1_2
+    async with signing(key, old) as web:
+        row = await proved_at_ke(sqlite_alice, web)
+    assert row.proof_error.startswith("no TLS answer: ")
+    assert web.connections == 0
+
+
+async def test_a_server_that_stays_silent_after_the_handshake_has_a_deadline(sqlite_alice, pair):
+    async def wait(_reader, _writer):
+        await asyncio.sleep(60)
+
+    policy = sqlite_alice.settings.policy.model_copy(update={"proof_deadline": 0.3})
+    sqlite_alice.settings = sqlite_alice.settings.model_copy(update={"policy": policy})
+    async with WebServer(wait, tls=by_tls(pair, PROOF_ALPN), until=b"\n") as web:
+        row = await proved_at_ke(sqlite_alice, web)
+    assert row.proof_error == "no TLS answer within 0.3 s"
+
+
+async def test_the_next_call_says_anew_how_it_is_answered(sqlite_alice, responder):
+    async with WebServer(says(b""), until=b"\n") as web:
+        assert (await proved_at_ke(sqlite_alice, web)).proof_by is ProofWay.TLS
+        row = await proved_at_ke(sqlite_alice, web, by=ProofWay.HTTP, responder=responder)
+    assert (row.proof_by, row.proof_error) == (ProofWay.HTTP, "HTTP status 404 instead of 200")
+
+
+def ordered(registry, pair, **values):
+    """The certificate of the pair as one that was issued to alice."""
+    chain = x509.load_pem_x509_certificates(pair.cert.read_bytes())
+    return Order(
+        server_id=registry.alice,
+        status=OrderStatus.ISSUED,
+        created_at=NOW,
+        fingerprint=chain[0].fingerprint(hashes.SHA256()).hex(),
+        **values,
+    )
+
+
+async def test_once_there_is_a_certificate_its_key_proves_an_address_without_an_answer(alice, pair):
+    async with alice.change(alice.alice) as (_, server):
+        server.orders.append(ordered(alice, pair))
+    async with WebServer(says(b""), tls=by_tls(pair, "ntske/1"), until=b"\n") as web:
+        row = await proved_at_ke(alice, web, by=ProofWay.HTTP)
+        assert web.connections == 1
+    assert (row.proved_at, row.proof_error) == (NOW, None)
+    async with alice.database.transaction() as session:
+        last = (await session.scalars(select(Event).where(Event.kind == "address-proved"))).one()
+        assert await session.scalar(select(func.count()).select_from(ConnectBack)) == 1
+    assert last.reason == f"{HERE} answered with the server's certificate"
+
+
+@pytest.mark.parametrize("values", [{}, {"compromised_at": NOW}], ids=["another", "compromised"])
+async def test_another_certificate_proves_nothing_and_the_agent_is_asked(
+    sqlite_alice, responder, key, pair, values, tmp_path
+):
+    other = pair if values else Authority(tmp_path / "other").issue(NAME)
+    async with sqlite_alice.change(sqlite_alice.alice) as (_, server):
+        server.orders.append(ordered(sqlite_alice, other, **values))
+    async with WebServer(says(b""), tls=by_tls(pair, "ntske/1"), until=b"\n") as web:
+        row = await proved_at_ke(sqlite_alice, web, by=ProofWay.HTTP, responder=responder)
+        assert (row.proved_at, row.proof_error) == (None, "HTTP status 404 instead of 200")
+        assert web.connections == (0 if values else 1)
+    async with sqlite_alice.database.transaction() as session:
+        made = await session.scalar(select(func.count()).select_from(ConnectBack))
+    assert made == (1 if values else 2), "each connection counts"

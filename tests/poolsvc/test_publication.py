@@ -1,5 +1,7 @@
 """The leader's picture of the pool, on both engines, and what becomes of it in a real Knot."""
 
+import shutil
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import dns.message
@@ -10,12 +12,19 @@ import dns.update
 import pytest
 from sqlalchemy import delete, select, update
 
+from lab import mmdb
+from lab.knot import Knot
 from lab.processes import free_port
 from nts_core.control import ServerState
-from poolsvc import agentless, servers
-from poolsvc.models import Address, HoldKind, Server, ZoneChange
-from poolsvc.publication import Publication
+from poolsvc import own_account, plans, publication, servers
+from poolsvc.config import GeoSettings
+from poolsvc.derived import RegistryKey
+from poolsvc.models import Address, Event, HoldKind, Server, ZoneChange, ZonePlan
+from poolsvc.primary import Unreachable
+from poolsvc.publication import Publication, primary_config
+from poolsvc.publisher import Publisher
 from poolsvc.servers import EventKind
+from poolsvc.zone import Change, RRset, diff
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 S = ServerState
@@ -100,6 +109,49 @@ async def test_without_an_account_nothing_is_looked_at(registry):
         assert await session.scalar(select(ZoneChange.id).limit(1)) is not None
 
 
+async def test_whose_a_server_is_and_where_is_in_dns(world, tmp_path):
+    """A new file counts from the next full pass; the order and the serial are those of any other change."""
+    file = tmp_path / "geo.mmdb"
+    mmdb.write(file, {"192.0.2.0/24": {"asn": "AS64500", "country_code": "DE"}})
+    geo = GeoSettings(database=(file,))
+    world.registry.settings = world.registry.settings.model_copy(update={"geo": geo})
+    alice = await world.server("alice", "192.0.2.1")
+    await world.server("bob", "198.51.100.1")
+    world.begin()
+    assert await world.passes()
+    key = RegistryKey.load(world.registry.settings.key_file)
+    members = [key.operator_id((await world.registry.get(number)).member_id) for number in (alice, alice + 1)]
+    known = [f'"v=truechimer1 op={members[0]} as=64500 cc=DE"']
+    assert world.ask(owner("alice"), "TXT") == known
+    assert world.ask(owner("bob"), "TXT") == [f'"v=truechimer1 op={members[1]}"']
+
+    mmdb.write(file, {"192.0.2.0/24": {"asn": "AS64501"}})
+    await world.passes(2)
+    assert world.ask(owner("alice"), "TXT") == known
+    serial = world.serial()
+    world.now += timedelta(seconds=600)
+    assert await world.passes()
+    assert world.ask(owner("alice"), "TXT") == [f'"v=truechimer1 op={members[0]} as=64501"']
+    assert world.serial() != serial
+
+    file.write_bytes(b"damaged")
+    world.now += timedelta(seconds=600)
+    await world.passes()
+    assert world.ask(owner("alice"), "TXT") == [f'"v=truechimer1 op={members[0]} as=64501"']
+    assert world.publication.geo_trouble.startswith("geo.mmdb")
+
+
+async def test_servers_of_one_member_have_one_operator(world):
+    alice = await world.server("alice", "192.0.2.1")
+    await world.server("bob", "198.51.100.1")
+    async with world.database.transaction() as session:
+        member = await session.scalar(select(Server.member_id).where(Server.id == alice))
+        await session.execute(update(Server).values(member_id=member))
+        session.add_all(ZoneChange(server_id=number) for number in (alice, alice + 1))
+    assert await world.passes()
+    assert world.ask(owner("alice"), "TXT") == world.ask(owner("bob"), "TXT") != []
+
+
 async def test_a_name_is_burnt_before_anything_of_it_leaves(world):
     alice = await world.server("alice", "192.0.2.1")
     assert await world.publication.look(NOW)
@@ -141,7 +193,7 @@ async def test_a_whole_life_in_dns_and_when_each_step_is_noted(world):
     for kind in ("A", "AAAA", "CAA"):
         assert world.ask(owner("alice"), kind) == []
     assert await world.passes(3) is None, "nothing is left to do"
-    assert world.transfers() == 2, "the first pass looks before and after its update; no other one does"
+    assert world.transfers() == 1, "at the beginning; what an update did is seen by what happened since"
 
 
 async def test_when_nothing_has_changed_nobody_is_asked(world):
@@ -212,10 +264,10 @@ async def test_an_account_that_changes_during_the_pass_is_not_taken_for_the_one_
     identifier = await world.registry.server("alice", "192.0.2.1", state=S.VERIFIED, agentless=True)
     first, second = (f"{world.registry.settings.ca.directory_url}/acct/{number}" for number in (1, 2))
     async with world.registry.change(identifier) as (_, server):
-        agentless.set_account(world.registry.settings, server, first)
+        own_account.choose(world.registry.settings, server, first)
     await world.publication.look(NOW)
     async with world.registry.change(identifier) as (_, server):
-        agentless.set_account(world.registry.settings, server, second)
+        own_account.choose(world.registry.settings, server, second)
     await world.publication.publish(1, NOW)
     found = await world.registry.get(identifier)
     assert first in world.ask(owner("alice"), "CAA")[0]
@@ -245,10 +297,9 @@ async def test_a_hand_on_any_other_record_is_found_by_the_serial(world):
     world.now += timedelta(seconds=60)
     assert await world.passes()
     assert world.ask(owner("alice"), "A") == ["192.0.2.1"]
-    transfers = world.transfers()
     world.now += timedelta(seconds=60)
     assert await world.passes()
-    assert world.transfers() == transfers, "its serial is as it was left"
+    assert world.transfers() == 1
 
 
 async def test_what_no_session_did_is_found_by_the_full_pass(world):
@@ -302,8 +353,87 @@ async def test_while_a_nameserver_is_silent_nothing_is_noted_and_it_is_asked_aga
     assert (await world.registry.get(alice)).named_at is None
     world.registry.settings = published_by()
     world.publication._settings = world.registry.settings
+    world.now += timedelta(seconds=20)
     assert await world.passes()
     assert (await world.registry.get(alice)).named_at is not None
+
+
+async def test_a_change_does_not_wait_for_the_verification_of_the_others(world, monkeypatch):
+    """A pass asks for a few keys only, those of the last change first; the others have their turns."""
+    monkeypatch.setattr(publication, "_QUESTIONS", 6)
+    ids = [await world.server(f"s{number}", f"192.0.2.{number}") for number in range(1, 9)]
+    assert await world.passes()
+    assert world.publication.has_more
+    alice = await world.server("alice", "192.0.2.99")
+    await world.passes()
+    assert (await world.registry.get(alice)).named_at is not None
+    assert None in {(await world.registry.get(one)).named_at for one in ids}
+    await world.passes(8)
+    assert None not in {(await world.registry.get(one)).named_at for one in ids}
+    assert not world.publication.has_more
+
+
+async def test_what_a_nameserver_does_not_show_keeps_nothing_else_from_being_asked_for(
+    database, knot, published_by, world, registry_of, monkeypatch
+):
+    """The other one has a zone without any server, and shows what is gone as it should be."""
+    monkeypatch.setattr(publication, "_QUESTIONS", 8)
+    with Knot(knot.directory / "other") as other:
+        both = tuple(f"{one.address}:{one.port}" for one in (knot, other))
+        world.registry = registry_of(database, published_by(dns={"nameservers": both}))
+        world.begin()
+        alice = await world.server("alice", "192.0.2.1")
+        for number in range(2, 8):
+            await world.server(f"s{number}", f"192.0.2.{number}")
+        assert await world.passes(9) is False
+        async with world.registry.change(alice) as (session, server):
+            await servers.leave(session, server, actor="test", reason="", now=NOW, emergency=True)
+        await world.passes(3)
+        assert (await world.registry.get(alice)).name_broken_at is not None
+        world.now += timedelta(seconds=20)
+        await world.passes()
+        assert world.publication.is_late(world.now)
+
+
+async def test_a_server_with_a_serial_of_its_own_is_judged_by_what_it_shows(
+    database, knot, published_by, world, registry_of
+):
+    """An edge signs by itself: its serial is behind for ever, and its contents are right."""
+    with Knot(knot.directory / "edge") as edge:
+        both = tuple(f"{one.address}:{one.port}" for one in (knot, edge))
+        world.registry = registry_of(database, published_by(dns={"nameservers": both}))
+        world.begin()
+        alice = await world.server("alice", "192.0.2.1")
+        await world.passes()
+        at_edge = Publisher(
+            world.publication._the_policy,
+            replace(
+                primary_config(world.registry.settings),
+                address=edge.address,
+                port=edge.port,
+                tsig_secret=edge.tsig_secret,
+            ),
+        )
+        await at_edge.take_fence(1)
+        await at_edge.apply(diff(world.publication.whole(), {}), 1)
+        for _ in range(3):
+            await world.publication.publisher.apply(
+                [Change(owner("x"), "A", None, RRset.of(2, "A", ["192.0.2.9"]))], 1
+            )
+            await world.publication.publisher.apply(
+                [Change(owner("x"), "A", RRset.of(2, "A", ["192.0.2.9"]), None)], 1
+            )
+        world.now += timedelta(seconds=60)
+        await world.passes(2)
+        assert await world.publication.publisher.behind(world.serial())
+        assert (await world.registry.get(alice)).named_at is not None
+        world.now += timedelta(seconds=60)
+        assert await world.passes()
+        assert not world.publication.is_late(world.now)
+        message = [Change(owner("alice"), "A", RRset.of(2, "A", ["192.0.2.1"]), None)]
+        await at_edge.apply(message, 1)
+        world.now += timedelta(seconds=60)
+        assert await world.passes() is False, "and that it lost a record is seen by the same sign"
 
 
 async def test_an_open_pool_with_more_servers_than_fit_draws_its_targets_anew(
@@ -323,6 +453,335 @@ async def test_an_open_pool_with_more_servers_than_fit_draws_its_targets_anew(
     assert len(seen) > 1
 
 
+async def no_server_is_known(world):
+    """A statement that no session sees: the database is one in which nobody has these names."""
+    async with world.database.transaction() as session:
+        await session.execute(update(Server).values(state=S.REGISTERED, name=Server.name + "-other"))
+
+
+async def confirm(world):
+    async with world.database.transaction("console") as session:
+        await plans.approve(session, world.publication.question, world.now)
+
+
+class TestGuard:
+    """What would take much of the zone waits for a word."""
+
+    @pytest.fixture
+    async def crowd(self, world):
+        """Twelve active servers in an open pool, all listed."""
+        self.world = world
+        ids = [await world.registry.server(f"s{n}", f"192.0.2.{n}", state=S.ACTIVE) for n in range(1, 13)]
+        await world.passes(2)
+        assert await self.listed() == set(ids)
+        return ids
+
+    async def listed(self):
+        async with self.world.database.transaction() as session:
+            return set(await session.scalars(select(Server.id).where(Server.listed_at.is_not(None))))
+
+    async def kept(self):
+        async with self.world.database.transaction() as session:
+            return set(await session.scalars(select(Server.id).where(Server.kept_at.is_not(None))))
+
+    async def hold(self, identifier, kind=HoldKind.SCORE):
+        async with self.world.registry.change(identifier) as (session, server):
+            await servers.set_hold(session, server, kind, reason="", actor="test", now=self.world.now)
+
+    def zone(self):
+        return {owner(f"s{n}"): self.world.ask(owner(f"s{n}"), "A") for n in range(1, 13)}
+
+    async def test_a_database_without_its_servers_empties_no_zone(self, world, crowd):
+        zone, targets = self.zone(), world.ask(SERVICE, "SRV")
+        await no_server_is_known(world)
+        for _ in range(2):
+            world.now += timedelta(seconds=600)
+            await world.passes(2)
+            assert (self.zone(), world.ask(SERVICE, "SRV")) == (zone, targets)
+            question = world.publication.question
+            assert (question.deleted, question.existing) == (36, 37)
+            world.begin()
+        await world.passes(2)
+        await confirm(world)
+        await world.passes()
+        assert set(map(tuple, self.zone().values())) == {()}
+        assert world.ask(SERVICE, "SRV") == []
+        assert not world.publication.question
+
+    async def test_a_word_is_good_for_that_plan_for_an_hour_and_once(self, world, crowd):
+        await no_server_is_known(world)
+        world.now += timedelta(seconds=600)
+        await world.passes()
+        zone = self.zone()
+        await confirm(world)
+        async with world.database.transaction() as session:
+            plan = await session.scalar(select(ZonePlan))
+            events = list(await session.scalars(select(Event.kind).where(Event.actor == "console")))
+            assert events == ["zone-plan-created"]
+            good, plan.checksum = plan.checksum, "0" * 16
+        await world.passes(2)
+        assert self.zone() == zone, "another plan"
+        async with world.database.transaction() as session:
+            (await session.scalar(select(ZonePlan))).checksum = good
+        world.now += timedelta(hours=1)
+        await world.passes(2)
+        assert self.zone() == zone, "too late"
+        await confirm(world)
+        await world.passes(2)
+        assert self.zone() != zone
+        async with world.database.transaction() as session:
+            first, second = await session.scalars(select(ZonePlan).order_by(ZonePlan.id))
+            assert (first.made_at is None, second.made_at is None) == (True, False)
+
+    async def test_servers_that_leave_in_order_are_not_asked_for(self, world, crowd):
+        for identifier in crowd:
+            async with world.registry.change(identifier) as (session, server):
+                await servers.leave(session, server, actor="test", reason="", now=NOW, emergency=True)
+        await world.passes(3)
+        assert set(map(tuple, self.zone().values())) == {()}
+        assert not world.publication.question
+
+    async def test_the_names_of_removed_servers_may_go_from_an_old_zone(self, world, crowd):
+        async with world.database.transaction() as session:
+            await session.execute(
+                update(Server).where(Server.id != crowd[0]).values(state=S.REMOVED, listed_at=None)
+            )
+        world.begin()
+        await world.passes(2)
+        assert [name for name, addresses in self.zone().items() if addresses] == [owner("s1")]
+
+    async def test_other_settings_wait_and_are_made_when_confirmed(self, world, crowd, published_by):
+        world.publication._settings = published_by(dns={"address_ttl": 77})
+        await world.passes(2)
+        assert world.publication.question.is_of_settings
+        assert await world.server("new", "192.0.2.99")
+        await world.passes(2)
+        assert world.ask(owner("new"), "A") == ["192.0.2.99"], "what does not count is made"
+        await confirm(world)
+        await world.passes(2)
+        assert not world.publication.question
+        assert world.publication._seen.zone[owner("s1"), "A"].ttl == 77
+
+    async def test_other_settings_that_wait_hold_up_no_loss_below_the_threshold(
+        self, world, crowd, published_by
+    ):
+        world.publication._settings = published_by(dns={"address_ttl": 77})
+        await world.passes(2)
+        question = world.publication.question
+        async with world.registry.change(crowd[0]) as (session, server):
+            await servers.apply(
+                session, server, EventKind.ADDRESSES_LOST, actor="test", reason="", now=world.now
+            )
+            server.addresses[0].proved_at = None
+        await world.passes(2)
+        assert world.ask(owner("s1"), "A") == []
+        assert owner("s1") not in {text.split()[-1] for text in world.ask(SERVICE, "SRV")}
+        assert world.publication.question.is_of_settings
+        assert world.publication.question.checksum != question.checksum
+
+    async def test_a_wave_of_servers_that_the_database_knows_leaves_the_srv_before_a_word(self, world, crowd):
+        """Their addresses wait for it; but nobody is a target who is not active."""
+        async with world.database.transaction() as session:
+            await session.execute(update(Server).where(Server.id.in_(crowd[:8])).values(state=S.REGISTERED))
+        world.now += timedelta(seconds=600)
+        await world.passes(2)
+        assert world.ask(owner("s1"), "A") == ["192.0.2.1"]
+        shown = {text.split()[-1] for text in world.ask(SERVICE, "SRV")}
+        assert shown == {owner(f"s{n}") for n in range(9, 13)}
+
+    async def test_a_word_for_another_plan_lets_nobody_go(self, world, crowd):
+        """It was said of seven; an eighth has fallen before the leader made it."""
+        for identifier in crowd[:7]:
+            await self.hold(identifier)
+        await world.passes()
+        await confirm(world)
+        await self.hold(crowd[7])
+        await world.passes(2)
+        assert await self.kept() == {*crowd[:8]}
+        assert len(world.publication.question.kept) == 8
+
+    async def test_a_leader_that_died_after_a_plan_was_made_is_followed_by_one_that_does_not_ask_again(
+        self, world, crowd
+    ):
+        for identifier in crowd[:7]:
+            await self.hold(identifier)
+        await world.passes()
+        await confirm(world)
+        await world.publication.look(world.now)
+        await world.publication._bring(world.publication.publisher, 1, world.now)
+        world.begin()
+        await world.passes()
+        assert not world.publication.question
+        assert (await self.kept(), await self.listed()) == (set(), {*crowd[7:]})
+
+    async def test_one_that_was_let_go_and_came_back_is_kept_like_any_other(self, world, crowd):
+        for identifier in crowd[:7]:
+            await self.hold(identifier)
+        await world.passes()
+        await confirm(world)
+        await world.passes(2)
+        for identifier in crowd[:7]:
+            async with world.registry.change(identifier) as (session, server):
+                await servers.lift_hold(session, server, HoldKind.SCORE, reason="", actor="t", now=world.now)
+        await world.passes(2)
+        assert await self.listed() == {*crowd}
+        for identifier in crowd[:7]:
+            await self.hold(identifier)
+        await world.passes()
+        assert await self.kept() == {*crowd[:7]}
+
+    async def test_falling_scores_take_no_more_than_three_of_ten_out_of_the_srv(self, world, crowd):
+        for identifier in crowd[:7]:
+            await self.hold(identifier)
+            await world.passes()
+        assert await self.listed() == {*crowd[3:]}
+        assert await self.kept() == {*crowd[3:7]}
+        assert world.publication.question.kept == ("s4", "s5", "s6", "s7")
+        world.begin()
+        world.now += timedelta(seconds=600)
+        await world.passes(2)
+        assert await self.kept() == {*crowd[3:7]}, "as the next leader finds them"
+
+    async def test_one_that_is_kept_recovers_or_is_held_by_an_operator_or_leaves(self, world, crowd):
+        for identifier in crowd[:7]:
+            await self.hold(identifier)
+        await world.passes()
+        assert await self.kept() == {*crowd[:7]}
+        async with world.registry.change(crowd[0]) as (session, server):
+            await servers.lift_hold(session, server, HoldKind.SCORE, reason="", actor="t", now=world.now)
+        await self.hold(crowd[1], HoldKind.OPERATOR)
+        async with world.registry.change(crowd[2]) as (session, server):
+            await servers.leave(session, server, actor="test", reason="", now=NOW)
+        await world.passes(2)
+        assert await self.kept() == {*crowd[3:7]}
+        assert await self.listed() == {crowd[0], *crowd[3:]}
+
+    async def test_those_that_are_kept_go_when_an_operator_says_so(self, world, crowd):
+        for identifier in crowd[:7]:
+            await self.hold(identifier)
+        await world.passes()
+        assert len(world.ask(SERVICE, "SRV")) == 8
+        await confirm(world)
+        await world.passes(2)
+        assert (await self.kept(), await self.listed()) == (set(), {*crowd[7:]})
+        shown = {text.split()[-1] for text in world.ask(SERVICE, "SRV")}
+        assert shown == {owner(f"s{n}") for n in range(8, 13)}
+        world.begin()
+        await world.passes(2)
+        assert not world.publication.question
+
+
+class TestDrift:
+    """What others do to the zone is undone and told; what we began ourselves is not theirs."""
+
+    def told(self, world):
+        return {change.key for change in world.publication.take_drift()}
+
+    async def test_a_hand_on_the_zone_is_told_once(self, world):
+        await world.server("alice", "192.0.2.1")
+        await world.server("bob", "192.0.2.2")
+        await world.passes(2)
+        assert self.told(world) == set()
+        world.by_hand(owner("alice"), 2, "A", "198.51.100.9")
+        world.by_hand(owner("mallory"), 2, "A", "198.51.100.9")
+        world.now += timedelta(seconds=60)
+        assert await world.passes()
+        assert self.told(world) == {(owner("alice"), "A"), (owner("mallory"), "A")}
+        assert (world.ask(owner("alice"), "A"), world.ask(owner("mallory"), "A")) == (["192.0.2.1"], [])
+        world.now += timedelta(seconds=60)
+        await world.passes(2)
+        assert self.told(world) == set()
+
+    async def test_a_hand_on_what_changes_is_told_apart(self, world):
+        alice = await world.server("alice", "192.0.2.1")
+        await world.passes()
+        world.by_hand(owner("alice"), 2, "A", "198.51.100.9")
+        async with world.registry.change(alice) as (session, _):
+            session.add(Address(server_id=alice, address="192.0.2.7", proved_at=NOW))
+        await world.passes()
+        assert self.told(world) == {(owner("alice"), "A")}
+
+    async def test_the_work_of_a_leader_that_died_is_not_drift_and_what_nobody_of_ours_did_is(self, world):
+        await world.server("alice", "192.0.2.1")
+        await world.passes()
+        bob = await world.server("bob", "192.0.2.2")
+        await world.publication.look(world.now)
+        await world.publication._bring(world.publication.publisher, 1, world.now)
+        async with world.registry.change(bob) as (session, _):
+            session.add(Address(server_id=bob, address="192.0.2.7", proved_at=NOW))
+        world.begin()
+        await world.passes()
+        assert self.told(world) == set()
+        assert world.ask(owner("bob"), "A") == ["192.0.2.2", "192.0.2.7"]
+        world.by_hand(owner("alice"), 2, "A", "198.51.100.9")
+        world.begin()
+        await world.passes()
+        assert self.told(world) == {(owner("alice"), "A")}
+
+    async def test_a_hand_is_told_from_other_settings_by_the_next_leader(self, world, published_by):
+        """Other settings change all that is alike; a CAA, a text or a TTL of one server alone was a hand's."""
+        for number, name in enumerate(("alice", "bob", "carol"), start=1):
+            await world.server(name, f"192.0.2.{number}")
+        await world.passes(2)
+        world.by_hand(owner("alice"), 2, "CAA", '0 issue "evil.example"')
+        world.by_hand(owner("bob"), 2, "TXT", '"v=truechimer1 op=mallory"')
+        world.by_hand(owner("carol"), 9, "A", "192.0.2.3")
+        world.by_hand(f"_acme-challenge.{owner('carol')}", 2, "TXT", "x" * 43)
+        hand = {(owner("alice"), "CAA"), (owner("bob"), "TXT"), (owner("carol"), "A")}
+        world.begin()
+        await world.passes()
+        assert self.told(world) == {*hand, (f"_acme-challenge.{owner('carol')}", "TXT")}
+        await world.registry.open_account("https://ca.example/acct/2")
+        world.begin()
+        await world.passes()
+        assert self.told(world) == set()
+        (caa,) = world.ask(owner("bob"), "CAA")
+        assert "acct/2" in caa
+
+    async def test_a_pass_that_failed_half_way_is_not_drift(self, world):
+        """The primary made the change, and its answer never came."""
+        await world.server("alice", "192.0.2.1")
+        await world.passes()
+        await world.server("bob", "192.0.2.2")
+        await world.publication.look(world.now)
+        seen = world.publication._seen
+        await world.publication._bring(world.publication.publisher, 1, world.now)
+        world.publication._in_flight = {
+            change.key: change for change in diff(world.publication._seen.zone, seen.zone)
+        }
+        world.publication._seen, world.publication._is_astray = seen, True
+        await world.passes()
+        assert self.told(world) == set()
+
+    async def test_a_primary_that_lost_its_data_is_filled_again(self, world):
+        await world.server("alice", "192.0.2.1")
+        await world.passes(2)
+        world.knot.stop()
+        shutil.rmtree(world.knot.directory / "db")
+        (world.knot.directory / "db").mkdir()
+        world.knot.start()
+        await world.publication.publisher.take_fence(1)
+        world.now += timedelta(seconds=60)
+        await world.passes(2)
+        assert world.ask(owner("alice"), "A") == ["192.0.2.1"]
+        assert self.told(world)
+
+    async def test_the_whole_zone_is_transferred_once_a_day_and_after_a_failure(self, world):
+        await world.server("alice", "192.0.2.1")
+        await world.passes(2)
+        for seconds, transfers in ((3600, 1), (86400, 2), (86400, 3)):
+            world.now += timedelta(seconds=seconds)
+            await world.passes()
+            assert world.transfers() == transfers
+        world.knot.stop()
+        world.now += timedelta(seconds=60)
+        with pytest.raises(Unreachable):
+            await world.passes()
+        world.knot.start()
+        assert await world.passes()
+        assert self.told(world) == set()
+
+
 class TestOutbox:
     """What is noted for the publisher, and what is not worth a look."""
 
@@ -335,13 +794,17 @@ class TestOutbox:
     @pytest.mark.parametrize(
         ("traffic", "is_noted"), [(50.0, False), (101.0, False), (200.0, True), (None, False)]
     )
-    async def test_traffic_is_none_of_dns_until_it_changes_a_servers_share(self, registry, traffic, is_noted):
+    @pytest.mark.parametrize(("cap", "come"), [("traffic_cap", "traffic"), ("ke_cap", "ke_traffic")])
+    async def test_traffic_is_none_of_dns_until_it_changes_a_servers_share(
+        self, registry, cap, come, traffic, is_noted
+    ):
         alice = await registry.server(state=S.ACTIVE)
         async with registry.change(alice) as (_, server):
-            server.traffic_cap, server.traffic = 100.0, 10.0
+            setattr(server, cap, 100.0)
+            setattr(server, come, 10.0)
         await self.changes(registry)
         async with registry.change(alice) as (_, server):
-            server.traffic = traffic
+            setattr(server, come, traffic)
         assert await self.changes(registry) == [alice] * is_noted
 
     async def test_a_day_on_which_a_server_leaves_is_noted_when_it_is_set_and_when_it_has_come(
@@ -396,6 +859,20 @@ class TestOutbox:
             server.agent_clock = "fine"
             server.addresses[0].full_probes += 1
         assert await self.changes(registry) == []
+
+    @pytest.mark.parametrize(("kind", "is_noted"), [(HoldKind.OPERATOR, True), (HoldKind.MAINTENANCE, False)])
+    async def test_an_operators_hold_on_a_suspended_server_is_noted(self, registry, kind, is_noted):
+        """It tells that the server was meant to go."""
+        alice = await registry.server(state=S.ACTIVE)
+        async with registry.change(alice) as (session, server):
+            await servers.set_hold(session, server, HoldKind.SCORE, reason="", actor="test", now=NOW)
+        await self.changes(registry)
+        async with registry.change(alice) as (session, server):
+            await servers.set_hold(session, server, kind, reason="", actor="test", now=NOW)
+        assert await self.changes(registry) == [alice] * is_noted
+        async with registry.change(alice) as (session, server):
+            await servers.lift_hold(session, server, kind, reason="", actor="test", now=NOW)
+        assert await self.changes(registry) == [alice] * is_noted
 
     @pytest.mark.parametrize(
         "values",

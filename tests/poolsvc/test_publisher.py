@@ -6,28 +6,28 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import count
 
+import dns.dnssec
 import dns.flags
 import dns.message
+import dns.name
+import dns.opcode
 import dns.query
 import dns.rcode
 import dns.rdatatype
+import dns.rrset
 import dns.tsig
 import dns.update
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 
-from lab.knot import CONFIGURATION, Knot
+from lab.knot import Knot
 from lab.processes import free_port
 from lab.unbound import Unbound
-from poolsvc.publisher import (
-    Conflict,
-    Fenced,
-    Mismatch,
-    Nameserver,
-    PrimaryConfig,
-    Publisher,
-    Rejected,
-    Unreachable,
-)
+from nts_core.metadata import Metadata
+from poolsvc import publisher as production
+from poolsvc import setup
+from poolsvc.primary import Conflict, Fenced, Nameserver, PrimaryConfig, Rejected, Unreachable
+from poolsvc.publisher import Mismatch
 from poolsvc.zone import CaaIssuer, Change, RRset, ServerRecords, ZonePolicy, diff, wanted
 
 POLICY = ZonePolicy(
@@ -39,6 +39,16 @@ POLICY = ZonePolicy(
 )
 SERVICE = ("_ntske._tcp.pool.example.", "SRV")
 ALICE = "alice.servers.pool.example."
+
+
+class Publisher(production.Publisher):
+    """One that is told the whole zone."""
+
+    async def publish(self, wanted, epoch, seen=None):
+        async def plan(zone):
+            return diff(wanted, zone)
+
+        return await self.bring(plan, epoch, seen)
 
 
 def pool(*names, unlisted=(), **options):
@@ -90,7 +100,8 @@ async def test_the_first_publish_fills_the_zone_and_every_server_shows_it(publis
     published = await publisher.publish(zone, 1)
     seen = await publisher.observe()
     assert seen.zone == zone
-    assert (seen.serial, seen.epoch, seen.soa_minimum) == (published.serial, "1", 2)
+    assert published.seen == seen
+    assert (seen.epoch, seen.soa_minimum) == ("1", 2)
     assert len(published.changes) == len(zone)
     assert await publisher.verify(zone, zone) == ()
 
@@ -129,15 +140,16 @@ async def test_a_rehearsal_changes_nothing_whatever_is_there(publisher):
     ("right", "owner"),
     [
         ("AAAA, ", "_trial.servers"),
-        ("TXT, ", "_acme-challenge._trial.servers"),
+        ("TXT, ", "_trial.servers"),
         ("_tcp.pool.example., ", "_ntske._tcp"),
         (", _fence.pool.example.", "_fence"),
     ],
 )
 async def test_a_rehearsal_names_the_right_that_is_not_granted(tmp_path, monkeypatch, right, owner):
-    monkeypatch.setattr(
-        "lab.knot.CONFIGURATION", CONFIGURATION.replace(right.replace("pool.example", "{zone}"), "")
-    )
+    shipped = setup._NAMESERVERS["knot-pool.conf"]
+    strict = shipped.replace(right.replace("pool.example", "$pool"), "")
+    assert strict != shipped
+    monkeypatch.setitem(setup._NAMESERVERS, "knot-pool.conf", strict)
     with Knot(tmp_path / "strict") as strict, pytest.raises(Rejected, match=f"{owner}.pool.example"):
         await Publisher(POLICY, config_of(strict)).rehearse()
 
@@ -166,11 +178,23 @@ async def test_drift_is_found_and_repaired(publisher, knot):
 
 async def test_what_the_operator_put_beside_it_is_left_alone(publisher, knot):
     await publisher.take_fence(1)
-    by_hand(knot, lambda update: update.add(ALICE, 2, "TXT", "hello"))
+    beside = f"_dmarc.{ALICE}"
+    by_hand(knot, lambda update: update.add(beside, 2, "TXT", "hello"))
     await publisher.publish(pool("alice"), 1)
     await publisher.publish(pool("bob"), 1)
-    query = dns.message.make_query(ALICE, "TXT")
+    query = dns.message.make_query(beside, "TXT")
     assert dns.query.tcp(query, knot.address, timeout=5, port=knot.port).answer
+
+
+async def test_a_text_of_somebody_else_at_a_servers_name_is_drift(publisher, knot):
+    await publisher.take_fence(1)
+    server = ServerRecords("alice", 1, ("192.0.2.1",), listed=False, metadata=Metadata("abcdefghij234"))
+    zone = wanted([server], POLICY, is_open=False, draw=0)
+    await publisher.publish(zone, 1)
+    by_hand(knot, lambda update: update.add(ALICE, 300, "TXT", '"v=truechimer1 op=zzzzzzzzzzzzz"'))
+    assert {mismatch.key for mismatch in await publisher.verify(zone, zone)} == {(ALICE, "TXT")}
+    await publisher.publish(zone, 1)
+    assert (await publisher.observe()).zone == zone
 
 
 async def test_a_text_for_a_ca_comes_and_goes_with_its_server(publisher):
@@ -364,16 +388,41 @@ async def test_a_server_that_is_behind_the_serial_or_silent_is_named(publisher, 
     """The other one answers for the same zone and never heard of the updates."""
     await publisher.take_fence(1)
     published = await publisher.publish(pool("alice"), 1)
-    assert await publisher.serial() == published.serial
-    assert await publisher.behind(published.serial) == ()
+    serial = published.seen.serial
+    assert await publisher.behind(serial) == ()
     silent = Nameserver("127.0.0.1", free_port())
     with Knot(tmp_path / "old") as old:
         late = Nameserver(old.address, old.port)
         all_three = replace(config, nameservers=(*config.nameservers, late, silent), timeout=1.0)
-        found = await Publisher(POLICY, all_three).behind(published.serial)
-    assert [(some.nameserver, some.key) for some in found] == [(late, None), (silent, None)]
-    assert f"instead of {published.serial}" in found[0].reason
-    assert "timed out" in found[1].reason
+        found = await Publisher(POLICY, all_three).behind(serial)
+    assert found == (late, silent)
+
+
+class Heard(asyncio.DatagramProtocol):
+    def __init__(self):
+        self.messages = asyncio.Queue()
+
+    def datagram_received(self, data, address):
+        self.messages.put_nowait(data)
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+async def test_nameservers_are_told_of_a_change_if_they_are_to_be(config, is_told):
+    key = dns.tsig.Key(config.tsig_name, config.tsig_secret, config.tsig_algorithm)
+    loop = asyncio.get_running_loop()
+    transport, heard = await loop.create_datagram_endpoint(Heard, local_addr=("127.0.0.1", 0))
+    told = Nameserver(*transport.get_extra_info("sockname"))
+    dead = Nameserver("127.0.0.1", free_port())
+    try:
+        await Publisher(POLICY, replace(config, nameservers=(dead, told), notify=is_told)).notify()
+        await Publisher(POLICY, replace(config, nameservers=(told,), notify=True)).notify()
+        for _ in range(1 + is_told):
+            message = dns.message.from_wire(await asyncio.wait_for(heard.messages.get(), 5), keyring=key)
+            assert (message.opcode(), message.had_tsig) == (dns.opcode.NOTIFY, True)
+            assert message.question[0].to_text() == "pool.example. IN SOA"
+        assert heard.messages.empty()
+    finally:
+        transport.close()
 
 
 LOST = object()
@@ -410,7 +459,48 @@ def unsigned(answer):
 
 
 def one_less(answer):
-    answer.answer[0].pop()
+    if len(answer.answer[0]) > 1:
+        answer.answer[0].pop()
+
+
+def broken_signature(answer):
+    for rrset in answer.answer:
+        if rrset.rdtype == dns.rdatatype.RRSIG and rrset.covers != dns.rdatatype.DNSKEY:
+            rdata = rrset.pop()
+            rrset.add(rdata.replace(signature=bytes(64)))
+
+
+def other_keys(answer):
+    """As of a server that signs by itself and has lost its keys: no DNSKEY is signed by what is there."""
+    if answer.question[0].rdtype == dns.rdatatype.DNSKEY:
+        answer.answer = answer.answer[:1]
+
+
+def many_signatures(answer):
+    for rrset in answer.answer:
+        if rrset.rdtype == dns.rdatatype.RRSIG and rrset.covers == dns.rdatatype.SRV:
+            rdata = rrset.pop()
+            for number in range(9):
+                rrset.add(rdata.replace(signature=bytes([number] * 64)))
+
+
+class Resigned:
+    """Signs what Knot shows with a key of its own, from and to when it is told."""
+
+    def __init__(self, begin, end):
+        self.times = {"inception": begin, "expiration": end}
+        self.private = ec.generate_private_key(ec.SECP256R1())
+        self.public = dns.dnssec.make_dnskey(self.private.public_key(), "ECDSAP256SHA256", flags=257)
+
+    def __call__(self, answer):
+        apex = dns.name.from_text("pool.example.")
+        rrset = answer.answer[0]
+        times = self.times
+        if rrset.rdtype == dns.rdatatype.DNSKEY:
+            rrset = dns.rrset.from_rdata(apex, rrset.ttl, self.public)
+            times = {"inception": 0, "lifetime": 2**31 - 1}
+        signature = dns.dnssec.sign(rrset, self.private, apex, self.public, **times)
+        answer.answer = [rrset, dns.rrset.from_rdata(rrset.name, rrset.ttl, signature)]
 
 
 @asynccontextmanager
@@ -432,6 +522,11 @@ async def altered(knot, alter):
         (from_a_cache, "is not authoritative"),
         (unsigned, "shows the records without a signature"),
         (one_less, "shows other records"),
+        (broken_signature, "shows a signature that does not hold by the zone's keys"),
+        (other_keys, "shows no DNSKEY that signs itself"),
+        (many_signatures, "shows more than 4 signatures over the records"),
+        (Resigned(0, 1_000_000_000), "shows a signature that ended on 2001-09-09 01:46 UTC"),
+        (Resigned(4_000_000_000, 4_000_000_001), "shows a signature that begins on 2096-10-02 07:06 UTC"),
     ],
 )
 async def test_verify_says_what_is_wrong_with_a_server(publisher, config, knot, alter, reason):
@@ -442,6 +537,78 @@ async def test_verify_says_what_is_wrong_with_a_server(publisher, config, knot, 
         both = Publisher(POLICY, replace(config, nameservers=(*config.nameservers, wrong)))
         found = await both.verify([SERVICE], zone)
     assert found == (Mismatch(wrong, SERVICE, reason),)
+    assert found[0].remedy
+
+
+async def test_signatures_of_another_key_that_a_server_shows_too_are_good(publisher, config, knot):
+    """Each of several edges that sign may have a key of its own."""
+    await publisher.take_fence(1)
+    await publisher.publish(pool("alice"), 1)
+    async with altered(knot, Resigned(0, 4_000_000_000)) as edge:
+        other = Publisher(POLICY, replace(config, nameservers=(edge,)))
+        assert await other.verify([SERVICE], pool("alice")) == ()
+
+
+async def test_what_happened_is_followed_whoever_did_it_and_re_signing_is_none_of_it(publisher, knot):
+    await publisher.take_fence(1)
+    first = (await publisher.publish(pool("alice", "bob"), 1)).seen
+    assert await publisher.follow(first) == (first, ())
+    by_hand(knot, lambda update: update.replace(ALICE, 7, "A", "198.51.100.9"))
+    by_hand(knot, lambda update: update.delete(*SERVICE))
+    by_hand(knot, lambda update: update.add("beside._tcp.pool.example.", 7, "A", "198.51.100.9"))
+    seen, happened = await publisher.follow(first)
+    assert seen == await publisher.observe()
+    assert {change.key: change.after for change in happened} == {
+        (ALICE, "A"): RRset(7, frozenset({"198.51.100.9"})),
+        SERVICE: None,
+    }
+    knot.sign_anew()
+    again, happened = await publisher.follow(seen)
+    assert happened == ()
+    assert again.serial != seen.serial
+    assert again.zone is seen.zone
+
+
+async def test_a_fence_that_another_leader_took_is_followed_too(publisher):
+    await publisher.take_fence(1)
+    first = await publisher.observe()
+    await publisher.take_fence(2)
+    seen, happened = await publisher.follow(first)
+    assert (seen.epoch, happened) == ("2", ())
+
+
+@pytest.mark.parametrize("ahead", [1_000, 0], ids=["gone back", "wrong"])
+async def test_what_was_seen_of_another_zone_is_observed_anew(publisher, ahead):
+    """A primary that lost its data, or a picture that is wrong."""
+    await publisher.take_fence(1)
+    seen = (await publisher.publish(pool("alice"), 1)).seen
+    now = (await publisher.publish(pool("bob"), 1)).seen
+    other = replace(seen, serial=seen.serial + ahead, zone=pool("mallory"))
+    again, happened = await publisher.follow(other)
+    assert again == now
+    assert {change.key for change in happened} == {
+        key for key in pool("bob") | pool("mallory") if pool("bob").get(key) != pool("mallory").get(key)
+    }
+
+
+async def test_a_conflict_that_nothing_explains_means_that_the_picture_was_wrong(publisher):
+    await publisher.take_fence(1)
+    seen = (await publisher.publish(pool("alice"), 1)).seen
+    published = await publisher.publish(pool("bob"), 1, replace(seen, zone=pool("mallory")))
+    assert published.seen.zone == pool("bob")
+
+
+async def test_what_others_do_meanwhile_is_told_apart_from_our_own_doing(publisher, knot):
+    await publisher.take_fence(1)
+    seen = (await publisher.publish(pool("alice", "bob"), 1)).seen
+    by_hand(knot, lambda update: update.replace(ALICE, 2, "A", "198.51.100.9"))
+    wanted = pool("alice", "bob", "carol")
+    published = await publisher.publish(wanted, 1, seen)
+    assert published.seen.zone == wanted
+    assert [(change.key, change.after.rdatas) for change in published.foreign] == [
+        ((ALICE, "A"), {"198.51.100.9"})
+    ]
+    assert (ALICE, "A") in {change.key for change in published.changes}
 
 
 async def test_a_lost_datagram_is_no_mismatch(publisher, config, knot):

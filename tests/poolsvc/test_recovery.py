@@ -28,8 +28,8 @@ from poolsvc.models import (
     Transfer,
     User,
 )
+from poolsvc.plans import Outlook
 from poolsvc.pool import the_pool
-from poolsvc.recovery import Outlook
 
 S = ServerState
 

@@ -11,9 +11,9 @@ from structlog.testing import capture_logs
 
 from lab.ca_front import Fault, Resource
 from lab.processes import free_port
+from nts_core.acme import AcmeError, OrderState
 from nts_core.control import ServerState
 from poolsvc import issuance, onboarding, removal, servers
-from poolsvc.acme import AcmeError, OrderState
 from poolsvc.authorities import Authorities, account_uris
 from poolsvc.models import CaAccount, CaRefusal, Order, OrderStatus
 from poolsvc.publication import Publication
@@ -156,7 +156,7 @@ async def test_what_the_staging_ca_refuses_costs_nothing_at_the_real_one(staged)
     async with flow.database.transaction() as session:
         state = await onboarding.state(session, flow.settings, flow.now)
     assert (state.budget.orders.spent, state.budget.reserved) == (0, 0)
-    assert onboarding._free_at(flow.settings, await flow.server(), flow.now) <= flow.now
+    assert onboarding.free_at(flow.settings, await flow.server(), flow.now) <= flow.now
 
 
 @BOTH

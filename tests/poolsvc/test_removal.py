@@ -6,10 +6,10 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import func, select
 
+from nts_core.acme import AcmeError, OrderState
+from nts_core.certificates import chain_facts
 from nts_core.control import ServerState
 from poolsvc import issuance, removal, servers
-from poolsvc.acme import AcmeError, OrderState
-from poolsvc.certificates import chain_facts
 from poolsvc.models import Order, OrderStatus
 
 S = ServerState

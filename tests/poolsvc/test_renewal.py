@@ -11,11 +11,11 @@ from lab.ca_front import Fault, Resource
 from lab.pebble import PROFILES
 from lab.peers import PEBBLE_SID
 from lab.processes import free_port
+from nts_core.acme import AcmeError, RevocationReason
+from nts_core.certificates import certificate_id, renew_at, renew_by
 from nts_core.control import ServerState
 from poolsvc import issuance, removal, renewals, servers
-from poolsvc.acme import AcmeError, RevocationReason
 from poolsvc.authorities import Authorities
-from poolsvc.certificates import certificate_id, renew_at, renew_by
 from poolsvc.errors import WrongState
 from poolsvc.models import CaAccount, Order, OrderStatus, Server
 
@@ -305,7 +305,7 @@ async def test_a_member_may_choose_short_life_where_a_ca_has_it(registry):
     assert await choose(wanted=True) is True, "what is settled is no new wish"
     bob = await registry.server("bob", "198.18.0.2", agentless=True)
     async with registry.change(bob) as (session, server):
-        with pytest.raises(WrongState, match="own client"):
+        with pytest.raises(WrongState, match="own account"):
             await issuance.set_short_lived(session, registry.settings, server, wanted=True)
 
 

@@ -11,18 +11,19 @@ import pytest
 from sqlalchemy import select, update
 
 from lab.ca_front import Fault, Resource
+from nts_core.acme import AcmeAccount, AcmeError, OrderState
+from nts_core.certificates import chain_facts, load_chain
 from nts_core.control import ACME_PATH, ProbeResult, ServerState
 from nts_core.tls import new_key_and_csr
-from poolsvc import agentless, issuance, monitoring, onboarding, removal, servers
-from poolsvc.acme import AcmeAccount, AcmeError, OrderState
+from poolsvc import issuance, monitoring, onboarding, own_account, removal, servers
 from poolsvc.authorities import UNKNOWN_CA
-from poolsvc.certificates import chain_facts, load_chain
 from poolsvc.config import AuthoritySettings
 from poolsvc.db import LEASE
 from poolsvc.errors import WrongState
 from poolsvc.models import Order, RevocationOrder
 from poolsvc.pool import the_pool
 from poolsvc.publication import Publication
+from poolsvc.publisher import Observation
 
 S = ServerState
 NAME = "alice.servers.pool.example"
@@ -39,19 +40,23 @@ class Departure:
         self.flow, self.registry, self.caa, self.txt = flow, flow.registry, caa, txt
         self.database, self.lab = flow.database, flow.lab
 
-    async def start(self):
+    async def start(self, *, with_agent=False):
+        """With an agent: it has a certificate of the registry's as well, from before its own account."""
         ca = self.flow.ca
         update = {"directory_url": ca.directory_url, "account_key_file": self.lab.directory / "pool.pem"}
         settings = self.flow.settings.model_copy(
             update={"ca": self.flow.settings.ca.model_copy(update={**update, "ca_file": ca.ca_file})}
         )
         self.settings = self.registry.settings = self.flow.settings = settings
-        self.account = await self.open_account("pool.pem")
+        self.account = await (self.flow.account() if with_agent else self.open_account("pool.pem"))
         await self.registry.open_account(self.account.uri)
+        if with_agent:
+            await self.publish()
+            self.before = await self.flow.certified()
         own = await self.open_account("own.pem")
         async with self.registry.change(self.flow.server_id) as (_, server):
-            server.agentless = True
-            agentless.set_account(settings, server, own.uri)
+            server.agentless = not with_agent
+            own_account.choose(settings, server, own.uri)
         await self.publish()
         self.chain = await self.order_as(own)
         await self.see(self.chain)
@@ -116,10 +121,10 @@ class Departure:
         for (owner, kind), rrset in zone.items():
             if kind == "CAA":
                 self.caa[owner] = sorted(rrset.rdatas)
-            elif kind == "TXT":
+            elif owner.startswith("_acme-challenge."):
                 self.txt[owner] = sorted(text.strip('"') for text in rrset.rdatas)
         if noted:
-            leader._negative_ttl = timedelta(seconds=2)
+            leader._seen = Observation(1, {}, 2, None)
             leader._unconfirmed.clear()
             await leader._note(zone, self.flow.now)
         return zone
@@ -160,8 +165,9 @@ class Departure:
 def departure(flow, caa, txt):
     """Makes a Departure; options are those of `flow`."""
 
-    async def make(**options):
-        return await Departure(await flow(**{"front": {}, **options}), caa, txt).start()
+    async def make(*, with_agent=False, **options):
+        made = Departure(await flow(**{"front": {}, **options}), caa, txt)
+        return await made.start(with_agent=with_agent)
 
     return make
 
@@ -209,6 +215,40 @@ async def test_what_the_members_own_account_ordered_is_revoked_and_every_step_ha
     assert server.orders[0].revoked_at == found.certificate_revoked_at
     assert await leaving.advance() is not None
     assert leaving.receipt(await leaving.server()) == found
+
+
+@BOTH
+async def test_of_an_agent_with_its_own_account_both_accounts_certificates_are_revoked(departure):
+    leaving = await departure(with_agent=True)
+    ours = leaving.before.serial
+    assert leaving.flow.ca.certificate_status(ours) == "Valid"
+    await leaving.leave()
+    server = await leaving.advance()
+    assert leaving.flow.ca.certificate_status(ours) == "Revoked", "that waits for no DNS"
+    found = leaving.receipt(server)
+    assert found.authorization_deactivated_at is not None
+    assert found.certificate_revoked_at is None, "one is left"
+    assert found.outstanding[-1] == "certificate: its member's own, not revoked by the CA"
+    server = await leaving.to_the_end()
+    assert leaving.flow.ca.certificate_status(leaving.serial) == "Revoked"
+    found = leaving.receipt(server)
+    assert (found.outstanding, found.error, found.not_revoked) == ((), None, None)
+    assert found.certificate_revoked_at == max(order.revoked_at for order in server.orders)
+    (attempt,) = await leaving.attempts()
+    assert found.authorization_deactivated_at == attempt.deactivated_at
+    assert "a certificate that no probe saw is not revoked" in found.exposure
+
+
+async def test_what_an_agents_own_account_ordered_is_given_up_as_without_an_agent(departure):
+    leaving = await departure(with_agent=True)
+    async with leaving.registry.change(leaving.flow.server_id) as (_, server):
+        next(order for order in server.orders if issuance.is_seen(order)).chain = None
+    await leaving.leave()
+    server = await leaving.to_the_end()
+    found = leaving.receipt(server)
+    assert found.not_revoked == "no copy of it was kept when it was seen"
+    assert found.certificate_revoked_at is None
+    assert leaving.flow.ca.certificate_status(leaving.before.serial) == "Revoked"
 
 
 async def test_in_order_nothing_is_turned_while_clients_may_still_come(departure):

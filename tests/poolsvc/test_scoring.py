@@ -176,3 +176,9 @@ def test_whatever_is_less_than_a_full_step_has_its_reason(found):
 )
 def test_who_cannot_answer_all_that_comes_has_a_smaller_share(weight, cap, traffic, share):
     assert sampling_weight(weight, cap, traffic) == share
+    assert sampling_weight(weight, None, None, cap, traffic) == share, "key establishments count alike"
+
+
+@pytest.mark.parametrize(("ntp", "ke", "share"), [(200.0, 400.0, 25), (400.0, 200.0, 25), (50.0, 200.0, 50)])
+def test_the_worse_of_both_protocols_counts(ntp, ke, share):
+    assert sampling_weight(10, 100.0, ntp, 100.0, ke) == share

@@ -40,6 +40,7 @@ async def test_settings_are_read_changed_and_read_again(alice, client):
             "dns_01": False,
             "waive_source": False,
             "traffic_cap": None,
+            "ke_cap": None,
         }
         wanted = {"weight": 1000, "ipv6": False, "public": True, "addresses": [ONE, "198.18.0.2"]}
         changed = await http.patch(URL, json=wanted)

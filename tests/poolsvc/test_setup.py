@@ -2,12 +2,17 @@
 
 import asyncio
 import os
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from poolsvc import acme, files, setup
+from lab.processes import Process, free_port, require
+from lab.programs import poolsvc, script
+from nts_core import acme
+from poolsvc import files, setup
 from poolsvc.cli import ExitStatus, app
 from poolsvc.config import load_settings
 from poolsvc.delegation import parent_records
@@ -16,9 +21,23 @@ from poolsvc.publisher import Publisher
 
 POOL = "pool.example"
 URL = "https://registry.example.net"
+SOME = ("ns2.example.net=2001:db8::53", "ns2.example.net=192.0.2.53:5353", "ns3.example.net=192.0.2.54")
 NAMES = {
     *("poolsvc.toml", "tsig.secret", "acme-account.pem", "poolsvc.service"),
-    *("knot-pool.conf", "knot-tsig.conf", "bind-pool.conf", "bind-tsig.conf", "bind-pool.zone"),
+    *("knot-pool.conf", "knot-tsig.conf", "knot-secondary.conf", "knot-edge.conf"),
+    *("bind-pool.conf", "bind-tsig.conf", "bind-options.conf", "bind-secondary.conf", "nsd-secondary.conf"),
+    *("pdns-pool.conf", "pdns-pool.lua", "pdns-pool.sh", "pdns-tsig.sh", "pool.zone"),
+}
+
+EMBEDDED_NAMES = {
+    *("poolsvc.toml", "transfer.secret", "edge.secret", "acme-account.pem", "poolsvc.service"),
+    *(
+        "knot-secondary.conf",
+        "knot-edge.conf",
+        "bind-secondary.conf",
+        "bind-options.conf",
+        "nsd-secondary.conf",
+    ),
 }
 
 
@@ -52,6 +71,47 @@ def test_everything_is_written_for_the_owner_alone_and_can_be_used(init, tmp_pat
     acme.load_account_key(settings.ca.account_key_file)
 
 
+def test_without_a_primary_of_ones_own_the_registry_serves_the_zone(init, tmp_path):
+    """All that is left to do is what the answer of `init` says."""
+    directory, listen = tmp_path / "new", f"127.0.0.1:{free_port()}"
+    done = init("--nameserver=ns2.example.net=2001:db8::53", embedded=True)
+    assert done.exit_code == ExitStatus.OK, done.output
+    config = directory / "poolsvc.toml"
+    assert {path.name for path in directory.iterdir()} == EMBEDDED_NAMES
+    assert {path.stat().st_mode & 0o777 for path in directory.iterdir()} == {0o600}
+    settings = load_settings(config)
+    assert settings.dns.embedded is not None
+    assert [each.address for each in settings.dns.embedded.secondaries] == ["[2001:db8::53]:53"]
+    assert not [*files.faults(settings), *files.exposed(settings, config)]
+    secret = (directory / "transfer.secret").read_text().strip()
+    for name in ("knot-secondary.conf", "bind-secondary.conf", "nsd-secondary.conf"):
+        assert secret in (directory / name).read_text()
+    edge = (directory / "knot-edge.conf").read_text()
+    assert secret not in edge, "who gets the zone unsigned has another key"
+    assert (directory / "edge.secret").read_text().strip() in edge
+    checked = subprocess.run(
+        [require("knotc"), "-c", "knot-edge.conf", "conf-check"],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert checked.returncode == 0, checked.stderr
+    assert "AmbientCapabilities=CAP_NET_BIND_SERVICE" in (directory / "poolsvc.service").read_text()
+    assert poolsvc(config, "migrate").status == 0
+    environment = {"POOLSVC_LISTEN": f'["{listen}"]', "POOLSVC_PUBLIC_URL": "http://127.0.0.1"}
+    serve = Process(
+        "poolsvc", [script("poolsvc"), "serve", "--config", str(config)], directory, env=environment
+    )
+    with serve:
+        serve.start(lambda: "IN DS" in poolsvc(config, "parent-records").stdout)
+        lines = poolsvc(config, "parent-records").stdout.splitlines()
+    assert {f"{POOL}. 3600 IN NS ns1.{POOL}.", f"{POOL}. 3600 IN NS ns2.example.net."} <= set(lines)
+    assert any(re.fullmatch(rf"{POOL}\. 3600 IN DS \d+ 13 2 [0-9a-f]{{64}}", line) for line in lines), lines
+    assert f'{POOL}. 3600 IN CAA 0 issue ";"' in lines
+    assert {path.stat().st_mode & 0o777 for path in (directory / "dns").iterdir()} == {0o600}
+
+
 def test_the_operator_of_the_first_day_can_sign_in(init, tmp_path):
     """Without an address nobody could."""
     (line,) = [line.strip() for line in init().stdout.splitlines() if "operator create" in line]
@@ -79,13 +139,64 @@ def test_two_pools_have_different_keys(init, tmp_path):
         assert (tmp_path / "a" / name).read_bytes() != (tmp_path / "b" / name).read_bytes()
 
 
-def test_the_key_is_the_same_for_knot_bind_and_the_registry(init, tmp_path):
+def test_the_key_is_the_same_for_all_primaries_and_the_registry(init, tmp_path):
     init()
     secret = (tmp_path / "new" / "tsig.secret").read_text().strip()
-    for name in ("knot-tsig.conf", "bind-tsig.conf"):
+    with_key = {"knot-tsig.conf", "bind-tsig.conf", "pdns-tsig.sh"}
+    for name in with_key:
         assert secret in (tmp_path / "new" / name).read_text()
-    for name in NAMES - {"tsig.secret", "knot-tsig.conf", "bind-tsig.conf"}:
+    for name in NAMES - {"tsig.secret", *with_key}:
         assert secret not in (tmp_path / "new" / name).read_text()
+
+
+def test_a_secondary_gets_a_key_that_changes_nothing(init, tmp_path):
+    init("--nameserver=ns2.example.net=2001:db8::53")
+    (secret,) = re.findall(r'secret "(\S+)"', (tmp_path / "new" / "bind-secondary.conf").read_text())
+    assert secret != (tmp_path / "new" / "tsig.secret").read_text().strip()
+    for name in (
+        "knot-secondary.conf",
+        "nsd-secondary.conf",
+        "knot-pool.conf",
+        "bind-pool.conf",
+        "pdns-pool.sh",
+    ):
+        assert secret in (tmp_path / "new" / name).read_text()
+
+
+@pytest.mark.parametrize("nameservers", [(), SOME], ids=["alone", "many"])
+def test_all_servers_read_what_init_wrote(init, tmp_path, nameservers):
+    """Secondaries with IPv6, with several addresses, and none at all."""
+    directory = tmp_path / "new"
+    done = init(*(f"--nameserver={server}" for server in nameservers))
+    assert done.exit_code == ExitStatus.OK, done.output
+    for name in ("bind-pool.conf", "bind-options.conf"):
+        text = (directory / name).read_text()
+        for place in ("/etc/bind", "/var/lib/bind", "/var/cache/bind"):
+            text = text.replace(place, str(directory))
+        (directory / name).write_text(text)
+    for command in (
+        ("knotc", "-c", "knot-pool.conf", "conf-check"),
+        ("knotc", "-c", "knot-secondary.conf", "conf-check"),
+        ("named-checkconf", "bind-pool.conf"),
+        ("named-checkconf", "bind-options.conf"),
+        ("named-checkconf", "bind-secondary.conf"),
+        ("named-checkzone", POOL, "pool.zone"),
+        ("nsd-checkconf", "nsd-secondary.conf"),
+        ("sh", "-n", "pdns-pool.sh"),
+    ):
+        program, *arguments = command
+        read = subprocess.run(
+            [require(program), *arguments],
+            cwd=directory,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=20,
+        )
+        assert read.returncode == 0, (command, read.stdout, read.stderr)
+    for server in ("2001:db8::53", "192.0.2.54") if nameservers else ():
+        for name in ("knot-pool.conf", "bind-pool.conf", "pdns-pool.sh"):
+            assert server in (directory / name).read_text()
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
@@ -180,6 +291,14 @@ def test_a_wrong_answer_names_its_option(init, tmp_path, option, remedy):
 def test_a_pool_that_is_no_domain_is_refused(init, tmp_path, pool):
     refused(init(pool=pool), ExitStatus.USAGE, "POOL", "pool.example")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_long_name_is_told_and_one_that_is_too_long_is_refused(init, tmp_path):
+    done = init(pool=f"{'a' * 60}.example", nameserver="--nameserver=ns1.example.net=127.0.0.1:1")
+    assert done.exit_code == 0
+    assert "holds 7 servers" in done.stderr
+    more = init(pool=f"{'a' * 60}.{'b' * 63}.{'c' * 10}", directory=tmp_path / "other")
+    refused(more, ExitStatus.USAGE, "POOL", "4 are needed")
 
 
 def test_too_many_nameservers_are_refused(init):

@@ -19,9 +19,9 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from lab.certificates import Authority
+from nts_core.certificates import chain_facts
 from nts_core.control import ACME_PATH
 from poolsvc.app import create_app
-from poolsvc.certificates import chain_facts
 from poolsvc.db import Database
 from poolsvc.derived import RegistryKey
 from poolsvc.serving import create_server

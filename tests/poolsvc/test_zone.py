@@ -4,18 +4,28 @@ from collections import Counter
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
 
+import dns.edns
+import dns.flags
+import dns.message
+import dns.rrset
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nts_core.metadata import Metadata, parse
+from poolsvc.names import ANSWER_OCTETS, MAX_NAME, MAX_TARGETS, MIN_TARGETS, targets_that_fit
 from poolsvc.zone import (
     CaaIssuer,
+    Change,
+    Odds,
     RRset,
     ServerRecords,
     Zone,
     ZonePolicy,
     diff,
+    guard,
     managed,
+    of_settings_alone,
     sample,
     wanted,
 )
@@ -40,8 +50,22 @@ addresses = st.lists(
     max_size=3,
 ).map(tuple)
 labels = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,6}[a-z0-9])?", fullmatch=True)
+metadata = st.none() | st.builds(
+    Metadata,
+    st.just("abcdefghij234"),
+    st.sampled_from([(), (64500,), (1, 2)]),
+    st.sampled_from([(), ("DE",)]),
+)
 servers = st.lists(
-    st.builds(ServerRecords, labels, st.integers(1, 6), addresses, st.booleans(), st.integers(1, 10)),
+    st.builds(
+        ServerRecords,
+        labels,
+        st.integers(1, 6),
+        addresses,
+        st.booleans(),
+        st.integers(1, 10),
+        metadata=metadata,
+    ),
     max_size=14,
     unique_by=lambda server: server.name,
 )
@@ -134,7 +158,9 @@ def test_a_server_that_is_out_keeps_only_what_proves_control_of_its_name():
     ("owner", "ours"),
     [
         (f"_acme-challenge.{ALICE}", True),
-        (ALICE, False),
+        (ALICE, True),
+        (f"_dmarc.{ALICE}", False),
+        ("servers.pool.example.", False),
         ("_acme-challenge.pool.example.", False),
         ("_acme-challenge.alice.servers.other.example.", False),
         (f"x_acme-challenge.{ALICE}", False),
@@ -217,6 +243,73 @@ def test_all_that_is_wanted_is_managed(zone):
 )
 def test_the_operators_records_are_not_managed(owner, rdtype):
     assert not managed(owner, rdtype, POLICY)
+
+
+@given(servers)
+def test_metadata_is_where_addresses_are(some):
+    zone = wanted(some, POLICY, is_open=True, draw=0)
+    for server in some:
+        found = zone.get((POLICY.domain(server.name), "TXT"))
+        if not server.addresses or server.metadata is None:
+            assert found is None
+        else:
+            (text,) = found.rdatas
+            assert parse([(text.strip('"').encode(),)]) == server.metadata
+
+
+def test_a_challenge_and_metadata_are_each_at_their_own_owner():
+    server = ServerRecords(
+        "alice", 1, ("192.0.2.1",), listed=False, proofs=("x" * 43,), metadata=Metadata("abcdefghij234")
+    )
+    zone = wanted([server], POLICY, is_open=False, draw=0)
+    assert zone["alice.servers.pool.example.", "TXT"] == RRset(
+        300, frozenset({'"v=truechimer1 op=abcdefghij234"'})
+    )
+    assert zone["_acme-challenge.alice.servers.pool.example.", "TXT"].rdatas == {f'"{"x" * 43}"'}
+    assert set(zone) - {("servers.pool.example.", "CAA")} <= set(POLICY.keys("alice"))
+
+
+def octets_of_an_answer(pool, count):
+    """A whole answer over UDP: signed with P-256, a cookie in its OPT, all names as long as they may be."""
+    service = f"_ntske._tcp.{pool}."
+    query = dns.message.make_query(service, "SRV", want_dnssec=True, payload=ANSWER_OCTETS)
+    answer = dns.message.make_response(query)
+    names = (f"{number:0{MAX_NAME}}.servers.{pool}." for number in range(count))
+    answer.answer += [
+        dns.rrset.from_text(service, 60, "IN", "SRV", *(f"0 10 4460 {name}" for name in names)),
+        dns.rrset.from_text(
+            service, 60, "IN", "RRSIG", f"SRV 13 4 60 20260101000000 20260101000000 1 {pool}. {'A' * 86}=="
+        ),
+    ]
+    cookie = dns.edns.CookieOption(bytes(8), bytes(16))
+    answer.use_edns(payload=ANSWER_OCTETS, ednsflags=dns.flags.DO, options=[cookie])
+    return len(answer.to_wire(max_size=65535))
+
+
+pool_names = (
+    st.integers(3, 200)
+    .map(lambda length: "x.".join("a" * 50 for _ in range(5))[-length:])
+    .filter(lambda name: not name.startswith("."))
+)
+
+
+@given(pool_names)
+def test_as_many_targets_are_offered_as_fit_an_answer(pool):
+    fit = targets_that_fit(pool)
+    assert fit <= MAX_TARGETS
+    if fit > 0:
+        assert octets_of_an_answer(pool, fit) <= ANSWER_OCTETS
+    if fit < MAX_TARGETS:
+        assert octets_of_an_answer(pool, fit + 1) > ANSWER_OCTETS
+
+
+def test_a_pool_with_a_long_name_offers_fewer_servers_at_a_time():
+    assert [targets_that_fit("a" * length) for length in (54, 55, 134, 135)] == [8, 7, 4, 3]
+    assert MIN_TARGETS == 4
+    long = replace(POLICY, pool=f"{'a' * 63}.{'b' * 60}.example")
+    many = [target(f"s{number}", number) for number in range(12)]
+    (found,) = (rrset for key, rrset in wanted(many, long, is_open=True, draw=1).items() if key[1] == "SRV")
+    assert len(found.rdatas) == long.max_targets == 4
 
 
 @given(zones, zones)
@@ -322,3 +415,229 @@ def test_a_servers_coming_or_going_displaces_at_most_one_other(some, draw):
     with_it, without = (set(sample(each, 8, draw=draw)) for each in (some, others))
     assert len(without - with_it) <= 1
     assert len(with_it - {gone} - without) == 0
+
+
+def crowd(count: int, **options) -> list[ServerRecords]:
+    """Servers with an address and a CAA each: with the closing CAA, 2 * count + 1 records."""
+    return [
+        ServerRecords(f"s{number:02}", number, (f"198.18.0.{number}",), listed=True, **options)
+        for number in range(1, count + 1)
+    ]
+
+
+def zone_of(some, policy=POLICY, draw=0) -> Zone:
+    return wanted(some, replace(policy, caa=policy.caa[:1]), is_open=True, draw=draw)
+
+
+def guarded(before, after, excepted=()):
+    """What may be made on the way from one pool to another, and what is asked."""
+    zone = zone_of(before)
+    return guard(diff(zone_of(after), zone), zone, POLICY, excepted)
+
+
+def names(changes) -> set[str]:
+    return {POLICY.name_of(change.owner) for change in changes if change.rdtype != "SRV"}
+
+
+@pytest.mark.parametrize(
+    ("count", "left", "is_asked"),
+    [
+        (4, 0, False),  # nine records are few
+        (5, 4, False),  # two of eleven
+        (5, 3, True),  # four of eleven
+        (15, 11, False),  # eight of thirty-one
+        (15, 10, True),  # ten of thirty-one
+        (15, 0, True),
+    ],
+)
+def test_more_than_30_percent_of_at_least_10_records_are_asked_for(count, left, is_asked):
+    made, question = guarded(crowd(count), crowd(count)[:left])
+    assert bool(question) is is_asked
+    lost = 2 * (count - left)
+    assert names(made) == (set() if is_asked else {f"s{one:02}" for one in range(left + 1, count + 1)})
+    assert (question.deleted, question.replaced) == ((lost, 0) if is_asked else (0, 0))
+
+
+def test_creations_never_count_and_are_made_beside_what_is_stopped():
+    made, question = guarded(
+        crowd(10), [*crowd(10)[:2], ServerRecords("new", 99, ("198.18.9.9",), listed=False)]
+    )
+    assert names(made) == {"new"}
+    assert len(names(question.changes)) == 8
+    assert not guarded([], crowd(50))[1]
+
+
+def test_those_who_were_meant_to_go_do_not_count_and_go_also_when_others_are_stopped():
+    everybody = crowd(12)
+    gone = {server.name for server in everybody[:8]}
+    made, question = guarded(everybody, everybody[8:], gone)
+    assert (names(made), bool(question)) == (gone, False)
+    made, question = guarded(everybody, everybody[11:], gone - {"s01"})
+    assert (names(made), names(question.changes)) == (gone - {"s01"}, {"s01", "s09", "s10", "s11"})
+
+
+def test_a_target_stays_in_the_srv_while_its_records_wait_for_a_word_and_one_that_was_meant_to_go_does_not():
+    everybody = crowd(8)
+    made, question = guarded(everybody, [], {"s01"})
+    (service,) = (change for change in made if change.rdtype == "SRV")
+    assert sorted(targets({SERVICE: service.after})) == [POLICY.domain(f"s{one:02}") for one in range(2, 9)]
+    assert service.owner not in {change.owner for change in question.changes}
+
+
+def test_an_srv_that_keeps_targets_is_no_longer_than_any_and_takes_new_ones_in():
+    before = crowd(12)
+    zone = zone_of(before)
+    shown = {target.split(".")[0] for target in targets(zone)}
+    lost = set(sorted(shown)[:5])
+    after = [server for server in before if server.name not in lost]
+    made, _ = guard(diff(zone_of(after, draw=9), zone), zone, POLICY)
+    (service,) = (change for change in made if change.rdtype == "SRV")
+    now = {target.split(".")[0] for target in targets({SERVICE: service.after})}
+    assert lost <= now
+    assert len(now) == 8
+
+
+def test_other_settings_are_asked_for_and_known_as_such():
+    zone = zone_of(crowd(10))
+    for other in (
+        replace(POLICY, address_ttl=60),
+        replace(POLICY, caa=(CaaIssuer("x.example", "https://x/1"),)),
+    ):
+        _, question = guard(diff(zone_of(crowd(10), other), zone), zone, other)
+        assert question.is_of_settings
+        assert question.replaced >= 10
+    moved = [replace(server, addresses=("203.0.113.1",)) for server in crowd(10)]
+    assert not guarded(crowd(10), moved)[1].is_of_settings
+
+
+def test_other_settings_that_wait_hold_up_neither_a_loss_nor_another_address_nor_the_srv():
+    other, zone = replace(POLICY, address_ttl=60), zone_of(crowd(10))
+    after = [replace(crowd(10)[1], addresses=("203.0.113.1",)), *crowd(10)[2:]]
+    made, question = guard(diff(zone_of(after, other), zone), zone, other)
+    assert question.is_of_settings
+    done = {change.key: change.after for change in made}
+    gone, moved = POLICY.domain("s01"), POLICY.domain("s02")
+    assert (done[gone, "A"], done[gone, "CAA"]) == (None, None)
+    assert done[moved, "A"].rdatas == {"203.0.113.1"}
+    assert gone not in targets({SERVICE: done.get(SERVICE, zone[SERVICE])})
+
+
+def test_one_server_is_never_a_wave():
+    trio = [
+        ServerRecords(f"s{number}", number, (f"198.18.0.{number}", f"2001:db8::{number}"), listed=True)
+        for number in range(1, 4)
+    ]
+    made, question = guarded(trio, trio[1:])
+    assert (names(made), bool(question)) == ({"s1"}, False)
+    assert names(guarded(trio, trio[2:])[1].changes) == {"s1", "s2"}
+
+
+def test_a_target_is_held_only_when_all_its_addresses_would_go_and_the_database_does_not_know_better():
+    before = [replace(server, addresses=(*server.addresses, "2001:db8::1")) for server in crowd(8)]
+    four = [replace(server, listed=False) for server in crowd(8)]
+    made, question = guarded(before, four)
+    assert {change.rdtype for change in question.changes} == {"AAAA"}
+    assert [change.after for change in made if change.rdtype == "SRV"] == [None]
+    zone = zone_of(crowd(8))
+    made, question = guard(diff(zone_of([]), zone), zone, POLICY, unlisted={"s01", "s02"})
+    (service,) = (change.after for change in made if change.rdtype == "SRV")
+    assert sorted(targets({SERVICE: service})) == [POLICY.domain(f"s{one:02}") for one in range(3, 9)]
+    assert "s01" in names(question.changes)
+
+
+def test_what_settings_explain_is_what_all_that_were_alike_become():
+    zone = zone_of(crowd(3))
+    other = replace(POLICY, address_ttl=60, caa=(CaaIssuer("x.example", "https://x/1"),))
+    plan = [change for change in diff(zone_of(crowd(3), other), zone) if POLICY.name_of(change.owner)]
+    assert of_settings_alone(plan, zone, POLICY) == set(plan)
+    for rdtype in ("A", "CAA"):
+        some = [change for change in plan if (change.owner, change.rdtype) != (POLICY.domain("s01"), rdtype)]
+        assert not of_settings_alone(some, zone, POLICY)
+    proof = Change(POLICY.challenge("s01"), "TXT", RRset.of(2, "TXT", ["a"]), RRset.of(2, "TXT", ["b"]))
+    assert not of_settings_alone([proof], {**zone, proof.key: proof.before}, POLICY)
+
+
+def test_texts_for_a_ca_and_the_rotation_of_the_srv_do_not_count():
+    proving = crowd(10, proofs=("a" * 43,) * 1)
+    made, question = guarded(proving, crowd(10))
+    assert not question
+    assert len(made) == 10
+    zone = zone_of(crowd(40))
+    assert not guard(diff(zone_of(crowd(40), draw=5), zone), zone, POLICY)[1]
+
+
+def test_an_address_more_is_no_loss_and_one_less_is():
+    more = [replace(server, addresses=(*server.addresses, "203.0.113.7")) for server in crowd(10)]
+    assert not guarded(crowd(10), more)[1]
+    assert guarded(more, crowd(10))[1].replaced == 10
+
+
+@given(zones, zones)
+def test_what_is_made_and_what_is_asked_are_the_whole_plan_and_the_checksum_is_of_the_plan_alone(old, new):
+    plan = diff(new, old)
+    made, question = guard(plan, old, POLICY)
+    assert {change.key for change in made} | {change.key for change in question.changes} <= {
+        change.key for change in plan
+    }
+    assert {change.key for change in plan if change.rdtype != "SRV"} <= {
+        change.key for change in (*made, *question.changes)
+    }
+    assert replace(question, changes=question.changes[::-1], existing=0).checksum == question.checksum
+    if question:
+        assert replace(question, changes=question.changes[1:]).checksum != question.checksum
+        assert replace(question, kept=("alice",)).checksum != question.checksum
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (ALICE, "alice"),
+        (f"_acme-challenge.{ALICE}", "alice"),
+        ("servers.pool.example.", None),
+        ("_ntske._tcp.pool.example.", None),
+    ],
+)
+def test_whose_an_owner_is(owner, name):
+    assert POLICY.name_of(owner) == name
+
+
+def lot(*members_with_weights):
+    """Candidates: for each member the weights of its servers."""
+    return [
+        ServerRecords(f"s{member}-{place}", member, ("192.0.2.1",), listed=True, weight=weight)
+        for member, weights in enumerate(members_with_weights)
+        for place, weight in enumerate(weights)
+    ]
+
+
+DRAWS = 3000
+
+
+@pytest.mark.parametrize(
+    "candidates",
+    [
+        lot(),
+        lot(*[[10]] * 5),
+        lot(*[[10]] * 8),
+        lot(*[[10]] * 20),
+        lot(*[[1]] * 5, *[[10]] * 10, [50]),
+        lot([10] * 12, *[[10]] * 11),
+        lot([10] * 3, [10] * 4, [10] * 5),
+        lot([10] * 9, [1, 10, 30]),
+        lot([1, 2, 3], *[[5]] * 7),
+        lot([10] * 30),
+    ],
+)
+def test_the_odds_are_those_of_the_sampling(candidates):
+    """Counted over many draws; among equals the figure is exact, else it is off by a few percent of an answer."""
+    odds = Odds.of(((one.member, one.weight) for one in candidates), 8)
+    counted = Counter(one.name for draw in range(DRAWS) for one in sample(candidates, 8, draw=draw))
+    figures = {one.name: odds.chance(one.member, one.weight) for one in candidates}
+    for name, figure in figures.items():
+        assert figure == pytest.approx(counted[name] / DRAWS, abs=0.05), name
+    assert sum(figures.values()) == pytest.approx(min(len(candidates), 8), abs=1e-6)
+
+
+def test_who_came_since_the_odds_were_reckoned_has_a_share_all_the_same():
+    odds = Odds.of([(1, 10)] * 20, 8)
+    assert 0 < odds.chance(2, 10) <= 1

@@ -1,0 +1,173 @@
+"""`python -m bench.dns`: answers of the embedded DNS server a second, beside Knot's of the same signed zone.
+
+dnsperf asks both in turn, with EDNS and DO, from one thread on the same machine. Some answers of each turn are asked for
+apart and validated; one that is not right ends the bench with an error. The limits of both on how often a network is
+answered are out of reach here, but ours counts them all the same.
+"""
+
+import re
+import secrets
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import dns.dnssec
+import dns.exception
+import dns.message
+import dns.name
+import dns.query
+import dns.rcode
+import dns.rdataclass
+import dns.rrset
+import dns.tsig
+import dns.update
+from dns.rdatatype import DNSKEY, NSEC, RRSIG, RdataType
+
+from bench import report
+from bench.contenders import Contender
+from bench.load import LoadError
+from bench.report import Comparison, Turn
+from lab.embedded import Embedded
+from lab.knot import Knot
+from lab.nameservers import Primary
+from lab.processes import require
+
+_MEMBERS = 2000
+_IN_ONE_UPDATE = 250
+_TARGETS = 8
+_CHECKED = 5
+_PAYLOAD = 1232
+_SERVICE = "_ntske._tcp.pool.example."
+TITLES = {
+    "service": ("SRV of eight targets, signed, one name", "answer"),
+    "addresses": (f"addresses of {_MEMBERS:,} members, signed", "answer"),
+    "absences": ("names that do not exist, each asked once, proved by NSEC", "answer"),
+}
+
+
+def _domain(number: int) -> str:
+    return f"m{number}.servers.pool.example."
+
+
+def _questions(kind: str) -> list[str]:
+    match kind:
+        case "service":
+            return [f"{_SERVICE} SRV"]
+        case "addresses":
+            return [f"{_domain(number)} A" for number in range(_MEMBERS)]
+        case _:
+            return [f"x{secrets.token_hex(6)}.servers.pool.example. A" for _ in range(50_000)]
+
+
+@dataclass(frozen=True, slots=True)
+class DnsServer(Contender):
+    """One of the two, with its zone's keys."""
+
+    server: Primary
+    keys: dns.rrset.RRset
+
+    @classmethod
+    def of(cls, name: str, server: Primary) -> "DnsServer":
+        keys = _answer(server, "pool.example.", DNSKEY).find_rrset(
+            dns.message.ANSWER, dns.name.from_text("pool.example."), dns.rdataclass.IN, DNSKEY
+        )
+        return cls(name, server.pid, server, keys)
+
+
+def _fill(server: Primary) -> None:
+    targets = (f"0 10 4460 {_domain(number)}" for number in range(_TARGETS))
+    update = dns.update.UpdateMessage("pool.example.")
+    update.add(_SERVICE, 60, "SRV", *targets)
+    _send(server, update)
+    for first in range(0, _MEMBERS, _IN_ONE_UPDATE):
+        update = dns.update.UpdateMessage("pool.example.")
+        for number in range(first, first + _IN_ONE_UPDATE):
+            update.add(_domain(number), 300, "A", f"198.18.{number // 250}.{number % 250}")
+        _send(server, update)
+
+
+def _send(server: Primary, update: dns.update.UpdateMessage) -> None:
+    update.use_tsig(dns.tsig.Key(server.tsig_name, server.tsig_secret, "hmac-sha256"))
+    answer = dns.query.tcp(update, server.address, timeout=30, port=server.port)
+    if answer.rcode() != dns.rcode.NOERROR:
+        raise LoadError(f"the zone was refused: {dns.rcode.to_text(answer.rcode())}")
+
+
+def _answer(server: Primary, name: str, kind: RdataType) -> dns.message.Message:
+    query = dns.message.make_query(name, kind, want_dnssec=True, payload=_PAYLOAD)
+    return dns.query.udp(query, server.address, timeout=5, port=server.port)
+
+
+def _check(asked: DnsServer, question: str) -> None:
+    """Raises LoadError for an answer that does not prove what it says."""
+    name, kind = question.split()
+    answer = _answer(asked.server, name, RdataType.make(kind))
+    section = answer.answer or [rrset for rrset in answer.authority if rrset.rdtype == NSEC]
+    proved = [rrset for rrset in section if rrset.rdtype != RRSIG]
+    try:
+        for rrset in proved:
+            signatures = next(
+                each
+                for each in (*answer.answer, *answer.authority)
+                if each.rdtype == RRSIG and each.name == rrset.name and each.covers == rrset.rdtype
+            )
+            dns.dnssec.validate(rrset, signatures, {asked.keys.name: asked.keys})
+    except (StopIteration, dns.exception.ValidationFailure) as error:
+        raise LoadError(f"a wrong answer of {asked.name} to {question}: {error}") from None
+    if not proved:
+        raise LoadError(f"{asked.name} proves nothing to {question}")
+
+
+def _turn(kind: str, seconds: float, asked: DnsServer) -> Turn:
+    questions = _questions(kind)
+    with tempfile.NamedTemporaryFile("w", suffix=".questions") as file:
+        file.write("".join(f"{question}\n" for question in questions))
+        file.flush()
+        address = ["-s", asked.server.address, "-p", str(asked.server.port)]
+        command = [require("dnsperf"), *address, "-d", file.name, "-e", "-D", "-c", "1", "-T", "1"]
+        before = asked.cpu_ns()
+        done = subprocess.run(
+            [*command, "-b", str(_PAYLOAD), "-l", f"{seconds:.3f}"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        cpu_ns = asked.cpu_ns() - before
+    found = dict(re.findall(r"(Queries completed|Queries lost|Run time \(s\)): +([0-9.]+)", done.stdout))
+    if done.returncode or len(found) != 3:
+        raise LoadError(f"dnsperf: {done.stderr or done.stdout}")
+    for question in questions[:_CHECKED]:
+        _check(asked, question)
+    return Turn(
+        int(found["Queries completed"]),
+        int(found["Queries lost"]),
+        len(questions[:_CHECKED]),
+        float(found["Run time (s)"]),
+        cpu_ns,
+    )
+
+
+def measure(seconds: float, rounds: int) -> dict[str, Comparison]:
+    """`seconds` of load in all."""
+    with tempfile.TemporaryDirectory(prefix="truechimer-bench-") as name:
+        directory = Path(name)
+        with (
+            Embedded(directory / "embedded", ttl=60, soa_minimum=60) as ours,
+            Knot(directory / "knot", ttl=60, soa_minimum=60) as theirs,
+        ):
+            for server in (ours, theirs):
+                _fill(server)
+            contenders = DnsServer.of("embedded", ours), DnsServer.of("knot", theirs)
+            length = seconds / (rounds * len(contenders) * len(TITLES))
+            return {kind: Comparison.run(contenders, rounds, partial(_turn, kind, length)) for kind in TITLES}
+
+
+def main() -> int:
+    return report.main("dns", "the embedded DNS server beside Knot, on loopback", measure, TITLES)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

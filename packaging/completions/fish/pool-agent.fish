@@ -1,0 +1,1 @@
+complete --command pool-agent --no-files --arguments "(env _POOL_AGENT_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=get-args _TYPER_COMPLETE_ARGS=(commandline -cp) pool-agent)" --condition "env _POOL_AGENT_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=is-args _TYPER_COMPLETE_ARGS=(commandline -cp) pool-agent"

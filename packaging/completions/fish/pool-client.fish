@@ -1,0 +1,1 @@
+complete --command pool-client --no-files --arguments "(env _POOL_CLIENT_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=get-args _TYPER_COMPLETE_ARGS=(commandline -cp) pool-client)" --condition "env _POOL_CLIENT_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=is-args _TYPER_COMPLETE_ARGS=(commandline -cp) pool-client"
