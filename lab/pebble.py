@@ -18,6 +18,7 @@ from cryptography.x509.oid import NameOID
 
 from lab.peers import PEBBLE_SID
 from lab.processes import Process, free_port
+from nts_core.certificates import load_chain
 
 SIX_DAYS = 518_400
 # As Let's Encrypt has them, in seconds; the one who asks for none gets "classic" there.
@@ -150,6 +151,14 @@ class Pebble:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def is_known(chain_pem: str) -> bool:
+    """Whether the newer Pebble finds a certificate of its own that an order replaces.
+
+    It looks for the serial as it is in DER. Where that begins with an octet of zeros, in one of 256, it kept it without.
+    """
+    return load_chain(chain_pem)[0].serial_number.bit_length() % 8 != 0
 
 
 def write_front(directory: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import select
 
 from lab.ca_front import Fault, Resource
-from lab.pebble import PROFILES
+from lab.pebble import PROFILES, is_known
 from lab.peers import PEBBLE_SID
 from lab.processes import free_port
 from nts_core.acme import AcmeError, RevocationReason
@@ -35,6 +35,13 @@ async def ask(flow, order=None):
 
 def leaf(order):
     return order.chain.split("-----END CERTIFICATE-----")[0] + "-----END CERTIFICATE-----\n"
+
+
+async def known(flow):
+    """A certificate that this Pebble can find when another is to replace it."""
+    while not is_known((issued := await flow.certified()).chain):
+        pass
+    return issued
 
 
 @pytest.fixture
@@ -73,7 +80,7 @@ async def test_the_cas_window_decides_and_the_moment_is_drawn_once(modern):
 @newer
 async def test_a_window_in_the_past_means_now_and_the_new_certificate_replaces_the_old_one(modern):
     flow = await modern()
-    issued = await flow.certified()
+    issued = await known(flow)
     flow.now += HOUR
     flow.pebble.set_renewal_window(leaf(issued), flow.now - 2 * DAY, flow.now - DAY)
     order, server = await ask(flow)
@@ -118,6 +125,25 @@ async def test_what_was_replaced_or_is_another_accounts_or_is_none_does_not_keep
     stranger = await flow.account()
     pending = await stranger.order(third.csr, name, replaces=certificate_id(third.chain))
     assert pending.replaces is None, "only the account that got it may replace it"
+
+
+@newer
+async def test_a_ca_that_breaks_over_what_is_replaced_still_renews(modern, monkeypatch):
+    flow = await modern()
+    issued, account = await flow.certified(), await flow.account()
+    asked, call = [], account._network.call
+
+    def broken(url, payload=None, *rest, **options):
+        if isinstance(payload, dict) and "identifiers" in payload:
+            asked.append("replaces" in payload)
+            if asked[-1]:
+                raise AcmeError("server-error", "no such certificate", status=500)
+        return call(url, payload, *rest, **options)
+
+    monkeypatch.setattr(account._network, "call", broken)
+    name, before = "alice.servers.pool.example", certificate_id(issued.chain)
+    assert (await account.order(issued.csr, name, replaces=before)).replaces is None
+    assert asked == [True, False]
 
 
 @newer
