@@ -13,8 +13,9 @@ from fuzz.target import NOW, Plan, Target, hold
 from nts_core.certificates import ChainError, CsrError, chain_facts, check_chain, check_csr
 from nts_core.errors import printable
 from nts_core.independence import prefix_of
+from nts_core.srv import MAX_LABEL
 from poolsvc.errors import InvalidAddress, InvalidName
-from poolsvc.names import DOMAIN, MAX_NAME, check_address, check_addresses, check_name, is_label
+from poolsvc.names import DOMAIN, check_address, check_addresses, check_name, is_label
 
 _DOMAIN = "alice.servers.pool.example"
 # Fixed, so that files of the corpus stay what they are; it protects nothing.
@@ -102,7 +103,7 @@ def _names(data: bytes) -> str:
     try:
         name = check_name(text)
         hold(check_name(name) == name and is_label(name), "a good name stays good")
-        hold(name.isascii() and len(name) <= MAX_NAME, "a name is a short ASCII label")
+        hold(name.isascii() and len(name) <= MAX_LABEL, "a name is a short ASCII label")
         hold(DOMAIN.fullmatch(f"{name}.pool.example"), "a name makes a domain")
         read.append("name")
     except InvalidName as error:

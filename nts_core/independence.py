@@ -91,6 +91,11 @@ def given_up(used: Sequence[Candidate]) -> tuple[GivenUp, ...]:
     )
 
 
+def dependence(used: Sequence[Candidate]) -> int:
+    """How much servers in use depend on each other: less is better, 0 is not at all."""
+    return _weigh(combinations(used, 2))
+
+
 def choose(waiting: Sequence[Candidate], count: int, *, beside: Sequence[Candidate] = ()) -> list[Candidate]:
     """The `count` of `waiting` to use beside those in use, or all if there are fewer, in the order of `waiting`.
 

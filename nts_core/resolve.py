@@ -36,6 +36,7 @@ from dns.rdtypes.IN.SRV import SRV
 
 from nts_core.errors import NtsError
 from nts_core.metadata import Metadata, parse
+from nts_core.srv import service_name
 
 PAYLOAD = 1232  # octets of a UDP answer that no path has to fragment
 TRIES = 2
@@ -387,7 +388,7 @@ async def srv_targets(resolver: Lookup, pool: str, now: datetime | float) -> lis
     """The pool's servers in the order to try them (RFC 2782), MAX_ANSWERS at most."""
     pool = pool.removesuffix(".")
     try:
-        answer = await resolver.lookup(f"_ntske._tcp.{pool}.", "SRV", now)
+        answer = await resolver.lookup(service_name(pool), "SRV", now)
     except NoAnswer as error:
         raise _error("no-srv", f"the pool {pool} lists no servers: {error}") from None
     ordered = answer.rdatas.processing_order()

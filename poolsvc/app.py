@@ -20,6 +20,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
+from nts_core.srv import targets_that_fit
 from poolsvc.api import ROUTERS, Limits, Services
 from poolsvc.api.openapi import describe, refuse_unknown_parameters
 from poolsvc.config import Settings
@@ -29,7 +30,6 @@ from poolsvc.errors import PoolError
 from poolsvc.gate import NOT_READY, Gate, problem
 from poolsvc.inspection import Inspector
 from poolsvc.metrics import Metrics
-from poolsvc.names import targets_that_fit
 from poolsvc.oidc import Provider
 from poolsvc.pool import Kept, odds_of, take_census
 from poolsvc.readiness import Readiness

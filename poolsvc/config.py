@@ -26,8 +26,9 @@ from pydantic_settings import SettingsConfigDict
 
 from nts_core.children import environment_without
 from nts_core.shell import ProgramSettings, SettingsError, check_contact, check_https
+from nts_core.srv import ANSWER_OCTETS, MIN_TARGETS, targets_that_fit
 from poolsvc.budget import MOST, Limit, Limits
-from poolsvc.names import ANSWER_OCTETS, DOMAIN, MIN_TARGETS, targets_that_fit
+from poolsvc.names import DOMAIN
 
 _PREFIX = "POOLSVC_"
 _SQLITE = "sqlite+aiosqlite:///"

@@ -1,19 +1,17 @@
 """Server names and addresses: what may be registered. Pure.
 
-A server name is one RFC 1123 label of at most 36 characters, so that eight SRV targets fit a signed answer of
-1,232 octets; longer ones that there are already go on to work. An address is unicast and globally routable, unless the demo or a test allows private ones.
+A server name is one RFC 1123 label, short enough that eight SRV targets fit a signed answer (`nts_core.srv`). An
+address is unicast and globally routable, unless the demo or a test allows private ones.
 """
 
 import ipaddress
 import re
 from collections.abc import Sequence
 
+from nts_core.srv import MAX_LABEL, MAX_TARGETS, targets_that_fit
 from poolsvc.errors import InvalidAddress, InvalidName, ReservedName
 
-MAX_NAME = 36
 MAX_ADDRESSES = 8
-MAX_TARGETS, MIN_TARGETS = 8, 4  # servers in an SRV answer; with fewer a client could not tell who is right
-ANSWER_OCTETS = 1232  # over UDP, so that no path has to fragment it
 _SHOWN = 80  # characters of what was refused
 _LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?")
 DOMAIN = re.compile(r"(?=.{1,253}$)(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z0-9-]{2,63}")
@@ -36,7 +34,7 @@ IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 def is_label(name: str) -> bool:
     """Whether anything could ever have been registered under this name."""
-    return len(name) <= MAX_NAME and _LABEL.fullmatch(name.lower()) is not None
+    return len(name) <= MAX_LABEL and _LABEL.fullmatch(name.lower()) is not None
 
 
 def check_name(name: str) -> str:
@@ -48,34 +46,21 @@ def check_name(name: str) -> str:
             remedy="use letters a to z, digits and hyphens",
             field="name",
         )
-    if len(lowered) > MAX_NAME:
+    if len(lowered) > MAX_LABEL:
         raise InvalidName(
             f"the name {lowered[:_SHOWN]!r} has {len(lowered)} characters",
-            remedy=f"use {MAX_NAME} characters at most",
+            remedy=f"use {MAX_LABEL} characters at most",
             field="name",
         )
     if not lowered or not _LABEL.fullmatch(lowered):
         raise InvalidName(
             f"the name {name!r} is not a host label",
-            remedy=f"use 1 to {MAX_NAME} letters, digits and hyphens, with no hyphen at either end",
+            remedy=f"use 1 to {MAX_LABEL} letters, digits and hyphens, with no hyphen at either end",
             field="name",
         )
     if lowered in RESERVED:
         raise ReservedName(f"the name {lowered!r} is reserved", remedy="choose another name", field="name")
     return lowered
-
-
-def targets_that_fit(pool: str) -> int:
-    """How many servers an SRV answer of a pool holds, with the longest names; MAX_TARGETS at most.
-
-    Signed with P-256, and with room for a DNS cookie (RFC 7873) in its OPT.
-    """
-    apex = len(pool) + 2  # octets on the wire
-    header, question = 12, 12 + apex + 4
-    signature = 2 + 10 + 18 + apex + 64
-    options = 11 + 4 + 24
-    target = 2 + 10 + 6 + (1 + MAX_NAME) + 8 + apex  # not compressed (RFC 2782)
-    return min(MAX_TARGETS, (ANSWER_OCTETS - header - question - signature - options) // target)
 
 
 def narrowness(pool: str) -> str | None:

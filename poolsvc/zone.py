@@ -23,7 +23,7 @@ import dns.ipv6
 import dns.rdata
 
 from nts_core.metadata import Metadata
-from poolsvc.names import targets_that_fit
+from nts_core.srv import service_name, targets_that_fit
 
 LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 CAA_WORD = re.compile(r"[!#-:<-[\]-~]+")  # RFC 8659 section 4.2 without what the quoted form would escape
@@ -77,7 +77,7 @@ class ZonePolicy:
     @property
     def service(self) -> str:
         """The owner of the SRV RRset (RFC 2782)."""
-        return f"_ntske._tcp.{self.apex}"
+        return service_name(self.pool.lower())
 
     @property
     def fence(self) -> str:

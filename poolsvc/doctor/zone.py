@@ -20,6 +20,7 @@ from dns.rdtypes.ANY.RRSIG import RRSIG
 from dns.rdtypes.ANY.SOA import SOA
 
 from nts_core.resolve import ResolveError, Resolver, is_vouched
+from nts_core.srv import ANSWER_OCTETS, MAX_TARGETS
 from poolsvc.config import split_endpoint
 from poolsvc.delegation import MAX_RECORDS, NoReply, answered, ask
 from poolsvc.doctor.report import (
@@ -35,7 +36,7 @@ from poolsvc.doctor.report import (
     worst,
 )
 from poolsvc.errors import InvalidAddress
-from poolsvc.names import ANSWER_OCTETS, MAX_TARGETS, check_address, narrowness
+from poolsvc.names import check_address, narrowness
 from poolsvc.primary import Nameserver, PublishError, Unreachable
 from poolsvc.publication import primary_config, zone_policy
 from poolsvc.publisher import Publisher

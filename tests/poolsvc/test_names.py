@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nts_core.srv import MAX_LABEL
 from poolsvc.errors import InvalidAddress, InvalidName, ReservedName
 from poolsvc.names import (
     MAX_ADDRESSES,
-    MAX_NAME,
     RESERVED,
     check_address,
     check_addresses,
@@ -27,7 +27,7 @@ from poolsvc.names import (
         ("a", "a"),
         ("7", "7"),
         ("ntp-1", "ntp-1"),
-        ("a" * MAX_NAME, "a" * MAX_NAME),
+        ("a" * MAX_LABEL, "a" * MAX_LABEL),
     ],
 )
 def test_a_host_label_is_taken_in_lower_case(text, name):
@@ -38,7 +38,7 @@ def test_a_host_label_is_taken_in_lower_case(text, name):
     "text",
     [
         *("", " ", "-", "-alice", "alice-", "al ice", "al_ice", "alice.example", "alice.", "al\nice", "*"),
-        *("alice\x00", "alice/..", "alice;", "a" * (MAX_NAME + 1), "\u2028"),
+        *("alice\x00", "alice/..", "alice;", "a" * (MAX_LABEL + 1), "\u2028"),
     ],
 )
 def test_what_is_not_a_host_label_is_refused(text):
@@ -51,8 +51,8 @@ def test_what_is_not_a_host_label_is_refused(text):
 
 def test_a_name_that_is_too_long_is_told_the_limit():
     with pytest.raises(InvalidName, match="has 37 characters") as caught:
-        check_name("a" * (MAX_NAME + 1))
-    assert str(MAX_NAME) in caught.value.remedy
+        check_name("a" * (MAX_LABEL + 1))
+    assert str(MAX_LABEL) in caught.value.remedy
     with pytest.raises(InvalidName) as caught:
         check_name("a" * 5000)
     assert len(str(caught.value)) < 200
@@ -75,7 +75,7 @@ def test_reserved_names_are_refused(name):
 
 
 def test_every_reserved_name_would_be_a_valid_one():
-    assert all(name == name.lower() and len(name) <= MAX_NAME for name in RESERVED)
+    assert all(name == name.lower() and len(name) <= MAX_LABEL for name in RESERVED)
 
 
 @given(st.text(max_size=50))
@@ -86,7 +86,7 @@ def test_whatever_is_accepted_is_one_lower_case_label(text):
         return
     assert name.isascii()
     assert name == name.lower()
-    assert 1 <= len(name) <= MAX_NAME
+    assert 1 <= len(name) <= MAX_LABEL
     assert set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nts_core.metadata import Metadata, parse
-from poolsvc.names import ANSWER_OCTETS, MAX_NAME, MAX_TARGETS, MIN_TARGETS, targets_that_fit
+from nts_core.srv import ANSWER_OCTETS, MAX_LABEL, MAX_TARGETS, MIN_TARGETS, targets_that_fit
 from poolsvc.zone import (
     CaaIssuer,
     Change,
@@ -274,7 +274,7 @@ def octets_of_an_answer(pool, count):
     service = f"_ntske._tcp.{pool}."
     query = dns.message.make_query(service, "SRV", want_dnssec=True, payload=ANSWER_OCTETS)
     answer = dns.message.make_response(query)
-    names = (f"{number:0{MAX_NAME}}.servers.{pool}." for number in range(count))
+    names = (f"{number:0{MAX_LABEL}}.servers.{pool}." for number in range(count))
     answer.answer += [
         dns.rrset.from_text(service, 60, "IN", "SRV", *(f"0 10 4460 {name}" for name in names)),
         dns.rrset.from_text(

@@ -1,0 +1,150 @@
+"""Who is a member of a pool now, looked at again each TTL (asyncio).
+
+A pool's answer holds all its listed servers or, of a large pool, a part of them that is drawn anew each TTL
+(`nts_core.srv`). So a server that a client uses is a member no longer when
+
+- its name has no addresses any more, by a denial that counts (`nts_core.denial`), or
+- the pool's answer has room for more servers, and does not name it.
+
+A lookup that fails changes nothing: an outage of DNS is not a removal.
+"""
+
+import asyncio
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Protocol
+
+from nts_core.independence import Candidate
+from nts_core.metadata import Metadata
+from nts_core.resolve import Answer, Lookup, ResolveError, addresses, metadata, srv_targets
+from nts_core.srv import targets_that_fit
+
+# Seconds between two looks, whatever the TTL; and after failures, twice as long each time.
+MIN_LOOK, MAX_LOOK = 30.0, 3600.0
+MAX_RETRY = 960.0
+# Whose the servers are only orders them: it is not waited for as long as an address.
+_METADATA_TIMEOUT = 2.0
+# There is nothing at the pool's name, which may be meant; its servers' own names tell more.
+_NOTHING_LISTED = frozenset({"no-srv", "no-service"})
+
+
+class Denier(Protocol):
+    """Who tells whether a name is gone."""
+
+    async def deny(self, name: str) -> bool:
+        """As `denial.Witnesses.deny`."""
+
+
+@dataclass(slots=True)
+class Look:
+    """What one look found.
+
+    `listed` are the servers of the answer in the order of RFC 2782, `others` those asked for that are members and
+    not in it, `gone` those that are members no longer. `unusable` says why listed ones cannot be used, `problem`
+    what could not be found out. `again_in` is in seconds.
+    """
+
+    listed: list[Candidate] = field(default_factory=list)
+    others: list[Candidate] = field(default_factory=list)
+    gone: set[str] = field(default_factory=set)
+    unusable: dict[str, str] = field(default_factory=dict)
+    problem: ResolveError | None = None
+    again_in: float = MIN_LOOK
+
+
+class Membership:
+    """One pool's. `lookup` gives what is believed, `denier` what is gone."""
+
+    def __init__(self, pool: str, lookup: Lookup, denier: Denier) -> None:
+        self.pool = pool.removesuffix(".").lower()
+        self._lookup = lookup
+        self._denier = denier
+        self._retry = MIN_LOOK
+        # What is known of servers, and until when.
+        self._facts: dict[str, tuple[Candidate, float]] = {}
+
+    async def look(self, held: Iterable[Candidate], now: datetime | float) -> Look:
+        """The members now, and what became of those held. Never raises for what DNS does."""
+        moment = now.timestamp() if isinstance(now, datetime) else now
+        look = Look()
+        answer = _Timed(self._lookup)
+        try:
+            targets = await srv_targets(answer, self.pool, moment)
+        except ResolveError as error:
+            look.problem, targets = error, []
+        mine = {candidate.name: candidate for candidate in held}
+        if look.problem is None or look.problem.code in _NOTHING_LISTED:
+            listed = [Candidate(target.name, target.port, target.priority) for target in targets]
+            others = [mine[name] for name in mine.keys() - {target.name for target in targets}]
+            if targets and len(targets) < targets_that_fit(self.pool):
+                look.gone.update(other.name for other in others)
+                others = []
+            found = await asyncio.gather(
+                *(self._check(each, look, moment, is_held=each.name in mine) for each in (*listed, *others))
+            )
+            look.listed = [each for each in found[: len(listed)] if each is not None]
+            look.others = [each for each in found[len(listed) :] if each is not None]
+            wanted = {each.name for each in (*look.listed, *look.others)}
+            self._facts = {name: facts for name, facts in self._facts.items() if name in wanted}
+        if look.problem is None:
+            self._retry = MIN_LOOK
+            look.again_in = min(max(answer.ttl, MIN_LOOK), MAX_LOOK)
+        else:
+            look.again_in, self._retry = self._retry, min(2 * self._retry, MAX_RETRY)
+        return look
+
+    async def _check(self, server: Candidate, look: Look, now: float, *, is_held: bool) -> Candidate | None:
+        """A server with what the zone says of it. Notes in `look` if it is gone, or if nothing can be said."""
+        known, until = self._facts.get(server.name, (server, now))
+        if now >= until:
+            answer = _Timed(self._lookup)
+            found, whose = await asyncio.gather(
+                _addresses(answer, server.name, now), self._metadata(server.name, now)
+            )
+            if isinstance(found, ResolveError):
+                look.unusable[server.name] = found.message
+                if is_held:
+                    await self._check_denial(server.name, look, found)
+                return None
+            known, until = replace(server, addresses=tuple(found), metadata=whose), now + answer.ttl
+            self._facts[server.name] = known, until
+        return replace(known, port=server.port, priority=server.priority)
+
+    async def _check_denial(self, name: str, look: Look, error: ResolveError) -> None:
+        if error.code != "no-address":
+            look.problem = look.problem or error
+            return
+        try:
+            if await self._denier.deny(name):
+                look.gone.add(name)
+        except ResolveError as unknown:
+            look.problem = look.problem or unknown
+
+    async def _metadata(self, name: str, now: float) -> Metadata | None:
+        try:
+            async with asyncio.timeout(_METADATA_TIMEOUT):
+                return await metadata(self._lookup, name, now)
+        except TimeoutError:
+            return None
+
+
+async def _addresses(lookup: Lookup, name: str, now: float) -> list[str] | ResolveError:
+    """As a value, so that the lookup beside it comes to its end."""
+    try:
+        return await addresses(lookup, name, now)
+    except ResolveError as error:
+        return error
+
+
+class _Timed:
+    """A lookup that keeps the least TTL of its answers, in seconds."""
+
+    def __init__(self, lookup: Lookup) -> None:
+        self._lookup = lookup
+        self.ttl = MAX_LOOK
+
+    async def lookup(self, owner: str, rdtype: str, now: datetime | float) -> Answer:
+        answer = await self._lookup.lookup(owner, rdtype, now)
+        self.ttl = min(self.ttl, answer.ttl)
+        return answer
