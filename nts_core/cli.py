@@ -26,7 +26,15 @@ from nts_core.client import (
     sources,
 )
 from nts_core.ke import KE_PORT
-from nts_core.resolve import MAX_RESOLVERS, ROOT, ResolveError, Resolver, Resolvers, TrustAnchors
+from nts_core.resolve import (
+    MAX_RESOLVERS,
+    ROOT,
+    ResolveError,
+    Resolver,
+    Resolvers,
+    TrustAnchors,
+    system_resolvers,
+)
 from nts_core.session import CertificateTime
 from nts_core.shell import parse_host_port
 from nts_core.source import CertificateCheck, QueryResult, Source, query
@@ -121,15 +129,10 @@ def _load_resolver(text: str, anchors: TrustAnchors) -> Resolver:
 
 
 def _system_resolvers() -> list[str]:
-    try:
-        lines = Path("/etc/resolv.conf").read_text().splitlines()
-    except OSError:
-        lines = []
-    words = [line.split() for line in lines]
-    found = [f"[{each[1]}]:53" for each in words if len(each) > 1 and each[0] == "nameserver"]
+    found = system_resolvers()
     if not found:
         raise _unusable("/etc/resolv.conf names no resolver", "give one with --resolver ADDRESS:PORT")
-    return found[:MAX_RESOLVERS]
+    return [f"[{address}]:53" for address in found]
 
 
 def _check_range(option: str, value: int, maximum: int) -> None:

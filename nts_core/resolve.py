@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import NoReturn, Protocol
 
 import dns.asyncquery
@@ -422,3 +423,13 @@ async def metadata(resolver: Lookup, name: str, now: datetime | float) -> Metada
     except ResolveError:
         return None
     return parse(record.strings for record in answer.rdatas if isinstance(record, TXT))
+
+
+def system_resolvers() -> list[str]:
+    """The addresses of the system's resolvers (resolv.conf(5)), MAX_RESOLVERS at most; none is an empty list."""
+    try:
+        lines = Path("/etc/resolv.conf").read_text().splitlines()
+    except (OSError, UnicodeDecodeError):
+        return []
+    words = [line.split() for line in lines]
+    return [each[1] for each in words if len(each) > 1 and each[0] == "nameserver"][:MAX_RESOLVERS]

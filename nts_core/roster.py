@@ -27,8 +27,9 @@ from nts_core.independence import Candidate, GivenUp, choose, dependence, given_
 
 MIN_HOLD, MAX_HOLD = 3600.0, 86_400.0
 REFUSED_HOLD = 7 * 86_400.0
+MIN_UNREACHED_HOLD, MAX_UNREACHED_HOLD = 60.0, 960.0
 EXCHANGE_EVERY = 3600.0
-# More than a pool's answer can hold is never held back at a time that matters; the oldest holds go first.
+# A pool cannot make us remember more; the oldest holds go first.
 MAX_HOLDS = 256
 _MAX_DOUBLINGS = 5
 
@@ -37,6 +38,7 @@ class Fault(StrEnum):
     """Why a source is of no use."""
 
     UNREACHABLE = "unreachable"
+    UNREACHED = "unreached"  # as all others were then
     FALSETICKER = "falseticker"
     UNFIT = "unfit"
     REFUSED = "refused"
@@ -93,10 +95,12 @@ class Roster:
             if candidate.name in self._used:
                 self._used[candidate.name] = candidate
 
-    def resume(self, candidates: Iterable[Candidate], now: float) -> None:
-        """Sources of an earlier run that are still members; as many as there is room for."""
-        for candidate in self._free(candidates, now)[: self.count - len(self._used)]:
+    def resume(self, candidates: Iterable[Candidate], now: float) -> list[Candidate]:
+        """Sources of an earlier run that are still members; returns those that there is room for."""
+        resumed = self._free(candidates, now)[: self.count - len(self._used)]
+        for candidate in resumed:
             self._use(candidate, now)
+        return resumed
 
     def gone(self, names: Iterable[str]) -> list[Candidate]:
         """These are members no longer. Returns those that were sources until now."""
@@ -112,13 +116,19 @@ class Roster:
         since = self._used_since.get(name, now)
         self._drop(name)
         before = self._holds.pop(name, None)
-        failures = 1 if before is None or now - since > MAX_HOLD else before.failures + 1
-        length = min(MIN_HOLD * 2 ** min(failures - 1, _MAX_DOUBLINGS), MAX_HOLD)
-        if fault is Fault.REFUSED:
-            length = REFUSED_HOLD
-        self._holds[name] = Hold(now + length, failures, fault, reason)
+        is_first = before is None or now - since > MAX_HOLD or before.fault is Fault.UNREACHED is not fault
+        failures = 1 if before is None or is_first else before.failures + 1
+        self._holds[name] = Hold(now + _length(fault, failures), failures, fault, reason)
         while len(self._holds) > MAX_HOLDS:
             del self._holds[next(iter(self._holds))]
+
+    def release(self, fault: Fault) -> None:
+        """Who is held back for this alone may be chosen at once."""
+        self._holds = {name: hold for name, hold in self._holds.items() if hold.fault is not fault}
+
+    def has_choice(self, now: float) -> bool:
+        """Whether `choose` would find somebody."""
+        return len(self._used) < self.count and bool(self._free(self._listed.values(), now))
 
     def choose(self, now: float) -> list[Candidate]:
         """Fill the places that are free, and return who is new."""
@@ -180,3 +190,15 @@ class Roster:
     def _drop(self, name: str) -> Candidate | None:
         self._used_since.pop(name, None)
         return self._used.pop(name, None)
+
+
+def _length(fault: Fault, failures: int) -> float:
+    """For how long a server is held back."""
+    doubled = 2.0 ** min(failures - 1, _MAX_DOUBLINGS)
+    match fault:
+        case Fault.REFUSED:
+            return REFUSED_HOLD
+        case Fault.UNREACHED:
+            return min(MIN_UNREACHED_HOLD * doubled, MAX_UNREACHED_HOLD)
+        case _:
+            return min(MIN_HOLD * doubled, MAX_HOLD)

@@ -33,13 +33,15 @@ class Estimate:
 class Selection:
     """The indices of the truechimers, and what they say: `offset` is None when there is no majority.
 
-    `survivors` are those of them whose offsets make it, `jitter` (nanoseconds) how far these are apart.
+    `survivors` are those of them whose offsets make it, `jitter` (nanoseconds) how far these are apart, `interval`
+    from where to where the truth lies if the majority is right.
     """
 
     truechimers: frozenset[int]
     offset: int | None
     survivors: frozenset[int] = frozenset()
     jitter: float = 0.0
+    interval: tuple[int, int] = (0, 0)
 
 
 def unfit(sample: Sample) -> str | None:
@@ -86,7 +88,8 @@ def select(estimates: Sequence[Estimate]) -> Selection:
             if claim.offset - claim.distance <= high and claim.offset + claim.distance >= low
         )
         survivors, jitter = _cluster(estimates, chosen)
-        return Selection(chosen, _combine([estimates[index] for index in survivors]), survivors, jitter)
+        offset = _combine([estimates[index] for index in survivors])
+        return Selection(chosen, offset, survivors, jitter, interval)
     return Selection(frozenset(), None)
 
 

@@ -239,6 +239,10 @@ class Session:
                 # The attempt did reach the server, at another address: it counts, and its back-off holds.
                 pass
 
+    def renew(self, now: int) -> None:
+        """Keys are to be renewed as soon as the back-off allows; those that are there serve until then."""
+        self._refresh_at = min(self._refresh_at, now)
+
     # Polls
 
     def polling(self, now: int) -> Credentials:

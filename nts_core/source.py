@@ -185,6 +185,20 @@ class Source:
         return self._session.credentials
 
     @property
+    def address(self) -> str | None:
+        """Where key establishment was done, once it was."""
+        return self._ke_address or None
+
+    def renew(self) -> None:
+        """Have keys renewed as soon as that is polite, as when the server's certificate has ended."""
+        self._session.renew(time.monotonic_ns())
+
+    def forget(self) -> None:
+        """Keep nothing of this server, on disk neither. Raises ClientError."""
+        self._session = Session(time.monotonic_ns(), self._session.interval)
+        self._keep()
+
+    @property
     def interval(self) -> float:
         """The wanted seconds between polls. May be set; what RATE demanded is never undercut."""
         return self._session.interval / SECOND

@@ -3,6 +3,7 @@
     DIR/NAME-PORT-DIGEST.json   one server's credentials (RFC 8915 section 5.7)
     DIR/NAME-PORT-DIGEST.lock   held by the one process that uses them
     DIR/recorded-time.json      a time that was known to be right (section 8.5)
+    DIR/pool-NAME-DIGEST.json   which of a pool's servers are used, and which are held back until when
 
 Rules:
 
@@ -20,7 +21,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -34,8 +35,12 @@ from pydantic import BaseModel, ConfigDict, Field, IPvAnyAddress, ValidationErro
 from nts_core.aead import KEY_LENGTH, AeadId, SessionKeys
 from nts_core.client import ClientError, Failure
 from nts_core.cookies import MAX_COOKIE_LENGTH, MAX_COOKIES
+from nts_core.errors import printable
+from nts_core.independence import Candidate
+from nts_core.roster import MAX_HOLDS, REFUSED_HOLD, Fault, Hold
 from nts_core.session import CHECKED_ANSWERS, COOKIE_LIFETIME, MAX_INTERVAL, CertificateTime, Credentials
 from nts_core.shell import replace_file, sync
+from nts_core.srv import MAX_TARGETS
 
 # How long a second process waits for the first one's lock, in seconds.
 LOCK_TIMEOUT = 5.0
@@ -44,6 +49,9 @@ _LOCK_POLL = 0.05
 _MAX_FILE = 16 * 1024
 _VERSION = 1
 _RECORDED_TIME = "recorded-time"
+# As many holds as a roster has, with names and reasons of the longest kind.
+_MAX_POOL_FILE = 256 * 1024
+_MAX_REASON = 200
 _Result = TypeVar("_Result")
 _REMEDY = "check the directory's owner, rights and space, or give another --state"
 
@@ -66,9 +74,13 @@ class Binding:
     @property
     def stem(self) -> str:
         """A file name for the server, safe for every name and no longer than file systems allow."""
-        digest = hashlib.sha256(f"{self.name}\0{self.port}".encode()).hexdigest()
-        readable = re.sub(r"[^a-z0-9.-]", "_", self.name.lower())[:80].lstrip(".")
-        return f"{readable}-{self.port}-{digest[:16]}"
+        return _stem(self.name, self.port)
+
+
+def _stem(name: str, port: int) -> str:
+    digest = hashlib.sha256(f"{name}\0{port}".encode()).hexdigest()
+    readable = re.sub(r"[^a-z0-9.-]", "_", name.lower())[:80].lstrip(".")
+    return f"{readable}-{port}-{digest[:16]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +153,26 @@ class _CookieDocument(_Document):
 class _TimeDocument(_Document):
     version: Literal[1]
     recorded_ns: Annotated[int, Field(ge=0, lt=1 << 63)]
+
+
+class _ServerDocument(_Document):
+    name: Annotated[str, Field(min_length=1, max_length=253)]
+    port: Annotated[int, Field(ge=1, le=65535)]
+
+
+class _HoldDocument(_Document):
+    name: Annotated[str, Field(min_length=1, max_length=253)]
+    until_ns: _Nanoseconds
+    failures: Annotated[int, Field(ge=1)]
+    fault: Fault
+    reason: Annotated[str, Field(max_length=_MAX_REASON)]
+
+
+class _PoolDocument(_Document):
+    version: Literal[1]
+    pool: str
+    used: Annotated[tuple[_ServerDocument, ...], Field(max_length=MAX_TARGETS)]
+    holds: Annotated[tuple[_HoldDocument, ...], Field(max_length=MAX_HOLDS)]
 
 
 class CookieFile:
@@ -244,6 +276,78 @@ class CookieFile:
         _guarded(self._path, lambda: _remove(self._path))
 
 
+class PoolFile:
+    """What a client of a pool keeps beside the cookies, held under its lock from `open` to `close`."""
+
+    def __init__(self, path: Path, pool: str, lock: int) -> None:
+        self._path = path
+        self._pool = pool
+        self._lock = lock
+
+    @classmethod
+    def open(cls, directory: Path, pool: str) -> Self:
+        """Raises ClientError when the directory is of no use, or another process uses it for this pool."""
+        _make_directory(directory)
+        path = directory / f"pool-{_stem(pool, 0)}.json"
+        lock = _open_lock(path.with_suffix(".lock"))
+        if not _try_lock(lock):
+            os.close(lock)
+            raise ClientError(
+                Failure.CONFIGURATION,
+                f"another process uses what is kept of the pool {pool} in {directory}",
+                "wait until it has ended, or give another --state",
+            )
+        return cls(path, pool, lock)
+
+    def close(self) -> None:
+        os.close(self._lock)
+
+    def load(self, now: int) -> tuple[list[Candidate], dict[str, Hold], str | None]:
+        """The servers in use, and the holds with `until` in seconds from `now` (Unix nanoseconds); and a sentence if
+        something is wrong with the file. No hold is longer than the longest one, wherever the clock was set to.
+        """
+        content, fault = _read(self._path, _MAX_POOL_FILE)
+        if content is None:
+            return [], {}, fault
+        try:
+            document = _PoolDocument.model_validate_json(content)
+        except ValueError as error:
+            return [], {}, _set_aside(self._path, content, _explain(error))
+        if document.pool != self._pool:
+            return [], {}, None
+        holds = {
+            each.name: Hold(
+                min((each.until_ns - now) / 1e9, REFUSED_HOLD),
+                each.failures,
+                each.fault,
+                printable(each.reason),
+            )
+            for each in document.holds
+        }
+        return [Candidate(each.name, each.port) for each in document.used], holds, None
+
+    def save(self, used: Iterable[Candidate], holds: Mapping[str, Hold], now: int) -> None:
+        """Replace the file durably; times as in `load`. Raises ClientError."""
+        document = _PoolDocument(
+            version=_VERSION,
+            pool=self._pool,
+            used=tuple(_ServerDocument(name=each.name, port=each.port) for each in used),
+            holds=tuple(
+                _HoldDocument(
+                    name=name,
+                    until_ns=now + round(hold.until * 1e9),
+                    failures=hold.failures,
+                    fault=hold.fault,
+                    reason=hold.reason[:_MAX_REASON],
+                )
+                for name, hold in holds.items()
+            ),
+        )
+        _guarded(
+            self._path, lambda: replace_file(self._path, document.model_dump_json(indent=1).encode() + b"\n")
+        )
+
+
 class TimeRecord:
     """The last recorded time of a state directory, which never goes back (section 8.5)."""
 
@@ -308,7 +412,7 @@ def _try_lock(lock: int) -> bool:
     return True
 
 
-def _read(path: Path) -> tuple[bytes | None, str | None]:
+def _read(path: Path, limit: int = _MAX_FILE) -> tuple[bytes | None, str | None]:
     """The content of one of our files; or None, with a sentence when it is there and cannot be used."""
     try:
         # Without O_NONBLOCK a named pipe in the file's place would hold us up.
@@ -322,15 +426,15 @@ def _read(path: Path) -> tuple[bytes | None, str | None]:
         if not stat.S_ISREG(found.st_mode):
             return None, _set_aside(path, b"", "it is not a file")
         with open(descriptor, "rb", closefd=False) as file:
-            content = file.read(_MAX_FILE + 1)
+            content = file.read(limit + 1)
     except OSError as error:
         return None, _set_aside(path, b"", error.strerror or str(error))
     finally:
         os.close(descriptor)
     if found.st_uid != os.geteuid() or found.st_mode & 0o077:
         return None, _set_aside(path, content, "others may read or write it")
-    if len(content) > _MAX_FILE:
-        return None, _set_aside(path, content, f"it is longer than {_MAX_FILE} octets")
+    if len(content) > limit:
+        return None, _set_aside(path, content, f"it is longer than {limit} octets")
     return content, None
 
 

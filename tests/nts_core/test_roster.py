@@ -6,7 +6,18 @@ from hypothesis import strategies as st
 
 from nts_core.independence import Candidate
 from nts_core.metadata import Metadata
-from nts_core.roster import EXCHANGE_EVERY, MAX_HOLD, MAX_HOLDS, MIN_HOLD, REFUSED_HOLD, Fault, Hold, Roster
+from nts_core.roster import (
+    EXCHANGE_EVERY,
+    MAX_HOLD,
+    MAX_HOLDS,
+    MAX_UNREACHED_HOLD,
+    MIN_HOLD,
+    MIN_UNREACHED_HOLD,
+    REFUSED_HOLD,
+    Fault,
+    Hold,
+    Roster,
+)
 
 DAY = 86_400.0
 
@@ -85,6 +96,32 @@ def test_who_refuses_is_left_alone_for_a_week():
     assert roster.next_release(0) == REFUSED_HOLD
 
 
+def test_while_nobody_can_be_reached_servers_are_held_back_for_minutes_and_not_blamed():
+    roster = started(*pool("a"), count=1)
+    now, lengths = 0.0, []
+    for _ in range(7):
+        roster.failed("a", Fault.UNREACHED, "no network", now)
+        lengths.append(roster.next_release(now) - now)
+        now += lengths[-1]
+        roster.choose(now)
+    assert lengths[:2] == [MIN_UNREACHED_HOLD, 2 * MIN_UNREACHED_HOLD]
+    assert lengths[-1] == MAX_UNREACHED_HOLD
+    roster.failed("a", Fault.UNREACHABLE, "no answer", now)
+    assert roster.held(now)["a"].failures == 1
+    assert roster.next_release(now) - now == MIN_HOLD
+
+
+def test_when_the_network_is_back_nobody_waits():
+    roster = started(*pool(*"ab"), count=2)
+    roster.failed("a", Fault.UNREACHED, "no network", 0)
+    roster.failed("b", Fault.FALSETICKER, "it disagrees", 0)
+    assert not roster.has_choice(1)
+    roster.release(Fault.UNREACHED)
+    assert roster.has_choice(1)
+    assert names(roster.choose(1)) == ["a"]
+    assert not roster.has_choice(1)
+
+
 def test_who_is_held_and_gone_is_still_held_when_it_comes_again():
     roster = started(*pool(*"ab"), count=1)
     roster.failed("a", Fault.UNREACHABLE, "no answer", 0)
@@ -106,7 +143,7 @@ def test_holds_survive_a_restart():
 def test_an_earlier_runs_sources_are_taken_first_unless_held_back():
     roster = Roster(2, {"x": Hold(10.0, 1, Fault.UNREACHABLE, "no answer")})
     *earlier, listed = pool("x", "y", "z", "a")
-    roster.resume(earlier, 0)
+    assert names(roster.resume(earlier, 0)) == ["y", "z"]
     roster.listed([listed])
     assert roster.choose(0) == []
     assert names(roster.used) == ["y", "z"]

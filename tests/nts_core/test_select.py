@@ -37,7 +37,9 @@ def test_nothing_gives_nothing():
 
 
 def test_one_source_is_believed():
-    assert select([ms(3)]) == Selection(frozenset({0}), 3 * MS, frozenset({0}))
+    assert select([ms(3)]) == Selection(
+        frozenset({0}), 3 * MS, frozenset({0}), interval=(3 * MS - ms(3).distance, 3 * MS + ms(3).distance)
+    )
 
 
 def test_two_that_agree():

@@ -6,36 +6,27 @@ import signal
 import socket
 import sys
 import time
-from collections import Counter
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from lab.certificates import Authority
+from lab.nts_server import NtsServer, forged_kiss
 from lab.processes import free_port
 from lab.programs import AgentServer, run
-from member_agent.config import Limits
-from member_agent.ke_server import KeListeners
 from member_agent.sockets import Endpoint, bind
-from nts_core.aead import NONCE_LENGTH, Aead, AeadId
+from nts_core.aead import AeadId
 from nts_core.cli import ExitStatus
 from nts_core.client import ClientError, Failure
-from nts_core.cookies import Keyring
-from nts_core.errors import NotAuthentic
 from nts_core.ke import NtpEndpoint, NtpService
 from nts_core.kernel import read_kernel
-from nts_core.packet import Field, FieldType, Header, Leap, Mode, Packet, encode_fields, protect
-from nts_core.server import ClockState, NtpServer, Reply
 from nts_core.session import EstablishAt, Phase, PollAt, Stop
 from nts_core.source import INTERVAL, CertificateCheck, Source, SystemClock, query
 from nts_core.store import TimeRecord
-from nts_core.tls import ServerCredentials
 
 NAME = "ntp.example"
 HOST = "127.0.0.1"
-CLOCK = ClockState(Leap.NONE, 2, -20, 0, 0, b"TEST", 0)
 DAY = timedelta(days=1)
 GOOD = SystemClock(is_good=lambda: True)
 UNKNOWN = SystemClock(is_good=lambda: False)
@@ -61,84 +52,9 @@ def roots(authority):
     return x509.load_pem_x509_certificates(authority.root.read_bytes())
 
 
-def load_credentials(pair):
-    key = load_pem_private_key(pair.key.read_bytes(), None)
-    return ServerCredentials(x509.load_pem_x509_certificates(pair.cert.read_bytes()), key)
-
-
-class Server(asyncio.DatagramProtocol):
-    """An NTS server that counts each cookie it ever sees, and can be told to misbehave."""
-
-    def __init__(self, pair):
-        self.keyring = Keyring.new(0, secrets.token_bytes)
-        self.listeners = KeListeners(load_credentials(pair), self.keyring, Limits())
-        self.cookies = Counter()
-        self.offset = 0
-        self.before = lambda _request: []  # sent before the true answer
-        self.is_silent = False
-
-    async def start(self):
-        loop = asyncio.get_running_loop()
-        self.transport, _ = await loop.create_datagram_endpoint(lambda: self, local_addr=(HOST, 0))
-        bound = bind(Endpoint(HOST, 0), socket.SOCK_STREAM)
-        self.ntp_port = self.transport.get_extra_info("sockname")[1]
-        service = NtpService(NtpEndpoint(None, self.ntp_port))
-        self.listeners.listen(bound, lambda _local, _names: service)
-        self.ke_port = self.listeners.endpoints[0].port
-
-    async def stop(self):
-        await self.listeners.close()
-        self.transport.close()
-        await asyncio.sleep(0)
-
-    def lose_keys(self):
-        self.keyring = self.listeners.keyring = Keyring.new(0, secrets.token_bytes)
-
-    @property
-    def establishments(self):
-        return self.listeners.counters["ok"]
-
-    def datagram_received(self, data, address):
-        packet = Packet.decode(data)
-        (cookie,) = packet.of_type(FieldType.COOKIE)
-        self.cookies[cookie.value] += 1
-        for octets in self.before(data):
-            self.transport.sendto(octets, address)
-
-        def now():
-            return time.time_ns() + self.offset
-
-        server = NtpServer(self.keyring, secrets.token_bytes)
-        action = server.respond(data, received=now(), transmit_time=now, clock=CLOCK)
-        if isinstance(action, Reply) and not self.is_silent:
-            self.transport.sendto(action.octets, address)
-
-    def kiss(self, code):
-        """An authentic kiss for a request; nothing for one whose cookie does not open."""
-
-        def answers(request):
-            asked = Packet.decode(request)
-            try:
-                keys = self.keyring.open(asked.of_type(FieldType.COOKIE)[0].value)
-            except NotAuthentic:
-                return []
-            cookie = self.keyring.seal(keys, secrets.token_bytes(16))
-            hidden = encode_fields([Field(FieldType.COOKIE, cookie)])
-            nonce = secrets.token_bytes(NONCE_LENGTH[keys.aead])
-            return [protect(forged_kiss(request, code), hidden, Aead(keys.aead, keys.s2c), nonce)]
-
-        return answers
-
-
-def forged_kiss(request, code):
-    asked = Packet.decode(request)
-    header = Header(mode=Mode.SERVER, stratum=0, reference_id=code, origin=asked.header.transmit)
-    return header.encode() + encode_fields(asked.of_type(FieldType.UNIQUE_IDENTIFIER))
-
-
 @pytest.fixture
 async def server(pair):
-    serving = Server(pair)
+    serving = NtsServer(pair)
     await serving.start()
     yield serving
     await serving.stop()
@@ -401,7 +317,7 @@ async def expired(authority):
     """A server whose certificate has ended, and whose own clock stands at a time before that."""
     now = datetime.now(UTC)
     pair = authority.issue(NAME, HOST, not_before=now - DAY, not_after=now - DAY / 2, file="expired")
-    serving = Server(pair)
+    serving = NtsServer(pair)
     serving.offset = -round((0.75 * DAY).total_seconds()) * 10**9
     await serving.start()
     yield serving
