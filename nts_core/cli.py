@@ -3,29 +3,27 @@
 import asyncio
 import ipaddress
 import json
+import re
 import sys
 import time
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import IntEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, Group
+from rich.live import Live
 from rich.text import Text
 
+from nts_core import show
 from nts_core.aead import SUPPORTED, AeadId, parse_algorithms
-from nts_core.client import (
-    ClientError,
-    Failure,
-    PoolView,
-    Verdict,
-    load_roots,
-    sources,
-)
+from nts_core.client import ClientError, Failure, load_roots
+from nts_core.denial import Witnesses
 from nts_core.ke import KE_PORT
+from nts_core.pool import COUNT, PoolClient, PoolView, shortage
 from nts_core.resolve import (
     MAX_RESOLVERS,
     ROOT,
@@ -37,8 +35,7 @@ from nts_core.resolve import (
 )
 from nts_core.session import CertificateTime
 from nts_core.shell import parse_host_port
-from nts_core.source import CertificateCheck, QueryResult, Source, query
-from nts_core.tls import Trust
+from nts_core.source import INTERVAL, CertificateCheck, QueryResult, Source, query
 
 app = typer.Typer(
     name="pool-client",
@@ -52,6 +49,9 @@ MAX_SAMPLES = 64
 _WIDE = 200
 # A pool's answer holds eight targets at most.
 MAX_COUNT = 8
+_MIN_INTERVAL, _MAX_INTERVAL = 16, 1024
+_SHOW_EVERY = 1.0
+_DOMAIN = re.compile(r"(?=.{1,253}$)([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?\.)*[a-z0-9_-]{1,63}")
 
 
 class ExitStatus(IntEnum):
@@ -113,19 +113,19 @@ def _load_anchors(file: Path) -> TrustAnchors:
         ) from None
 
 
-def _load_resolvers(texts: list[str], anchors: TrustAnchors) -> Resolvers:
+def _load_endpoints(texts: list[str]) -> list[Endpoint]:
+    """Where the resolvers are."""
     if len(texts) > MAX_RESOLVERS:
         raise _unusable(f"--resolver is given {len(texts)} times", f"give it {MAX_RESOLVERS} times at most")
-    return Resolvers([_load_resolver(text, anchors) for text in texts or _system_resolvers()])
+    return [_load_endpoint(text) for text in texts or _system_resolvers()]
 
 
-def _load_resolver(text: str, anchors: TrustAnchors) -> Resolver:
+def _load_endpoint(text: str) -> Endpoint:
     endpoint = parse_endpoint(text, 53)
     try:
-        address = str(ipaddress.ip_address(endpoint.host))
+        return Endpoint(str(ipaddress.ip_address(endpoint.host)), endpoint.port)
     except ValueError:
         raise _unusable(f"--resolver {text}: not an IP address", "give it as ADDRESS:PORT") from None
-    return Resolver(address, endpoint.port, anchors, _RESOLVER_TIMEOUT)
 
 
 def _system_resolvers() -> list[str]:
@@ -251,7 +251,7 @@ def _show_query(host: str, found: QueryResult) -> None:
     now = datetime.fromtimestamp((time.time_ns() + best.offset) / 1e9, UTC)
     typer.echo(f"{host} at {found.ntp_host} port {found.ntp_port}, authenticated")
     typer.echo(f"  time    {now.isoformat(timespec='milliseconds')}")
-    typer.echo(f"  offset  {_milliseconds(best.offset)}   delay {_milliseconds(best.delay)}")
+    typer.echo(f"  offset  {show.milliseconds(best.offset)}   delay {show.milliseconds(best.delay)}")
     typer.echo(f"  stratum {best.stratum}   leap {best.leap}   samples {len(found.samples)}")
     if not found.key_establishment:
         typer.echo("  kept cookies were used, without key establishment")
@@ -259,106 +259,205 @@ def _show_query(host: str, found: QueryResult) -> None:
         typer.echo("  certificate time not checked strictly: this machine's clock is not known to be right")
 
 
-def _milliseconds(nanoseconds: int | None) -> str:
-    return "" if nanoseconds is None else f"{nanoseconds / 1e6:+.3f} ms"
+Pool = Annotated[str, typer.Argument(help="the pool's domain, such as pool.example")]
+TrustAnchor = Annotated[Path | None, typer.Option(help="file of DS or DNSKEY lines instead of the root's")]
+ResolverList = Annotated[
+    list[str] | None,
+    typer.Option(metavar="ADDR:PORT", help="instead of the system's; may be given up to three times"),
+]
+Roots = Annotated[Path | None, typer.Option(help="trusted roots (PEM) instead of the system's")]
+Count = Annotated[int, typer.Option(help="how many sources must agree, 1 to 8")]
+State = Annotated[
+    Path | None, typer.Option(help="keep the choice, cookies and the last known time here between runs")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
-def _sources_document(pool: str | None, view: PoolView | None) -> dict[str, Any]:
-    found = view.sources if view else ()
-    return {
-        "pool": pool,
-        "sources": [
-            {
-                "name": source.name,
-                "address": source.address,
-                "operator": source.metadata.operator if source.metadata else None,
-                "networks": list(source.metadata.networks) if source.metadata else [],
-                "countries": list(source.metadata.countries) if source.metadata else [],
-                "offset_ns": source.measurement.best.offset if source.measurement else None,
-                "delay_ns": source.measurement.best.delay if source.measurement else None,
-                "verdict": source.verdict,
-                "reason": source.reason or None,
-            }
-            for source in found
-        ],
-        "offset_ns": view.offset if view else None,
-        "not_independent": [
-            {"names": list(pair.names), "same": [bond.name.lower() for bond in pair.bonds]}
-            for pair in (view.given_up if view else ())
-        ],
-    }
+class _Session:
+    """A PoolClient made of the command line, and its resolvers. Raises ClientError."""
+
+    def __init__(
+        self,
+        pool: str,
+        *,
+        trust_anchor: Path | None,
+        resolver: list[str] | None,
+        ca: Path | None,
+        count: int,
+        state: Path | None,
+        interval: float = INTERVAL,
+    ) -> None:
+        _check_range("--count", count, MAX_COUNT)
+        anchors = ROOT if trust_anchor is None else _load_anchors(trust_anchor)
+        endpoints = _load_endpoints(resolver or [])
+        self.resolvers = Resolvers(
+            [Resolver(each.host, each.port, anchors, _RESOLVER_TIMEOUT) for each in endpoints]
+        )
+        self.client = PoolClient(
+            _parse_pool(pool),
+            count=count,
+            lookup=self.resolvers,
+            denier=Witnesses([(each.host, each.port) for each in endpoints]),
+            roots=load_roots(ca),
+            state=state,
+            interval=interval,
+        )
+
+    @property
+    def warnings(self) -> list[str]:
+        """Which resolvers are passed over."""
+        return [
+            f"{name} is passed over: {error.message}" for name, error in self.resolvers.passed_over.items()
+        ]
+
+
+def _parse_pool(text: str) -> str:
+    name = text.removesuffix(".").lower()
+    if not _DOMAIN.fullmatch(name):
+        raise _unusable(f"{text!r} is not a domain name", "give the pool's domain, such as pool.example")
+    return name
 
 
 @app.command("sources")
 def sources_command(
-    pool: Annotated[str, typer.Argument(help="the pool's domain, such as pool.example")],
-    trust_anchor: Annotated[
-        Path | None, typer.Option(help="file of DS or DNSKEY lines instead of the root's")
-    ] = None,
-    count: Annotated[int, typer.Option(help="how many sources must agree, 1 to 8")] = 4,
-    resolver: Annotated[
-        list[str] | None,
-        typer.Option(metavar="ADDR:PORT", help="instead of the system's; may be given up to three times"),
-    ] = None,
-    ca: Annotated[Path | None, typer.Option(help="trusted roots (PEM) instead of the system's")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,  # noqa: FBT002 - a flag
+    pool: Pool,
+    trust_anchor: TrustAnchor = None,
+    count: Count = COUNT,
+    resolver: ResolverList = None,
+    ca: Roots = None,
+    state: State = None,
+    as_json: AsJson = False,  # noqa: FBT002 - a flag
 ) -> None:
     """Find a pool's members by DNSSEC, and keep those that tell the same time."""
-    view: PoolView | None = None
+    document: dict[str, Any] = _empty_view(pool)
     failure: ClientError | None = None
-    resolvers: Resolvers | None = None
     try:
-        _check_range("--count", count, MAX_COUNT)
-        now = datetime.now(UTC)
-        anchors = ROOT if trust_anchor is None else _load_anchors(trust_anchor)
-        resolvers = _load_resolvers(resolver or [], anchors)
-        trust = Trust.of(load_roots(ca), now)
-        view = asyncio.run(sources(pool.rstrip(".").lower(), resolvers, trust, now, count=count))
+        session = _Session(
+            pool, trust_anchor=trust_anchor, resolver=resolver, ca=ca, count=count, state=state
+        )
+        view = asyncio.run(_settle(session.client))
+        view = replace(view, warnings=(*view.warnings, *session.warnings))
+        document = show.document(view)
         if view.truechimers < count:
-            failure = ClientError(
-                Failure.TOO_FEW_SOURCES,
-                f"{view.truechimers} of {count} sources agree",
-                "see each source's reason; ask again in a minute, or accept fewer with --count",
-            )
+            failure = shortage(view, count)
+        if not as_json:
+            _show_sources(view)
     except ClientError as error:
         failure = error
-    passed_over = resolvers.passed_over if resolvers is not None else {}
-    warnings = [f"{name} is passed over: {error.message}" for name, error in passed_over.items()]
-    if not as_json:
-        for warning in warnings:
-            typer.echo(f"warning: {warning}", err=True)
-        if view is not None:
-            _show_sources(view)
-    document = {**_sources_document(pool, view), "warnings": warnings, "error": _error(failure)}
-    _finish(document, failure, as_json=as_json)
+    _finish({**document, "error": _error(failure)}, failure, as_json=as_json)
 
 
-_COLOURS = {Verdict.TRUECHIMER: "green", Verdict.FALSETICKER: "red", Verdict.FAILED: "yellow"}
+async def _settle(client: PoolClient) -> PoolView:
+    async with client:
+        return await client.settled()
+
+
+def _empty_view(pool: str | None) -> dict[str, Any]:
+    """What is printed where nothing was found: every field, without a value."""
+    nothing = PoolView(pool or "", (), (), {}, (), None, None, 0.0, is_settled=True, warnings=())
+    return {**show.document(nothing), "pool": pool}
+
+
+def _console() -> Console:
+    """Off a terminal nothing is cut."""
+    return Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False)
 
 
 def _show_sources(view: PoolView) -> None:
-    # Off a terminal nothing is cut; and what a peer chose to say of itself is text, never markup.
-    console = Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False)
-    table = Table(box=None, pad_edge=False)
-    for column in ("source", "address", "offset", "delay", "verdict"):
-        table.add_column(
-            column, justify="right" if column in {"offset", "delay"} else "left", overflow="fold"
+    for warning in view.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    console = _console()
+    console.print(show.table(view))
+    for line in show.summary(view):
+        console.print(Text(line))
+
+
+@app.command("watch")
+def watch_command(
+    pool: Pool,
+    trust_anchor: TrustAnchor = None,
+    count: Count = COUNT,
+    resolver: ResolverList = None,
+    ca: Roots = None,
+    state: State = None,
+    interval: Annotated[int, typer.Option(help="seconds between polls of a source, 16 to 1024")] = round(
+        INTERVAL
+    ),
+    until: Annotated[
+        float | None, typer.Option("--for", metavar="SECONDS", help="end after so long; else at Ctrl-C")
+    ] = None,
+    as_json: AsJson = False,  # noqa: FBT002 - a flag
+) -> None:
+    """Keep several sources of a pool, and show what becomes of them."""
+    failure: ClientError | None = None
+    try:
+        if not _MIN_INTERVAL <= interval <= _MAX_INTERVAL:
+            raise _unusable(
+                f"--interval {interval} is out of range", f"give {_MIN_INTERVAL} to {_MAX_INTERVAL} seconds"
+            )
+        session = _Session(
+            pool,
+            trust_anchor=trust_anchor,
+            resolver=resolver,
+            ca=ca,
+            count=count,
+            state=state,
+            interval=interval,
         )
-    for source in view.sources:
-        best = source.measurement.best if source.measurement else None
-        verdict = Text(source.verdict, style=_COLOURS[source.verdict])
-        table.add_row(
-            Text(source.name),
-            Text(source.address or ""),
-            _milliseconds(best.offset if best else None),
-            _milliseconds(best.delay if best else None),
-            verdict.append(f" {source.reason}" if source.reason else "", style="default"),
+        asyncio.run(_watch(session, until, as_json=as_json))
+    except ClientError as error:
+        failure = error
+    except KeyboardInterrupt:
+        return
+    if failure is not None:
+        _finish({**_empty_view(pool), "error": _error(failure)}, failure, as_json=as_json)
+
+
+async def _watch(session: _Session, until: float | None, *, as_json: bool) -> None:
+    """Show each view that says something new, no more than one a second; a terminal's picture is kept up to date."""
+    screen = _Screen(as_json=as_json)
+    with suppress(TimeoutError), screen:
+        async with asyncio.timeout(until), session.client as client:
+            async for view in client.views():
+                screen.show(replace(view, warnings=(*view.warnings, *session.warnings)))
+                await asyncio.sleep(_SHOW_EVERY)
+
+
+class _Screen:
+    """Where `watch` shows its views: a terminal, a file of lines for people, or one of JSON."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self._as_json = as_json
+        self._live = (
+            Live(console=_console(), auto_refresh=False) if sys.stdout.isatty() and not as_json else None
         )
-    console.print(table)
-    if view.offset is not None:
-        console.print(f"the truechimers agree on an offset of {_milliseconds(view.offset)}")
-    for pair in view.given_up:
-        console.print(Text(f"not independent: {pair}"))
+        self._last: PoolView | None = None
+
+    def __enter__(self) -> None:
+        if self._live is not None:
+            self._live.start()
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def show(self, view: PoolView) -> None:
+        if self._live is not None:
+            lines = [
+                f"{view.pool}: {view.truechimers} sources agree; next look at DNS in {show.seconds(view.look_in)}"
+            ]
+            lines += [*show.summary(view), *(f"warning: {warning}" for warning in view.warnings)]
+            self._live.update(Group(show.table(view, is_live=True), *map(Text, lines)), refresh=True)
+        elif self._as_json:
+            typer.echo(json.dumps({"at": _now(), **show.document(view)}))
+        else:
+            for line in show.changes(self._last, view):
+                typer.echo(f"{_now()} {line}")
+        self._last = view
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 # typer carries its own click inside and exports of its usage errors only this one: the root is one above.
@@ -367,8 +466,8 @@ _UsageError: Any = typer.BadParameter.__base__
 
 def _empty_document() -> dict[str, Any]:
     """What a command whose line could not be read prints: every field that it has, without a value."""
-    if "sources" in sys.argv:
-        return {**_sources_document(None, None), "warnings": []}
+    if {"sources", "watch"} & set(sys.argv):
+        return _empty_view(None)
     return _query_document(None, None, None, []) if "query" in sys.argv else {}
 
 

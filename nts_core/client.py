@@ -1,7 +1,7 @@
 """Asking servers for authenticated time over real sockets (asyncio).
 
-`establish` runs key establishment, `measure` authenticated exchanges, `sources` both with the members of a
-pool; for one server over a longer time see `nts_core.source`. Every wait has a deadline. ICMP errors are not
+`establish` runs key establishment, `measure` authenticated exchanges; for one server over a longer time see
+`nts_core.source`, for a pool `nts_core.pool`. Every wait has a deadline. ICMP errors are not
 listened to: anybody can forge them, so only silence counts. Nothing here touches the system clock.
 """
 
@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime
 from enum import StrEnum
 from ipaddress import ip_address
 from pathlib import Path
@@ -32,18 +31,14 @@ from nts_core.errors import (
     KeError,
     KissOfDeath,
     NotAuthentic,
-    NtsError,
     OutOfCookies,
     TlsError,
     WireError,
 )
-from nts_core.independence import Candidate, GivenUp, choose, given_up
 from nts_core.ke import KeClient, KeResult
 from nts_core.kernel import SO_TIMESTAMPNS, receive_time
-from nts_core.metadata import Metadata
 from nts_core.packet import MAX_DATAGRAM
 from nts_core.records import ErrorCode
-from nts_core.resolve import Lookup, ResolveError, SrvTarget, addresses, metadata, srv_targets
 from nts_core.tls import Pin, TlsChannel, Trust, client_channel
 
 KE_TIMEOUT = 5.0
@@ -379,153 +374,6 @@ async def system_addresses(name: str, *, canonical: str | None = None) -> list[s
             "check the name and this machine's resolver, or give the server's address with --address",
         ) from None
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
-
-
-class Verdict(StrEnum):
-    TRUECHIMER = "truechimer"
-    FALSETICKER = "falseticker"
-    FAILED = "failed"
-
-
-@dataclass(frozen=True, slots=True)
-class PoolSource:
-    """One pool member as this client found it; offset and delay in nanoseconds."""
-
-    name: str
-    address: str | None
-    metadata: Metadata | None
-    measurement: Measurement | None
-    verdict: Verdict
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class PoolView:
-    """The sources that were tried, what the truechimers among them agree on, and where these depend on each other."""
-
-    pool: str
-    sources: tuple[PoolSource, ...]
-    offset: int | None
-    given_up: tuple[GivenUp, ...] = ()
-
-    @property
-    def truechimers(self) -> int:
-        return sum(source.verdict is Verdict.TRUECHIMER for source in self.sources)
-
-
-@dataclass(slots=True)
-class _Trial:
-    """One candidate on its way to a verdict."""
-
-    candidate: Candidate
-    failure: str = ""
-    address: str | None = None
-    measurement: Measurement | None = None
-
-
-async def sources(
-    pool: str, resolver: Lookup, trust: Trust, now: datetime, *, count: int = 4, samples: int = 4
-) -> PoolView:
-    """Look the pool's members up and measure them until `count` agree or none is left.
-
-    Which ones is `independence.choose`'s to say. One that fails or disagrees is replaced by the next. Raises
-    ClientError when the pool cannot be looked up at all.
-    """
-    try:
-        targets = await srv_targets(resolver, pool, now)
-    except ResolveError as error:
-        raise ClientError(Failure.DNS, error.message, error.remedy) from None
-    tried = await asyncio.gather(*(_look_up(target, resolver, now) for target in targets))
-    waiting = [trial for trial in tried if not trial.failure]
-    tried = [trial for trial in tried if trial.failure]
-    view = _judge(pool, tried)
-    used: set[str] = set()
-    while waiting and view.truechimers < count:
-        agreeing = {source.name for source in view.sources if source.verdict is Verdict.TRUECHIMER}
-        beside = [trial.candidate for trial in tried if trial.candidate.name in agreeing]
-        chosen = choose([trial.candidate for trial in waiting], count - len(beside), beside=beside)
-        batch = [trial for trial in waiting if trial.candidate in chosen]
-        async with asyncio.TaskGroup() as group:
-            for trial in batch:
-                group.create_task(_try(trial, trust, used, samples))
-        waiting = [trial for trial in waiting if trial not in batch]
-        tried += batch
-        view = _judge(pool, tried)
-    return view
-
-
-async def _look_up(target: SrvTarget, resolver: Lookup, now: datetime) -> _Trial:
-    """A target with what the pool's zone says of it."""
-    (found, failure), known = await asyncio.gather(
-        _addresses(target, resolver, now), _metadata(target, resolver, now)
-    )
-    return _Trial(Candidate(target.name, target.port, target.priority, found, known), failure)
-
-
-async def _addresses(target: SrvTarget, resolver: Lookup, now: datetime) -> tuple[tuple[str, ...], str]:
-    """A target's addresses, or why there are none."""
-    try:
-        return tuple(await addresses(resolver, target.name, now)), ""
-    except ResolveError as error:
-        return (), error.message
-
-
-async def _metadata(target: SrvTarget, resolver: Lookup, now: datetime) -> Metadata | None:
-    try:
-        async with asyncio.timeout(_METADATA_TIMEOUT):
-            return await metadata(resolver, target.name, now)
-    except TimeoutError:
-        return None
-
-
-async def _try(trial: _Trial, trust: Trust, used: set[str], samples: int) -> None:
-    candidate = trial.candidate
-    # Two names for one address are one source.
-    fresh = [address for address in candidate.addresses if address not in used]
-    if not fresh:
-        trial.failure = "its addresses are in use by another source"
-        return
-    used.update(candidate.addresses)
-    try:
-        for address in fresh:
-            trial.address = address
-            try:
-                established = await establish(candidate.name, address, candidate.port, trust)
-                trial.measurement = await measure(established, samples)
-            except ClientError as error:
-                trial.failure = error.message
-                if error.is_unacceptable:
-                    return
-                continue
-            return
-    except NtsError as error:
-        trial.failure = str(error)
-
-
-def _judge(pool: str, tried: Sequence[_Trial]) -> PoolView:
-    claims: list[select.Estimate] = []
-    claimants: list[_Trial] = []
-    for trial in tried:
-        if trial.measurement is not None and select.unfit(trial.measurement.best) is None:
-            claims.append(select.estimate(trial.measurement.samples))
-            claimants.append(trial)
-    selection = select.select(claims)
-    chosen = [claimants[index].candidate for index in sorted(selection.truechimers)]
-    judged = tuple(_source(trial, is_chosen=trial.candidate in chosen) for trial in tried)
-    return PoolView(pool, judged, selection.offset, given_up(chosen))
-
-
-def _source(trial: _Trial, *, is_chosen: bool) -> PoolSource:
-    candidate, measurement = trial.candidate, trial.measurement
-    if measurement is None:
-        verdict, reason = Verdict.FAILED, trial.failure
-    elif (unfit := select.unfit(measurement.best)) is not None:
-        verdict, reason = Verdict.FAILED, unfit
-    elif is_chosen:
-        verdict, reason = Verdict.TRUECHIMER, ""
-    else:
-        verdict, reason = Verdict.FALSETICKER, "its time disagrees with the majority"
-    return PoolSource(candidate.name, trial.address, candidate.metadata, measurement, verdict, reason)
 
 
 def _strerror(error: BaseException) -> str:
