@@ -54,10 +54,13 @@ class NtsServer(asyncio.DatagramProtocol):
         self.before: Answers = lambda _request: ()
         self.is_silent = False
 
-    async def start(self) -> None:
+    async def start(self, ke_port: int = 0, ntp_port: int = 0) -> None:
+        """At these ports, or any that are free."""
         loop = asyncio.get_running_loop()
-        self.transport, _ = await loop.create_datagram_endpoint(lambda: self, local_addr=(self.host, 0))
-        bound = bind(Endpoint(self.host, 0), socket.SOCK_STREAM)
+        self.transport, _ = await loop.create_datagram_endpoint(
+            lambda: self, local_addr=(self.host, ntp_port)
+        )
+        bound = bind(Endpoint(self.host, ke_port), socket.SOCK_STREAM)
         self.ntp_port = self.transport.get_extra_info("sockname")[1]
         service = NtpService(NtpEndpoint(None, self.ntp_port))
         self.listeners.listen(bound, lambda _local, _names: service)
@@ -85,14 +88,19 @@ class NtsServer(asyncio.DatagramProtocol):
         self.cookies[cookie.value] += 1
         for octets in self.before(data):
             self.transport.sendto(octets, address)
+        true = self.answer(data)
+        if true is not None and not self.is_silent:
+            self.transport.sendto(true, address)
+
+    def answer(self, request: bytes) -> bytes | None:
+        """What is true."""
 
         def now() -> int:
             return time.time_ns() + self.offset
 
         server = NtpServer(self.keyring, secrets.token_bytes)
-        action = server.respond(data, received=now(), transmit_time=now, clock=self.clock)
-        if isinstance(action, Reply) and not self.is_silent:
-            self.transport.sendto(action.octets, address)
+        action = server.respond(request, received=now(), transmit_time=now, clock=self.clock)
+        return action.octets if isinstance(action, Reply) else None
 
     def kiss(self, code: bytes) -> Answers:
         """An authentic kiss for a request; nothing for one whose cookie does not open."""

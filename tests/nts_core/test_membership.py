@@ -1,7 +1,6 @@
 """Who is a member: a real zone that changes, behind a real validating resolver, and DNS that fails or lies."""
 
 import asyncio
-import itertools
 import time
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -11,11 +10,10 @@ import dns.name
 import dns.query
 import dns.rcode
 import dns.rrset
-import dns.tsig
-import dns.update
 import pytest
 
 from lab.knot import Knot
+from lab.pool_zone import PoolZone
 from lab.processes import free_port
 from lab.unbound import Unbound
 from nts_core.denial import Witnesses
@@ -29,31 +27,6 @@ POOL = "pool.example"
 OPERATOR = "abcdefghij234"
 
 
-class Zone:
-    """A pool's zone whose servers come and go."""
-
-    def __init__(self, knot):
-        self.knot = knot
-        self._numbers = itertools.count(1)
-
-    def change(self, *, add=(), take=(), listed=()):
-        """Servers get or lose their addresses; `listed` are the SRV answer from now on."""
-        key = dns.tsig.Key(self.knot.tsig_name, self.knot.tsig_secret, "hmac-sha256")
-        update = dns.update.UpdateMessage(f"{POOL}.", keyring=key)
-        for name in add:
-            number = next(self._numbers)
-            update.add(f"{name}.servers", 2, "A", f"192.0.2.{number}")
-            update.add(f"{name}.servers", 2, "TXT", f'"v=truechimer1 op={OPERATOR}"')
-        for name in take:
-            for rdtype in ("A", "TXT"):
-                update.delete(f"{name}.servers", rdtype)
-        update.delete("_ntske._tcp", "SRV")
-        for name in listed:
-            update.add("_ntske._tcp", 2, "SRV", f"0 10 4460 {name}.servers.{POOL}.")
-        answer = dns.query.tcp(update, self.knot.address, timeout=5, port=self.knot.port)
-        assert answer.rcode() == dns.rcode.NOERROR, answer
-
-
 @pytest.fixture(scope="module")
 def knot(tmp_path_factory):
     with Knot(tmp_path_factory.mktemp("knot"), ttl=1, soa_minimum=1) as running:
@@ -62,7 +35,11 @@ def knot(tmp_path_factory):
 
 @pytest.fixture
 def zone(knot):
-    return Zone(knot)
+    return PoolZone(knot)
+
+
+def added(*names):
+    return [(name, f"192.0.2.{number}", f"op={OPERATOR}") for number, name in enumerate(names, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -112,25 +89,27 @@ def test_the_pools_own_names():
         assert not is_own(name, POOL)
 
 
-async def test_a_look_finds_the_listed_with_what_the_zone_says_of_them(zone):
-    zone.change(add=["alice", "bob"], listed=["alice", "bob"])
-    look = await Membership(f"{POOL}.", asked(zone.knot), Denies()).look([], time.time())
+async def test_a_look_finds_the_listed_with_what_the_zone_says_of_them(zone, knot):
+    zone.add(*added("alice", "bob"))
+    zone.list(["alice", "bob"])
+    look = await Membership(f"{POOL}.", asked(knot), Denies()).look([], time.time())
     assert sorted(labels(look.listed)) == ["alice", "bob"]
     assert all(each.metadata == Metadata(OPERATOR) and len(each.addresses) == 1 for each in look.listed)
     assert (look.others, look.gone, look.unusable, look.problem) == ([], set(), {}, None)
     assert look.again_in == MIN_LOOK, "the TTL of a second is not taken at its word"
 
 
-async def test_a_server_whose_name_is_gone_is_a_member_no_longer(zone, unbound):
+async def test_a_server_whose_name_is_gone_is_a_member_no_longer(zone, knot, unbound):
     """The answer is full, so that it alone tells nothing of who is not in it."""
     full = [f"s{number}" for number in range(targets_that_fit(POOL))]
-    zone.change(add=[*full, "old", "out"], listed=full)
-    membership = Membership(POOL, asked(zone.knot), Witnesses([(unbound.address, unbound.port)]))
+    zone.add(*added(*full, "old", "out"))
+    zone.list(full)
+    membership = Membership(POOL, asked(knot), Witnesses([(unbound.address, unbound.port)]))
     held = servers("old", "out", "s0")
     look = await membership.look(held, time.time())
     assert sorted(labels(look.others)) == ["old", "out"]
     assert (len(look.listed), look.gone) == (MAX_TARGETS, set())
-    zone.change(take=["out"], listed=full)
+    zone.remove("out")
     async with asyncio.timeout(20):
         while not look.gone:
             # What is known of a server is not asked for again within its TTL, here a second or two.
@@ -140,34 +119,36 @@ async def test_a_server_whose_name_is_gone_is_a_member_no_longer(zone, unbound):
     assert labels(look.others) == ["old"]
 
 
-async def test_a_server_that_an_answer_has_room_for_and_does_not_name_is_a_member_no_longer(zone):
-    zone.change(add=["here", "delisted"], listed=["here"])
-    look = await Membership(POOL, asked(zone.knot), NobodyKnows()).look(
-        servers("here", "delisted"), time.time()
-    )
+async def test_a_server_that_an_answer_has_room_for_and_does_not_name_is_a_member_no_longer(zone, knot):
+    zone.add(*added("here", "delisted"))
+    zone.list(["here"])
+    look = await Membership(POOL, asked(knot), NobodyKnows()).look(servers("here", "delisted"), time.time())
     assert look.gone == {f"delisted.servers.{POOL}"}
     assert look.problem is None
 
 
-async def test_a_pool_that_lists_nobody_keeps_those_whose_names_are_there(zone):
-    zone.change(add=["left"], take=["right"], listed=[])
+async def test_a_pool_that_lists_nobody_keeps_those_whose_names_are_there(zone, knot):
+    zone.add(*added("left"))
+    zone.remove("right")
+    zone.list([])
     denier = Denies()
-    look = await Membership(POOL, asked(zone.knot), denier).look(servers("left", "right"), time.time())
+    look = await Membership(POOL, asked(knot), denier).look(servers("left", "right"), time.time())
     assert look.problem.code == "no-srv"
     assert labels(look.others) == ["left"]
     assert look.gone == {f"right.servers.{POOL}"}
     assert denier.asked == [f"right.servers.{POOL}"]
 
 
-async def test_an_absence_that_nobody_confirms_removes_nobody(zone):
-    zone.change(take=["phantom"], listed=[])
-    look = await Membership(POOL, asked(zone.knot), NobodyKnows()).look(servers("phantom"), time.time())
+async def test_an_absence_that_nobody_confirms_removes_nobody(zone, knot):
+    zone.remove("phantom")
+    zone.list([])
+    look = await Membership(POOL, asked(knot), NobodyKnows()).look(servers("phantom"), time.time())
     assert look.gone == set()
     assert look.problem is not None
 
 
-async def test_an_outage_removes_nobody_and_is_asked_about_ever_less_often(zone):
-    silent = Resolver("127.0.0.1", free_port(), TrustAnchors.parse(zone.knot.trust_anchor()), 0.2)
+async def test_an_outage_removes_nobody_and_is_asked_about_ever_less_often(zone, knot):
+    silent = Resolver("127.0.0.1", free_port(), TrustAnchors.parse(knot.trust_anchor()), 0.2)
     membership = Membership(POOL, silent, Denies())
     waits = []
     for _ in range(9):
@@ -252,8 +233,8 @@ def broken(answer):
     return answer
 
 
-async def test_a_validated_denial_counts(zone, unbound):
-    zone.change(add=["there"], listed=[])
+async def test_a_validated_denial_counts(zone, knot, unbound):
+    zone.add(*added("there"))
     witnesses = Witnesses([(unbound.address, unbound.port)])
     assert await witnesses.deny("never-there.servers.pool.example")
     assert not await witnesses.deny("there.servers.pool.example.")
