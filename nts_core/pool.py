@@ -141,8 +141,6 @@ class PoolClient:
         self._members: dict[str, _Member] = {}
         # Of those that are held back, what was seen last.
         self._left: dict[str, SourceView] = {}
-        # An earlier run's sources, until a look has found them.
-        self._earlier: dict[str, Candidate] = {}
         self._file: PoolFile | None = None
         self._listed: frozenset[str] = frozenset()
         self._unusable: Mapping[str, str] = {}
@@ -165,8 +163,8 @@ class PoolClient:
         if self._state is not None:
             self._file = PoolFile.open(self._state, self.pool)
             used, holds, fault = self._file.load(self._unix())
-            self._earlier = {candidate.name: candidate for candidate in used}
             self._roster = Roster(self._count, _shifted(holds, time.monotonic()))
+            self._roster.resume(used, time.monotonic())
             self._warnings += [] if fault is None else [fault]
         self._runner = asyncio.create_task(self._run(), name=f"the sources of {self.pool}")
         return self
@@ -273,7 +271,7 @@ class PoolClient:
         try:
             async with asyncio.TaskGroup() as tasks:
                 while True:
-                    await self._look(tasks)
+                    await self._look()
                     while (now := time.monotonic()) < self._look_at:
                         self._fill(tasks, now)
                         await self._tell()
@@ -295,10 +293,9 @@ class PoolClient:
         async with self._changed:
             self._changed.notify_all()
 
-    async def _look(self, tasks: asyncio.TaskGroup) -> None:
+    async def _look(self) -> None:
         """Who is a member now."""
-        asked_for = {candidate.name: candidate for candidate in self._roster.used} | self._earlier
-        found = await self._membership.look(asked_for.values(), self._unix() / _SECOND)
+        found = await self._membership.look(self._roster.used, self._unix() / _SECOND)
         now = time.monotonic()
         if found.problem is None and self._problem is not None:
             # The network is back: what failed without it says nothing.
@@ -310,23 +307,19 @@ class PoolClient:
             self._listed = frozenset(candidate.name for candidate in found.listed)
             self._unusable = found.unusable
         for candidate in self._roster.gone(found.gone):
-            self._members[candidate.name].is_gone = True
-            self._stop(candidate.name)
-        if found.problem is None:
-            kept = [each for each in (*found.others, *found.listed) if each.name in self._earlier]
-            self._earlier = {}
-            for candidate in self._roster.resume(kept, now):
-                self._start(tasks, candidate)
+            if candidate.name in self._members:
+                self._members[candidate.name].is_gone = True
+                self._stop(candidate.name)
 
     def _fill(self, tasks: asyncio.TaskGroup, now: float) -> None:
         """Every place has its source."""
-        for candidate in self._roster.choose(now):
-            self._start(tasks, candidate)
+        self._roster.choose(now)
+        if self._is_begun and self._is_settled(now) and (exchanged := self._roster.exchange(now)) is not None:
+            self._stop(exchanged[0].name)
+        for candidate in self._roster.used:
+            if candidate.name not in self._members:
+                self._start(tasks, candidate)
         self._is_begun = True
-        if self._is_settled(now) and (exchanged := self._roster.exchange(now)) is not None:
-            left, came = exchanged
-            self._stop(left.name)
-            self._start(tasks, came)
 
     def _start(self, tasks: asyncio.TaskGroup, candidate: Candidate) -> None:
         source = Source(
@@ -429,10 +422,9 @@ class PoolClient:
         """For a later run. A full disk is no reason to end this one."""
         if self._file is None:
             return
-        used = {candidate.name: candidate for candidate in self._roster.used} | self._earlier
         holds = _shifted(self._roster.holds, -time.monotonic())
         try:
-            self._file.save(list(used.values())[: self._count], holds, self._unix())
+            self._file.save(self._roster.used, holds, self._unix())
         except ClientError as error:
             self._warnings = list(dict.fromkeys((*self._warnings, error.message)))
 
