@@ -10,6 +10,7 @@ longer is replaced at once; a server that is gone is forgotten with its cookies.
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -33,6 +34,8 @@ from nts_core.store import PoolFile
 COUNT = 4
 # How long a sample counts: in polls, and in seconds at least.
 _LIFE, _MIN_LIFE = 10, 600.0
+# How many that have left the pool are named.
+_DEPARTED = 8
 _SECOND = 1_000_000_000
 _FAILING = {
     Failure.NTP: Failing.POLL,
@@ -70,7 +73,8 @@ class PoolView:
     """A pool as its client sees it now.
 
     `held` are held back. Of `unusable` ones the zone does not say enough. `problem` is what the last look at DNS could
-    not find out; the next look is in `look_in` seconds. `is_settled`: nobody is left to be asked now.
+    not find out; the next look is in `look_in` seconds. `departed` were sources and are members no longer, the last
+    ones by name. `is_settled`: nobody is left to be asked now.
     """
 
     pool: str
@@ -83,6 +87,7 @@ class PoolView:
     look_in: float
     is_settled: bool
     warnings: tuple[str, ...]
+    departed: tuple[str, ...] = ()
 
     @property
     def truechimers(self) -> int:
@@ -146,6 +151,7 @@ class PoolClient:
         self._unusable: Mapping[str, str] = {}
         self._problem: ResolveError | None = None
         self._look_at = 0.0
+        self._departed: deque[str] = deque(maxlen=_DEPARTED)
         self._warnings: list[str] = []
         self._is_begun = False
         self._wake = asyncio.Event()
@@ -241,6 +247,7 @@ class PoolClient:
             look_in=max(0.0, self._look_at - now),
             is_settled=self._is_settled(now),
             warnings=tuple(dict.fromkeys(warnings)),
+            departed=tuple(self._departed),
         )
 
     def _view_of(self, member: _Member, seat: Seat) -> SourceView:
@@ -307,8 +314,11 @@ class PoolClient:
             self._listed = frozenset(candidate.name for candidate in found.listed)
             self._unusable = found.unusable
         for candidate in self._roster.gone(found.gone):
-            if candidate.name in self._members:
-                self._members[candidate.name].is_gone = True
+            self._departed.append(candidate.name)
+            if (member := self._members.get(candidate.name)) is None:
+                await self._forget(candidate)
+            else:
+                member.is_gone = True
                 self._stop(candidate.name)
 
     def _fill(self, tasks: asyncio.TaskGroup, now: float) -> None:
@@ -321,8 +331,14 @@ class PoolClient:
                 self._start(tasks, candidate)
         self._is_begun = True
 
-    def _start(self, tasks: asyncio.TaskGroup, candidate: Candidate) -> None:
-        source = Source(
+    async def _forget(self, candidate: Candidate) -> None:
+        """What an earlier run has kept of a server."""
+        with suppress(ClientError):
+            async with self._source(candidate) as source:
+                source.forget()
+
+    def _source(self, candidate: Candidate) -> Source:
+        return Source(
             candidate.name,
             candidate.port,
             self._roots,
@@ -332,7 +348,9 @@ class PoolClient:
             interval=0,
             clock=self._clock,
         )
-        member = self._members[candidate.name] = _Member(candidate, source)
+
+    def _start(self, tasks: asyncio.TaskGroup, candidate: Candidate) -> None:
+        member = self._members[candidate.name] = _Member(candidate, self._source(candidate))
         self._panel.seat(candidate.name, time.monotonic_ns())
         member.task = tasks.create_task(self._follow(member), name=candidate.name)
         self._keep()
