@@ -27,6 +27,7 @@ from nts_core.pool import COUNT, PoolClient, PoolView, shortage
 from nts_core.resolve import (
     MAX_RESOLVERS,
     ROOT,
+    Dnssec,
     ResolveError,
     Resolver,
     Resolvers,
@@ -270,6 +271,10 @@ Count = Annotated[int, typer.Option(help="how many sources must agree, 1 to 8")]
 State = Annotated[
     Path | None, typer.Option(help="keep the choice, cookies and the last known time here between runs")
 ]
+DnssecMode = Annotated[
+    Dnssec,
+    typer.Option("--dnssec", help="who validates: this program, the resolver (over a safe path), or nobody"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
@@ -285,13 +290,14 @@ class _Session:
         ca: Path | None,
         count: int,
         state: Path | None,
+        dnssec: Dnssec,
         interval: float = INTERVAL,
     ) -> None:
         _check_range("--count", count, MAX_COUNT)
         anchors = ROOT if trust_anchor is None else _load_anchors(trust_anchor)
         endpoints = _load_endpoints(resolver or [])
         self.resolvers = Resolvers(
-            [Resolver(each.host, each.port, anchors, _RESOLVER_TIMEOUT) for each in endpoints]
+            [Resolver(each.host, each.port, anchors, _RESOLVER_TIMEOUT, dnssec=dnssec) for each in endpoints]
         )
         self.client = PoolClient(
             _parse_pool(pool),
@@ -322,6 +328,7 @@ def _parse_pool(text: str) -> str:
 def sources_command(
     pool: Pool,
     trust_anchor: TrustAnchor = None,
+    dnssec: DnssecMode = Dnssec.REQUIRE,
     count: Count = COUNT,
     resolver: ResolverList = None,
     ca: Roots = None,
@@ -333,7 +340,13 @@ def sources_command(
     failure: ClientError | None = None
     try:
         session = _Session(
-            pool, trust_anchor=trust_anchor, resolver=resolver, ca=ca, count=count, state=state
+            pool,
+            trust_anchor=trust_anchor,
+            dnssec=dnssec,
+            resolver=resolver,
+            ca=ca,
+            count=count,
+            state=state,
         )
         view = asyncio.run(_settle(session.client))
         view = replace(view, warnings=(*view.warnings, *session.warnings))
@@ -376,6 +389,7 @@ def _show_sources(view: PoolView) -> None:
 def watch_command(
     pool: Pool,
     trust_anchor: TrustAnchor = None,
+    dnssec: DnssecMode = Dnssec.REQUIRE,
     count: Count = COUNT,
     resolver: ResolverList = None,
     ca: Roots = None,
@@ -398,6 +412,7 @@ def watch_command(
         session = _Session(
             pool,
             trust_anchor=trust_anchor,
+            dnssec=dnssec,
             resolver=resolver,
             ca=ca,
             count=count,
