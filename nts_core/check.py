@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from ipaddress import ip_address, ip_network
 
 import dns.asyncquery
 import dns.exception
@@ -23,7 +24,7 @@ import dns.rcode
 from cryptography import x509
 from dns.rdatatype import RdataType
 
-from nts_core.aead import SUPPORTED, AeadId
+from nts_core.aead import AeadId
 from nts_core.association import Association, Plain, Sample
 from nts_core.client import (
     KE_TIMEOUT,
@@ -67,9 +68,11 @@ from nts_core.srv import MAX_TARGETS, service_name
 from nts_core.tls import Trust
 
 MAX_SERVERS = MAX_TARGETS
-# The longest requests that a client of today sends come of this algorithm, which all have to know.
-_OFFERED = (AeadId.AES_SIV_CMAC_256, *(each for each in SUPPORTED if each != AeadId.AES_SIV_CMAC_256))
+# All servers have to know it, and of what clients of today offer first it makes the longest requests.
+_OFFERED = (AeadId.AES_SIV_CMAC_256,)
 _PLACEHOLDERS = MAX_COOKIES - 1
+# Of no use for what lies elsewhere: link-local addresses and IPv6's unique local ones (RFC 4193).
+_LOCAL = tuple(map(ip_network, ("169.254.0.0/16", "fe80::/10", "fc00::/7")))
 # A packet may be lost for no reason.
 _TRIES = 2
 
@@ -270,14 +273,15 @@ def _one_of_each_version(server: Candidate) -> list[str]:
 
 
 def _has_route(address: str, port: int) -> bool:
-    """Whether this host would know where to send to; nothing is sent."""
+    """Whether this host would know where to send to, and from an address that can be answered; nothing is sent."""
     kind = socket.AF_INET6 if family(address) == 6 else socket.AF_INET
     try:
         with socket.socket(kind, socket.SOCK_DGRAM) as probe:
             probe.connect((address, port))
+            own = ip_address(probe.getsockname()[0])
     except OSError:
         return False
-    return True
+    return not any(own in network and ip_address(address) not in network for network in _LOCAL)
 
 
 @dataclass(frozen=True, slots=True)

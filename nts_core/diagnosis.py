@@ -266,7 +266,7 @@ def _independence(pool: str, listed: Sequence[Candidate], wanted: int) -> Step:
     found = f"{_several(different, 'operator')} listed"
     shared = [str(pair) for pair in given_up(chosen)]
     if shared:
-        found += f"; of the best {len(chosen)}, {_some(shared)}"
+        found += f"; of the best {len(chosen)}, {_some(shared, 1)}"
     if different < wanted:
         remedy = f"for {wanted} independent sources add servers of another pool"
         return Step(Part.INDEPENDENCE, pool, Verdict.WARN, found, remedy, "few-operators")
