@@ -1,7 +1,7 @@
 """Whether a pool can be used from this host (asyncio): what `pool-client check` sees, step by step.
 
 `diagnosis` judges what is seen here. Bounds: so many resolvers as `Resolvers` knows; MAX_SERVERS servers, each at one
-address of each IP version; there one key establishment and _MAX_PACKETS NTP packets at most, one after the other. Each
+address of each IP version; there one key establishment and nine NTP packets at most, one after the other. Each
 question has a deadline. Nothing is kept, and nothing touches the system's clock.
 """
 

@@ -168,7 +168,7 @@ def judge_clock(now: datetime, *, is_synchronised: bool, is_expired: bool) -> St
             Verdict.WARN,
             "the kernel says that it is not synchronised",
             "certificates and signatures are judged by it: see that the date is right",
-            "unsynchronised",
+            "clock-unsynchronised",
         )
     return _ok(Part.CLOCK, about, "the kernel says that it is synchronised")
 
@@ -350,9 +350,12 @@ def _established(seen: KeSeen, now: datetime) -> Step:
 def _ke_fault(seen: KeSeen, failure: Failure, error: ClientError, now: datetime) -> tuple[str, str]:
     match failure:
         case Failure.TCP if error.is_silent:
-            return "ke-silent", f"let TCP to port {seen.port} out: a firewall seems to drop it"
+            return (
+                "ke-silent",
+                f"let TCP to port {seen.port} out: a firewall seems to drop it; if others answer, the server is down",
+            )
         case Failure.TCP:
-            return "ke-refused", f"let TCP to port {seen.port} out; if that is so, the server does not run"
+            return "ke-refused", f"let TCP to port {seen.port} out; if others answer, the server does not run"
         case Failure.TLS if error.is_silent:
             return (
                 "tls-silent",
@@ -469,7 +472,7 @@ def _nothing_long(seen: NtpSeen) -> Step:
     return _ntp_fault(
         seen,
         f"neither {HEADER_LENGTH} octets are answered nor requests of NTS",
-        f"let UDP to port {seen.port} out: a firewall seems to drop it",
+        f"let UDP to port {seen.port} out: a firewall seems to drop it; if others answer, the server is down",
         "udp-silent",
         Failure.NTP,
     )

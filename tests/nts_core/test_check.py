@@ -6,6 +6,7 @@ import time
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import dns.asyncquery
 import dns.flags
@@ -19,6 +20,7 @@ from lab.certificates import Authority
 from lab.knot import Knot
 from lab.namespaces import in_namespace
 from lab.nts_server import NtsServer
+from lab.peers import ChronydServer
 from lab.pool_zone import PoolZone
 from lab.processes import free_port
 from lab.programs import run
@@ -31,6 +33,7 @@ from nts_core.packet import Leap
 from nts_core.resolve import Resolver, TrustAnchors
 from nts_core.verdict import Verdict
 
+MANUAL = (Path(__file__).parents[2] / "docs/clients.md").read_text()
 POOL = "pool.example"
 YEAR = 365 * 86_400
 MEMBERS = {
@@ -205,6 +208,7 @@ class Network:
         assert order == sorted(order, key=list(Part).index)
         for step in self.told:
             assert step.found
+            assert f"`{step.code or step.part}`" in MANUAL, step
             assert bool(step.code) == (step.verdict is not Verdict.OK), step
             assert bool(step.remedy) == (step.verdict in {Verdict.WARN, Verdict.FAIL}), step
             assert (step.verdict is Verdict.FAIL) == (step.failure is not None), step
@@ -357,7 +361,7 @@ async def test_a_kernel_that_does_not_know_the_time_is_a_warning(knot, network):
     network.list(*MEMBERS)
     await network.serve(*MEMBERS)
     summary = await network.check(resolver(knot), is_synchronised=lambda: False)
-    assert network.seen(Part.CLOCK) == [("warn", "unsynchronised")]
+    assert network.seen(Part.CLOCK) == [("warn", "clock-unsynchronised")]
     assert (summary.outcome, summary.first.part) == (Outcome.USABLE, Part.CLOCK)
 
 
@@ -496,7 +500,22 @@ async def test_networks_that_drop_long_ntp_packets(knot, network, longest, verdi
         assert summary.first is step
     for server in network.servers.values():
         assert max(server.cookies.values(), default=0) <= 1
-        assert sum(server.cookies.values()) <= 7
+
+
+@pytest.mark.parametrize(
+    ("longest", "word"), [(2000, " octets are answered, delay"), (600, "are dropped on the way")]
+)
+async def test_a_chronyd_behind_a_network(knot, network, tmp_path, longest, word):
+    with ChronydServer(
+        tmp_path / "chronyd", network.authority.issue(domain("anna")), address="127.1.0.2"
+    ) as chronyd:
+        network.zone.list(["anna"], port=chronyd.ke_port)
+        ke, ntp = (("127.1.0.2", port) for port in (chronyd.ke_port, chronyd.ntp_port))
+        with Relay("127.1.0.1", ke=(ke[1], ke), ntp=(ntp[1], ntp), longest=longest) as relay:
+            await network.check(resolver(knot), patience=HASTY)
+            assert word in network.only(Part.NTP).found
+            assert len(relay.last_request) <= longest
+    assert network.only(Part.TIME).verdict is Verdict.OK
 
 
 async def test_a_network_that_drops_all_udp(knot, network):
