@@ -264,13 +264,15 @@ def _independence(pool: str, listed: Sequence[Candidate], wanted: int) -> Step:
     different = operators(listed)
     chosen = choose(listed, wanted)
     found = f"{_several(different, 'operator')} listed"
-    shared = [str(pair) for pair in given_up(chosen)]
+    shared = sorted(given_up(chosen), key=lambda pair: pair.bonds[0])
     if shared:
-        found += f"; of the best {len(chosen)}, {_some(shared, 1)}"
+        found += (
+            f"; of the best {len(chosen)}, {_several(len(shared), 'pair')} may fail together: {shared[0]}"
+        )
     if different < wanted:
         remedy = f"for {wanted} independent sources add servers of another pool"
         return Step(Part.INDEPENDENCE, pool, Verdict.WARN, found, remedy, "few-operators")
-    if any(Bond.OPERATOR in pair.bonds for pair in given_up(chosen)):
+    if shared and Bond.OPERATOR in shared[0].bonds:
         remedy = "the pool's own order (priorities) leads there: ask its operator"
         return Step(Part.INDEPENDENCE, pool, Verdict.WARN, found, remedy, "few-operators")
     return _ok(Part.INDEPENDENCE, pool, found)
