@@ -44,7 +44,7 @@ SECOND = 1_000_000_000
 OF_A_RESOLVER = list(Part)[:4]
 PATIENCE = Patience(dns=2.0)
 # Where silence is the rule.
-HASTY = Patience(dns=0.5, ke=0.5, ntp=0.3)
+HASTY = Patience(dns=0.4, ke=0.4, ntp=0.2)
 
 
 @pytest.fixture(scope="module")
