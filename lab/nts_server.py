@@ -83,9 +83,7 @@ class NtsServer(asyncio.DatagramProtocol):
         return self.listeners.counters["ok"]
 
     def datagram_received(self, data: bytes, address: tuple[str, int]) -> None:
-        packet = Packet.decode(data)
-        (cookie,) = packet.of_type(FieldType.COOKIE)
-        self.cookies[cookie.value] += 1
+        self.cookies.update(field.value for field in Packet.decode(data).of_type(FieldType.COOKIE))
         for octets in self.before(data):
             self.transport.sendto(octets, address)
         true = self.answer(data)

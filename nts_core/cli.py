@@ -20,8 +20,11 @@ from rich.text import Text
 
 from nts_core import show
 from nts_core.aead import SUPPORTED, AeadId, parse_algorithms
+from nts_core.authorities import Authorities
+from nts_core.check import Check
 from nts_core.client import ClientError, Failure, load_roots
 from nts_core.denial import Witnesses
+from nts_core.diagnosis import Step
 from nts_core.ke import KE_PORT
 from nts_core.pool import COUNT, PoolClient, PoolView, shortage
 from nts_core.resolve import (
@@ -37,6 +40,7 @@ from nts_core.resolve import (
 from nts_core.session import CertificateTime
 from nts_core.shell import parse_host_port
 from nts_core.source import INTERVAL, CertificateCheck, QueryResult, Source, query
+from nts_core.verdict import Verdict
 
 app = typer.Typer(
     name="pool-client",
@@ -294,16 +298,20 @@ class _Session:
         interval: float = INTERVAL,
     ) -> None:
         _check_range("--count", count, MAX_COUNT)
-        anchors = ROOT if trust_anchor is None else _load_anchors(trust_anchor)
-        endpoints = _load_endpoints(resolver or [])
-        self.resolvers = Resolvers(
-            [Resolver(each.host, each.port, anchors, _RESOLVER_TIMEOUT, dnssec=dnssec) for each in endpoints]
-        )
+        if dnssec is not Dnssec.REQUIRE and trust_anchor is not None:
+            raise _unusable(
+                f"--trust-anchor is of no use with --dnssec {dnssec}",
+                "leave one of the two out: nothing is validated here",
+            )
+        resolvers = _load_resolvers(trust_anchor, resolver, dnssec)
+        # A zone of another anchor may be one that the root does not know.
+        is_public = dnssec is Dnssec.REQUIRE and trust_anchor is None
+        self.resolvers = Resolvers(resolvers, Authorities(ROOT) if is_public else None)
         self.client = PoolClient(
             _parse_pool(pool),
             count=count,
             lookup=self.resolvers,
-            denier=Witnesses([(each.host, each.port) for each in endpoints]),
+            denier=Witnesses([(each.address, each.port) for each in resolvers]),
             roots=load_roots(ca),
             state=state,
             interval=interval,
@@ -311,10 +319,21 @@ class _Session:
 
     @property
     def warnings(self) -> list[str]:
-        """Which resolvers are passed over."""
-        return [
+        """Which resolvers are passed over, and for whom."""
+        told = [
             f"{name} is passed over: {error.message}" for name, error in self.resolvers.passed_over.items()
         ]
+        return [*told, "the zones' own servers are asked directly"] if self.resolvers.is_direct else told
+
+
+def _load_resolvers(
+    trust_anchor: Path | None, texts: list[str] | None, dnssec: Dnssec = Dnssec.REQUIRE
+) -> list[Resolver]:
+    anchors = ROOT if trust_anchor is None else _load_anchors(trust_anchor)
+    return [
+        Resolver(each.host, each.port, anchors, _RESOLVER_TIMEOUT, dnssec=dnssec)
+        for each in _load_endpoints(texts or [])
+    ]
 
 
 def _parse_pool(text: str) -> str:
@@ -471,6 +490,43 @@ class _Screen:
         self._last = view
 
 
+@app.command("check")
+def check_command(
+    pool: Pool,
+    trust_anchor: TrustAnchor = None,
+    resolver: ResolverList = None,
+    ca: Roots = None,
+    as_json: AsJson = False,  # noqa: FBT002 - a flag
+) -> None:
+    """Find out whether a pool can be used from here, and what to mend if not: DNS, clock, NTS-KE, long NTP packets."""
+    document: dict[str, Any] = show.examination(pool, (), None)
+    failure: ClientError | None = None
+    try:
+        resolvers = _load_resolvers(trust_anchor, resolver)
+        check = Check(_parse_pool(pool), resolvers, load_roots(ca), tell=_hide if as_json else _show_step)
+        summary = asyncio.run(check.run())
+        document, failure = show.examination(check.pool, check.steps, summary), summary.error
+        if not as_json:
+            typer.echo()
+            for line in show.conclusion(summary):
+                typer.echo(line)
+    except ClientError as error:
+        failure = error
+    _finish({**document, "error": _error(failure)}, failure, as_json=as_json)
+
+
+_COLOURS = {Verdict.OK: "green", Verdict.WARN: "yellow", Verdict.FAIL: "red", Verdict.SKIPPED: None}
+
+
+def _hide(step: Step) -> None:
+    """What machines read is one object at the end."""
+
+
+def _show_step(step: Step) -> None:
+    for word, rest in show.step_lines(step):
+        typer.echo(f"{typer.style(f'{word:7}', fg=_COLOURS[step.verdict])}  {rest}")
+
+
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -483,6 +539,8 @@ def _empty_document() -> dict[str, Any]:
     """What a command whose line could not be read prints: every field that it has, without a value."""
     if {"sources", "watch"} & set(sys.argv):
         return _empty_view(None)
+    if "check" in sys.argv:
+        return {**show.examination("", (), None), "pool": None}
     return _query_document(None, None, None, []) if "query" in sys.argv else {}
 
 

@@ -90,16 +90,26 @@ _REMEDIES = {
 class ClientError(Exception):
     """A failure with its stage, what happened, and what to do about it.
 
-    `ke_error` is the code of the Error record that key establishment ended with, if it did.
+    `ke_error` is the code of the Error record that key establishment ended with, if it did. `is_silent`: nothing came
+    before the deadline. `shown` is the chain that was not acceptable.
     """
 
     def __init__(
-        self, code: str, message: str, remedy: str | None = None, *, ke_error: int | None = None
+        self,
+        code: str,
+        message: str,
+        remedy: str | None = None,
+        *,
+        ke_error: int | None = None,
+        is_silent: bool = False,
+        shown: tuple[x509.Certificate, ...] = (),
     ) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
         self.ke_error = ke_error
+        self.is_silent = is_silent
+        self.shown = shown
         self.remedy = _REMEDIES.get(Failure(code), "") if remedy is None else remedy
 
     @property
@@ -189,6 +199,7 @@ async def establish_any(
     """
     started = time.monotonic_ns()
     stage, place = Failure.TCP, _places(addresses, port)
+    channel: TlsChannel | None = None
     try:
         async with asyncio.timeout(timeout):
             address, reader, writer = await _connect(addresses, port)
@@ -201,12 +212,13 @@ async def establish_any(
     except TimeoutError:
         if stage is Failure.TCP:
             addresses.clear()
-        raise ClientError(stage, f"no answer from {place} within {timeout:g} s") from None
+        raise ClientError(stage, f"no answer from {place} within {timeout:g} s", is_silent=True) from None
     except OSError as error:
         stage = Failure.LOCAL if error.errno in OWN_FAULTS else stage
         raise ClientError(stage, f"no connection to {place}: {_strerror(error)}") from None
     except CertificateError as error:
-        raise ClientError(Failure.CERTIFICATE, str(error)) from None
+        shown = () if channel is None else channel.peer_chain
+        raise ClientError(Failure.CERTIFICATE, str(error), shown=shown) from None
     except TlsError as error:
         raise ClientError(Failure.TLS, str(error)) from None
     except KeError as error:

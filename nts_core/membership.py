@@ -42,15 +42,15 @@ class Look:
     """What one look found.
 
     `listed` are the servers of the answer in the order of RFC 2782, `others` those asked for that are members and
-    not in it, `gone` those that are members no longer. `unusable` says why listed ones cannot be used, `proof` how far
-    the answer can be relied on, `problem` what could not be found out. `again_in` is in seconds.
+    not in it, `gone` those that are members no longer. `unusable` says why listed ones cannot be used, `proof` how the
+    answer is proved if there is one, `problem` what could not be found out. `again_in` is in seconds.
     """
 
     listed: list[Candidate] = field(default_factory=list)
     others: list[Candidate] = field(default_factory=list)
     gone: set[str] = field(default_factory=set)
     unusable: dict[str, str] = field(default_factory=dict)
-    proof: Proof = Proof.PROVEN
+    proof: Proof | None = None
     problem: ResolveError | None = None
     again_in: float = MIN_LOOK
 

@@ -75,7 +75,7 @@ class PoolView:
 
     `held` are held back. Of `unusable` ones the zone does not say enough. `problem` is what the last look at DNS could
     not find out; the next look is in `look_in` seconds. `departed` were sources and are members no longer, the last
-    ones by name. `membership` is how it is proved who is a member. `is_settled`: nobody is left to be asked now.
+    ones by name. `membership` is how it is proved who is a member, None before anybody was found. `is_settled`: nobody is left to be asked now.
     """
 
     pool: str
@@ -89,7 +89,7 @@ class PoolView:
     is_settled: bool
     warnings: tuple[str, ...]
     departed: tuple[str, ...] = ()
-    membership: Proof = Proof.PROVEN
+    membership: Proof | None = None
 
     @property
     def truechimers(self) -> int:
@@ -131,7 +131,7 @@ class PoolClient:
         if lookup is None or denier is None:
             found = _system_resolvers()
             asked = [Resolver(address, 53, ROOT) for address in found]
-            lookup = lookup or Resolvers([*asked, Authorities(ROOT)])
+            lookup = lookup or Resolvers(asked, Authorities(ROOT))
             denier = denier or Witnesses([(address, 53) for address in found])
         self._membership = Membership(pool, lookup, denier)
         self._count = count
@@ -154,7 +154,7 @@ class PoolClient:
         self._unusable: Mapping[str, str] = {}
         self._problem: ResolveError | None = None
         self._look_at = 0.0
-        self._proof = Proof.PROVEN
+        self._proof: Proof | None = None
         self._departed: deque[str] = deque(maxlen=_DEPARTED)
         self._warnings: list[str] = []
         self._is_begun = False
@@ -172,7 +172,7 @@ class PoolClient:
         """Begin. Raises ClientError when the state cannot be used, or another process uses it."""
         if self._state is not None:
             self._file = PoolFile.open(self._state, self.pool)
-            used, holds, fault = self._file.load(self._unix())
+            used, holds, self._proof, fault = self._file.load(self._unix())
             self._roster = Roster(self._count, _shifted(holds, time.monotonic()))
             self._roster.resume(used, time.monotonic())
             self._warnings += [] if fault is None else [fault]
@@ -317,7 +317,9 @@ class PoolClient:
         if found.listed or found.problem is None:
             self._roster.listed(found.listed)
             self._listed = frozenset(candidate.name for candidate in found.listed)
-            self._unusable, self._proof = found.unusable, found.proof
+            self._unusable = found.unusable
+        if found.proof is not None:
+            self._proof = found.proof
         for candidate in self._roster.gone(found.gone):
             self._departed.append(candidate.name)
             if (member := self._members.get(candidate.name)) is None:
@@ -447,7 +449,7 @@ class PoolClient:
             return
         holds = _shifted(self._roster.holds, -time.monotonic())
         try:
-            self._file.save(self._roster.used, holds, self._unix())
+            self._file.save(self._roster.used, holds, self._proof, self._unix())
         except ClientError as error:
             self._warnings = list(dict.fromkeys((*self._warnings, error.message)))
 

@@ -12,6 +12,8 @@ servers outside of the pool's own names.
 """
 
 import asyncio
+import math
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -52,6 +54,7 @@ MAX_SIGNATURES = 8  # tried on one RRset
 MAX_ANSWERS = 16  # SRV targets of a pool, addresses of a name
 MAX_ANCHORS = 64
 MAX_RESOLVERS = 3  # as in resolv.conf(5)
+DIRECT = 600.0  # seconds for which resolvers of no use are left alone
 # What one resolver may do to an answer, and another one need not. A denial is anybody's word.
 _ELSEWHERE = frozenset(
     {"ad", "bogus", "expired", "resolver-failed", "resolver-no-dnssec", "resolver-unreachable", "unsigned"}
@@ -164,7 +167,7 @@ class Answer:
     rdtype: str
     rdatas: dns.rdataset.Rdataset
     ttl: int
-    proof: Proof = Proof.PROVEN
+    proof: Proof
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +231,7 @@ class Resolver:
         except TimeoutError:
             raise _error("resolver-unreachable", f"{self} did not answer in time") from None
         ttl = int(max(0, min(valid.rrset.ttl, valid.until - moment)))
-        return Answer(owner, rdtype, valid.rrset, ttl)
+        return Answer(owner, rdtype, valid.rrset, ttl, Proof.PROVEN)
 
     async def _believed(self, owner: str, name: dns.name.Name, rdtype: RdataType) -> Answer:
         """What the server says, if it says that it has validated it, or if that is not asked for."""
@@ -278,20 +281,30 @@ class Lookup(Protocol):
 class Resolvers:
     """Several resolvers, in their order: one that does not answer, strips signatures or alters answers is passed over.
 
-    `passed_over` says which and why, until it is good again. The one that was good last is asked first.
+    `passed_over` says which and why, until it is good again. The one that was good last is asked first. With a
+    `last_resort`, that is asked when none is good, and for DIRECT seconds alone; then they are tried again.
     """
 
-    def __init__(self, resolvers: Sequence[Resolver]) -> None:
-        self._resolvers = list(resolvers)
+    def __init__(self, resolvers: Sequence[Resolver], last_resort: Lookup | None = None) -> None:
+        self._resolvers = list(resolvers[:MAX_RESOLVERS])
+        self._last_resort = last_resort
+        self._direct_until = -math.inf
         self.passed_over: dict[str, ResolveError] = {}
 
     @property
-    def preferred(self) -> Resolver:
-        """Who was good last."""
-        return self._resolvers[0]
+    def is_direct(self) -> bool:
+        """Whether the last resort has answered, and is asked first for now."""
+        return time.monotonic() < self._direct_until
 
     async def lookup(self, owner: str, rdtype: str, now: datetime | float) -> Answer:
-        """As `Resolver.lookup`. Raises the first one's error when none is good."""
+        """As `Resolver.lookup`. Raises the first one's error when none is good, or what the last resort knows better."""
+        if self.is_direct:
+            try:
+                return await self._ask_last_resort(owner, rdtype, now)
+            except ResolveError as error:
+                if error.code not in _ELSEWHERE:
+                    raise
+                self._direct_until = -math.inf
         failure: ResolveError | None = None
         for resolver in tuple(self._resolvers):
             try:
@@ -305,8 +318,24 @@ class Resolvers:
                 continue
             self._prefer(resolver)
             return answer
-        assert failure is not None
-        raise failure
+        if self._last_resort is None:
+            assert failure is not None
+            raise failure
+        try:
+            return await self._ask_last_resort(owner, rdtype, now)
+        except ResolveError as error:
+            # That port 53 is closed to the world is common, and says nothing of the pool.
+            raise failure if failure is not None and error.code == "resolver-failed" else error from None
+
+    async def _ask_last_resort(self, owner: str, rdtype: str, now: datetime | float) -> Answer:
+        assert self._last_resort is not None
+        try:
+            answer = await self._last_resort.lookup(owner, rdtype, now)
+        except NoAnswer:
+            self._direct_until = time.monotonic() + DIRECT
+            raise
+        self._direct_until = time.monotonic() + DIRECT
+        return answer
 
     def _prefer(self, resolver: Resolver) -> None:
         self.passed_over.pop(str(resolver), None)
@@ -446,8 +475,8 @@ class Listing:
     """
 
     targets: tuple[SrvTarget, ...]
-    refused: tuple[str, ...] = ()
-    proof: Proof = Proof.PROVEN
+    refused: tuple[str, ...]
+    proof: Proof
 
 
 async def listing(resolver: Lookup, pool: str, now: datetime | float) -> Listing:

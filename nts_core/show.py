@@ -1,11 +1,12 @@
 """A pool's client for people and for machines: documents, tables, and what has changed. Pure."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
+from nts_core.diagnosis import Outcome, Step, Summary
 from nts_core.independence import Candidate
 from nts_core.panel import Standing
 from nts_core.pool import PoolView, SourceView
@@ -136,7 +137,7 @@ def summary(view: PoolView) -> list[str]:
         lines.append(
             f"the truechimers agree on an offset of {milliseconds(offset)}, within {milliseconds(error)[1:]}"
         )
-    if view.membership is not Proof.PROVEN:
+    if view.membership in _UNPROVEN:
         lines.append(_UNPROVEN[view.membership])
     lines += [f"not independent: {pair}" for pair in view.given_up]
     lines += [f"{name} is a member no longer" for name in view.departed]
@@ -163,7 +164,7 @@ def changes(before: PoolView | None, after: PoolView) -> list[str]:
     if after.problem is None and told is not None:
         lines.append("DNS: it answers again")
     lines += [f"warning: {text}" for text in after.warnings if before is None or text not in before.warnings]
-    if after.membership is not Proof.PROVEN and (before is None or before.membership is not after.membership):
+    if after.membership in _UNPROVEN and (before is None or before.membership is not after.membership):
         lines.append(_UNPROVEN[after.membership])
     if after.truechimers != (None if before is None else before.truechimers):
         lines.append(f"sources that agree: {after.truechimers}")
@@ -172,3 +173,44 @@ def changes(before: PoolView | None, after: PoolView) -> list[str]:
 
 def _verdicts(view: PoolView) -> dict[str, tuple[str, str]]:
     return {source.candidate.name: (verdict(source), source.trouble) for source in everybody(view)}
+
+
+# A check of a pool
+
+
+def examination(pool: str, steps: Sequence[Step], summary: Summary | None) -> dict[str, Any]:
+    """All steps as JSON has them; without a summary when there was no check."""
+    return {
+        "pool": pool,
+        "outcome": None if summary is None else str(summary.outcome),
+        "servers": None if summary is None else summary.servers,
+        "operators": None if summary is None else summary.operators,
+        "first": None if summary is None or summary.first is None else _step(summary.first),
+        "steps": [_step(step) for step in steps],
+    }
+
+
+def _step(step: Step) -> dict[str, str | None]:
+    return {
+        "name": str(step.part),
+        "about": step.about,
+        "verdict": str(step.verdict),
+        "code": step.code or None,
+        "found": step.found,
+        "remedy": step.remedy,
+    }
+
+
+def step_lines(step: Step) -> Iterator[tuple[str, str]]:
+    """A step for people: each line's verdict, or nothing, and the rest of it."""
+    yield str(step.verdict), f"{step.part:12}  {step.about}: {step.found}"
+    if step.remedy:
+        yield "", f"{'':12}  > {step.remedy}"
+
+
+def conclusion(summary: Summary) -> Iterator[str]:
+    """What a check comes to. What is an error as well is told there."""
+    yield str(summary)
+    if summary.first is not None and summary.outcome is not Outcome.UNUSABLE:
+        yield f"  to mend first: {summary.first.part}, {summary.first.about}: {summary.first.found}"
+        yield f"  > {summary.first.remedy}"

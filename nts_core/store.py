@@ -37,6 +37,7 @@ from nts_core.client import ClientError, Failure
 from nts_core.cookies import MAX_COOKIE_LENGTH, MAX_COOKIES
 from nts_core.errors import printable
 from nts_core.independence import Candidate
+from nts_core.resolve import Proof
 from nts_core.roster import MAX_HOLDS, REFUSED_HOLD, Fault, Hold
 from nts_core.session import CHECKED_ANSWERS, COOKIE_LIFETIME, MAX_INTERVAL, CertificateTime, Credentials
 from nts_core.shell import replace_file, sync
@@ -171,6 +172,7 @@ class _HoldDocument(_Document):
 class _PoolDocument(_Document):
     version: Literal[1]
     pool: str
+    membership: Proof | None
     used: Annotated[tuple[_ServerDocument, ...], Field(max_length=MAX_TARGETS)]
     holds: Annotated[tuple[_HoldDocument, ...], Field(max_length=MAX_HOLDS)]
 
@@ -302,19 +304,20 @@ class PoolFile:
     def close(self) -> None:
         os.close(self._lock)
 
-    def load(self, now: int) -> tuple[list[Candidate], dict[str, Hold], str | None]:
-        """The servers in use, and the holds with `until` in seconds from `now` (Unix nanoseconds); and a sentence if
-        something is wrong with the file. No hold is longer than the longest one, wherever the clock was set to.
+    def load(self, now: int) -> tuple[list[Candidate], dict[str, Hold], Proof | None, str | None]:
+        """The servers in use, the holds with `until` in seconds from `now` (Unix nanoseconds), and how it was proved who
+        is a member; and a sentence if something is wrong with the file. No hold is longer than the longest one, wherever
+        the clock was set to.
         """
         content, fault = _read(self._path, _MAX_POOL_FILE)
         if content is None:
-            return [], {}, fault
+            return [], {}, None, fault
         try:
             document = _PoolDocument.model_validate_json(content)
         except ValueError as error:
-            return [], {}, _set_aside(self._path, content, _explain(error))
+            return [], {}, None, _set_aside(self._path, content, _explain(error))
         if document.pool != self._pool:
-            return [], {}, None
+            return [], {}, None, None
         holds = {
             each.name: Hold(
                 min((each.until_ns - now) / 1e9, REFUSED_HOLD),
@@ -324,13 +327,16 @@ class PoolFile:
             )
             for each in document.holds
         }
-        return [Candidate(each.name, each.port) for each in document.used], holds, None
+        return [Candidate(each.name, each.port) for each in document.used], holds, document.membership, None
 
-    def save(self, used: Iterable[Candidate], holds: Mapping[str, Hold], now: int) -> None:
+    def save(
+        self, used: Iterable[Candidate], holds: Mapping[str, Hold], membership: Proof | None, now: int
+    ) -> None:
         """Replace the file durably; times as in `load`. Raises ClientError."""
         document = _PoolDocument(
             version=_VERSION,
             pool=self._pool,
+            membership=membership,
             used=tuple(_ServerDocument(name=each.name, port=each.port) for each in used),
             holds=tuple(
                 _HoldDocument(

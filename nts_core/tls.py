@@ -73,7 +73,7 @@ class ServerCredentials:
 
     def __init__(self, chain: Sequence[x509.Certificate], key: ServerKey, alpn: bytes = ALPN) -> None:
         """`chain` is leaf first. Raises TlsError when certificate and key do not belong together."""
-        self.names = _dns_names(chain[0])
+        self.names = dns_names(chain[0])
         self.validity = chain[0].not_valid_before_utc, chain[0].not_valid_after_utc
         self._alpn = alpn
         self._context = _server_context(alpn)
@@ -134,7 +134,7 @@ def _accepting(context: SSL.Context, credentials: ServerCredentials | None, alpn
     return TlsChannel(connection, None, alpn)
 
 
-def _dns_names(leaf: x509.Certificate) -> tuple[str, ...]:
+def dns_names(leaf: x509.Certificate) -> tuple[str, ...]:
     """The host names in a certificate, without those that stand for many."""
     try:
         names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value

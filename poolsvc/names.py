@@ -8,6 +8,7 @@ import ipaddress
 import re
 from collections.abc import Sequence
 
+from nts_core.routed import IpAddress, is_global_unicast, is_hiding
 from nts_core.srv import MAX_LABEL, MAX_TARGETS, targets_that_fit
 from poolsvc.errors import InvalidAddress, InvalidName, ReservedName
 
@@ -28,8 +29,6 @@ RESERVED = frozenset(
 # What a hurried eye takes for each other; host names are shown in capitals too, where I is l.
 _LOOKS = str.maketrans("015i", "olsl")
 _PAIRS = (("rn", "m"), ("vv", "w"))
-
-IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def is_label(name: str) -> bool:
@@ -114,7 +113,7 @@ def check_address(text: str, *, allow_private: bool) -> IpAddress:
             remedy="give IPv4 or IPv6 addresses, not names",
             field="addresses",
         ) from None
-    if getattr(address, "scope_id", None) or any(address in network for network in _HIDING):
+    if getattr(address, "scope_id", None) or is_hiding(address):
         raise InvalidAddress(
             f"{text} hides another address or a zone", remedy="give the plain address", field="addresses"
         )
@@ -122,31 +121,10 @@ def check_address(text: str, *, allow_private: bool) -> IpAddress:
         raise InvalidAddress(
             f"{text} is not a unicast address", remedy="give the host's address", field="addresses"
         )
-    if not allow_private and not _is_global_unicast(address):
+    if not allow_private and not is_global_unicast(address):
         raise InvalidAddress(
             f"{text} is not a public address",
             remedy="give the address by which the Internet reaches the server",
             field="addresses",
         )
     return address
-
-
-def _is_global_unicast(address: IpAddress) -> bool:
-    """What the Internet routes to one host; stricter than `is_global`, whose lists age with Python."""
-    if address.version == 6 and address not in _IPV6_UNICAST:
-        return False
-    return address.is_global and not any(address in network for network in _NOT_ROUTED)
-
-
-_IPV6_UNICAST = ipaddress.ip_network("2000::/3")
-# Ways to write an IPv4 address as an IPv6 one: mapped, NAT64 (two prefixes), Teredo, 6to4.
-_HIDING = tuple(
-    map(ipaddress.ip_network, ("::ffff:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48", "2001::/32", "2002::/16"))
-)
-# Set aside by IANA without being private: protocols' own, 6to4 relays, future use, documentation.
-_NOT_ROUTED = tuple(
-    map(
-        ipaddress.ip_network,
-        ("192.0.0.0/24", "192.88.99.0/24", "240.0.0.0/4", "2001::/23", "3fff::/20"),
-    )
-)

@@ -12,11 +12,12 @@ import typer
 
 from nts_core.resolve import ResolveError, TrustAnchors
 from nts_core.shell import parse_host_port
+from nts_core.verdict import Verdict
 from poolsvc import delegation, doctor, setup
 from poolsvc.cli.common import ConfigOption, ExitStatus, fail, read_settings, refuse
 from poolsvc.config import ConfigError, load_settings, split_endpoint
 from poolsvc.delegation import NoReply, ParentRecords
-from poolsvc.doctor.report import Examination, Verdict
+from poolsvc.doctor.report import Examination
 from poolsvc.names import narrowness
 from poolsvc.primary import Nameserver
 from poolsvc.setup import Answers, InvalidAnswer, NotWritten, WouldOverwrite

@@ -8,9 +8,10 @@ import asyncio
 
 import dns.resolver
 
+from nts_core.verdict import Verdict
 from poolsvc.config import ConfigError
 from poolsvc.doctor import ca, host, mail, zone
-from poolsvc.doctor.report import DEADLINE, Check, Examination, Result, Unknowable, Verdict, fail, skipped
+from poolsvc.doctor.report import DEADLINE, Check, Examination, Result, Unknowable, fail, skipped
 from poolsvc.errors import PoolError
 from poolsvc.primary import Nameserver
 

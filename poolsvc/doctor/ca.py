@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nts_core.acme import AcmeError, read_terms
+from nts_core.verdict import Verdict
 from poolsvc.acme_client import RemoteAccount
 from poolsvc.acme_process import account_of, is_open_to_others
 from poolsvc.config import AUTO_PROFILE, AuthoritySettings, Settings
@@ -16,7 +17,6 @@ from poolsvc.doctor.report import (
     QUESTION_TIMEOUT,
     Examination,
     Finding,
-    Verdict,
     fail,
     ok,
     skipped,

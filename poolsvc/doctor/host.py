@@ -17,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from nts_core.acme import secret_file
 from nts_core.certificates import ChainError, chain_facts, load_chain
 from nts_core.kernel import KernelClock, read_kernel
+from nts_core.verdict import Verdict
 from poolsvc import schema
 from poolsvc.config import split_endpoint
 from poolsvc.db import Database
@@ -24,7 +25,6 @@ from poolsvc.doctor.report import (
     QUESTION_TIMEOUT,
     Examination,
     Finding,
-    Verdict,
     fail,
     ok,
     skipped,

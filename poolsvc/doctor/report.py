@@ -3,24 +3,15 @@
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime
-from enum import StrEnum
 from pathlib import Path
 
 from nts_core.resolve import TrustAnchors
+from nts_core.verdict import Verdict
 from poolsvc.config import Settings
 from poolsvc.primary import Nameserver
 
 QUESTION_TIMEOUT = 3.0  # seconds, for one question and its answer
 DEADLINE = 25.0  # seconds, for one check
-
-
-class Verdict(StrEnum):
-    """How a check ended, the worst last."""
-
-    SKIPPED = "skipped"
-    OK = "ok"
-    WARN = "warn"
-    FAIL = "fail"
 
 
 class Unknowable(Exception):

@@ -21,6 +21,7 @@ from dns.rdtypes.ANY.SOA import SOA
 
 from nts_core.resolve import ResolveError, Resolver, is_vouched
 from nts_core.srv import ANSWER_OCTETS, MAX_TARGETS
+from nts_core.verdict import Verdict
 from poolsvc.config import split_endpoint
 from poolsvc.delegation import MAX_RECORDS, NoReply, answered, ask
 from poolsvc.doctor.report import (
@@ -28,7 +29,6 @@ from poolsvc.doctor.report import (
     Examination,
     Finding,
     Unknowable,
-    Verdict,
     fail,
     ok,
     skipped,

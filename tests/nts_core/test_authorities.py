@@ -18,7 +18,7 @@ from nts_core.resolve import NoAnswer, ResolveError, Resolver, Resolvers, TrustA
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a network namespace of its own takes root")
 
-PARENT, CHILD, DEAD = "198.51.1.53", "198.51.2.53", "198.51.3.53"
+PARENT, CHILD, DEAD, LAME = "198.51.1.53", "198.51.2.53", "198.51.3.53", "198.51.4.53"
 RECORDS = ("_ntske._tcp SRV 0 10 4460 alice.servers", "alice.servers A 192.0.2.1")
 
 
@@ -44,7 +44,7 @@ def in_hierarchy(tmp_path, story, *, delegation=None):
             ) as parent:
                 asyncio.run(story(parent, child))
 
-    in_namespace(run, [f"{address}/32" for address in (PARENT, CHILD)])
+    in_namespace(run, [f"{address}/32" for address in (PARENT, CHILD, LAME)])
 
 
 def authorities(parent, **options):
@@ -54,7 +54,7 @@ def authorities(parent, **options):
 
 
 async def test_the_root_servers_are_public_addresses_of_both_families():
-    assert len(ROOT_SERVERS.addresses) == len(set(ROOT_SERVERS.addresses)) == 18
+    assert len(ROOT_SERVERS.addresses) == len(set(ROOT_SERVERS.addresses)) == 26
 
 
 def test_a_pool_is_found_from_the_zone_above_it(tmp_path):
@@ -83,13 +83,43 @@ def test_servers_whose_addresses_are_not_told_are_looked_up(tmp_path):
 def test_a_resolver_of_no_use_is_passed_over_for_them(tmp_path):
     async def story(parent, _child):
         anchors = TrustAnchors.parse(parent.trust_anchor())
-        own = authorities(parent)
-        lookup = Resolvers([Resolver(DEAD, 53, anchors, 0.3), own])
+        lookup = Resolvers([Resolver(DEAD, 53, anchors, 0.3)], authorities(parent))
         assert await addresses(lookup, "alice.servers.pool.example", time.time()) == ["192.0.2.1"]
-        assert lookup.preferred is own
+        assert lookup.is_direct
         assert [error.code for error in lookup.passed_over.values()] == ["resolver-unreachable"]
 
     in_hierarchy(tmp_path, story)
+
+
+def test_when_they_are_out_of_reach_it_is_the_resolver_that_is_named(tmp_path):
+    async def story(parent, _child):
+        anchors = TrustAnchors.parse(parent.trust_anchor())
+        start = Cut(dns.name.from_text("example"), (DEAD,))
+        nobody = Authorities(anchors, start=start, allow_private=True)
+        lookup = Resolvers([Resolver(DEAD, 53, anchors, 0.3)], nobody)
+        with pytest.raises(ResolveError) as caught:
+            await lookup.lookup("alice.servers.pool.example.", "A", time.time())
+        assert caught.value.code == "resolver-unreachable"
+        assert not lookup.is_direct
+
+    in_hierarchy(tmp_path, story)
+
+
+def test_one_lame_server_does_not_end_a_lookup(tmp_path):
+    async def story(parent, _child):
+        loop = asyncio.get_running_loop()
+        transport, lame = await loop.create_datagram_endpoint(
+            lambda: Liar(referral(lambda _query: ".", "a.root.example.")), local_addr=(LAME, 53)
+        )
+        for _ in range(8):
+            lookup = authorities(parent)
+            assert await addresses(lookup, "alice.servers.pool.example", time.time()) == ["192.0.2.1"]
+        transport.close()
+        await asyncio.sleep(0)
+        assert lame.asked > 0
+
+    both = ["pool NS ns1.pool", "pool NS ns2.pool", f"ns1.pool A {LAME}", f"ns2.pool A {CHILD}"]
+    in_hierarchy(tmp_path, story, delegation=both)
 
 
 @pytest.mark.parametrize(
@@ -150,11 +180,12 @@ def deeper(query):
         lambda _query: b"garbage",
         lambda query: dns.message.make_response(query).to_wire(),
         referral(lambda _query: "example.", "ns.example."),
+        referral(lambda _query: ".", "a.root.example.", glue=[("a.root.example.", PARENT)]),
         referral(lambda _query: "other.", "ns.other.", glue=[("ns.other.", PARENT)]),
         referral(lambda _query: "pool.example.", "ns.pool.example.", glue=[("ns.pool.example.", PARENT)]),
         referral(deeper, *(f"ns{number}.far.example." for number in range(30))),
     ],
-    ids=["garbage", "empty", "sideways", "elsewhere", "itself", "many-without-addresses"],
+    ids=["garbage", "empty", "sideways", "upward", "elsewhere", "itself", "many-without-addresses"],
 )
 def test_a_server_that_leads_astray_costs_a_bounded_number_of_questions(tmp_path, says):
     async def story():
@@ -167,5 +198,6 @@ def test_a_server_that_leads_astray_costs_a_bounded_number_of_questions(tmp_path
             await lookup.lookup("alice.servers.pool.example.", "A", time.time())
         assert 0 < liar.asked <= MAX_QUESTIONS
         transport.close()
+        await asyncio.sleep(0)
 
     in_namespace(lambda: asyncio.run(story()), [f"{PARENT}/32"])

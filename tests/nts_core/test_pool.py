@@ -18,7 +18,7 @@ from nts_core import membership
 from nts_core.client import ClientError, Failure
 from nts_core.panel import BURST, PATIENCE, Standing
 from nts_core.pool import PoolClient
-from nts_core.resolve import Answer, NoAnswer, ResolveError
+from nts_core.resolve import Answer, NoAnswer, Proof, ResolveError
 from nts_core.roster import Fault
 from nts_core.source import SystemClock
 
@@ -66,7 +66,7 @@ class Book:
             found = [host] if rdtype == "A" else [f'"v=truechimer1 op={operator * 3:a<13.13}"']
         if not found:
             raise NoAnswer("nodata", f"there is no {rdtype} at {owner}")
-        return Answer(owner, rdtype, dns.rdataset.from_text("IN", rdtype, 1, *found), 1)
+        return Answer(owner, rdtype, dns.rdataset.from_text("IN", rdtype, 1, *found), 1, Proof.PROVEN)
 
     async def deny(self, name):
         return name not in self.members
@@ -441,7 +441,7 @@ async def test_two_clients_do_not_share_a_state(lab):
         b"",
         b"{}",
         b"\xff" * 100,
-        b'{"version": 1, "pool": "pool.example", "used": [{"name": "", "port": 0}], "holds": []}',
+        b'{"version": 1, "pool": "pool.example", "membership": null, "used": [{"name": "", "port": 0}], "holds": []}',
     ],
 )
 async def test_a_damaged_state_is_set_aside_and_told(lab, content):

@@ -12,7 +12,7 @@ from nts_core.independence import Bond, Candidate, GivenUp
 from nts_core.metadata import Metadata
 from nts_core.panel import Reading, Standing
 from nts_core.pool import PoolView, SourceView
-from nts_core.resolve import ResolveError
+from nts_core.resolve import Proof, ResolveError
 from nts_core.roster import Fault, Hold
 
 ALICE = SourceView(
@@ -44,6 +44,7 @@ VIEW = PoolView(
     look_in=42.0,
     is_settled=True,
     warnings=("a warning",),
+    membership=Proof.PROVEN,
 )
 OUTAGE = ResolveError("resolver-unreachable", "nobody answers", "wait")
 
@@ -105,6 +106,15 @@ def test_a_summary_says_the_offset_its_bound_and_what_was_given_up():
     assert lines[1].startswith("not independent: alice")
     assert lines[2] == "DNS: nobody answers; wait"
     assert show.summary(replace(VIEW, reading=None, given_up=())) == []
+
+
+def test_what_is_not_proven_is_said_everywhere():
+    unproven = replace(VIEW, membership=Proof.UNPROVEN)
+    assert show.document(unproven)["membership"] == "unproven"
+    assert any(line.startswith("membership unproven") for line in show.summary(unproven))
+    assert any(line.startswith("membership unproven") for line in show.changes(None, unproven))
+    assert not any(line.startswith("membership") for line in show.changes(unproven, unproven))
+    assert show.document(replace(VIEW, membership=None))["membership"] is None
 
 
 def test_changes_are_told_once():

@@ -24,13 +24,14 @@ from lab.programs import run, script
 from nts_core.acme import CALLS, AcmeError, Challenge, OrderState, RevocationReason, load_account_key
 from nts_core.certificates import ChainError, CsrError
 from nts_core.tls import new_key_and_csr
+from nts_core.verdict import Verdict
 from poolsvc.acme_client import RemoteAccount
 from poolsvc.acme_process import MAX_CONNECTIONS_OF_USER, RULES, Charge
 from poolsvc.acme_wire import LINE_LIMIT, TABLE, Refusal
 from poolsvc.cli.common import ExitStatus
 from poolsvc.config import load_settings
 from poolsvc.doctor.ca import sockets
-from poolsvc.doctor.report import Examination, Verdict
+from poolsvc.doctor.report import Examination
 from poolsvc.models import OrderStatus
 
 NAME = "alice.servers.pool.example"

@@ -24,6 +24,7 @@ from lab.unbound import Unbound
 from nts_core.kernel import KernelClock
 from nts_core.packet import Leap
 from nts_core.resolve import TrustAnchors
+from nts_core.verdict import Verdict
 from poolsvc import doctor
 from poolsvc.cli import ExitStatus
 from poolsvc.config import AuthoritySettings, load_settings
@@ -31,7 +32,7 @@ from poolsvc.db import Database
 from poolsvc.delegation import parent_records
 from poolsvc.doctor import zone
 from poolsvc.doctor.host import judge_certificate, judge_clock
-from poolsvc.doctor.report import Examination, Finding, Verdict, worst
+from poolsvc.doctor.report import Examination, Finding, worst
 from poolsvc.primary import Nameserver
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)

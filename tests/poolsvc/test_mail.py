@@ -12,10 +12,11 @@ from lab.certificates import Authority
 from lab.processes import free_port
 from lab.smtp import MailServer
 from nts_core.errors import DETAIL_LIMIT
+from nts_core.verdict import Verdict
 from poolsvc import mail
 from poolsvc.config import MailSettings
 from poolsvc.doctor.mail import server as examine_server
-from poolsvc.doctor.report import Examination, Verdict
+from poolsvc.doctor.report import Examination
 from poolsvc.mail import Mailer, MailError, envelope
 from poolsvc.texts import Text
 
