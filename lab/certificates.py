@@ -36,9 +36,11 @@ class Pair(NamedTuple):
 
 
 class Authority:
-    """A root that lives for a month; `root` is its PEM file."""
+    """A root that lives for a month, or between the times given; `root` is its PEM file."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(
+        self, directory: Path, *, not_before: datetime | None = None, not_after: datetime | None = None
+    ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self._key = ec.generate_private_key(ec.SECP256R1())
@@ -50,8 +52,8 @@ class Authority:
             .issuer_name(self._name)
             .public_key(self._key.public_key())
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - _DAY)
-            .not_valid_after(now + 30 * _DAY)
+            .not_valid_before(not_before or now - _DAY)
+            .not_valid_after(not_after or now + 30 * _DAY)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(_CA_USAGE, critical=True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(self._key.public_key()), critical=False)

@@ -9,7 +9,6 @@ import random
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from ipaddress import ip_address
 
 import dns.asyncquery
@@ -21,7 +20,7 @@ import dns.rcode
 import dns.rdatatype
 from dns.rdatatype import RdataType
 
-from nts_core.resolve import PAYLOAD, Answer, ResolveError, Resolver, TrustAnchors
+from nts_core.resolve import PAYLOAD, Answer, Moment, ResolveError, Resolver, TrustAnchors
 from nts_core.routed import is_global_unicast
 
 MAX_QUESTIONS = 100  # datagrams of one lookup
@@ -77,7 +76,7 @@ class Authorities:
         self._cuts: dict[dns.name.Name, Cut] = {}
         self._lookups = Resolver("", port, anchors)
 
-    async def lookup(self, owner: str, rdtype: str, now: datetime | float) -> Answer:
+    async def lookup(self, owner: str, rdtype: str, now: Moment) -> Answer:
         """As `Resolver.lookup`."""
         return await _Descent(self, self._lookups).lookup(owner, rdtype, now)
 

@@ -77,6 +77,7 @@ _STATUS = {
     Failure.NTP: ExitStatus.NO_TIME,
     Failure.KISS: ExitStatus.NO_TIME,
     Failure.UNSYNCHRONISED: ExitStatus.NO_TIME,
+    Failure.CLOCK: ExitStatus.NO_TIME,
     Failure.TOO_FEW_SOURCES: ExitStatus.TOO_FEW_SOURCES,
 }
 

@@ -72,6 +72,7 @@ class Failure(StrEnum):
     NTP = "ntp"
     KISS = "kiss-of-death"
     UNSYNCHRONISED = "unsynchronised"
+    CLOCK = "clock"
     TOO_FEW_SOURCES = "too-few-sources"
 
 

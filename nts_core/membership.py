@@ -17,7 +17,7 @@ from typing import Protocol
 
 from nts_core.independence import Candidate
 from nts_core.metadata import Metadata
-from nts_core.resolve import Answer, Lookup, Proof, ResolveError, addresses, listing, metadata
+from nts_core.resolve import Answer, Lookup, Moment, Proof, ResolveError, addresses, listing, metadata
 from nts_core.srv import targets_that_fit
 
 # Seconds between two looks, whatever the TTL; and after failures, twice as long each time.
@@ -148,7 +148,7 @@ class _Timed:
         self._lookup = lookup
         self.ttl = MAX_LOOK
 
-    async def lookup(self, owner: str, rdtype: str, now: datetime | float) -> Answer:
+    async def lookup(self, owner: str, rdtype: str, now: Moment) -> Answer:
         answer = await self._lookup.lookup(owner, rdtype, now)
         self.ttl = min(self.ttl, answer.ttl)
         return answer

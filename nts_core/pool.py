@@ -21,16 +21,18 @@ from typing import Self
 from cryptography import x509
 
 from nts_core.authorities import Authorities
+from nts_core.bootstrap import Bootstrap, bootstrap
+from nts_core.built import BUILT
 from nts_core.client import ClientError, Failure, load_roots
 from nts_core.denial import Witnesses
 from nts_core.independence import Candidate, GivenUp
-from nts_core.membership import Denier, Membership
+from nts_core.membership import MAX_RETRY, MIN_LOOK, Denier, Look, Membership
 from nts_core.panel import BURST, Failing, Panel, Reading, Seat, Standing
 from nts_core.resolve import ROOT, Lookup, Proof, ResolveError, Resolver, Resolvers, system_resolvers
 from nts_core.roster import Fault, Hold, Roster
-from nts_core.session import Stop
+from nts_core.session import CertificateTime, Stop
 from nts_core.source import INTERVAL, CertificateCheck, Source, SystemClock
-from nts_core.store import PoolFile
+from nts_core.store import PoolFile, TimeRecord
 
 COUNT = 4
 # How long a sample counts: in polls, and in seconds at least.
@@ -46,6 +48,7 @@ _FAILING = {
     Failure.CERTIFICATE: Failing.KEYS,
     Failure.KE: Failing.KEYS,
 }
+_FLOOR = "certificates were accepted as of any time since the last recorded one: this machine's clock is not known to be right"
 _AT_ONCE = frozenset({Failing.POLL, Failing.REFUSED})
 
 
@@ -90,6 +93,7 @@ class PoolView:
     warnings: tuple[str, ...]
     departed: tuple[str, ...] = ()
     membership: Proof | None = None
+    shortcuts: tuple[str, ...] = ()
 
     @property
     def truechimers(self) -> int:
@@ -133,6 +137,7 @@ class PoolClient:
             asked = [Resolver(address, 53, ROOT) for address in found]
             lookup = lookup or Resolvers(asked, Authorities(ROOT))
             denier = denier or Witnesses([(address, 53) for address in found])
+        self._lookup = lookup
         self._membership = Membership(pool, lookup, denier)
         self._count = count
         self._roots = tuple(load_roots(None) if roots is None else roots)
@@ -144,6 +149,11 @@ class PoolClient:
         self._clock = SystemClock(self._unix, self._is_sure)
         self._roster = Roster(count)
         self._panel = Panel(count, round(max(_MIN_LIFE, _LIFE * interval) * _SECOND))
+        self._bootstrap: Bootstrap | None = None
+        # Seconds until it is tried again.
+        self._bootstrap_retry = MIN_LOOK
+        # Somebody's certificate is not good at this machine's time.
+        self._has_misdated = False
         # The truth minus the monotonic clock, once there was a majority.
         self._truth: int | None = None
         self._members: dict[str, _Member] = {}
@@ -253,6 +263,17 @@ class PoolClient:
             warnings=tuple(dict.fromkeys(warnings)),
             departed=tuple(self._departed),
             membership=self._proof,
+            shortcuts=self._shortcuts,
+        )
+
+    @property
+    def _shortcuts(self) -> tuple[str, ...]:
+        """What was first believed without a known time."""
+        used = [member.source.credentials for member in self._members.values()]
+        has_floor = any(each is not None and each.certificate_time is CertificateTime.FLOOR for each in used)
+        return (
+            *(() if self._bootstrap is None else self._bootstrap.shortcuts),
+            *((_FLOOR,) if has_floor else ()),
         )
 
     def _view_of(self, member: _Member, seat: Seat) -> SourceView:
@@ -275,7 +296,10 @@ class PoolClient:
         return self._runner is None or self._runner.done()
 
     def _is_settled(self, now: float) -> bool:
-        return self._is_begun and not self._panel.is_waiting and not self._roster.has_choice(now)
+        return self._is_begun and self._has_nobody_left(now) and not self._is_misdated
+
+    def _has_nobody_left(self, now: float) -> bool:
+        return not self._panel.is_waiting and not self._roster.has_choice(now)
 
     # The life of the client
 
@@ -285,6 +309,7 @@ class PoolClient:
                 while True:
                     await self._look()
                     while (now := time.monotonic()) < self._look_at:
+                        await self._after_misdated()
                         self._fill(tasks, now)
                         await self._tell()
                         await self._rest(now)
@@ -307,7 +332,7 @@ class PoolClient:
 
     async def _look(self) -> None:
         """Who is a member now."""
-        found = await self._membership.look(self._roster.used, self._unix() / _SECOND)
+        found = await self._find_members()
         now = time.monotonic()
         if found.problem is None and self._problem is not None:
             # The network is back: what failed without it says nothing.
@@ -327,6 +352,63 @@ class PoolClient:
             else:
                 member.is_gone = True
                 self._stop(candidate.name)
+
+    async def _find_members(self) -> Look:
+        """Strictly at this machine's time, unless that is certainly wrong, or the signatures say that it may be."""
+        problem: ResolveError | None = None
+        if self._is_lost and self._system_clock.now() < _unix_ns(self._floor()):
+            problem = await self._find_time("this machine's clock is before the last time that is known")
+            if problem is not None:
+                return self._timeless(problem)
+        found = await self._membership.look(self._roster.used, self._unix() / _SECOND)
+        if found.problem is None or found.problem.code != "expired" or not self._is_lost:
+            return found
+        problem = await self._find_time(found.problem.message)
+        if problem is not None:
+            return self._timeless(problem)
+        return await self._membership.look(self._roster.used, self._unix() / _SECOND)
+
+    def _timeless(self, problem: ResolveError) -> Look:
+        """Nothing can be looked up; the pool's servers are not asked again soon."""
+        again_in, self._bootstrap_retry = self._bootstrap_retry, min(2 * self._bootstrap_retry, MAX_RETRY)
+        return Look(problem=problem, again_in=again_in)
+
+    @property
+    def _is_lost(self) -> bool:
+        """Whether the time may be looked for in other ways than the strict one."""
+        return not self._is_sure() and self._check is CertificateCheck.AUTO
+
+    def _floor(self) -> datetime:
+        """What is certainly past."""
+        if self._state is None:
+            return BUILT
+        floor, fault = TimeRecord(self._state).floor()
+        self._warnings = list(dict.fromkeys((*self._warnings, *(() if fault is None else (fault,)))))
+        return floor
+
+    async def _find_time(self, why: str) -> ResolveError | None:
+        """Get the time from the pool; what is then looked up is looked up at that time. Returns why there is none."""
+        try:
+            self._bootstrap = await bootstrap(self.pool, self._lookup, self._roots, self._floor())
+        except ClientError as error:
+            return ResolveError(
+                Failure.CLOCK, f"{why}; the time cannot be had from the pool: {error.message}", error.remedy
+            )
+        self._truth = self._bootstrap.truth
+        return None
+
+    @property
+    def _is_misdated(self) -> bool:
+        """Whether certificates that are not good now may be so because the clock is wrong."""
+        return self._has_misdated and self._is_lost and self._panel.reading(time.monotonic_ns()) is None
+
+    async def _after_misdated(self) -> None:
+        """Once nobody else is left to be asked, the time is looked for."""
+        if self._is_misdated and self._has_nobody_left(time.monotonic()):
+            self._problem = await self._find_time("certificates are not good at this machine's time")
+            if self._problem is None:
+                self._roster.release(Fault.UNREACHABLE)
+            self._has_misdated = False
 
     def _fill(self, tasks: asyncio.TaskGroup, now: float) -> None:
         """Every place has its source."""
@@ -413,6 +495,7 @@ class PoolClient:
 
     def _failed(self, member: _Member, failing: Failing, error: ClientError) -> None:
         if self._is_used(member):
+            self._has_misdated |= error.code == Failure.CERTIFICATE
             self._panel.failed(member.candidate.name, failing, error.message, *_clocks())
             self._after_verdict()
 
@@ -457,7 +540,8 @@ class PoolClient:
 def shortage(view: PoolView, wanted: int) -> ClientError:
     """Why fewer than `wanted` sources agree."""
     if not view.sources and not view.held and view.problem is not None:
-        return ClientError(Failure.DNS, view.problem.message, view.problem.remedy)
+        code = Failure.CLOCK if view.problem.code == Failure.CLOCK else Failure.DNS
+        return ClientError(code, view.problem.message, view.problem.remedy)
     reasons = [
         f"{source.candidate.name}: {source.trouble or source.standing}"
         for source in view.sources
@@ -494,6 +578,10 @@ def _system_resolvers() -> list[str]:
 def _shifted(holds: Mapping[str, Hold], by: float) -> dict[str, Hold]:
     """With times of another clock."""
     return {name: replace(hold, until=hold.until + by) for name, hold in holds.items()}
+
+
+def _unix_ns(moment: datetime) -> int:
+    return round(moment.timestamp()) * _SECOND
 
 
 def _clocks() -> tuple[int, int]:

@@ -15,7 +15,7 @@ import asyncio
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
@@ -189,6 +189,40 @@ class _Valid:
     until: float
 
 
+@dataclass(slots=True)
+class Window:
+    """From when to when, in seconds since 1970, the present may be. For who does not know the time (`bootstrap`).
+
+    A lookup that is given one in place of the time accepts what was valid at some moment in it, and narrows it to the
+    moments at which all of that was: so all signatures of all lookups with one window held together once. The times of
+    signatures are read as they stand, as dnspython does; by serial arithmetic (RFC 4034 section 3.1.5) they would mean
+    the same from 1970 to 2106 only to who knows the time.
+    """
+
+    since: float
+    until: float = math.inf
+    is_open: bool = True
+    # Keys of zones that were valid within it, with when.
+    keys: dict[dns.name.Name, _Valid] = field(default_factory=dict)
+
+    @classmethod
+    def at(cls, now: datetime | float) -> "Window":
+        """A moment that is known."""
+        moment = now.timestamp() if isinstance(now, datetime) else now
+        return cls(moment, moment, is_open=False)
+
+    def admits(self, since: float, until: float) -> bool:
+        """Whether there is a moment in both."""
+        return max(self.since, since) <= min(self.until, until)
+
+    def narrow(self, since: float, until: float) -> None:
+        """Leave the moments in both."""
+        self.since, self.until = max(self.since, since), min(self.until, until)
+
+
+Moment = datetime | float | Window
+
+
 class Resolver:
     """Asks one server and validates what it says; keeps the zones' keys for their TTL.
 
@@ -211,8 +245,8 @@ class Resolver:
         self.dnssec = dnssec
         self.keys: dict[dns.name.Name, _Valid] = {}
 
-    async def lookup(self, owner: str, rdtype: str, now: datetime | float) -> Answer:
-        """The RRset, valid at `now` (seconds since 1970 or an aware datetime).
+    async def lookup(self, owner: str, rdtype: str, now: Moment) -> Answer:
+        """The RRset, valid at `now` (seconds since 1970, an aware datetime, or a window, which is narrowed).
 
         Raises NoAnswer when the server says there is none, else ResolveError.
         """
@@ -220,17 +254,22 @@ class Resolver:
             name = dns.name.from_text(owner)
         except dns.exception.DNSException as error:
             raise _error("name", f"{owner!r} is not a domain name: {error}") from None
-        moment = now.timestamp() if isinstance(now, datetime) else now
+        window = replace(now) if isinstance(now, Window) else Window.at(now)
         try:
             async with asyncio.timeout(self.timeout):
                 if self.dnssec is not Dnssec.REQUIRE:
                     return await self._believed(owner, name, RdataType.make(rdtype))
-                valid = await _Walk(self, self.anchors.above(name), moment).validated(
+                valid = await _Walk(self, self.anchors.above(name), window).validated(
                     name, RdataType.make(rdtype)
                 )
         except TimeoutError:
             raise _error("resolver-unreachable", f"{self} did not answer in time") from None
-        ttl = int(max(0, min(valid.rrset.ttl, valid.until - moment)))
+        if isinstance(now, Window):
+            # Others may have narrowed it meanwhile.
+            if not now.admits(window.since, window.until):
+                raise _expired(name)
+            now.narrow(window.since, window.until)
+        ttl = 0 if window.is_open else int(max(0, min(valid.rrset.ttl, valid.until - window.since)))
         return Answer(owner, rdtype, valid.rrset, ttl, Proof.PROVEN)
 
     async def _believed(self, owner: str, name: dns.name.Name, rdtype: RdataType) -> Answer:
@@ -274,7 +313,7 @@ class Resolver:
 class Lookup(Protocol):
     """What gives validated answers: a Resolver, or several."""
 
-    async def lookup(self, owner: str, rdtype: str, now: datetime | float) -> Answer:
+    async def lookup(self, owner: str, rdtype: str, now: Moment) -> Answer:
         """As `Resolver.lookup`."""
 
 
@@ -296,7 +335,7 @@ class Resolvers:
         """Whether the last resort has answered, and is asked first for now."""
         return time.monotonic() < self._direct_until
 
-    async def lookup(self, owner: str, rdtype: str, now: datetime | float) -> Answer:
+    async def lookup(self, owner: str, rdtype: str, now: Moment) -> Answer:
         """As `Resolver.lookup`. Raises the first one's error when none is good, or what the last resort knows better."""
         if self.is_direct:
             try:
@@ -327,7 +366,7 @@ class Resolvers:
             # That port 53 is closed to the world is common, and says nothing of the pool.
             raise failure if failure is not None and error.code == "resolver-failed" else error from None
 
-    async def _ask_last_resort(self, owner: str, rdtype: str, now: datetime | float) -> Answer:
+    async def _ask_last_resort(self, owner: str, rdtype: str, now: Moment) -> Answer:
         assert self._last_resort is not None
         try:
             answer = await self._last_resort.lookup(owner, rdtype, now)
@@ -347,10 +386,10 @@ class Resolvers:
 class _Walk:
     """One lookup's way from the RRset up to the anchor, with its budget of questions."""
 
-    def __init__(self, resolver: Resolver, anchor: dns.name.Name, now: float) -> None:
+    def __init__(self, resolver: Resolver, anchor: dns.name.Name, window: Window) -> None:
         self._resolver = resolver
         self._anchor = anchor
-        self._now = now
+        self._window = window
         self._questions = MAX_QUESTIONS
 
     async def validated(self, name: dns.name.Name, rdtype: RdataType) -> _Valid:
@@ -391,11 +430,19 @@ class _Walk:
                 failure = failure or misfit
                 continue
             trusted = keys if keys is not None else await self._keys(signature.signer)
+            if not self._window.admits(signature.inception, signature.expiration):
+                # The keys have narrowed it.
+                failure = failure or _expired(rrset.name)
+                continue
+            now = max(self._window.since, signature.inception)
             try:
-                dns.dnssec.validate_rrsig(rrset, signature, {signature.signer: trusted}, now=self._now)
+                dns.dnssec.validate_rrsig(rrset, signature, {signature.signer: trusted}, now=now)
             except (dns.exception.ValidationFailure, dns.exception.UnsupportedAlgorithm):
                 continue
-            until = min(self._now + min(rrset.ttl, signature.original_ttl), signature.expiration)
+            self._window.narrow(signature.inception, signature.expiration)
+            if self._window.is_open:
+                return _Valid(rrset, self._window.since, self._window.until)
+            until = min(now + min(rrset.ttl, signature.original_ttl), signature.expiration)
             return _Valid(rrset, signature.inception, until)
         raise failure or _error("bogus", f"no signature over {rrset.name} {kind} is valid")
 
@@ -411,14 +458,15 @@ class _Walk:
             return _error("not-under-anchor", f"{name} is signed by {signer}, above the trust anchor")
         if signature.labels != len(name) - 1:
             return _error("bogus", f"{name} comes from a wildcard, which no pool has")
-        if not signature.inception <= self._now <= signature.expiration:
-            return _error("expired", f"the signature over {name} is not valid at the present time")
+        if not self._window.admits(signature.inception, signature.expiration):
+            return _expired(name, is_open=self._window.is_open)
         return None
 
     async def _keys(self, zone: dns.name.Name) -> dns.rrset.RRset:
         """The keys of a zone at or below the anchor."""
-        known = self._resolver.keys.get(zone)
-        if known is not None and known.since <= self._now <= known.until:
+        known = self._known(zone)
+        if known is not None and self._window.admits(known.since, known.until):
+            self._window.narrow(known.since, known.until)
             return known.rrset
         rrset, signatures = await self._signed(zone, RdataType.DNSKEY)
         if len(rrset) > MAX_KEYS:
@@ -428,8 +476,15 @@ class _Walk:
         if not vouched:
             raise _error("bogus", f"none of the keys of {zone} is the one that its DS or anchor names")
         valid = await self._check(rrset, signatures, dns.rdataset.from_rdata_list(rrset.ttl, vouched))
-        self._resolver.keys[zone] = valid
+        if self._window.is_open:
+            self._window.keys[zone] = valid
+        else:
+            self._resolver.keys[zone] = valid
         return valid.rrset
+
+    def _known(self, zone: dns.name.Name) -> _Valid | None:
+        """What an earlier lookup found out; what one found with the time left open only another such one may use."""
+        return (self._window.keys if self._window.is_open else self._resolver.keys).get(zone)
 
     async def _vouchers(self, zone: dns.name.Name) -> Iterable[dns.rdata.Rdata]:
         """The records that say which keys of the zone to trust: the anchor's, or the parent's DS."""
@@ -439,6 +494,14 @@ class _Walk:
             return (await self.validated(zone, RdataType.DS)).rrset
         except NoAnswer:
             raise _error("unsigned", f"no signed delegation leads to {zone}") from None
+
+
+def _expired(name: dns.name.Name, *, is_open: bool = True) -> ResolveError:
+    if is_open:
+        return _error(
+            "expired", f"the signature over {name} had ended, or was not valid together with the others"
+        )
+    return _error("expired", f"the signature over {name} is not valid at the present time")
 
 
 def _raise_absence(answer: dns.message.Message, name: dns.name.Name, rdtype: RdataType) -> NoReturn:
@@ -479,7 +542,7 @@ class Listing:
     proof: Proof
 
 
-async def listing(resolver: Lookup, pool: str, now: datetime | float) -> Listing:
+async def listing(resolver: Lookup, pool: str, now: Moment) -> Listing:
     """Look the pool's servers up. Raises ResolveError, also when there is nobody to use."""
     pool = pool.removesuffix(".").lower()
     try:
@@ -508,12 +571,12 @@ async def listing(resolver: Lookup, pool: str, now: datetime | float) -> Listing
     return Listing(kept, tuple(target.name for target in foreign), answer.proof)
 
 
-async def srv_targets(resolver: Lookup, pool: str, now: datetime | float) -> list[SrvTarget]:
+async def srv_targets(resolver: Lookup, pool: str, now: Moment) -> list[SrvTarget]:
     """The targets of `listing` alone."""
     return list((await listing(resolver, pool, now)).targets)
 
 
-async def addresses(resolver: Lookup, name: str, now: datetime | float) -> list[str]:
+async def addresses(resolver: Lookup, name: str, now: Moment) -> list[str]:
     """The addresses of a name, IPv6 first, MAX_ANSWERS at most."""
     found: list[str] = []
     for rdtype in ("AAAA", "A"):
@@ -527,7 +590,7 @@ async def addresses(resolver: Lookup, name: str, now: datetime | float) -> list[
     return found[:MAX_ANSWERS]
 
 
-async def metadata(resolver: Lookup, name: str, now: datetime | float) -> Metadata | None:
+async def metadata(resolver: Lookup, name: str, now: Moment) -> Metadata | None:
     """What the pool says of a server, beside its addresses; None when it says nothing that can be relied on."""
     try:
         answer = await resolver.lookup(f"{name.removesuffix('.')}.", "TXT", now)

@@ -6,11 +6,12 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from nts_core.client import Failure
 from nts_core.diagnosis import Outcome, Step, Summary
 from nts_core.independence import Candidate
 from nts_core.panel import Standing
 from nts_core.pool import PoolView, SourceView
-from nts_core.resolve import Proof
+from nts_core.resolve import Proof, ResolveError
 from nts_core.roster import Fault
 
 _COLOURS = {"truechimer": "green", "falseticker": "red", "failed": "yellow"}
@@ -67,6 +68,7 @@ def document(view: PoolView) -> dict[str, Any]:
             for pair in view.given_up
         ],
         "departed": list(view.departed),
+        "shortcuts": list(view.shortcuts),
         "problem": None
         if problem is None
         else {"code": problem.code, "message": problem.message, "remedy": problem.remedy},
@@ -139,11 +141,17 @@ def summary(view: PoolView) -> list[str]:
         )
     if view.membership in _UNPROVEN:
         lines.append(_UNPROVEN[view.membership])
+    lines += [f"shortcut: {sentence}" for sentence in view.shortcuts]
     lines += [f"not independent: {pair}" for pair in view.given_up]
     lines += [f"{name} is a member no longer" for name in view.departed]
     if view.problem is not None:
-        lines.append(f"DNS: {view.problem.message}; {view.problem.remedy}")
+        lines.append(_sentence(view.problem))
     return lines
+
+
+def _sentence(problem: ResolveError) -> str:
+    subject = "clock" if problem.code == Failure.CLOCK else "DNS"
+    return f"{subject}: {problem.message}; {problem.remedy}"
 
 
 def changes(before: PoolView | None, after: PoolView) -> list[str]:
@@ -160,10 +168,13 @@ def changes(before: PoolView | None, after: PoolView) -> list[str]:
     ]
     told = None if before is None or before.problem is None else before.problem.message
     if after.problem is not None and after.problem.message != told:
-        lines.append(f"DNS: {after.problem.message}; {after.problem.remedy}")
+        lines.append(_sentence(after.problem))
     if after.problem is None and told is not None:
         lines.append("DNS: it answers again")
     lines += [f"warning: {text}" for text in after.warnings if before is None or text not in before.warnings]
+    lines += [
+        f"shortcut: {text}" for text in after.shortcuts if before is None or text not in before.shortcuts
+    ]
     if after.membership in _UNPROVEN and (before is None or before.membership is not after.membership):
         lines.append(_UNPROVEN[after.membership])
     if after.truechimers != (None if before is None else before.truechimers):

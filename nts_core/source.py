@@ -53,8 +53,6 @@ from nts_core.tls import Trust
 
 # Seconds between polls: RFC 5905's default minimum.
 INTERVAL = 64.0
-# Before any time was recorded: no certificate that ended before this program was written is good.
-OLDEST_TIME = datetime(2026, 1, 1, tzinfo=UTC)
 # How often the time is recorded at most.
 _RECORD_EVERY = 3600 * SECOND
 # Of a server's addresses, so many are tried.
@@ -309,10 +307,9 @@ class Source:
             self._record_time(now)
         if is_good or self._record is None or self._check is CertificateCheck.STRICT:
             return Trust.of(self._roots, at)
-        recorded, fault = self._record.load()
+        floor, fault = self._record.floor()
         self._warn(fault)
-        floor = OLDEST_TIME if recorded is None else _EPOCH + timedelta(microseconds=recorded // 1000)
-        return Trust.of(self._roots, at, max(floor, OLDEST_TIME))
+        return Trust.of(self._roots, at, floor)
 
     # Polls
 

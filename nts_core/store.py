@@ -24,6 +24,7 @@ import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
@@ -33,6 +34,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from pydantic import BaseModel, ConfigDict, Field, IPvAnyAddress, ValidationError
 
 from nts_core.aead import KEY_LENGTH, AeadId, SessionKeys
+from nts_core.built import BUILT
 from nts_core.client import ClientError, Failure
 from nts_core.cookies import MAX_COOKIE_LENGTH, MAX_COOKIES
 from nts_core.errors import printable
@@ -45,6 +47,7 @@ from nts_core.srv import MAX_TARGETS
 
 # How long a second process waits for the first one's lock, in seconds.
 LOCK_TIMEOUT = 5.0
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _LOCK_POLL = 0.05
 # Eight cookies of the longest kind in base64 take less than 4 KiB.
 _MAX_FILE = 16 * 1024
@@ -369,6 +372,12 @@ class TimeRecord:
             return _TimeDocument.model_validate_json(content).recorded_ns, None
         except ValueError as error:
             return None, _set_aside(self._path, content, _explain(error))
+
+    def floor(self) -> tuple[datetime, str | None]:
+        """What is certainly past: the recorded time, or when this program was made if that is later; and as `load`."""
+        recorded, fault = self.load()
+        at = BUILT if recorded is None else _EPOCH + timedelta(microseconds=recorded // 1000)
+        return max(at, BUILT), fault
 
     def save(self, time: int) -> None:
         """Record `time` unless a later one is recorded. Raises ClientError."""
