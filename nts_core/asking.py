@@ -56,7 +56,7 @@ async def ask_chronyc(*reports: str, where: Sequence[str] = (), names: bool = Fa
 
 
 async def _output(program: str, *arguments: str) -> bytes:
-    """What the program prints, whatever its exit status: one refused report does not spoil the other."""
+    """What the program prints, whatever its exit status then: one refused report does not spoil the other."""
     try:
         child = await asyncio.create_subprocess_exec(
             program,
@@ -90,6 +90,8 @@ async def _output(program: str, *arguments: str) -> bytes:
                     while await child.stdout.read(_CHRONYC_LIMIT):
                         pass
                     await child.wait()
+    if child.returncode and not output:
+        raise Unanswered("chronyd: chronyc says nothing")
     return bytes(output)
 
 

@@ -22,7 +22,7 @@ from nts_core.feeding.hand import Applied, Hand
 from nts_core.feeding.judge import Judge
 from nts_core.independence import Candidate
 from nts_core.membership import Membership
-from nts_core.roster import Hold, Roster, shifted
+from nts_core.roster import Fault, Hold, Roster, shifted
 from nts_core.store import PoolFile
 
 ASK_EVERY = 60.0
@@ -189,6 +189,9 @@ class Feed:
         now = time.monotonic()
         self._due.look, self._is_online = now + found.again_in, found.problem is None
         if found.problem is None:
+            if _Topic.DNS in self._problems:
+                # The network is back: what failed without it says nothing.
+                self._roster.release(Fault.UNREACHED)
             self._solved(_Topic.DNS)
         else:
             self._problem(_Topic.DNS, ClientError(Failure.DNS, found.problem.message, found.problem.remedy))

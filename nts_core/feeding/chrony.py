@@ -4,6 +4,7 @@ A source whose line is the same as before keeps what chronyd has measured and it
 own user.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ _MODE, _STATE, _NAME, _REACH = 0, 1, 2, 5
 _AUTH_NAME, _AUTH_ATTEMPTS, _AUTH_COOKIES = 0, 6, 8
 _SERVER, _COLUMNS = "^", 10
 _GOOD = {"*", "+", "-"}
+_REFUSAL = re.compile(r"5[0-9][0-9] ")
 
 
 def lines(member: Member, options: Sequence[str]) -> list[str]:
@@ -45,12 +47,13 @@ async def ask(_directory: Path) -> Mapping[str, Verdict]:
 
 def verdicts(report: str) -> dict[str, Verdict]:
     """From `chronyc -c -N -m sources authdata`. Raises Unanswered for what is none."""
-    rows = [row.split(",") for row in report.splitlines() if row.strip()]
+    rows = [row.split(",") for row in report.splitlines()]
+    refusal = next((row[0] for row in rows if _REFUSAL.match(row[0])), None)
+    if refusal is not None:
+        # chronyc's own words, such as "506 Cannot talk to daemon" and "501 Not authorised".
+        raise Unanswered(f"chronyd: {' '.join(printable(refusal, 80).split())}")
     sources = [row for row in rows if len(row) == _COLUMNS and row[_MODE] == _SERVER]
     keys = {row[_AUTH_NAME].lower(): row for row in rows if len(row) == _COLUMNS and row[1] == "NTS"}
-    if rows and not any(len(row) == _COLUMNS for row in rows):
-        # chronyc's own words, such as "506 Cannot talk to daemon".
-        raise Unanswered(f"chronyd: {' '.join(printable(report, 80).split())}")
     return {
         row[_NAME].lower(): _verdict(row[_STATE], row[_REACH], keys.get(row[_NAME].lower()))
         for row in sources
