@@ -458,7 +458,7 @@ class _Screen:
     def show(self, view: PoolView) -> None:
         if self._live is not None:
             lines = [
-                f"{view.pool}: {view.truechimers} sources agree; next look at DNS in {show.seconds(view.look_in)}"
+                f"{view.pool}: sources that agree: {view.truechimers}; next look at DNS in {show.seconds(view.look_in)}"
             ]
             lines += [*show.summary(view), *(f"warning: {warning}" for warning in view.warnings)]
             self._live.update(Group(show.table(view, is_live=True), *map(Text, lines)), refresh=True)

@@ -13,11 +13,14 @@ import socket
 import ssl
 import time
 import warnings
+from asyncio.staggered import staggered_race
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from ipaddress import ip_address
+from itertools import zip_longest
 from pathlib import Path
 
 from cryptography import x509
@@ -42,6 +45,8 @@ from nts_core.records import ErrorCode
 from nts_core.tls import Pin, TlsChannel, Trust, client_channel
 
 KE_TIMEOUT = 5.0
+# Seconds until another address of a server is tried while the last one has not answered (RFC 8305 section 5).
+_CONNECTION_DELAY = 0.25
 NTP_TIMEOUT = 1.5
 _READ = 16 * 1024
 # What says nothing of the server that was asked.
@@ -166,22 +171,41 @@ async def establish(
     timeout: float = KE_TIMEOUT,
 ) -> Established:
     """Key establishment with the server `name` at one address. Raises ClientError."""
+    return await establish_any(name, [address], port, trust, offered=offered, timeout=timeout)
+
+
+async def establish_any(
+    name: str,
+    addresses: list[str],
+    port: int,
+    trust: Trust | Pin,
+    *,
+    offered: Sequence[AeadId] = SUPPORTED,
+    timeout: float = KE_TIMEOUT,
+) -> Established:
+    """Key establishment at that one of several addresses of a server which answers first (RFC 8305). Raises ClientError.
+
+    An address is taken out of the list once it has been tried, so that those in it are left for another attempt. TLS is
+    begun with one address alone.
+    """
     started = time.monotonic_ns()
-    stage = Failure.TCP
+    stage, place = Failure.TCP, _places(addresses, port)
     try:
         async with asyncio.timeout(timeout):
-            reader, writer = await asyncio.open_connection(address, port)
-            stage = Failure.TLS
+            address, reader, writer = await _connect(addresses, port)
+            stage, place = Failure.TLS, _join(address, port)
             try:
                 channel = client_channel(name, trust)
                 result = await _key_exchange(channel, reader, writer, offered)
             finally:
                 writer.transport.abort()
     except TimeoutError:
-        raise ClientError(stage, f"no answer from {_join(address, port)} within {timeout:g} s") from None
+        if stage is Failure.TCP:
+            addresses.clear()
+        raise ClientError(stage, f"no answer from {place} within {timeout:g} s") from None
     except OSError as error:
         stage = Failure.LOCAL if error.errno in OWN_FAULTS else stage
-        raise ClientError(stage, f"no connection to {_join(address, port)}: {_strerror(error)}") from None
+        raise ClientError(stage, f"no connection to {place}: {_strerror(error)}") from None
     except CertificateError as error:
         raise ClientError(Failure.CERTIFICATE, str(error)) from None
     except TlsError as error:
@@ -191,6 +215,34 @@ async def establish(
     except WireError as error:
         raise ClientError(Failure.KE, str(error)) from None
     return Established(result, channel.peer_chain, address, time.monotonic_ns() - started)
+
+
+async def _connect(addresses: list[str], port: int) -> tuple[str, asyncio.StreamReader, asyncio.StreamWriter]:
+    """The first connection that stands; its address and those that failed are taken out. Raises ClientError."""
+    order = _by_turns(addresses)
+    winner, index, faults = await staggered_race(
+        [partial(asyncio.open_connection, address, port) for address in order], _CONNECTION_DELAY
+    )
+    failed = {order[number]: fault for number, fault in enumerate(faults) if isinstance(fault, OSError)}
+    if winner is None or index is None:
+        addresses.clear()
+        is_ours = all(fault.errno in OWN_FAULTS for fault in failed.values())
+        told = ", ".join(f"{_join(address, port)}: {_strerror(fault)}" for address, fault in failed.items())
+        raise ClientError(Failure.LOCAL if is_ours else Failure.TCP, f"no connection to {told}")
+    addresses[:] = [address for address in addresses if address not in {*failed, order[index]}]
+    return order[index], *winner
+
+
+def _by_turns(addresses: Sequence[str]) -> list[str]:
+    """One family after the other, beginning with that of the first (RFC 8305 section 4)."""
+    wanted = ip_address(addresses[0]).version
+    ours = [address for address in addresses if ip_address(address).version == wanted]
+    others = [address for address in addresses if ip_address(address).version != wanted]
+    return [address for pair in zip_longest(ours, others) for address in pair if address is not None]
+
+
+def _places(addresses: Sequence[str], port: int) -> str:
+    return " and ".join(_join(address, port) for address in addresses)
 
 
 async def _key_exchange(

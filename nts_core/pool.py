@@ -10,6 +10,7 @@ longer is replaced at once; a server that is gone is forgotten with its cookies.
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -33,6 +34,8 @@ from nts_core.store import PoolFile
 COUNT = 4
 # How long a sample counts: in polls, and in seconds at least.
 _LIFE, _MIN_LIFE = 10, 600.0
+# How many that have left the pool are named.
+_DEPARTED = 8
 _SECOND = 1_000_000_000
 _FAILING = {
     Failure.NTP: Failing.POLL,
@@ -70,7 +73,8 @@ class PoolView:
     """A pool as its client sees it now.
 
     `held` are held back. Of `unusable` ones the zone does not say enough. `problem` is what the last look at DNS could
-    not find out; the next look is in `look_in` seconds. `is_settled`: nobody is left to be asked now.
+    not find out; the next look is in `look_in` seconds. `departed` were sources and are members no longer, the last
+    ones by name. `is_settled`: nobody is left to be asked now.
     """
 
     pool: str
@@ -83,6 +87,7 @@ class PoolView:
     look_in: float
     is_settled: bool
     warnings: tuple[str, ...]
+    departed: tuple[str, ...] = ()
 
     @property
     def truechimers(self) -> int:
@@ -141,13 +146,12 @@ class PoolClient:
         self._members: dict[str, _Member] = {}
         # Of those that are held back, what was seen last.
         self._left: dict[str, SourceView] = {}
-        # An earlier run's sources, until a look has found them.
-        self._earlier: dict[str, Candidate] = {}
         self._file: PoolFile | None = None
         self._listed: frozenset[str] = frozenset()
         self._unusable: Mapping[str, str] = {}
         self._problem: ResolveError | None = None
         self._look_at = 0.0
+        self._departed: deque[str] = deque(maxlen=_DEPARTED)
         self._warnings: list[str] = []
         self._is_begun = False
         self._wake = asyncio.Event()
@@ -165,8 +169,8 @@ class PoolClient:
         if self._state is not None:
             self._file = PoolFile.open(self._state, self.pool)
             used, holds, fault = self._file.load(self._unix())
-            self._earlier = {candidate.name: candidate for candidate in used}
             self._roster = Roster(self._count, shifted(holds, time.monotonic()))
+            self._roster.resume(used, time.monotonic())
             self._warnings += [] if fault is None else [fault]
         self._runner = asyncio.create_task(self._run(), name=f"the sources of {self.pool}")
         return self
@@ -243,6 +247,7 @@ class PoolClient:
             look_in=max(0.0, self._look_at - now),
             is_settled=self._is_settled(now),
             warnings=tuple(dict.fromkeys(warnings)),
+            departed=tuple(self._departed),
         )
 
     def _view_of(self, member: _Member, seat: Seat) -> SourceView:
@@ -273,7 +278,7 @@ class PoolClient:
         try:
             async with asyncio.TaskGroup() as tasks:
                 while True:
-                    await self._look(tasks)
+                    await self._look()
                     while (now := time.monotonic()) < self._look_at:
                         self._fill(tasks, now)
                         await self._tell()
@@ -295,10 +300,9 @@ class PoolClient:
         async with self._changed:
             self._changed.notify_all()
 
-    async def _look(self, tasks: asyncio.TaskGroup) -> None:
+    async def _look(self) -> None:
         """Who is a member now."""
-        asked_for = {candidate.name: candidate for candidate in self._roster.used} | self._earlier
-        found = await self._membership.look(asked_for.values(), self._unix() / _SECOND)
+        found = await self._membership.look(self._roster.used, self._unix() / _SECOND)
         now = time.monotonic()
         if found.problem is None and self._problem is not None:
             # The network is back: what failed without it says nothing.
@@ -310,26 +314,31 @@ class PoolClient:
             self._listed = frozenset(candidate.name for candidate in found.listed)
             self._unusable = found.unusable
         for candidate in self._roster.gone(found.gone):
-            self._members[candidate.name].is_gone = True
-            self._stop(candidate.name)
-        if found.problem is None:
-            kept = [each for each in (*found.others, *found.listed) if each.name in self._earlier]
-            self._earlier = {}
-            for candidate in self._roster.resume(kept, now):
-                self._start(tasks, candidate)
+            self._departed.append(candidate.name)
+            if (member := self._members.get(candidate.name)) is None:
+                await self._forget(candidate)
+            else:
+                member.is_gone = True
+                self._stop(candidate.name)
 
     def _fill(self, tasks: asyncio.TaskGroup, now: float) -> None:
         """Every place has its source."""
-        for candidate in self._roster.choose(now):
-            self._start(tasks, candidate)
+        self._roster.choose(now)
+        if self._is_begun and self._is_settled(now) and (exchanged := self._roster.exchange(now)) is not None:
+            self._stop(exchanged[0].name)
+        for candidate in self._roster.used:
+            if candidate.name not in self._members:
+                self._start(tasks, candidate)
         self._is_begun = True
-        if self._is_settled(now) and (exchanged := self._roster.exchange(now)) is not None:
-            left, came = exchanged
-            self._stop(left.name)
-            self._start(tasks, came)
 
-    def _start(self, tasks: asyncio.TaskGroup, candidate: Candidate) -> None:
-        source = Source(
+    async def _forget(self, candidate: Candidate) -> None:
+        """What an earlier run has kept of a server."""
+        with suppress(ClientError):
+            async with self._source(candidate) as source:
+                source.forget()
+
+    def _source(self, candidate: Candidate) -> Source:
+        return Source(
             candidate.name,
             candidate.port,
             self._roots,
@@ -339,7 +348,9 @@ class PoolClient:
             interval=0,
             clock=self._clock,
         )
-        member = self._members[candidate.name] = _Member(candidate, source)
+
+    def _start(self, tasks: asyncio.TaskGroup, candidate: Candidate) -> None:
+        member = self._members[candidate.name] = _Member(candidate, self._source(candidate))
         self._panel.seat(candidate.name, time.monotonic_ns())
         member.task = tasks.create_task(self._follow(member), name=candidate.name)
         self._keep()
@@ -429,10 +440,9 @@ class PoolClient:
         """For a later run. A full disk is no reason to end this one."""
         if self._file is None:
             return
-        used = {candidate.name: candidate for candidate in self._roster.used} | self._earlier
         holds = shifted(self._roster.holds, -time.monotonic())
         try:
-            self._file.save(list(used.values())[: self._count], holds, self._unix())
+            self._file.save(self._roster.used, holds, self._unix())
         except ClientError as error:
             self._warnings = list(dict.fromkeys((*self._warnings, error.message)))
 

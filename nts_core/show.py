@@ -59,6 +59,7 @@ def document(view: PoolView) -> dict[str, Any]:
             {"names": list(pair.names), "same": [bond.name.lower() for bond in pair.bonds]}
             for pair in view.given_up
         ],
+        "departed": list(view.departed),
         "problem": None
         if problem is None
         else {"code": problem.code, "message": problem.message, "remedy": problem.remedy},
@@ -90,7 +91,14 @@ def _source(source: SourceView) -> dict[str, Any]:
 def table(view: PoolView, *, is_live: bool = False) -> Table:
     """The sources, a row each; with what comes next if they are watched. Nothing that a peer says is markup."""
     shown = Table(box=None, pad_edge=False)
-    for column in ("source", "address", "offset", "delay", *(("next poll",) if is_live else ()), "verdict"):
+    for column in (
+        "source",
+        "address",
+        "offset",
+        "delay",
+        *(("next poll", "listed") if is_live else ()),
+        "verdict",
+    ):
         shown.add_column(column, justify="right" if column in _RIGHT else "left", overflow="fold")
     for source in everybody(view):
         word = verdict(source)
@@ -102,7 +110,7 @@ def table(view: PoolView, *, is_live: bool = False) -> Table:
             Text(source.address or ""),
             milliseconds(source.offset),
             milliseconds(source.delay),
-            *((_next(source),) if is_live else ()),
+            *((_next(source), "yes" if source.is_listed else "") if is_live else ()),
             said,
         )
     return shown
@@ -123,6 +131,7 @@ def summary(view: PoolView) -> list[str]:
             f"the truechimers agree on an offset of {milliseconds(offset)}, within {milliseconds(error)[1:]}"
         )
     lines += [f"not independent: {pair}" for pair in view.given_up]
+    lines += [f"{name} is a member no longer" for name in view.departed]
     if view.problem is not None:
         lines.append(f"DNS: {view.problem.message}; {view.problem.remedy}")
     return lines
@@ -136,7 +145,10 @@ def changes(before: PoolView | None, after: PoolView) -> list[str]:
     for name, (word, why) in new.items():
         if (was := old.get(name, ("", ""))[0]) != word:
             lines.append(f"{name}: {word}{f', {why}' if why else ''}{f' (was {was})' if was else ''}")
-    lines += [f"{name}: no member any more" for name in old.keys() - new.keys() if before is not None]
+    gone = old.keys() - new.keys()
+    lines += [
+        f"{name}: {'no member' if name in after.departed else 'no source'} any more" for name in sorted(gone)
+    ]
     told = None if before is None or before.problem is None else before.problem.message
     if after.problem is not None and after.problem.message != told:
         lines.append(f"DNS: {after.problem.message}; {after.problem.remedy}")
@@ -144,7 +156,7 @@ def changes(before: PoolView | None, after: PoolView) -> list[str]:
         lines.append("DNS: it answers again")
     lines += [f"warning: {text}" for text in after.warnings if before is None or text not in before.warnings]
     if after.truechimers != (None if before is None else before.truechimers):
-        lines.append(f"{after.truechimers} sources agree")
+        lines.append(f"sources that agree: {after.truechimers}")
     return lines
 
 

@@ -28,7 +28,7 @@ from nts_core.client import (
     ClientError,
     Established,
     Failure,
-    establish,
+    establish_any,
     exchange,
     ntp_address,
     system_addresses,
@@ -280,16 +280,17 @@ class Source:
         self._keep()
 
     async def _try_addresses(self) -> tuple[Established, Trust]:
-        """The first address that works. Raises the ClientError that says most."""
+        """The first address that works, those that are left staying spare. Raises the ClientError that says most."""
         trust = self._trust()
         if not self._spare:
             found = self._addresses or await system_addresses(self.name)
             self._spare = list(found[:_MAX_ADDRESSES])
         failure: ClientError | None = None
         while self._spare:
-            address = self._spare.pop(0)
             try:
-                established = await establish(self.name, address, self.port, trust, offered=self._offered)
+                established = await establish_any(
+                    self.name, self._spare, self.port, trust, offered=self._offered
+                )
                 return established, trust
             except ClientError as error:
                 if failure is None or error.code not in _UNREACHED:

@@ -5,6 +5,7 @@ client asks them over the network namespace's loopback as it would over the Inte
 """
 
 import asyncio
+import json
 import os
 import secrets
 from datetime import UTC, datetime, timedelta
@@ -22,6 +23,7 @@ from lab.knot import Knot
 from lab.namespaces import in_namespace
 from lab.nts_server import NtsServer, forged_kiss
 from lab.pool_zone import PoolZone
+from lab.programs import script
 from lab.unbound import Unbound
 from nts_core.denial import Witnesses
 from nts_core.independence import Bond
@@ -253,7 +255,8 @@ def test_four_good_independent_sources_whatever_happens(tmp_path, monkeypatch):
             assert sum(world.servers[LEAVER].cookies.values()) == asked, "nobody asks who has left"
 
             # Two die at once. Of the operators that are left three have somebody good: that is told.
-            dead = set(sorted(before)[:2])
+            dead = {"good4", *sorted(before)[:1]}
+            assert dead <= before, "of the fourth operator nobody else is good"
             for name in dead:
                 world.servers[name].is_silent = True
             world.zone.list(full)
@@ -356,5 +359,67 @@ def test_forgers_on_the_way_and_a_hostile_resolver_change_nothing(tmp_path, monk
         assert all(world.servers[name].establishments == 1 for name in busy), (
             "NTSN that is forged costs no keys"
         )
+
+    living(tmp_path, monkeypatch, story)
+
+
+async def run_client(world, command, *arguments, terminal=None):
+    """`pool-client COMMAND POOL` to its end: status and standard output, or what a terminal got."""
+    anchor = world.directory / "anchor"
+    anchor.write_text(world.knot.trust_anchor())
+    process = await asyncio.create_subprocess_exec(
+        script("pool-client"),
+        command,
+        POOL,
+        f"--trust-anchor={anchor}",
+        f"--resolver={world.unbound.address}:{world.unbound.port}",
+        f"--ca={world.authority.root}",
+        *arguments,
+        stdout=asyncio.subprocess.PIPE if terminal is None else terminal,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "160"},
+    )
+    told, _ = await process.communicate()
+    return process.returncode, (told or b"").decode()
+
+
+def test_the_programs_show_what_becomes_of_the_sources(tmp_path, monkeypatch):
+    async def story(world):
+        world.zone.list(["good1", "good2", "good3"], first=[LIAR, LEAVER])
+        state = f"--state={tmp_path / 'state'}"
+        status, told = await run_client(world, "sources", "--json", state)
+        document = json.loads(told)
+        verdicts = {source["name"].partition(".")[0]: source["verdict"] for source in document["sources"]}
+        assert (status, document["agreeing"], verdicts[LIAR]) == (0, 4, "falseticker")
+        asked = [server.establishments for server in world.servers.values()]
+
+        # A later run goes on where that one was, and nobody is asked for keys again.
+        status, told = await run_client(world, "watch", "--json", "--for=2", state)
+        lines = [json.loads(line) for line in told.splitlines()]
+        assert status == 0
+        assert lines[-1]["agreeing"] == 4
+        (held,) = (source["held_s"] for source in lines[-1]["sources"] if source["name"] == domain(LIAR))
+        assert held > 3000
+        assert [server.establishments for server in world.servers.values()] == asked
+
+        status, told = await run_client(world, "watch", "--for=2")
+        assert status == 0
+        assert f"{domain(LEAVER)}: truechimer" in told
+        assert "sources that agree: 4" in told
+        ours, theirs = os.openpty()
+        try:
+            status, _ = await run_client(world, "watch", "--for=2", terminal=theirs)
+            drawn = os.read(ours, 65536).decode()
+        finally:
+            os.close(ours)
+            os.close(theirs)
+        assert status == 0
+        assert "next look at DNS" in drawn
+        assert domain("good1") in drawn
+
+        # Five are four and a liar: with six wanted it is said who is missing and why.
+        status, told = await run_client(world, "sources", "--json", "--count=6")
+        document = json.loads(told)
+        assert (status, document["error"]["code"]) == (6, "too-few-sources")
+        assert f"{domain(LIAR)}: its time disagrees" in document["error"]["message"]
 
     living(tmp_path, monkeypatch, story)

@@ -17,7 +17,17 @@ from lab.programs import run
 from nts_core import records
 from nts_core.aead import NONCE_LENGTH, Aead, AeadId
 from nts_core.association import Association
-from nts_core.client import ClientError, Failure, establish, exchange, measure, ntp_address, system_addresses
+from nts_core.client import (
+    ClientError,
+    Failure,
+    _by_turns,
+    establish,
+    establish_any,
+    exchange,
+    measure,
+    ntp_address,
+    system_addresses,
+)
 from nts_core.cookies import Keyring
 from nts_core.errors import KissOfDeath, TlsError
 from nts_core.ke import KeServer, KeTerms, NtpEndpoint, NtpService, export_keys
@@ -250,6 +260,66 @@ async def test_a_client_sends_one_request_and_close_notify(credentials, trust, k
             asked, is_closed = await told
     assert is_closed
     assert records.MessageReader(records.MAX_REQUEST).receive(asked) is not None
+
+
+@contextlib.contextmanager
+def black_hole(host, port):
+    """An address that takes no connection and refuses none: its queue is full."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(0)
+        for _ in range(2):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex((host, port))
+        yield
+
+
+async def test_the_address_that_answers_first_is_used_and_the_others_are_left(credentials, trust, keyring):
+    async with ke_server(credentials, good(keyring)) as port:
+        with black_hole("127.0.0.2", port):
+            spare = ["127.0.0.3", "127.0.0.2", HOST, "127.0.0.4"]
+            found = await establish_any(NAME, spare, port, trust)
+            assert found.address == HOST
+            assert spare == ["127.0.0.2", "127.0.0.4"], (
+                "one refused, one is used, two may be tried another time"
+            )
+            with pytest.raises(ClientError) as caught:
+                await establish_any(NAME, spare, port, trust, timeout=0.6)
+    assert (caught.value.code, spare) == (Failure.TCP, [])
+    assert "127.0.0.2" in caught.value.message
+    assert "127.0.0.4" in caught.value.message
+
+
+async def test_a_second_address_is_asked_for_no_keys(credentials, trust, keyring):
+    """TLS is begun with one alone, however many connections stood for a moment."""
+    asked = []
+
+    async def serve(reader, writer):
+        asked.append(await reader.read(4096))
+
+    async with ke_server(credentials, good(keyring)) as port:
+        other = await asyncio.start_server(serve, "127.0.0.2", port)
+        async with other:
+            await establish_any(NAME, [HOST, "127.0.0.2"], port, trust)
+    assert not any(asked)
+
+
+def test_families_take_turns():
+    assert _by_turns(["2001:db8::1", "2001:db8::2", "2001:db8::3", "192.0.2.1"]) == [
+        "2001:db8::1",
+        "192.0.2.1",
+        "2001:db8::2",
+        "2001:db8::3",
+    ]
+    assert _by_turns(["192.0.2.1", "192.0.2.2", "2001:db8::1"]) == ["192.0.2.1", "2001:db8::1", "192.0.2.2"]
+
+
+async def test_a_family_that_this_host_does_not_have_says_less_than_a_refusal(trust):
+    error = await fails(establish_any(NAME, ["2001:db8::1", HOST], free_port(), trust), Failure.TCP)
+    assert "refused" in error.message
 
 
 async def test_nobody_listens(trust):

@@ -306,6 +306,7 @@ async def test_who_leaves_the_pool_is_dropped_at_once_with_its_cookies(lab):
         view = await until(pool, lambda view: leaver not in used(view) and view.truechimers == 4)
         asked = lab.servers[leaver].establishments, sum(lab.servers[leaver].cookies.values())
         assert leaver not in holds(view)
+        assert view.departed == (domain(leaver),)
         looks = lab.book.looks
         await until(pool, lambda _: lab.book.looks > looks + 3)
         assert (lab.servers[leaver].establishments, sum(lab.servers[leaver].cookies.values())) == asked
@@ -386,6 +387,30 @@ async def test_a_later_run_goes_on_with_the_same_sources_and_no_key_establishmen
         assert used(await pool.settled()) == before
     assert sum(server.establishments for server in lab.servers.values()) == 4
     assert all(path.stat().st_mode & 0o777 == 0o600 for path in lab.state.iterdir())
+
+
+async def test_a_later_run_needs_no_dns_while_it_has_cookies(lab):
+    await lab.add(*"abcd")
+    async with lab.client(state=lab.state) as pool:
+        await pool.settled()
+    lab.book.outage = True
+    async with lab.client(state=lab.state) as pool:
+        assert abs(await pool.time() - datetime.now(UTC)) < timedelta(seconds=1)
+        assert used(await pool.settled(), Standing.TRUECHIMER) == list("abcd")
+        assert pool.view().problem is not None, "and that is told"
+    assert all(server.establishments == 1 for server in lab.servers.values())
+
+
+async def test_who_left_the_pool_between_two_runs_is_not_asked(lab):
+    await lab.add(*"abcd")
+    async with lab.client(state=lab.state) as pool:
+        await pool.settled()
+    lab.book.remove("a")
+    asked = sum(lab.servers["a"].cookies.values())
+    async with lab.client(state=lab.state) as pool:
+        assert used(await pool.settled()) == list("bcd")
+    assert sum(lab.servers["a"].cookies.values()) == asked
+    assert not list(lab.state.glob("a.*.json"))
 
 
 async def test_who_is_held_back_is_so_in_a_later_run(lab):
