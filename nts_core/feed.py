@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from nts_core.asking import Unanswered
 from nts_core.client import ClientError, Failure
-from nts_core.feeding import Member
+from nts_core.feeding import Member, member_of
 from nts_core.feeding.hand import Applied, Hand
 from nts_core.feeding.judge import Judge
 from nts_core.independence import Candidate
@@ -197,7 +197,7 @@ class Feed:
             self._problem(_Topic.DNS, ClientError(Failure.DNS, found.problem.message, found.problem.remedy))
         self._roster.known(found.others)
         if found.listed or found.problem is None:
-            self._roster.listed(found.listed)
+            self._roster.listed(each for each in found.listed if _can_be_written(each))
         for candidate in self._roster.gone(found.gone):
             self._gone.add(candidate.name)
             self._due.tell = now
@@ -339,6 +339,12 @@ class Feed:
     @property
     def _program(self) -> str:
         return self._hand.daemon.program
+
+
+def _can_be_written(candidate: Candidate) -> bool:
+    """DNS allows names that would be more than a name in a daemon's file."""
+    member = Member(candidate.name, candidate.port)
+    return member_of(str(member)) == member
 
 
 def _list(names: Sequence[str]) -> str:

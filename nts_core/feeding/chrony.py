@@ -42,11 +42,12 @@ def members(text: str) -> tuple[Member, ...]:
 
 async def ask(_directory: Path) -> Mapping[str, Verdict]:
     """What chronyd says of its sources, by their names in its configuration. Raises Unanswered."""
-    return verdicts(await ask_chronyc("sources", "authdata", names=True))
+    # -a: also of those whose address is not known.
+    return verdicts(await ask_chronyc("sources -a", "authdata -a", names=True))
 
 
 def verdicts(report: str) -> dict[str, Verdict]:
-    """From `chronyc -c -N -m sources authdata`. Raises Unanswered for what is none."""
+    """From `chronyc -c -N -m "sources -a" "authdata -a"`. Raises Unanswered for what is none."""
     rows = [row.split(",") for row in report.splitlines()]
     refusal = next((row[0] for row in rows if _REFUSAL.match(row[0])), None)
     if refusal is not None:
@@ -69,10 +70,9 @@ def _verdict(state: str, reach: str, keys: list[str] | None) -> Verdict:
         case "~":
             return Verdict(fault=Fault.UNFIT, reason="its time varies too much for chronyd")
         case "?" if reach == "0" and keys is not None and keys[_AUTH_COOKIES] == "0":
-            attempts = keys[_AUTH_ATTEMPTS] if keys[_AUTH_ATTEMPTS].isdecimal() else "some"
-            return Verdict(
-                fault=Fault.UNREACHABLE, reason=f"no keys after {attempts[:6]} attempts of chronyd"
-            )
+            has_tried = keys[_AUTH_ATTEMPTS] != "0"
+            reason = "chronyd got no keys from it" if has_tried else "chronyd does not find its address"
+            return Verdict(fault=Fault.UNREACHABLE, reason=reason)
         case "?" if reach == "0":
             return Verdict(fault=Fault.UNREACHABLE, reason="it has not answered chronyd eight times")
         case "?":

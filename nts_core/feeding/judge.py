@@ -3,8 +3,8 @@
 1. A fault counts when the daemon has found it each time it was asked, for as long as `PATIENCE` says, and `LEAST_LOOKS`
    times at least. One look without it, or without an answer, begins that anew.
 2. Who is outvoted is judged by the daemon's majority: so two of the pool's servers at least must be good then.
-3. That a server is not reached says nothing of it while this host finds nothing in DNS either. While DNS answers and no
-   server is good, it counts, as `Fault.UNREACHED`: the server may be chosen again soon.
+3. Where no server is good, nothing is held against any while this host finds nothing in DNS either. While DNS answers, it
+   counts that a server is not reached, as `Fault.UNREACHED`: it may be chosen again soon.
 """
 
 from collections.abc import Mapping
@@ -64,7 +64,5 @@ def _counts(fault: Fault, good: int, *, is_online: bool) -> bool:
     match fault:
         case Fault.FALSETICKER:
             return good >= _LEAST_MAJORITY
-        case Fault.UNREACHABLE:
-            return good > 0 or is_online
         case _:
-            return True
+            return good > 0 or is_online

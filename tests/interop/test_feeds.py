@@ -184,8 +184,8 @@ async def test_chronyd_keeps_what_it_measured_of_those_who_stay(tmp_path, monkey
             assert after[letter][2] >= before[letter][2]
         assert told(news, What.GONE) == ["b"]
 
-        # chronyd outvotes the liar, and another one takes its place.
-        await pool.add("f")
+        # chronyd outvotes the liar, and does not find who takes its place; the next one is good.
+        await pool.add("gf")
         feed = Feed(hand, pool, 4, news.append)
 
         async def is_honest():
@@ -194,10 +194,13 @@ async def test_chronyd_keeps_what_it_measured_of_those_who_stay(tmp_path, monkey
             return found if is_so else None
 
         await fed(feed, is_honest, "the liar is replaced")
-        assert told(news, What.DISMISSED) == ["e"]
+        assert told(news, What.DISMISSED) == ["e", "g"]
+        assert f"{domain('g')} is replaced: chronyd does not find its address" in [
+            each.words for each in news
+        ]
         assert letters(feed.members) == "acdf"
         # All this took no second key establishment with anybody.
-        assert pool.establishments() == dict.fromkeys("abcdef", 1)
+        assert pool.establishments() == dict.fromkeys("abcdef", 1) | {"g": 0}
     finally:
         await asyncio.to_thread(chronyd.stop)
         await pool.stop()

@@ -182,6 +182,19 @@ async def test_two_of_one_operator_become_independent(lab):
     assert len(lab.told(What.EXCHANGED)) == 1
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["a\\010server b", "a#b.servers.pool.example", "*.pool.example", "a b.example", '"', "a.example\n"],
+)
+async def test_a_name_that_would_be_more_than_a_name_is_nobody(lab, name):
+    pool = Pool("abcd")
+    pool.listed.insert(0, replace(candidate("x"), name=name))
+    feed = lab.feed(pool)
+    await feed.once()
+    assert letters(feed.members) == "abcd"
+    assert name not in lab.hand().path.read_text()
+
+
 # Membership
 
 
