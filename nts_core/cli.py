@@ -33,6 +33,8 @@ from nts_core.pool import COUNT, PoolClient, PoolView, shortage
 from nts_core.resolve import (
     MAX_RESOLVERS,
     ROOT,
+    Dnssec,
+    Proof,
     ResolveError,
     Resolver,
     Resolvers,
@@ -278,6 +280,10 @@ Count = Annotated[int, typer.Option(help="how many sources must agree, 1 to 8")]
 State = Annotated[
     Path | None, typer.Option(help="keep the choice, cookies and the last known time here between runs")
 ]
+DnssecMode = Annotated[
+    Dnssec,
+    typer.Option("--dnssec", help="who validates: this program, the resolver (over a safe path), or nobody"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
@@ -293,10 +299,11 @@ class _Session:
         ca: Path | None,
         count: int,
         state: Path | None,
+        dnssec: Dnssec,
         interval: float = INTERVAL,
     ) -> None:
         _check_range("--count", count, MAX_COUNT)
-        self.resolvers, witnesses = _load_resolvers(trust_anchor, resolver)
+        self.resolvers, witnesses = _load_resolvers(trust_anchor, resolver, dnssec)
         self.client = PoolClient(
             _parse_pool(pool),
             count=count,
@@ -315,12 +322,16 @@ class _Session:
         ]
 
 
-def _load_resolvers(trust_anchor: Path | None, resolver: list[str] | None) -> tuple[Resolvers, Witnesses]:
+def _load_resolvers(
+    trust_anchor: Path | None, resolver: list[str] | None, dnssec: Dnssec
+) -> tuple[Resolvers, Witnesses]:
     """Who finds a pool's members, and who confirms that one is gone. Raises ClientError."""
     anchors = ROOT if trust_anchor is None else _load_anchors(trust_anchor)
     endpoints = _load_endpoints(resolver or [])
     return (
-        Resolvers([Resolver(each.host, each.port, anchors, _RESOLVER_TIMEOUT) for each in endpoints]),
+        Resolvers(
+            [Resolver(each.host, each.port, anchors, _RESOLVER_TIMEOUT, dnssec=dnssec) for each in endpoints]
+        ),
         Witnesses([(each.host, each.port) for each in endpoints]),
     )
 
@@ -336,6 +347,7 @@ def _parse_pool(text: str) -> str:
 def sources_command(
     pool: Pool,
     trust_anchor: TrustAnchor = None,
+    dnssec: DnssecMode = Dnssec.REQUIRE,
     count: Count = COUNT,
     resolver: ResolverList = None,
     ca: Roots = None,
@@ -347,7 +359,13 @@ def sources_command(
     failure: ClientError | None = None
     try:
         session = _Session(
-            pool, trust_anchor=trust_anchor, resolver=resolver, ca=ca, count=count, state=state
+            pool,
+            trust_anchor=trust_anchor,
+            dnssec=dnssec,
+            resolver=resolver,
+            ca=ca,
+            count=count,
+            state=state,
         )
         view = asyncio.run(_settle(session.client))
         view = replace(view, warnings=(*view.warnings, *session.warnings))
@@ -390,6 +408,7 @@ def _show_sources(view: PoolView) -> None:
 def watch_command(
     pool: Pool,
     trust_anchor: TrustAnchor = None,
+    dnssec: DnssecMode = Dnssec.REQUIRE,
     count: Count = COUNT,
     resolver: ResolverList = None,
     ca: Roots = None,
@@ -412,6 +431,7 @@ def watch_command(
         session = _Session(
             pool,
             trust_anchor=trust_anchor,
+            dnssec=dnssec,
             resolver=resolver,
             ca=ca,
             count=count,
@@ -491,6 +511,7 @@ def feed_command(
         typer.Option(metavar="TEXT", help="added to each source as it is; may be given several times"),
     ] = None,
     trust_anchor: TrustAnchor = None,
+    dnssec: DnssecMode = Dnssec.REQUIRE,
     resolver: ResolverList = None,
     state: Annotated[
         Path | None, typer.Option(help="keep here between runs which members are held back")
@@ -501,10 +522,11 @@ def feed_command(
     """Keep the time daemon of this host on several members of a pool."""
     failure: ClientError | None = None
     members: tuple[Member, ...] = ()
+    proof: Proof | None = None
     try:
         _check_range("--count", count, MAX_COUNT)
         name = _parse_pool(pool)
-        resolvers, witnesses = _load_resolvers(trust_anchor, resolver)
+        resolvers, witnesses = _load_resolvers(trust_anchor, resolver, dnssec)
         hand = Hand(
             DAEMONS[to],
             name,
@@ -520,12 +542,12 @@ def feed_command(
             state=state,
         )
         asyncio.run(feed.once() if once else _until_signal(feed))
-        failure, members = feed.problem if once else None, feed.members
+        failure, members, proof = feed.problem if once else None, feed.members, feed.proof
     except ClientError as error:
         failure = error
     if once or failure is not None:
-        document = {"pool": pool, "members": [str(member) for member in members], "error": _error(failure)}
-        _finish(document, failure, as_json=as_json)
+        document = {"pool": pool, "members": [str(member) for member in members], "membership": proof}
+        _finish({**document, "error": _error(failure)}, failure, as_json=as_json)
 
 
 def _parse_option(text: str) -> str:

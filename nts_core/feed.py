@@ -22,7 +22,9 @@ from nts_core.feeding.hand import Applied, Hand
 from nts_core.feeding.judge import Judge
 from nts_core.independence import Candidate
 from nts_core.membership import Membership
+from nts_core.resolve import Proof
 from nts_core.roster import Fault, Hold, Roster, shifted
+from nts_core.show import UNPROVEN
 from nts_core.store import PoolFile
 
 ASK_EVERY = 60.0
@@ -42,6 +44,7 @@ class What(StrEnum):
     WAITING = "waiting"
     PROBLEM = "problem"
     SOLVED = "solved"
+    MEMBERSHIP = "membership"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,7 @@ class Feed:
         self._problems: dict[_Topic, ClientError] = {}
         self._has_begun = False
         self._is_online = False
+        self.proof = Proof.PROVEN
         # Members no longer, of which the daemon was not told yet.
         self._gone: set[str] = set()
         self._applied = Applied(())
@@ -195,6 +199,9 @@ class Feed:
             self._solved(_Topic.DNS)
         else:
             self._problem(_Topic.DNS, ClientError(Failure.DNS, found.problem.message, found.problem.remedy))
+        if found.listed and found.proof is not self.proof:
+            self.proof = found.proof
+            self._tell(News(What.MEMBERSHIP, UNPROVEN.get(found.proof, "membership proven")))
         self._roster.known(found.others)
         if found.listed or found.problem is None:
             self._roster.listed(each for each in found.listed if _can_be_written(each))

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from nts_core.independence import Candidate
 from nts_core.metadata import Metadata
-from nts_core.resolve import Answer, Lookup, ResolveError, addresses, metadata, srv_targets
+from nts_core.resolve import Answer, Lookup, Proof, ResolveError, addresses, listing, metadata
 from nts_core.srv import targets_that_fit
 
 # Seconds between two looks, whatever the TTL; and after failures, twice as long each time.
@@ -27,6 +27,7 @@ MAX_RETRY = 960.0
 _METADATA_TIMEOUT = 2.0
 # There is nothing at the pool's name, which may be meant; its servers' own names tell more.
 _NOTHING_LISTED = frozenset({"no-srv", "no-service"})
+_FOREIGN = "it has no name of the pool's, and nothing proves the pool's answer"
 
 
 class Denier(Protocol):
@@ -41,14 +42,15 @@ class Look:
     """What one look found.
 
     `listed` are the servers of the answer in the order of RFC 2782, `others` those asked for that are members and
-    not in it, `gone` those that are members no longer. `unusable` says why listed ones cannot be used, `problem`
-    what could not be found out. `again_in` is in seconds.
+    not in it, `gone` those that are members no longer. `unusable` says why listed ones cannot be used, `proof` how far
+    the answer can be relied on, `problem` what could not be found out. `again_in` is in seconds.
     """
 
     listed: list[Candidate] = field(default_factory=list)
     others: list[Candidate] = field(default_factory=list)
     gone: set[str] = field(default_factory=set)
     unusable: dict[str, str] = field(default_factory=dict)
+    proof: Proof = Proof.PROVEN
     problem: ResolveError | None = None
     again_in: float = MIN_LOOK
 
@@ -70,21 +72,23 @@ class Membership:
         look = Look()
         answer = _Timed(self._lookup)
         try:
-            targets = await srv_targets(answer, self.pool, moment)
+            found = await listing(answer, self.pool, moment)
+            targets, look.proof = found.targets, found.proof
+            look.unusable = dict.fromkeys(found.refused, _FOREIGN)
         except ResolveError as error:
-            look.problem, targets = error, []
+            look.problem, targets = error, ()
         mine = {candidate.name: candidate for candidate in held}
         if look.problem is None or look.problem.code in _NOTHING_LISTED:
             listed = [Candidate(target.name, target.port, target.priority) for target in targets]
             others = [mine[name] for name in mine.keys() - {target.name for target in targets}]
-            if targets and len(targets) < targets_that_fit(self.pool):
+            if targets and len(targets) + len(look.unusable) < targets_that_fit(self.pool):
                 look.gone.update(other.name for other in others)
                 others = []
-            found = await asyncio.gather(
+            checked = await asyncio.gather(
                 *(self._check(each, look, moment, is_held=each.name in mine) for each in (*listed, *others))
             )
-            look.listed = [each for each in found[: len(listed)] if each is not None]
-            look.others = [each for each in found[len(listed) :] if each is not None]
+            look.listed = [each for each in checked[: len(listed)] if each is not None]
+            look.others = [each for each in checked[len(listed) :] if each is not None]
             wanted = {each.name for each in (*look.listed, *look.others)}
             self._facts = {name: facts for name, facts in self._facts.items() if name in wanted}
         if look.problem is None:

@@ -20,12 +20,13 @@ from typing import Self
 
 from cryptography import x509
 
+from nts_core.authorities import Authorities
 from nts_core.client import ClientError, Failure, load_roots
 from nts_core.denial import Witnesses
 from nts_core.independence import Candidate, GivenUp
 from nts_core.membership import Denier, Membership
 from nts_core.panel import BURST, Failing, Panel, Reading, Seat, Standing
-from nts_core.resolve import ROOT, Lookup, ResolveError, Resolver, Resolvers, system_resolvers
+from nts_core.resolve import ROOT, Lookup, Proof, ResolveError, Resolver, Resolvers, system_resolvers
 from nts_core.roster import Fault, Hold, Roster, shifted
 from nts_core.session import Stop
 from nts_core.source import INTERVAL, CertificateCheck, Source, SystemClock
@@ -74,7 +75,7 @@ class PoolView:
 
     `held` are held back. Of `unusable` ones the zone does not say enough. `problem` is what the last look at DNS could
     not find out; the next look is in `look_in` seconds. `departed` were sources and are members no longer, the last
-    ones by name. `is_settled`: nobody is left to be asked now.
+    ones by name. `membership` is how it is proved who is a member. `is_settled`: nobody is left to be asked now.
     """
 
     pool: str
@@ -88,6 +89,7 @@ class PoolView:
     is_settled: bool
     warnings: tuple[str, ...]
     departed: tuple[str, ...] = ()
+    membership: Proof = Proof.PROVEN
 
     @property
     def truechimers(self) -> int:
@@ -108,7 +110,7 @@ class PoolClient:
     """Keeps `count` independent sources of a pool while the context lasts.
 
     `lookup` finds the members and `denier` confirms who is gone; by default both ask the system's resolvers, and
-    what these say is validated from the root. `roots` (by default the system's) are trusted for certificates.
+    what these say is validated from the root; if none is of use, the zones' own servers are asked. `roots` (by default the system's) are trusted for certificates.
     `interval` between polls is in seconds. With `state`, a directory, a later run goes on with the same sources and
     their cookies. Raises ClientError for what can never be used.
     """
@@ -128,7 +130,8 @@ class PoolClient:
     ) -> None:
         if lookup is None or denier is None:
             found = _system_resolvers()
-            lookup = lookup or Resolvers([Resolver(address, 53, ROOT) for address in found])
+            asked = [Resolver(address, 53, ROOT) for address in found]
+            lookup = lookup or Resolvers([*asked, Authorities(ROOT)])
             denier = denier or Witnesses([(address, 53) for address in found])
         self._membership = Membership(pool, lookup, denier)
         self._count = count
@@ -151,6 +154,7 @@ class PoolClient:
         self._unusable: Mapping[str, str] = {}
         self._problem: ResolveError | None = None
         self._look_at = 0.0
+        self._proof = Proof.PROVEN
         self._departed: deque[str] = deque(maxlen=_DEPARTED)
         self._warnings: list[str] = []
         self._is_begun = False
@@ -248,6 +252,7 @@ class PoolClient:
             is_settled=self._is_settled(now),
             warnings=tuple(dict.fromkeys(warnings)),
             departed=tuple(self._departed),
+            membership=self._proof,
         )
 
     def _view_of(self, member: _Member, seat: Seat) -> SourceView:
@@ -312,7 +317,7 @@ class PoolClient:
         if found.listed or found.problem is None:
             self._roster.listed(found.listed)
             self._listed = frozenset(candidate.name for candidate in found.listed)
-            self._unusable = found.unusable
+            self._unusable, self._proof = found.unusable, found.proof
         for candidate in self._roster.gone(found.gone):
             self._departed.append(candidate.name)
             if (member := self._members.get(candidate.name)) is None:

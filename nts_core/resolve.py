@@ -1,16 +1,21 @@
-"""Lookups that trust no resolver: every answer is checked from its signature up to a trust anchor.
+"""Lookups that trust no resolver, unless told to: every answer is checked from its signature up to a trust anchor.
 
 The questions go to any recursive or authoritative server with CD and DO set (RFC 4035 section 3.2), and
 the positive chain is validated here: the RRset by its zone's keys, those by the DS in the parent, and so
 on up to an anchor. Denials are not proved, so `NoAnswer` is the server's word only. What this refuses
 though DNSSEC allows it: wildcards and aliases, neither of which a pool's zone has. The work that a hostile
 answer can cause is bounded (CVE-2023-50387, "KeyTrap").
+
+With `Dnssec.TRUST_RESOLVER` the resolver validates and its AD bit is believed (RFC 6840 section 5.8), for a path to it that
+nobody can get at. With `Dnssec.OFF` anything is believed; an answer says how it is proved, and what is not leads to no
+servers outside of the pool's own names.
 """
 
 import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import NoReturn, Protocol
 
@@ -37,7 +42,7 @@ from dns.rdtypes.IN.SRV import SRV
 
 from nts_core.errors import NtsError
 from nts_core.metadata import Metadata, parse
-from nts_core.srv import service_name
+from nts_core.srv import is_own, service_name
 
 PAYLOAD = 1232  # octets of a UDP answer that no path has to fragment
 TRIES = 2
@@ -49,13 +54,15 @@ MAX_ANCHORS = 64
 MAX_RESOLVERS = 3  # as in resolv.conf(5)
 # What one resolver may do to an answer, and another one need not. A denial is anybody's word.
 _ELSEWHERE = frozenset(
-    {"bogus", "expired", "resolver-failed", "resolver-no-dnssec", "resolver-unreachable", "unsigned"}
+    {"ad", "bogus", "expired", "resolver-failed", "resolver-no-dnssec", "resolver-unreachable", "unsigned"}
 )
 
 _REMEDIES = {
+    "ad": "use a validating resolver over a path that can be trusted, or validate here (--dnssec require)",
     "anchor": "give the zone's DS or DNSKEY records, one a line",
     "bogus": "check the trust anchor and try another resolver; answers may be altered on the way",
     "cname": "tell the pool's operator: a target must not be an alias (RFC 2782)",
+    "foreign": "validate the pool's answer (--dnssec require), or tell the pool's operator",
     "expired": "your clock may be wrong: set it to within a day, then try again",
     "name": "check the name",
     "no-address": "tell the pool's operator: a target has no addresses",
@@ -68,6 +75,22 @@ _REMEDIES = {
     "resolver-unreachable": "check the resolver's address and port and the network",
     "unsigned": "tell the zone's operator that it is not signed up to the trust anchor",
 }
+
+
+class Dnssec(StrEnum):
+    """Who validates."""
+
+    REQUIRE = "require"  # we do
+    TRUST_RESOLVER = "trust-resolver"
+    OFF = "off"  # nobody
+
+
+class Proof(StrEnum):
+    """How an answer is proved."""
+
+    PROVEN = "proven"  # by us
+    RESOLVER = "resolver"  # by the resolver's word
+    UNPROVEN = "unproven"
 
 
 class ResolveError(NtsError):
@@ -135,12 +158,13 @@ ROOT = TrustAnchors.parse(
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A validated RRset; `ttl` (seconds) ends with the signature at the latest."""
+    """An RRset; `ttl` (seconds) ends with the signature at the latest."""
 
     owner: str
     rdtype: str
     rdatas: dns.rdataset.Rdataset
     ttl: int
+    proof: Proof = Proof.PROVEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,11 +192,20 @@ class Resolver:
     `timeout` (seconds) bounds a whole lookup.
     """
 
-    def __init__(self, address: str, port: int, anchors: TrustAnchors, timeout: float = 5.0) -> None:
+    def __init__(
+        self,
+        address: str,
+        port: int,
+        anchors: TrustAnchors,
+        timeout: float = 5.0,
+        *,
+        dnssec: Dnssec = Dnssec.REQUIRE,
+    ) -> None:
         self.address = address
         self.port = port
         self.anchors = anchors
         self.timeout = timeout
+        self.dnssec = dnssec
         self.keys: dict[dns.name.Name, _Valid] = {}
 
     async def lookup(self, owner: str, rdtype: str, now: datetime | float) -> Answer:
@@ -185,21 +218,36 @@ class Resolver:
         except dns.exception.DNSException as error:
             raise _error("name", f"{owner!r} is not a domain name: {error}") from None
         moment = now.timestamp() if isinstance(now, datetime) else now
-        walk = _Walk(self, self.anchors.above(name), moment)
         try:
             async with asyncio.timeout(self.timeout):
-                valid = await walk.validated(name, RdataType.make(rdtype))
+                if self.dnssec is not Dnssec.REQUIRE:
+                    return await self._believed(owner, name, RdataType.make(rdtype))
+                valid = await _Walk(self, self.anchors.above(name), moment).validated(
+                    name, RdataType.make(rdtype)
+                )
         except TimeoutError:
             raise _error("resolver-unreachable", f"{self} did not answer in time") from None
         ttl = int(max(0, min(valid.rrset.ttl, valid.until - moment)))
         return Answer(owner, rdtype, valid.rrset, ttl)
+
+    async def _believed(self, owner: str, name: dns.name.Name, rdtype: RdataType) -> Answer:
+        """What the server says, if it says that it has validated it, or if that is not asked for."""
+        answer = await self.ask(name, rdtype)
+        has_ad = bool(answer.flags & dns.flags.AD)
+        rrset = answer.get_rrset(answer.answer, name, dns.rdataclass.IN, rdtype)
+        if rrset is None:
+            _raise_absence(answer, name, rdtype)
+        if self.dnssec is Dnssec.TRUST_RESOLVER and not has_ad:
+            raise _error("ad", f"{self} does not say that it has validated {name}")
+        proof = Proof.RESOLVER if self.dnssec is Dnssec.TRUST_RESOLVER else Proof.UNPROVEN
+        return Answer(owner, dns.rdatatype.to_text(rdtype), rrset, rrset.ttl, proof)
 
     async def ask(self, name: dns.name.Name, rdtype: RdataType) -> dns.message.Message:
         """One question over UDP, over TCP when the answer is truncated; NOERROR and NXDOMAIN return."""
         failure = _error("resolver-unreachable", f"{self} did not answer")
         for _ in range(TRIES):
             query = dns.message.make_query(name, rdtype, want_dnssec=True, payload=PAYLOAD)
-            query.flags |= dns.flags.CD
+            query.flags |= dns.flags.CD if self.dnssec is Dnssec.REQUIRE else dns.flags.AD
             try:
                 answer, _ = await dns.asyncquery.udp_with_fallback(
                     query, self.address, self.timeout / (TRIES + 1), self.port, ignore_unexpected=True
@@ -234,8 +282,13 @@ class Resolvers:
     """
 
     def __init__(self, resolvers: Sequence[Resolver]) -> None:
-        self._resolvers = list(resolvers[:MAX_RESOLVERS])
+        self._resolvers = list(resolvers)
         self.passed_over: dict[str, ResolveError] = {}
+
+    @property
+    def preferred(self) -> Resolver:
+        """Who was good last."""
+        return self._resolvers[0]
 
     async def lookup(self, owner: str, rdtype: str, now: datetime | float) -> Answer:
         """As `Resolver.lookup`. Raises the first one's error when none is good."""
@@ -385,9 +438,21 @@ def is_vouched(zone: dns.name.Name, key: DNSKEY, records: Iterable[dns.rdata.Rda
     return False
 
 
-async def srv_targets(resolver: Lookup, pool: str, now: datetime | float) -> list[SrvTarget]:
-    """The pool's servers in the order to try them (RFC 2782), MAX_ANSWERS at most."""
-    pool = pool.removesuffix(".")
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The pool's answer: its servers in the order to try them (RFC 2782), MAX_ANSWERS at most.
+
+    `refused` are the names of targets that the pool itself does not name, in an answer that is not proved.
+    """
+
+    targets: tuple[SrvTarget, ...]
+    refused: tuple[str, ...] = ()
+    proof: Proof = Proof.PROVEN
+
+
+async def listing(resolver: Lookup, pool: str, now: datetime | float) -> Listing:
+    """Look the pool's servers up. Raises ResolveError, also when there is nobody to use."""
+    pool = pool.removesuffix(".").lower()
     try:
         answer = await resolver.lookup(service_name(pool), "SRV", now)
     except NoAnswer as error:
@@ -396,10 +461,27 @@ async def srv_targets(resolver: Lookup, pool: str, now: datetime | float) -> lis
     records = [srv for srv in ordered if isinstance(srv, SRV) and srv.target != dns.name.root]
     if not records:
         raise _error("no-service", f"the pool {pool} says that it does not offer NTS")
-    return [
+    targets = [
         SrvTarget(srv.target.to_text(omit_final_dot=True).lower(), srv.port, srv.priority, srv.weight)
         for srv in records[:MAX_ANSWERS]
     ]
+    # Whoever forged such an answer could name servers with good certificates of their own.
+    foreign = (
+        [target for target in targets if not is_own(target.name, pool)]
+        if answer.proof is Proof.UNPROVEN
+        else []
+    )
+    if len(foreign) == len(targets):
+        raise _error(
+            "foreign", f"no server of the answer is below servers.{pool}, and nothing proves the answer"
+        )
+    kept = tuple(target for target in targets if target not in foreign)
+    return Listing(kept, tuple(target.name for target in foreign), answer.proof)
+
+
+async def srv_targets(resolver: Lookup, pool: str, now: datetime | float) -> list[SrvTarget]:
+    """The targets of `listing` alone."""
+    return list((await listing(resolver, pool, now)).targets)
 
 
 async def addresses(resolver: Lookup, name: str, now: datetime | float) -> list[str]:

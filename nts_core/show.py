@@ -9,9 +9,14 @@ from rich.text import Text
 from nts_core.independence import Candidate
 from nts_core.panel import Standing
 from nts_core.pool import PoolView, SourceView
+from nts_core.resolve import Proof
 from nts_core.roster import Fault
 
 _COLOURS = {"truechimer": "green", "falseticker": "red", "failed": "yellow"}
+UNPROVEN = {
+    Proof.RESOLVER: "membership on the resolver's word",
+    Proof.UNPROVEN: "membership unproven: anybody on the way may have chosen these servers",
+}
 _RIGHT = frozenset({"offset", "delay", "next poll"})
 
 
@@ -51,6 +56,7 @@ def document(view: PoolView) -> dict[str, Any]:
     reading, problem = view.reading, view.problem
     return {
         "pool": view.pool,
+        "membership": view.membership,
         "sources": [_source(source) for source in everybody(view)],
         "agreeing": view.truechimers,
         "offset_ns": None if reading is None else reading.offset,
@@ -130,6 +136,8 @@ def summary(view: PoolView) -> list[str]:
         lines.append(
             f"the truechimers agree on an offset of {milliseconds(offset)}, within {milliseconds(error)[1:]}"
         )
+    if view.membership is not Proof.PROVEN:
+        lines.append(UNPROVEN[view.membership])
     lines += [f"not independent: {pair}" for pair in view.given_up]
     lines += [f"{name} is a member no longer" for name in view.departed]
     if view.problem is not None:
@@ -155,6 +163,8 @@ def changes(before: PoolView | None, after: PoolView) -> list[str]:
     if after.problem is None and told is not None:
         lines.append("DNS: it answers again")
     lines += [f"warning: {text}" for text in after.warnings if before is None or text not in before.warnings]
+    if after.membership is not Proof.PROVEN and (before is None or before.membership is not after.membership):
+        lines.append(UNPROVEN[after.membership])
     if after.truechimers != (None if before is None else before.truechimers):
         lines.append(f"sources that agree: {after.truechimers}")
     return lines

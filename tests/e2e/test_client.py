@@ -416,6 +416,12 @@ def test_the_programs_show_what_becomes_of_the_sources(tmp_path, monkeypatch):
         assert "next look at DNS" in drawn
         assert domain("good1") in drawn
 
+        for dnssec, words in (("off", "unproven"), ("trust-resolver", "on the resolver's word")):
+            status, told = await run_client(world, "sources", f"--dnssec={dnssec}")
+            assert (status, f"membership {words}" in told) == (0, True)
+        status, told = await run_client(world, "sources", "--dnssec=off", "--json")
+        assert json.loads(told)["membership"] == "unproven"
+
         # Five are four and a liar: with six wanted it is said who is missing and why.
         status, told = await run_client(world, "sources", "--json", "--count=6")
         document = json.loads(told)

@@ -258,7 +258,6 @@ initial-poll-interval = 0
 """
 
 
-@pytest.mark.long
 async def test_ntpd_rs_restarts_for_a_member_that_is_gone(tmp_path, authority):
     (tmp_path / "ntp.toml").write_text(_NTP_TOML.format(directory=tmp_path))
     daemon = NTPD_RS_TRIXIE.command("usr/bin/ntp-daemon")

@@ -406,6 +406,7 @@ def test_the_command_once(tmp_path, options):
     assert last == {
         "pool": POOL,
         "members": [f"{name}.servers.{POOL}:14460" for name in "abcd"],
+        "membership": "proven",
         "error": None,
     }
     assert [each["what"] for each in news] == [*["taken"] * 4, "told"]
@@ -413,6 +414,15 @@ def test_the_command_once(tmp_path, options):
         f"server a.servers.{POOL} nts iburst ntsport 14460\n"
         in (tmp_path / f"truechimer-{POOL}.sources").read_text()
     )
+
+
+def test_an_unproven_membership_is_told(options):
+    done = run("pool-client", *options, "--once", "--dnssec=off")
+    *news, last = map(json.loads, done.stdout.splitlines())
+    assert last["membership"] == "unproven"
+    assert [each["words"] for each in news if each["what"] == "membership"] == [
+        "membership unproven: anybody on the way may have chosen these servers"
+    ]
 
 
 def test_the_command_until_it_is_ended(tmp_path, options):

@@ -23,13 +23,16 @@ from lab.unbound import Unbound
 from nts_core.metadata import Metadata
 from nts_core.resolve import (
     ROOT,
+    Dnssec,
     NoAnswer,
+    Proof,
     ResolveError,
     Resolver,
     Resolvers,
     SrvTarget,
     TrustAnchors,
     addresses,
+    listing,
     metadata,
     srv_targets,
 )
@@ -583,3 +586,58 @@ def test_the_roots_keys_are_those_that_debian_ships():
     assert {tag for tag, _ in known} == {20326, 38696}
     anchors = TrustAnchors.parse(Path("/usr/share/dns/root.ds").read_text())
     assert {(record.key_tag, record.digest.hex()) for record in anchors.zones[dns.name.root]} <= known
+
+
+# Others validate, or nobody
+
+
+def asked(server, knot, dnssec):
+    return Resolver(server.address, server.port, TrustAnchors.parse(knot.trust_anchor()), 3.0, dnssec=dnssec)
+
+
+async def test_a_resolver_that_is_trusted_has_to_say_that_it_validated(knot, unbound):
+    found = await listing(asked(unbound, knot, Dnssec.TRUST_RESOLVER), "pool.example", time.time())
+    assert (len(found.targets), found.proof) == (1, Proof.RESOLVER)
+    error = await failure(asked(knot, knot, Dnssec.TRUST_RESOLVER).lookup(ALICE, "A", time.time()))
+    assert error.code == "ad", "an authoritative server validates nothing"
+
+
+async def test_with_validation_off_the_answer_says_so(knot):
+    found = await listing(asked(knot, knot, Dnssec.OFF), "pool.example", time.time())
+    assert [target.name for target in found.targets] == ["alice.servers.pool.example"]
+    assert (found.refused, found.proof) == ((), Proof.UNPROVEN)
+    assert (
+        await failure(listing(asked(knot, knot, Dnssec.OFF), "none.pool.example", time.time()))
+    ).code == "no-srv"
+
+
+@pytest.mark.parametrize("has_own", [True, False])
+async def test_an_unproven_answer_leads_to_no_servers_but_the_pools_own(knot, has_own):
+    """Whoever forges it may have good certificates for names of its own."""
+
+    def forge(answer):
+        if answer.question[0].rdtype == dns.rdatatype.SRV:
+            own = ["0 10 4460 alice.servers.pool.example."] if has_own else []
+            lies = ["0 0 4460 evil.example.", "0 0 4460 servers.pool.example.evil.example."]
+            answer.answer = [dns.rrset.from_text(answer.question[0].name, 2, "IN", "SRV", *own, *lies)]
+        return answer
+
+    async with lying(knot, forge) as resolver:
+        resolver.dnssec = Dnssec.OFF
+        if has_own:
+            found = await listing(resolver, "pool.example", time.time())
+            assert [target.name for target in found.targets] == ["alice.servers.pool.example"]
+            assert set(found.refused) == {"evil.example", "servers.pool.example.evil.example"}
+        else:
+            assert (await failure(listing(resolver, "pool.example", time.time()))).code == "foreign"
+        # Validated here, the same answer is worth nothing at all.
+        resolver.dnssec = Dnssec.REQUIRE
+        assert (await failure(listing(resolver, "pool.example", time.time()))).code in {"bogus", "unsigned"}
+
+
+async def test_an_alias_is_refused_whoever_validates(knot, unbound):
+    for dnssec in (Dnssec.OFF, Dnssec.TRUST_RESOLVER):
+        error = await failure(
+            asked(unbound, knot, dnssec).lookup("alias.servers.pool.example.", "A", time.time())
+        )
+        assert error.code == "cname"
