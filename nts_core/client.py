@@ -73,6 +73,7 @@ class Failure(StrEnum):
     KISS = "kiss-of-death"
     UNSYNCHRONISED = "unsynchronised"
     TOO_FEW_SOURCES = "too-few-sources"
+    DAEMON = "daemon"
 
 
 _REMEDIES = {

@@ -27,7 +27,7 @@ from nts_core.independence import Candidate, GivenUp
 from nts_core.membership import Denier, Membership
 from nts_core.panel import BURST, Failing, Panel, Reading, Seat, Standing
 from nts_core.resolve import ROOT, Lookup, Proof, ResolveError, Resolver, Resolvers, system_resolvers
-from nts_core.roster import Fault, Hold, Roster
+from nts_core.roster import Fault, Hold, Roster, shifted
 from nts_core.session import Stop
 from nts_core.source import INTERVAL, CertificateCheck, Source, SystemClock
 from nts_core.store import PoolFile
@@ -173,7 +173,7 @@ class PoolClient:
         if self._state is not None:
             self._file = PoolFile.open(self._state, self.pool)
             used, holds, self._proof, fault = self._file.load(self._unix())
-            self._roster = Roster(self._count, _shifted(holds, time.monotonic()))
+            self._roster = Roster(self._count, shifted(holds, time.monotonic()))
             self._roster.resume(used, time.monotonic())
             self._warnings += [] if fault is None else [fault]
         self._runner = asyncio.create_task(self._run(), name=f"the sources of {self.pool}")
@@ -242,7 +242,7 @@ class PoolClient:
             ),
             held=tuple(
                 replace(self._left.get(name) or SourceView(Candidate(name)), hold=hold, trouble=hold.reason)
-                for name, hold in _shifted(self._roster.held(now), -now).items()
+                for name, hold in shifted(self._roster.held(now), -now).items()
             ),
             unusable=self._unusable,
             given_up=self._roster.given_up,
@@ -447,7 +447,7 @@ class PoolClient:
         """For a later run. A full disk is no reason to end this one."""
         if self._file is None:
             return
-        holds = _shifted(self._roster.holds, -time.monotonic())
+        holds = shifted(self._roster.holds, -time.monotonic())
         try:
             self._file.save(self._roster.used, holds, self._proof, self._unix())
         except ClientError as error:
@@ -489,11 +489,6 @@ def _system_resolvers() -> list[str]:
             Failure.CONFIGURATION, "/etc/resolv.conf names no resolver", "name one there, or give `lookup`"
         )
     return found
-
-
-def _shifted(holds: Mapping[str, Hold], by: float) -> dict[str, Hold]:
-    """With times of another clock."""
-    return {name: replace(hold, until=hold.until + by) for name, hold in holds.items()}
 
 
 def _clocks() -> tuple[int, int]:
