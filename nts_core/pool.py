@@ -144,7 +144,7 @@ class PoolClient:
         self._clock = SystemClock(self._unix, self._is_sure)
         self._roster = Roster(count)
         self._panel = Panel(count, round(max(_MIN_LIFE, _LIFE * interval) * _SECOND))
-        # The truth minus the monotonic clock, once there was a majority.
+        # The truth minus the clock that is never set, once there was a majority.
         self._truth: int | None = None
         self._members: dict[str, _Member] = {}
         # Of those that are held back, what was seen last.
@@ -246,7 +246,7 @@ class PoolClient:
             ),
             unusable=self._unusable,
             given_up=self._roster.given_up,
-            reading=self._panel.reading(time.monotonic_ns()),
+            reading=self._panel.reading(_steady()),
             problem=self._problem,
             look_in=max(0.0, self._look_at - now),
             is_settled=self._is_settled(now),
@@ -256,8 +256,7 @@ class PoolClient:
         )
 
     def _view_of(self, member: _Member, seat: Seat) -> SourceView:
-        monotonic, base = _clocks()
-        best, action = seat.best(monotonic, base), member.source.action
+        best, action = seat.best(*_clocks()), member.source.action
         return SourceView(
             candidate=member.candidate,
             address=member.source.address,
@@ -265,7 +264,7 @@ class PoolClient:
             offset=None if best is None else best.offset,
             delay=None if best is None else best.delay,
             samples=seat.samples,
-            next_in=None if isinstance(action, Stop) else max(0, action.at - monotonic) / _SECOND,
+            next_in=None if isinstance(action, Stop) else max(0, action.at - time.monotonic_ns()) / _SECOND,
             is_listed=member.candidate.name in self._listed,
             trouble=seat.trouble,
         )
@@ -358,7 +357,7 @@ class PoolClient:
 
     def _start(self, tasks: asyncio.TaskGroup, candidate: Candidate) -> None:
         member = self._members[candidate.name] = _Member(candidate, self._source(candidate))
-        self._panel.seat(candidate.name, time.monotonic_ns())
+        self._panel.seat(candidate.name, _steady())
         member.task = tasks.create_task(self._follow(member), name=candidate.name)
         self._keep()
 
@@ -418,7 +417,7 @@ class PoolClient:
 
     def _after_verdict(self) -> None:
         """Sources that are of no use leave; the clock is what the others say."""
-        now, monotonic = time.monotonic(), time.monotonic_ns()
+        now, steady = time.monotonic(), _steady()
         for dismissal in self._panel.dismissals():
             name, member = dismissal.name, self._members[dismissal.name]
             self._roster.failed(name, dismissal.fault, dismissal.reason, now)
@@ -428,8 +427,8 @@ class PoolClient:
                 name: replace(last, next_in=None, is_listed=False)
             }
             self._stop(name)
-        if (reading := self._panel.reading(monotonic)) is not None:
-            self._truth = reading.unix - monotonic
+        if (reading := self._panel.reading(steady)) is not None:
+            self._truth = reading.unix - steady
 
     def _is_expired(self, source: Source) -> bool:
         """Whether the certificate that vouched for a source's keys has ended since."""
@@ -438,7 +437,7 @@ class PoolClient:
 
     def _unix(self) -> int:
         """The time in Unix nanoseconds, as good as it is known here."""
-        return self._system_clock.now() if self._truth is None else time.monotonic_ns() + self._truth
+        return self._system_clock.now() if self._truth is None else _steady() + self._truth
 
     def _is_sure(self) -> bool:
         return self._truth is not None or self._system_clock.is_good()
@@ -491,7 +490,12 @@ def _system_resolvers() -> list[str]:
     return found
 
 
+def _steady() -> int:
+    """A clock that nobody sets, and that goes on while this host sleeps, in nanoseconds."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
 def _clocks() -> tuple[int, int]:
-    """The monotonic clock, and the system's minus that one."""
-    monotonic = time.monotonic_ns()
-    return monotonic, time.time_ns() - monotonic
+    """That clock, and the system's minus that one."""
+    steady = _steady()
+    return steady, time.time_ns() - steady
