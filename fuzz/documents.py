@@ -15,12 +15,11 @@ from member_agent.sockets import parse_endpoint as parse_listening
 from member_agent.tracking import (
     MAX_STRATUM,
     Daemon,
-    TrackingError,
     ntpd_tracking,
     parse_chronyc,
-    parse_variables,
 )
 from nts_core.aead import KEY_LENGTH, AeadId, SessionKeys
+from nts_core.asking import Unanswered, parse_variables
 from nts_core.cli import parse_endpoint as parse_peer
 from nts_core.client import ClientError
 from nts_core.control import (
@@ -151,7 +150,7 @@ def _tracking(data: bytes) -> str:
             told = ntpd_tracking(parse_variables(system), parse_variables(peer), asked_at=0, now_ns=now_ns)
         else:
             told = parse_chronyc(text, asked_at=0, now_ns=now_ns)
-    except TrackingError as error:
+    except Unanswered as error:
         hold(str(error).isprintable() and len(str(error)) < 200, "the reason can be shown")
         return "refused"
     hold(0 <= told.stratum <= MAX_STRATUM and len(told.reference_id) == 4, "the header can be written")
@@ -249,7 +248,7 @@ TARGETS = (
     ),
     Target(
         "tracking",
-        "Only TrackingError, fit to be shown; stratum, reference and distances that a header can hold.",
+        "Only Unanswered, fit to be shown; stratum, reference and distances that a header can hold.",
         _tracking,
         frozenset({"refused", *Daemon}),
         tokens=(b",", b"=", b'"', b"Normal", b"stratum=", b"refid=", b"reftime=0x", b"7F7F01FF"),

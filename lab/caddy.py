@@ -45,7 +45,7 @@ class Caddy:
         }
         config = directory / "caddy.json"
         config.write_text(json.dumps(settings))
-        argv = with_hosts(directory, [require("caddy"), "run", "--config", str(config)], name, "127.0.0.1")
+        argv = with_hosts(directory, [require("caddy"), "run", "--config", str(config)], {name: "127.0.0.1"})
         self.process = Process("caddy", argv, directory)
 
     def _answers(self) -> bool:

@@ -317,7 +317,7 @@ def _how_to_go_on(story: Story, pool: LabPool) -> None:
     story.console.print(
         f"""
 [bold]The pool goes on until Ctrl-C.[/]
-  client    pool-client sources {POOL} --resolver {pool.unbound.address}:{pool.unbound.port} \\
+  client    pool-client watch {POOL} --resolver {pool.unbound.address}:{pool.unbound.port} \\
               --trust-anchor {pool.trust_anchor} --ca {pool.roots}
   member    curl --cacert {pool.registry_root} -H 'Authorization: Bearer {pool.member_token}' \\
               {pool.url}/v1/servers/{member.name}

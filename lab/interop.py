@@ -157,7 +157,8 @@ _GAPS = """\
 
 - chrony has AEAD 30 from 4.4 on, with nettle 3.9 or newer; Debian 12 has 4.3 and nettle 3.8. It has neither 16 nor 17.
 - NTPsec has 15, 16 and 17. As a client it offers exactly the one that it is configured with, so each is a test of its
-  own; it has no other ports than 123 and, for key establishment, 4460, and runs in a network namespace here.
+  own; it serves on no other ports than 123 and, for key establishment, 4460, and runs in a network namespace here. As a
+  client it takes NAME:PORT.
 - ntpd-rs has 15 and 17 (it offers 17 first).
 - An AEAD is chosen by what our side offers or accepts: `pool-client query --aead`, `pool-agent serve --aead`.
 
@@ -168,6 +169,7 @@ _GAPS = """\
 - ntpd-rs as a client ends when it may not steer the clock. Here the kernel tells it that it could.
 - NTPsec answers a cookie that it cannot open with silence, the others with NTSN. As clients, chrony takes NTSN as a
   hint; NTPsec and ntpd-rs use up their cookies and then run key establishment again.
+- A server that gives no keys is asked again by ntpd-rs every second, for ever, and by chronyd ever more seldom.
 - chrony and ntpd-rs read a certificate only when they start; NTPsec and our server read it anew on SIGHUP.
 """
 

@@ -121,13 +121,14 @@ class Server(Protocol):
         """Make it use what its certificate's files hold now, in the way that its manual names."""
 
 
-def with_hosts(directory: Path, argv: Sequence[str], name: str, address: str) -> list[str]:
-    """A command line under which `name` leads to `address`, as a line in /etc/hosts would make it.
+def with_hosts(directory: Path, argv: Sequence[str], addresses: Mapping[str, str]) -> list[str]:
+    """A command line under which these names lead to these addresses, as lines in /etc/hosts would make it.
 
     In a mount namespace of its own: neither chronyd nor ntpd-rs has an option for it.
     """
     hosts = directory / "hosts"
-    hosts.write_text(f"127.0.0.1 localhost\n{address} {name}\n")
+    lines = [f"{address} {name}\n" for name, address in addresses.items()]
+    hosts.write_text("".join(["127.0.0.1 localhost\n", *lines]))
     command = f"mount --bind {shlex.quote(str(hosts))} /etc/hosts && exec {shlex.join(argv)}"
     own_user = () if os.geteuid() == 0 else ("--user", "--map-root-user")
     return ["unshare", *own_user, "--mount", "sh", "-c", command]
@@ -212,6 +213,13 @@ class Chronyd:
         """The command line that shows a report to a person."""
         return shlex.join([*self._chronyc("-n"), name])
 
+    def put_chronyc(self, directory: Path) -> None:
+        """A program `chronyc` there, for a PATH, that asks this chronyd."""
+        environment = [f"{name}={value}" for name, value in self._environment().items()]
+        program = directory / "chronyc"
+        program.write_text(f'#!/bin/sh\nexec {shlex.join(["env", *environment, *self._chronyc()])} "$@"\n')
+        program.chmod(0o755)
+
     def _environment(self) -> Mapping[str, str]:
         return {} if self.package.is_newer else library_environment()
 
@@ -294,7 +302,7 @@ class ChronydClient(Chronyd):
             directory, _CHRONY_CLIENT.format(server=server, ke_port=ke_port, root=root, poll=poll), package
         )
         if address is not None:
-            self.process.argv = with_hosts(directory, self.process.argv, server, address)
+            self.process.argv = with_hosts(directory, self.process.argv, {server: address})
 
     def cookies(self) -> int:
         authdata = self.report("authdata")
@@ -454,7 +462,7 @@ class NtpdRsClient(_NtpDaemon):
             _NTPD_RS_CLIENT.format(directory=directory, server=server, ke_port=ke_port, root=root),
             package,
         )
-        self.process.argv = with_hosts(directory, self.process.argv, server, address)
+        self.process.argv = with_hosts(directory, self.process.argv, {server: address})
 
     def cookies(self) -> int:
         return int(self._source().get("nts_cookies") or 0)

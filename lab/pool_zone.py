@@ -10,21 +10,20 @@ import dns.update
 from lab.nameservers import Primary
 from lab.processes import LabError
 
-_TTL = 2
-
 
 class PoolZone:
-    """Servers come and go; each change is signed and served when the call returns."""
+    """Servers come and go; each change is signed and served when the call returns. `ttl` is in seconds."""
 
-    def __init__(self, primary: Primary) -> None:
+    def __init__(self, primary: Primary, ttl: int = 2) -> None:
         self._primary = primary
+        self._ttl = ttl
 
     def add(self, *servers: tuple[str, str, str]) -> None:
         """Servers by name, address and further pairs of their metadata: `op=... as=... cc=...`."""
         update = self._update()
         for name, address, pairs in servers:
-            update.add(f"{name}.servers", _TTL, "AAAA" if ":" in address else "A", address)
-            update.add(f"{name}.servers", _TTL, "TXT", f'"v=truechimer1 {pairs}"')
+            update.add(f"{name}.servers", self._ttl, "AAAA" if ":" in address else "A", address)
+            update.add(f"{name}.servers", self._ttl, "TXT", f'"v=truechimer1 {pairs}"')
         self._send(update)
 
     def remove(self, *names: str) -> None:
@@ -42,7 +41,7 @@ class PoolZone:
         for priority, several in enumerate((first, names)):
             for name in several:
                 target = f"{name}.servers.{self._primary.zone}."
-                update.add("_ntske._tcp", _TTL, "SRV", f"{priority} 10 {port} {target}")
+                update.add("_ntske._tcp", self._ttl, "SRV", f"{priority} 10 {port} {target}")
         self._send(update)
 
     def _update(self) -> dns.update.UpdateMessage:

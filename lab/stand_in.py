@@ -39,6 +39,7 @@ class StandIn:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._server: asyncio.Server | None = None
+        self._connections: set[asyncio.Task[Any]] = set()
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -46,6 +47,11 @@ class StandIn:
 
     async def __aexit__(self, *_: object) -> None:
         self.close()
+        for connection in self._connections:
+            connection.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+        # One turn of the loop lets the transports close their sockets.
+        await asyncio.sleep(0)
 
     async def open(self) -> None:
         """As `close` undoes it."""
@@ -57,6 +63,10 @@ class StandIn:
             self._server = None
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None, "asyncio calls this in a task"
+        self._connections.add(task)
+        task.add_done_callback(self._connections.discard)
         # Who asks may be gone, or be ended, at any time.
         with suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             head = (await reader.readuntil(b"\r\n\r\n")).decode()

@@ -19,12 +19,12 @@ from member_agent.tracking import (
     MAX_STRATUM,
     ClockSource,
     Tracking,
-    TrackingError,
     ask,
     boottime_ns,
     parse_source,
 )
 from nts_core import ntptime
+from nts_core.asking import Unanswered
 from nts_core.kernel import KernelClock, read_kernel
 from nts_core.packet import ClockState, Leap
 
@@ -116,7 +116,7 @@ class Clock:
         if self._source.daemons:
             try:
                 self.hear(await ask(self._source))
-            except TrackingError as error:
+            except Unanswered as error:
                 self.hear(None, str(error))
             except Exception as error:  # noqa: BLE001 - a task's root: the last answer ages, the service goes on
                 self.hear(None, f"the time daemon cannot be asked: {type(error).__name__}")

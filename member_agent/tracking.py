@@ -1,23 +1,15 @@
 """What the time daemon of this host says of the system's clock: chronyd's tracking, ntpd's system variables.
 
-chronyd is asked with its own `chronyc`, whose CSV reports are made for programs; ntpd by one "read variables"
-message of NTP mode 6 (RFC 9327), which classic ntpd and NTPsec both answer. Both speak of the clock of this host, so
-what they say - stratum, reference, distances - is what this host may say to its clients. Whoever answers is
-not trusted to be well: every answer has a bound, a deadline and a grammar.
+They are asked as `nts_core.asking` does it. Both speak of the clock of this host, so what they say - stratum, reference,
+distances - is what this host may say to its clients. Whoever answers is not trusted to be well: every answer has a
+grammar as well as a bound and a deadline.
 """
 
-import asyncio
 import contextlib
 import ipaddress
-import os
 import re
-import secrets
-import shutil
-import signal
-import socket
-import struct
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -25,24 +17,14 @@ from enum import StrEnum
 from member_agent.errors import AgentError, ExitStatus
 from member_agent.sockets import Endpoint, parse_endpoint
 from nts_core import ntptime
+from nts_core.asking import Unanswered, ask_chronyc, asking_ntpd, read_variables
 from nts_core.packet import Leap
 
 OPTION = "--clock-source"
 MAX_STRATUM = 16
 # RFC 5905 section 7.2: how far an undisturbed clock may drift, 15 parts in a million (PHI).
 _DRIFT_PPB = 15_000
-# chronyc gives up by itself before our deadline ends it: one that is killed leaves its socket behind.
-_CHRONYC = ("-c", "-n", "-m", "timeout 400", "retries 0")
-_CHRONYC_DEADLINE = 2.0
-# A row of `ntpdata` has some 300 characters; a host with a hundred sources has room.
-_CHRONYC_LIMIT = 64 * 1024
-_NTPD_DEADLINE = 1.0
 _NTPD = Endpoint("127.0.0.1", 123)
-# RFC 9327 section 2: version 2, mode 6; then the read-variables opcode and the bits of an answer.
-_CONTROL = struct.Struct("!BBHHHHH")
-_CONTROL_FIRST, _MODE_CONTROL = 0x16, 6
-_READ_VARIABLES, _RESPONSE, _ERROR, _MORE = 2, 0x80, 0x40, 0x20
-_CONTROL_LIMIT, _MAX_FRAGMENTS, _MAX_DATAGRAM = 16 * 1024, 64, 2048
 # chrony's reference id for time that it smooths; ntpd's for time that it smears is 254 and the offset.
 _CHRONY_SMOOTHED = bytes((127, 127, 1, 255))
 _NTPD_SMEARED = 254
@@ -54,10 +36,6 @@ _CHRONY_LEAP = {
 }
 # A correction of the system's clock that is worth a word in the status.
 _REMARKABLE_NS = 1_000_000
-
-
-class TrackingError(Exception):
-    """Why there is no answer, or none that can be used, in words for a status line."""
 
 
 class Daemon(StrEnum):
@@ -150,16 +128,16 @@ def boottime_ns() -> int:
 
 
 async def ask(source: ClockSource) -> Tracking:
-    """The answer of the first daemon that gives one. Raises TrackingError with the reason of each."""
+    """The answer of the first daemon that gives one. Raises Unanswered with the reason of each."""
     reasons = []
     for daemon in source.daemons:
         try:
             if daemon is Daemon.CHRONYD:
                 return await _ask_chronyd(source.chronyd)
             return await _ask_ntpd(source.ntpd)
-        except TrackingError as error:
+        except Unanswered as error:
             reasons.append(str(error))
-    raise TrackingError("; ".join(reasons))
+    raise Unanswered("; ".join(reasons))
 
 
 def is_smeared(reference_id: bytes, now_ns: int) -> bool:
@@ -180,64 +158,19 @@ def is_smeared(reference_id: bytes, now_ns: int) -> bool:
 
 async def _ask_chronyd(place: str | Endpoint | None) -> Tracking:
     asked_at = boottime_ns()
-    report = await ask_chronyc(place, "tracking", "ntpdata")
+    report = await ask_chronyc("tracking", "ntpdata", where=chronyc_options(place))
     return parse_chronyc(report, asked_at=asked_at, now_ns=time.time_ns())
 
 
-async def ask_chronyc(place: str | Endpoint | None, *reports: str) -> str:
-    """Reports of chronyd at this place, as CSV, one after the other. Raises TrackingError."""
-    program = shutil.which("chronyc")
-    if program is None:
-        raise TrackingError("chronyd: no chronyc on the PATH")
-    where: tuple[str, ...] = ()
+def chronyc_options(place: str | Endpoint | None) -> tuple[str, ...]:
+    """Where chronyc is to ask."""
     if isinstance(place, Endpoint):
-        where = ("-h", place.address, "-p", str(place.port))
-    elif place is not None:
-        where = ("-h", place)
-    output = await _output(program, *where, *_CHRONYC, *reports)
-    return output.decode("ascii", "replace")
-
-
-async def _output(program: str, *arguments: str) -> bytes:
-    """What the program prints, whatever its exit status: one refused report does not spoil the other."""
-    try:
-        child = await asyncio.create_subprocess_exec(
-            program,
-            *arguments,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    except OSError as error:
-        raise TrackingError(f"chronyd: chronyc does not start: {error.strerror}") from None
-    assert child.stdout is not None
-    output = bytearray()
-    try:
-        async with asyncio.timeout(_CHRONYC_DEADLINE):
-            while chunk := await child.stdout.read(_CHRONYC_LIMIT):
-                output += chunk
-                if len(output) > _CHRONYC_LIMIT:
-                    raise TrackingError("chronyd: chronyc answers too much")
-            await child.wait()
-    except TimeoutError:
-        raise TrackingError("chronyd: chronyc does not end") from None
-    finally:
-        if child.returncode is None:
-            # The whole session, or a descendant could hold the pipe open for ever.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            # asyncio closes the pipe when it has seen its end.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_CHRONYC_DEADLINE):
-                    while await child.stdout.read(_CHRONYC_LIMIT):
-                        pass
-                    await child.wait()
-    return bytes(output)
+        return "-h", place.address, "-p", str(place.port)
+    return () if place is None else ("-h", place)
 
 
 def parse_chronyc(report: str, *, asked_at: int, now_ns: int) -> Tracking:
-    """`chronyc -c -n -m tracking ntpdata`; TrackingError when the first row is no tracking.
+    """`chronyc -c -n -m tracking ntpdata`; Unanswered when the first row is no tracking.
 
     The rest may be missing: chronyd tells of its sources to users of its Unix socket only.
     """
@@ -246,7 +179,7 @@ def parse_chronyc(report: str, *, asked_at: int, now_ns: int) -> Tracking:
     if len(fields) != 14:
         # chronyc's own words, such as "506 Cannot talk to daemon", made safe for a log line.
         words = " ".join(re.sub(r"[^ -~]", " ", first).split())[:60]
-        raise TrackingError(f"chronyd: {words or 'chronyc says nothing'}")
+        raise Unanswered(f"chronyd: {words or 'chronyc says nothing'}")
     try:
         leap = _CHRONY_LEAP[fields[13].strip()]
         stratum = int(_decimal(fields[2], 0))
@@ -256,7 +189,7 @@ def parse_chronyc(report: str, *, asked_at: int, now_ns: int) -> Tracking:
         drift_ppb = abs(_decimal(fields[8], 3)) + abs(_decimal(fields[9], 3)) + _DRIFT_PPB
         root_delay_ns, root_dispersion_ns = _decimal(fields[10], 9), _decimal(fields[11], 9)
     except (KeyError, ValueError):
-        raise TrackingError("chronyd: chronyc's report is not understood") from None
+        raise Unanswered("chronyd: chronyc's report is not understood") from None
     _check(Daemon.CHRONYD, stratum, reference_id, root_dispersion_ns)
     sent = _sent_by_source(rows, fields[1])
     remarks = []
@@ -306,100 +239,26 @@ def _is_address(text: str) -> bool:
 
 async def _ask_ntpd(endpoint: Endpoint) -> Tracking:
     asked_at = boottime_ns()
-    async with _asking_ntpd(endpoint) as udp:
-        system = parse_variables(await _read_variables(udp, 0))
+    async with asking_ntpd(endpoint.address, endpoint.port) as udp:
+        system = await read_variables(udp, 0)
         peer = {}
         if system.get("peer", "0") not in ("", "0"):
-            with contextlib.suppress(TrackingError, ValueError):
+            with contextlib.suppress(Unanswered, ValueError):
                 association = _decimal(system["peer"], 0)
-                peer = parse_variables(await _read_variables(udp, association & 0xFFFF))
+                peer = await read_variables(udp, association & 0xFFFF)
     return ntpd_tracking(system, peer, asked_at=asked_at, now_ns=time.time_ns())
 
 
 async def ask_ntpd(endpoint: Endpoint, *names: str) -> dict[str, str]:
-    """These variables of the system. Raises TrackingError, also when there is one that ntpd does not know."""
-    async with _asking_ntpd(endpoint) as udp:
-        return parse_variables(await _read_variables(udp, 0, names))
-
-
-@contextlib.asynccontextmanager
-async def _asking_ntpd(endpoint: Endpoint) -> AsyncIterator[socket.socket]:
-    """A socket that is good for a second."""
-    try:
-        async with asyncio.timeout(_NTPD_DEADLINE):
-            with socket.socket(endpoint.family, socket.SOCK_DGRAM) as udp:
-                udp.setblocking(False)
-                # Connected: only datagrams from there come in.
-                udp.connect((endpoint.address, endpoint.port))
-                yield udp
-    except TimeoutError:
-        raise TrackingError(f"ntpd: no answer from {endpoint}") from None
-    except OSError as error:
-        raise TrackingError(f"ntpd: {endpoint}: {error.strerror}") from None
-
-
-async def _read_variables(udp: socket.socket, association: int, names: Sequence[str] = ()) -> str:
-    """Variables of the system (association 0) or of one peer, all or these, from as many datagrams as they come in."""
-    loop = asyncio.get_running_loop()
-    sequence = secrets.randbelow(1 << 16)
-    wanted = ",".join(names).encode("ascii")
-    request = _CONTROL.pack(_CONTROL_FIRST, _READ_VARIABLES, sequence, 0, association, 0, len(wanted))
-    # In whole words (RFC 9327 section 2).
-    await loop.sock_sendall(udp, request + wanted + bytes(-len(wanted) % 4))
-    answer = _Answer(sequence, association)
-    for _ in range(_MAX_FRAGMENTS):
-        text = answer.add(await loop.sock_recv(udp, _MAX_DATAGRAM))
-        if text is not None:
-            return text
-    raise TrackingError("ntpd: its answer has no end")
-
-
-class _Answer:
-    """The fragments of one mode 6 answer; they may come in any order."""
-
-    def __init__(self, sequence: int, association: int) -> None:
-        self._asked = (sequence, association)
-        self._parts: dict[int, bytes] = {}
-        self._end: int | None = None
-
-    def add(self, datagram: bytes) -> str | None:
-        """The text once it is whole; other datagrams than fragments of this answer are left out."""
-        if len(datagram) < _CONTROL.size:
-            return None
-        first, operation, sequence, status, association, offset, count = _CONTROL.unpack_from(datagram)
-        if (first & 7, operation & 0x9F, (sequence, association)) != (
-            _MODE_CONTROL,
-            _RESPONSE | _READ_VARIABLES,
-            self._asked,
-        ):
-            return None
-        if operation & _ERROR:
-            raise TrackingError(f"ntpd: refuses with error {status >> 8}")
-        data = datagram[_CONTROL.size : _CONTROL.size + count]
-        if len(data) < count or offset + count > _CONTROL_LIMIT:
-            raise TrackingError("ntpd: its answer is not well-formed")
-        self._parts[offset] = data
-        if not operation & _MORE:
-            self._end = offset + count
-        whole = bytearray()
-        while len(whole) in self._parts and (part := self._parts[len(whole)]):
-            whole += part
-        return whole.decode("ascii", "replace") if len(whole) == self._end else None
-
-
-def parse_variables(text: str) -> dict[str, str]:
-    """`name=value, name="quoted, value"`, as mode 6 writes them (RFC 9327 section 4), with quotes removed."""
-    found = {}
-    for item in re.findall(r'(?:[^,"]|"[^"]*")+', text):
-        name, _, value = item.partition("=")
-        found[name.strip()] = value.strip().strip('"')
-    return found
+    """These variables of the system. Raises Unanswered, also when there is one that ntpd does not know."""
+    async with asking_ntpd(endpoint.address, endpoint.port) as udp:
+        return await read_variables(udp, 0, names)
 
 
 def ntpd_tracking(
     system: Mapping[str, str], peer: Mapping[str, str], *, asked_at: int, now_ns: int
 ) -> Tracking:
-    """What ntpd's system variables say, and those of the peer that it follows; TrackingError if that is nothing.
+    """What ntpd's system variables say, and those of the peer that it follows; Unanswered if that is nothing.
 
     ntpd's root dispersion grows with time and holds the offset that it is correcting (RFC 5905 section 11.2.3).
     """
@@ -411,7 +270,7 @@ def ntpd_tracking(
         root_delay_ns = _decimal(system["rootdelay"], 6)
         root_dispersion_ns = _decimal(system["rootdisp"], 6)
     except (KeyError, ValueError):
-        raise TrackingError("ntpd: its variables are not understood") from None
+        raise Unanswered("ntpd: its variables are not understood") from None
     _check(Daemon.NTPD, stratum, reference_id, root_dispersion_ns)
     smear_id = None
     with contextlib.suppress(KeyError, ValueError):
@@ -465,4 +324,4 @@ def _decimal(text: str, places: int) -> int:
 
 def _check(daemon: Daemon, stratum: int, reference_id: bytes, root_dispersion_ns: int) -> None:
     if not 0 <= stratum <= MAX_STRATUM or len(reference_id) != 4 or root_dispersion_ns < 0:
-        raise TrackingError(f"{daemon}: its answer makes no sense")
+        raise Unanswered(f"{daemon}: its answer makes no sense")

@@ -26,6 +26,7 @@ from nts_core import select
 from nts_core.client import ClientError, Established, Failure, establish_any, measure
 from nts_core.errors import CertificateError
 from nts_core.independence import Candidate, choose, prefix_of
+from nts_core.kernel import steady_ns
 from nts_core.membership import Membership
 from nts_core.resolve import Lookup, Proof, ResolveError, SrvTarget, Window, addresses, listing, metadata
 from nts_core.select import Estimate
@@ -44,7 +45,7 @@ _REMEDY = "set this host's clock to within a day, then try again"
 
 @dataclass(frozen=True, slots=True)
 class Bootstrap:
-    """The time found, in nanoseconds: `truth` is what to add to the monotonic clock for the time since 1970.
+    """The time found, in nanoseconds: `truth` is what to add to `kernel.steady_ns` for the time since 1970.
 
     It is no more than `error` wrong, if most of the operators asked are right. `sources` are the servers that it is of, one
     of an operator; `shortcuts` say in sentences what was at first not checked at a known time.
@@ -58,12 +59,12 @@ class Bootstrap:
     @property
     def unix(self) -> int:
         """The time now, in nanoseconds since 1970."""
-        return time.monotonic_ns() + self.truth
+        return steady_ns() + self.truth
 
 
 @dataclass(frozen=True, slots=True)
 class _Vote:
-    """What one server claims: the truth minus the monotonic clock."""
+    """What one server claims: the truth minus the clock that is never set."""
 
     candidate: Candidate
     established: Established
@@ -94,7 +95,7 @@ async def bootstrap(
     agreeing = [ballot[index] for index in sorted(chosen.truechimers)]
     if chosen.offset is None or len(agreeing) < OPERATORS:
         raise _too_few(len(agreeing), troubles, "agree on a time")
-    found = time.monotonic_ns() + chosen.offset
+    found = steady_ns() + chosen.offset
     _check_time(found, floor, window)
     confirmed = await _confirmed(pool, lookup, roots, agreeing, found, troubles)
     still = _by_operator(confirmed, has_operators=has_operators)
@@ -150,7 +151,7 @@ async def _ask(candidate: Candidate, trust: Trust, troubles: dict[str, str]) -> 
         troubles[candidate.name] = reason
         return None
     # Somebody may set the system's clock meanwhile.
-    base = time.time_ns() - time.monotonic_ns()
+    base = time.time_ns() - steady_ns()
     claim = select.estimate(samples)
     return _Vote(candidate, established, replace(claim, offset=claim.offset + base))
 

@@ -4,6 +4,8 @@ import asyncio
 import ipaddress
 import json
 import re
+import shlex
+import signal
 import sys
 import time
 from contextlib import suppress
@@ -25,12 +27,17 @@ from nts_core.check import Check
 from nts_core.client import ClientError, Failure, load_roots
 from nts_core.denial import Witnesses
 from nts_core.diagnosis import Step
+from nts_core.feed import Feed, News
+from nts_core.feeding import Kind, Member
+from nts_core.feeding.hand import DAEMONS, Hand
 from nts_core.ke import KE_PORT
+from nts_core.membership import Membership
 from nts_core.pool import COUNT, PoolClient, PoolView, shortage
 from nts_core.resolve import (
     MAX_RESOLVERS,
     ROOT,
     Dnssec,
+    Proof,
     ResolveError,
     Resolver,
     Resolvers,
@@ -68,6 +75,7 @@ class ExitStatus(IntEnum):
     NOT_ESTABLISHED = 4
     NO_TIME = 5
     TOO_FEW_SOURCES = 6
+    NOT_TOLD = 7
 
 
 _STATUS = {
@@ -79,6 +87,7 @@ _STATUS = {
     Failure.UNSYNCHRONISED: ExitStatus.NO_TIME,
     Failure.CLOCK: ExitStatus.NO_TIME,
     Failure.TOO_FEW_SOURCES: ExitStatus.TOO_FEW_SOURCES,
+    Failure.DAEMON: ExitStatus.NOT_TOLD,
 }
 
 
@@ -280,6 +289,13 @@ DnssecMode = Annotated[
     Dnssec,
     typer.Option("--dnssec", help="who validates: this program, the resolver (over a safe path), or nobody"),
 ]
+ClockUse = Annotated[
+    CertificateCheck,
+    typer.Option(
+        "--clock",
+        help="auto finds the time from the pool where this machine's is wrong, strict goes by it alone",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
@@ -296,26 +312,20 @@ class _Session:
         count: int,
         state: Path | None,
         dnssec: Dnssec,
+        clock: CertificateCheck,
         interval: float = INTERVAL,
     ) -> None:
         _check_range("--count", count, MAX_COUNT)
-        if dnssec is not Dnssec.REQUIRE and trust_anchor is not None:
-            raise _unusable(
-                f"--trust-anchor is of no use with --dnssec {dnssec}",
-                "leave one of the two out: nothing is validated here",
-            )
-        resolvers = _load_resolvers(trust_anchor, resolver, dnssec)
-        # A zone of another anchor may be one that the root does not know.
-        is_public = dnssec is Dnssec.REQUIRE and trust_anchor is None
-        self.resolvers = Resolvers(resolvers, Authorities(ROOT) if is_public else None)
+        self.resolvers, witnesses = _load_lookups(trust_anchor, resolver, dnssec)
         self.client = PoolClient(
             _parse_pool(pool),
             count=count,
             lookup=self.resolvers,
-            denier=Witnesses([(each.address, each.port) for each in resolvers]),
+            denier=witnesses,
             roots=load_roots(ca),
             state=state,
             interval=interval,
+            check=clock,
         )
 
     @property
@@ -337,6 +347,22 @@ def _load_resolvers(
     ]
 
 
+def _load_lookups(
+    trust_anchor: Path | None, texts: list[str] | None, dnssec: Dnssec
+) -> tuple[Resolvers, Witnesses]:
+    """Who finds a pool's members, and who confirms that one is gone. Raises ClientError."""
+    if dnssec is not Dnssec.REQUIRE and trust_anchor is not None:
+        raise _unusable(
+            f"--trust-anchor is of no use with --dnssec {dnssec}",
+            "leave one of the two out: nothing is validated here",
+        )
+    resolvers = _load_resolvers(trust_anchor, texts, dnssec)
+    # A zone of another anchor may be one that the root does not know.
+    is_public = dnssec is Dnssec.REQUIRE and trust_anchor is None
+    witnesses = Witnesses([(each.address, each.port) for each in resolvers])
+    return Resolvers(resolvers, Authorities(ROOT) if is_public else None), witnesses
+
+
 def _parse_pool(text: str) -> str:
     name = text.removesuffix(".").lower()
     if not _DOMAIN.fullmatch(name):
@@ -353,6 +379,7 @@ def sources_command(
     resolver: ResolverList = None,
     ca: Roots = None,
     state: State = None,
+    clock: ClockUse = CertificateCheck.AUTO,
     as_json: AsJson = False,  # noqa: FBT002 - a flag
 ) -> None:
     """Find a pool's members by DNSSEC, and keep those that tell the same time."""
@@ -367,6 +394,7 @@ def sources_command(
             ca=ca,
             count=count,
             state=state,
+            clock=clock,
         )
         view = asyncio.run(_settle(session.client))
         view = replace(view, warnings=(*view.warnings, *session.warnings))
@@ -414,6 +442,7 @@ def watch_command(
     resolver: ResolverList = None,
     ca: Roots = None,
     state: State = None,
+    clock: ClockUse = CertificateCheck.AUTO,
     interval: Annotated[int, typer.Option(help="seconds between polls of a source, 16 to 1024")] = round(
         INTERVAL
     ),
@@ -437,6 +466,7 @@ def watch_command(
             ca=ca,
             count=count,
             state=state,
+            clock=clock,
             interval=interval,
         )
         asyncio.run(_watch(session, until, as_json=as_json))
@@ -530,6 +560,97 @@ def _show_step(step: Step) -> None:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@app.command("feed")
+def feed_command(
+    pool: Pool,
+    to: Annotated[Kind, typer.Option(help="the time daemon of this host")],
+    directory: Annotated[
+        Path | None, typer.Option("--dir", help="where it reads of its sources, instead of Debian's place")
+    ] = None,
+    count: Annotated[int, typer.Option(help="how many members it is to have, 1 to 8")] = COUNT,
+    reload: Annotated[
+        str | None,
+        typer.Option(metavar="COMMAND", help="what makes it read that, instead of its usual command"),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="added to each source as it is; may be given several times"),
+    ] = None,
+    trust_anchor: TrustAnchor = None,
+    dnssec: DnssecMode = Dnssec.REQUIRE,
+    resolver: ResolverList = None,
+    state: Annotated[
+        Path | None, typer.Option(help="keep here between runs which members are held back")
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="look and tell the daemon once, and end")] = False,  # noqa: FBT002 - a flag
+    as_json: AsJson = False,  # noqa: FBT002 - a flag
+) -> None:
+    """Keep the time daemon of this host on several members of a pool."""
+    failure: ClientError | None = None
+    members: tuple[Member, ...] = ()
+    proof: Proof | None = None
+    try:
+        _check_range("--count", count, MAX_COUNT)
+        name = _parse_pool(pool)
+        resolvers, witnesses = _load_lookups(trust_anchor, resolver, dnssec)
+        hand = Hand(
+            DAEMONS[to],
+            name,
+            directory=directory,
+            options=[_parse_option(text) for text in option or []],
+            tell=[] if reload is None else _parse_command(reload),
+        )
+        feed = Feed(
+            hand,
+            Membership(name, resolvers, witnesses),
+            count,
+            lambda news: _show_news(news, as_json=as_json),
+            state=state,
+        )
+        asyncio.run(feed.once() if once else _until_signal(feed))
+        failure, members, proof = feed.problem if once else None, feed.members, feed.proof
+    except ClientError as error:
+        failure = error
+    if once or failure is not None:
+        document = {"pool": pool, "members": [str(member) for member in members], "membership": proof}
+        _finish({**document, "error": _error(failure)}, failure, as_json=as_json)
+
+
+def _parse_option(text: str) -> str:
+    if not text.strip() or not text.isprintable():
+        raise _unusable(f"--option {text!r} is not one line of text", "give it as the daemon's manual has it")
+    return text.strip()
+
+
+def _parse_command(text: str) -> list[str]:
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise _unusable(f"--reload {text}: {error}", "correct its quotes") from None
+    if not words:
+        raise _unusable("--reload is empty", "give a program and its arguments")
+    return words
+
+
+async def _until_signal(feed: Feed) -> None:
+    """Until SIGTERM or SIGINT."""
+    work = asyncio.ensure_future(feed.run())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, work.cancel)
+    with suppress(asyncio.CancelledError):
+        await work
+
+
+def _show_news(news: News, *, as_json: bool) -> None:
+    if as_json:
+        told = {"at": _now(), "what": news.what, "names": news.names, "words": news.words}
+        typer.echo(json.dumps({**told, "error": _error(news.error)}))
+    else:
+        typer.echo(f"{_now()} {news.words}")
+    # A log is a pipe, perhaps.
+    sys.stdout.flush()
 
 
 # typer carries its own click inside and exports of its usage errors only this one: the root is one above.

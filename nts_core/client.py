@@ -74,6 +74,7 @@ class Failure(StrEnum):
     UNSYNCHRONISED = "unsynchronised"
     CLOCK = "clock"
     TOO_FEW_SOURCES = "too-few-sources"
+    DAEMON = "daemon"
 
 
 _REMEDIES = {

@@ -10,8 +10,8 @@
 A source that was good before is given more patience than a new one. Who refuses us (DENY, RSTR) is dismissed at once. That
 a source cannot be reached is held against it only if another one was good meanwhile: else it may be this host's own network.
 
-Times are nanoseconds: `monotonic` of a clock that nobody sets; `base` is the system's clock minus that one, so that
-samples taken before the system's clock was set still count.
+Times are nanoseconds: `monotonic` of a clock that nobody sets and that goes on while the host sleeps; `base` is the system's
+clock minus that one, so that samples taken before the system's clock was set still count.
 """
 
 from collections import deque

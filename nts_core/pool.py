@@ -26,10 +26,11 @@ from nts_core.built import BUILT
 from nts_core.client import ClientError, Failure, load_roots
 from nts_core.denial import Witnesses
 from nts_core.independence import Candidate, GivenUp
+from nts_core.kernel import steady_ns
 from nts_core.membership import MAX_RETRY, MIN_LOOK, Denier, Look, Membership
 from nts_core.panel import BURST, Failing, Panel, Reading, Seat, Standing
 from nts_core.resolve import ROOT, Lookup, Proof, ResolveError, Resolver, Resolvers, system_resolvers
-from nts_core.roster import Fault, Hold, Roster
+from nts_core.roster import Fault, Hold, Roster, shifted
 from nts_core.session import CertificateTime, Stop
 from nts_core.source import INTERVAL, CertificateCheck, Source, SystemClock
 from nts_core.store import PoolFile, TimeRecord
@@ -154,7 +155,7 @@ class PoolClient:
         self._bootstrap_retry = MIN_LOOK
         # Somebody's certificate is not good at this machine's time.
         self._has_misdated = False
-        # The truth minus the monotonic clock, once there was a majority.
+        # The truth minus the clock that is never set, once there was a majority.
         self._truth: int | None = None
         self._members: dict[str, _Member] = {}
         # Of those that are held back, what was seen last.
@@ -183,7 +184,7 @@ class PoolClient:
         if self._state is not None:
             self._file = PoolFile.open(self._state, self.pool)
             used, holds, self._proof, fault = self._file.load(self._unix())
-            self._roster = Roster(self._count, _shifted(holds, time.monotonic()))
+            self._roster = Roster(self._count, shifted(holds, time.monotonic()))
             self._roster.resume(used, time.monotonic())
             self._warnings += [] if fault is None else [fault]
         self._runner = asyncio.create_task(self._run(), name=f"the sources of {self.pool}")
@@ -252,11 +253,11 @@ class PoolClient:
             ),
             held=tuple(
                 replace(self._left.get(name) or SourceView(Candidate(name)), hold=hold, trouble=hold.reason)
-                for name, hold in _shifted(self._roster.held(now), -now).items()
+                for name, hold in shifted(self._roster.held(now), -now).items()
             ),
             unusable=self._unusable,
             given_up=self._roster.given_up,
-            reading=self._panel.reading(time.monotonic_ns()),
+            reading=self._panel.reading(steady_ns()),
             problem=self._problem,
             look_in=max(0.0, self._look_at - now),
             is_settled=self._is_settled(now),
@@ -277,8 +278,7 @@ class PoolClient:
         )
 
     def _view_of(self, member: _Member, seat: Seat) -> SourceView:
-        monotonic, base = _clocks()
-        best, action = seat.best(monotonic, base), member.source.action
+        best, action = seat.best(*_clocks()), member.source.action
         return SourceView(
             candidate=member.candidate,
             address=member.source.address,
@@ -286,7 +286,7 @@ class PoolClient:
             offset=None if best is None else best.offset,
             delay=None if best is None else best.delay,
             samples=seat.samples,
-            next_in=None if isinstance(action, Stop) else max(0, action.at - monotonic) / _SECOND,
+            next_in=None if isinstance(action, Stop) else max(0, action.at - time.monotonic_ns()) / _SECOND,
             is_listed=member.candidate.name in self._listed,
             trouble=seat.trouble,
         )
@@ -400,7 +400,7 @@ class PoolClient:
     @property
     def _is_misdated(self) -> bool:
         """Whether certificates that are not good now may be so because the clock is wrong."""
-        return self._has_misdated and self._is_lost and self._panel.reading(time.monotonic_ns()) is None
+        return self._has_misdated and self._is_lost and self._panel.reading(steady_ns()) is None
 
     async def _after_misdated(self) -> None:
         """Once nobody else is left to be asked, the time is looked for."""
@@ -440,7 +440,7 @@ class PoolClient:
 
     def _start(self, tasks: asyncio.TaskGroup, candidate: Candidate) -> None:
         member = self._members[candidate.name] = _Member(candidate, self._source(candidate))
-        self._panel.seat(candidate.name, time.monotonic_ns())
+        self._panel.seat(candidate.name, steady_ns())
         member.task = tasks.create_task(self._follow(member), name=candidate.name)
         self._keep()
 
@@ -501,7 +501,7 @@ class PoolClient:
 
     def _after_verdict(self) -> None:
         """Sources that are of no use leave; the clock is what the others say."""
-        now, monotonic = time.monotonic(), time.monotonic_ns()
+        now, steady = time.monotonic(), steady_ns()
         for dismissal in self._panel.dismissals():
             name, member = dismissal.name, self._members[dismissal.name]
             self._roster.failed(name, dismissal.fault, dismissal.reason, now)
@@ -511,8 +511,8 @@ class PoolClient:
                 name: replace(last, next_in=None, is_listed=False)
             }
             self._stop(name)
-        if (reading := self._panel.reading(monotonic)) is not None:
-            self._truth = reading.unix - monotonic
+        if (reading := self._panel.reading(steady)) is not None:
+            self._truth = reading.unix - steady
 
     def _is_expired(self, source: Source) -> bool:
         """Whether the certificate that vouched for a source's keys has ended since."""
@@ -521,7 +521,7 @@ class PoolClient:
 
     def _unix(self) -> int:
         """The time in Unix nanoseconds, as good as it is known here."""
-        return self._system_clock.now() if self._truth is None else time.monotonic_ns() + self._truth
+        return self._system_clock.now() if self._truth is None else steady_ns() + self._truth
 
     def _is_sure(self) -> bool:
         return self._truth is not None or self._system_clock.is_good()
@@ -530,7 +530,7 @@ class PoolClient:
         """For a later run. A full disk is no reason to end this one."""
         if self._file is None:
             return
-        holds = _shifted(self._roster.holds, -time.monotonic())
+        holds = shifted(self._roster.holds, -time.monotonic())
         try:
             self._file.save(self._roster.used, holds, self._proof, self._unix())
         except ClientError as error:
@@ -575,16 +575,11 @@ def _system_resolvers() -> list[str]:
     return found
 
 
-def _shifted(holds: Mapping[str, Hold], by: float) -> dict[str, Hold]:
-    """With times of another clock."""
-    return {name: replace(hold, until=hold.until + by) for name, hold in holds.items()}
-
-
 def _unix_ns(moment: datetime) -> int:
     return round(moment.timestamp()) * _SECOND
 
 
 def _clocks() -> tuple[int, int]:
-    """The monotonic clock, and the system's minus that one."""
-    monotonic = time.monotonic_ns()
-    return monotonic, time.time_ns() - monotonic
+    """That clock, and the system's minus that one."""
+    steady = steady_ns()
+    return steady, time.time_ns() - steady

@@ -20,7 +20,7 @@ Rules:
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from nts_core.independence import Candidate, GivenUp, choose, dependence, given_up
@@ -128,7 +128,11 @@ class Roster:
 
     def has_choice(self, now: float) -> bool:
         """Whether `choose` would find somebody."""
-        return len(self._used) < self.count and bool(self._free(self._listed.values(), now))
+        return len(self._used) < self.count and self.has_spare(now)
+
+    def has_spare(self, now: float) -> bool:
+        """Whether somebody could take the place of a source."""
+        return bool(self._free(self._listed.values(), now))
 
     def choose(self, now: float) -> list[Candidate]:
         """Fill the places that are free, and return who is new."""
@@ -190,6 +194,11 @@ class Roster:
     def _drop(self, name: str) -> Candidate | None:
         self._used_since.pop(name, None)
         return self._used.pop(name, None)
+
+
+def shifted(holds: Mapping[str, Hold], by: float) -> dict[str, Hold]:
+    """With times of another clock."""
+    return {name: replace(hold, until=hold.until + by) for name, hold in holds.items()}
 
 
 def _length(fault: Fault, failures: int) -> float:

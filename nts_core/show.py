@@ -15,7 +15,7 @@ from nts_core.resolve import Proof, ResolveError
 from nts_core.roster import Fault
 
 _COLOURS = {"truechimer": "green", "falseticker": "red", "failed": "yellow"}
-_UNPROVEN = {
+UNPROVEN = {
     Proof.RESOLVER: "membership on the resolver's word",
     Proof.UNPROVEN: "membership unproven: anybody on the way may have chosen these servers",
 }
@@ -139,8 +139,8 @@ def summary(view: PoolView) -> list[str]:
         lines.append(
             f"the truechimers agree on an offset of {milliseconds(offset)}, within {milliseconds(error)[1:]}"
         )
-    if view.membership in _UNPROVEN:
-        lines.append(_UNPROVEN[view.membership])
+    if view.membership in UNPROVEN:
+        lines.append(UNPROVEN[view.membership])
     lines += [f"shortcut: {sentence}" for sentence in view.shortcuts]
     lines += [f"not independent: {pair}" for pair in view.given_up]
     lines += [f"{name} is a member no longer" for name in view.departed]
@@ -175,8 +175,8 @@ def changes(before: PoolView | None, after: PoolView) -> list[str]:
     lines += [
         f"shortcut: {text}" for text in after.shortcuts if before is None or text not in before.shortcuts
     ]
-    if after.membership in _UNPROVEN and (before is None or before.membership is not after.membership):
-        lines.append(_UNPROVEN[after.membership])
+    if after.membership in UNPROVEN and (before is None or before.membership is not after.membership):
+        lines.append(UNPROVEN[after.membership])
     if after.truechimers != (None if before is None else before.truechimers):
         lines.append(f"sources that agree: {after.truechimers}")
     return lines

@@ -5,8 +5,6 @@ clock; ntpd-rs by the socket that its configuration names. They count from their
 a deadline and a grammar; where there is none, there are no counts.
 """
 
-import asyncio
-import struct
 import tomllib
 from collections import Counter
 from collections.abc import Mapping
@@ -20,11 +18,9 @@ from member_agent.config import AgentSettings
 from member_agent.engines import EngineError
 from member_agent.engines.external import DAEMONS, places_of
 from member_agent.engines.layout import Kind, own_text
-from member_agent.tracking import TrackingError, ask_chronyc, ask_ntpd, parse_source
+from member_agent.tracking import ask_ntpd, chronyc_options, parse_source
+from nts_core.asking import Unanswered, ask_chronyc, ask_ntpd_rs
 
-_DEADLINE = 2.0
-_SOCKET_LIMIT = 1024 * 1024
-_LENGTH = struct.Struct("!Q")
 # Columns of `chronyc -c serverstats` up to the last that we read; newer versions have more.
 _RECEIVED, _DROPPED, _KE_ACCEPTED, _KE_DROPPED, _AUTHENTICATED = 0, 1, 5, 6, 7
 # ntpd's variables by our outcomes. It refuses a question with one that it does not know.
@@ -48,14 +44,13 @@ async def read_counts(kind: Kind, settings: AgentSettings) -> DaemonCounts:
     try:
         match kind:
             case Kind.CHRONY:
-                return _of_chronyd(
-                    await ask_chronyc(parse_source(settings.clock_source).chronyd, "serverstats")
-                )
+                where = chronyc_options(parse_source(settings.clock_source).chronyd)
+                return _of_chronyd(await ask_chronyc("serverstats", where=where))
             case Kind.NTPSEC:
                 return await _of_ntpd(settings)
             case Kind.NTPD_RS:
                 return await _of_ntpd_rs(settings)
-    except (TrackingError, EngineError, OSError, TimeoutError, ValueError):
+    except (Unanswered, EngineError, OSError, ValueError):
         # A ValidationError is a ValueError, and so is a number that is none.
         return DaemonCounts()
 
@@ -83,7 +78,7 @@ async def _of_ntpd(settings: AgentSettings) -> DaemonCounts:
     system = await ask_ntpd(place, *_NTPD_NTP.values())
     try:
         nts = await ask_ntpd(place, *_NTPD_NTS.values(), *_NTPD_KE.values(), _NTPD_SEALED)
-    except TrackingError:
+    except Unanswered:
         nts = {}
     known = {name: _count(value) for name, value in {**system, **nts}.items()}
     ke, ntp = (
@@ -128,8 +123,7 @@ async def _of_ntpd_rs(settings: AgentSettings) -> DaemonCounts:
     told = _Configured.model_validate(tomllib.loads(own_text(file) or ""))
     if told.observability.path is None:
         return DaemonCounts()
-    async with asyncio.timeout(_DEADLINE):
-        observed = _Observed.model_validate_json(await _observed(told.observability.path))
+    observed = _Observed.model_validate_json(await ask_ntpd_rs(told.observability.path))
     ntp: Counter[str] = Counter()
     for listener in observed.servers:
         stats = listener.stats
@@ -140,20 +134,6 @@ async def _of_ntpd_rs(settings: AgentSettings) -> DaemonCounts:
         ntp["rate-limited"] += stats.rate_limited_packets
         ntp["ignored"] += stats.ignored_packets
     return DaemonCounts(ntp=ntp)
-
-
-async def _observed(place: Path) -> bytes:
-    """One document, its length before it. ValueError for one that is too long, or is cut short."""
-    reader, writer = await asyncio.open_unix_connection(place)
-    try:
-        (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
-        if length > _SOCKET_LIMIT:
-            raise ValueError(f"{length} octets")
-        return await reader.readexactly(length)
-    except asyncio.IncompleteReadError:
-        raise ValueError("cut short") from None
-    finally:
-        writer.transport.abort()
 
 
 def _count(text: str) -> int:

@@ -9,9 +9,6 @@ Only root may do so. The agent itself has no such rights on a well-kept host, an
 
 import asyncio
 import os
-import re
-import signal
-import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -28,6 +25,7 @@ from member_agent.engines.layout import MARK, Kind, Layout, Offer, OwnFile, Plac
 from member_agent.engines.probe import ask
 from member_agent.install import Bundle, InstallError, bundle
 from member_agent.sockets import Endpoint
+from nts_core.children import QUOTED_LINES, quoted, run
 from nts_core.client import ClientError
 
 _log = structlog.get_logger()
@@ -36,9 +34,8 @@ DAEMONS = {each.kind: each for each in (chrony.DAEMON, ntpsec.DAEMON, ntpd_rs.DA
 SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 _LOOK = 3600.0  # seconds between looks at files that nobody should have changed
 _PAUSE = 0.2  # seconds between two questions to a daemon that is not there yet
-_LOG_LINES, _LOG_READ, _LOG_LIMIT = 20, 64 * 1024, 2000
+_LOG_READ = 64 * 1024
 _JOURNAL_DEADLINE = 10.0
-_ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
 def places_of(daemon: TimeDaemon, settings: EngineSettings) -> Places:
@@ -313,11 +310,11 @@ class _Control:
     async def tell(self, word: Word) -> None:
         """EngineError when the command fails: with systemd, also when the daemon does not start."""
         for command in self._commands(word):
-            status, said = await _run(command, self._settings.deadline)
+            status, said = await run(command, self._settings.deadline, path=SYSTEM_PATH)
             if status != 0:
                 ended = "does not end" if status is None else f"ends with {status}"
                 raise EngineError(
-                    f"`{' '.join(command)}` {ended}{_quoted(said)}",
+                    f"`{' '.join(command)}` {ended}{quoted(said)}",
                     f"see the daemon's log, and `systemctl status {self._unit}`",
                 )
 
@@ -342,47 +339,12 @@ class _Control:
             except OSError as error:
                 return f"; its log {log} cannot be read: {error.strerror}"
         else:
-            command = ["journalctl", f"--unit={self._unit}", f"--since=@{int(mark)}", f"--lines={_LOG_LINES}"]
-            _, octets = await _run([*command, "--no-pager", "--quiet", "--output=cat"], _JOURNAL_DEADLINE)
-        return _quoted(octets, "its log: ")
-
-
-def _quoted(octets: bytes, label: str = "") -> str:
-    """The last lines of what a program printed, bounded and made safe for a message."""
-    text = _ESCAPES.sub("", octets.decode("utf-8", "replace"))
-    lines = [re.sub(r"[^\x20-\x7e]", "?", line).strip() for line in text.splitlines()]
-    told = "\n".join(line for line in lines[-_LOG_LINES:] if line)[-_LOG_LIMIT:]
-    return f"; {label}{told}" if told else ""
-
-
-async def _run(command: list[str], deadline: float) -> tuple[int | None, bytes]:
-    """A program's exit status, None when it had to be killed, and the end of what it printed.
-
-    It prints to a file: a daemon that it starts may keep a pipe open for ever.
-    """
-    with tempfile.TemporaryFile() as printed:
-        try:
-            child = await asyncio.create_subprocess_exec(
-                *command,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=printed,
-                stderr=printed,
-                env={"PATH": SYSTEM_PATH, "LC_ALL": "C.UTF-8"},
-                start_new_session=True,
-            )
-        except OSError as error:
-            return 127, str(error.strerror).encode()
-        status: int | None = None
-        try:
-            async with asyncio.timeout(deadline):
-                status = await child.wait()
-        except TimeoutError:
-            pass
-        finally:
-            if child.returncode is None:
-                with suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)
-                await child.wait()
-        size = printed.seek(0, os.SEEK_END)
-        printed.seek(max(0, size - _LOG_READ))
-        return status, printed.read(_LOG_READ)
+            command = [
+                "journalctl",
+                f"--unit={self._unit}",
+                f"--since=@{int(mark)}",
+                f"--lines={QUOTED_LINES}",
+            ]
+            command += ["--no-pager", "--quiet", "--output=cat"]
+            _, octets = await run(command, _JOURNAL_DEADLINE, path=SYSTEM_PATH)
+        return quoted(octets, "its log: ")

@@ -96,6 +96,23 @@ def test_a_bench_gives_every_figure_of_both_servers(module, servers, kinds):
                 assert 0 < spread["min"] <= spread["median"] <= spread["max"]
 
 
+@pytest.mark.long
+@pytest.mark.skipif(os.geteuid() != 0, reason="a network namespace of its own takes root")
+def test_the_clients_bench_gives_every_figure():
+    done = run("bench.client", "--rounds", "1", "--seconds", "4", "--json")
+
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["starts"].keys() == {"pool-client sources", "PoolClient", "chronyd", "ntpd-rs"}
+    assert all(start["agreed"] > 0 for starts in document["starts"].values() for start in starts)
+    assert document["ratios"].keys() == {"chronyd", "ntpd-rs"}
+    # An hour has 225 polls of four sources, and 60 looks at an answer with a TTL of a minute.
+    assert 150 < document["watching"]["polls"] <= 240
+    assert 0 < document["watching"]["looks"] <= 61
+    assert document["watching"]["cpu"] > 0
+    assert document["memory"] > 1e6
+
+
 def test_a_bench_is_bounded():
     done = run("bench.ntp", "--seconds", "1000000")
 

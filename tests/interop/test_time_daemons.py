@@ -15,8 +15,9 @@ from lab.processes import free_port, wait_until
 from lab.programs import RUN_DEADLINE, AgentServer, alice, run, script
 from member_agent.errors import ExitStatus
 from member_agent.sockets import Endpoint
-from member_agent.tracking import ClockSource, Daemon, TrackingError, ask
+from member_agent.tracking import ClockSource, Daemon, ask
 from nts_core import ntptime
+from nts_core.asking import Unanswered
 from nts_core.packet import Header, Leap
 
 NAME = "localhost"
@@ -141,7 +142,7 @@ async def test_a_command_socket_that_never_answers(tmp_path):
     """The real chronyc gives up before our own deadline, and takes its socket away."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as silent:
         silent.bind(str(tmp_path / "socket"))
-        with pytest.raises(TrackingError, match="506 Cannot talk to daemon"):
+        with pytest.raises(Unanswered, match="506 Cannot talk to daemon"):
             await ask(ClockSource((Daemon.CHRONYD,), chronyd=str(tmp_path / "socket")))
     assert [left.name for left in tmp_path.iterdir()] == ["socket"]
 
@@ -157,7 +158,7 @@ async def test_a_command_socket_that_answers_garbage(tmp_path):
 
         garbage.settimeout(10)
         asked = asyncio.create_task(asyncio.to_thread(talk))
-        with pytest.raises(TrackingError, match="506 Cannot talk to daemon"):
+        with pytest.raises(Unanswered, match="506 Cannot talk to daemon"):
             await ask(ClockSource((Daemon.CHRONYD,), chronyd=str(tmp_path / "socket")))
         await asked
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lab.processes import free_port
 from member_agent.challenges import (
     BODY_LIMIT,
     ENTRY_LIMIT,
@@ -312,9 +313,11 @@ async def test_several_addresses_are_served_and_a_taken_port_is_an_error(respond
 
 
 async def test_what_is_not_wanted_any_more_is_left_and_the_rest_goes_on(responder):
-    await responder.listen(("127.0.0.1", 0), ("127.0.0.2", 0))
+    # Below the ports of outgoing connections, one of which could be in the way of all addresses at once.
+    port = free_port("127.0.0.1", "127.0.0.2", "0.0.0.0")
+    await responder.listen(("127.0.0.1", port), ("127.0.0.2", port))
     stays, goes = responder.endpoints
-    await responder.listen(("127.0.0.1", 0))
+    await responder.listen(("127.0.0.1", port))
     assert responder.endpoints == (stays,)
     assert status(await exchange(responder, request())) == 200
     with pytest.raises(ConnectionRefusedError):

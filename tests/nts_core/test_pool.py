@@ -186,6 +186,22 @@ async def test_a_clock_that_is_wrong_is_told_of_and_not_set(lab):
     assert abs(time.time_ns() - time.monotonic_ns() - before) < SECOND
 
 
+async def test_a_host_that_slept_and_a_clock_that_was_set_do_no_harm(lab, monkeypatch):
+    await lab.add(*"abcd")
+    steady, system = time.clock_gettime_ns, time.time_ns
+    async with lab.client(interval=3600) as pool:
+        await pool.settled()
+        # An hour of sleep: both clocks go on, the one of the event loop does not.
+        monkeypatch.setattr(time, "clock_gettime_ns", lambda clock: steady(clock) + 3600 * SECOND)
+        monkeypatch.setattr(time, "time_ns", lambda: system() + 3600 * SECOND)
+        assert abs((await pool.reading()).unix - system() - 3600 * SECOND) < SECOND
+        # Then somebody sets the system's clock a day ahead.
+        monkeypatch.setattr(time, "time_ns", lambda: system() + 25 * 3600 * SECOND)
+        reading = await pool.reading()
+        assert abs(reading.unix - system() - 3600 * SECOND) < SECOND
+        assert all(abs(each.offset + 24 * 3600 * SECOND) < SECOND for each in pool.view().sources)
+
+
 async def test_no_more_servers_than_wanted_are_asked(lab):
     await lab.add(*"abcdef")
     async with lab.client(count=3) as pool:
