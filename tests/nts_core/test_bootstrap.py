@@ -18,9 +18,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from dns.rdatatype import RdataType
 
 from lab.certificates import Authority
+from lab.knot import Knot
 from lab.nts_server import NtsServer
 from nts_core import pool as pool_module
-from nts_core import store
+from nts_core import show, store
 from nts_core.bootstrap import bootstrap
 from nts_core.client import ClientError, Failure
 from nts_core.panel import Standing
@@ -82,6 +83,15 @@ class Zone(asyncio.DatagramProtocol):
             answer.answer += [rrset, dns.rrset.from_rdata(name, 60, signature)]
         self.transport.sendto(answer.to_wire(), address)
         self.before_answer(name, rdtype)
+
+    def seed(self):
+        """Its records as lines of a zone file, but for its keys."""
+        return [
+            f"{name.relativize(self.name)} {RdataType.to_text(rdtype)} {text}"
+            for (name, rdtype), texts in self.records.items()
+            for text in texts
+            if rdtype != RdataType.DNSKEY
+        ]
 
     def resolver(self, **options):
         host, port = self.transport.get_extra_info("sockname")
@@ -187,6 +197,23 @@ async def test_a_clock_that_is_wrong_is_no_obstacle(world, at, monkeypatch):
     assert (view.problem, view.warnings) == (None, ())
     assert len(view.shortcuts) == 2
     assert all("checked again at the time found" in text for text in view.shortcuts)
+    assert show.document(view)["shortcuts"] == list(view.shortcuts)
+    assert f"shortcut: {view.shortcuts[0]}" in show.summary(view)
+    assert f"shortcut: {view.shortcuts[0]}" in show.changes(None, view)
+
+
+@pytest.mark.parametrize("behind", [50 * YEAR, DAY, -YEAR])
+async def test_a_zone_that_knot_signs_leads_to_the_time(world, tmp_path, behind):
+    """With a clock of its own for this client, as Knot's is this host's."""
+    await world.add(*"abcd")
+    with Knot(tmp_path, records=world.zone.seed()) as knot:
+        resolver = Resolver(knot.address, knot.port, TrustAnchors.parse(knot.trust_anchor()))
+        clock = SystemClock(lambda: time.time_ns() - round(behind.total_seconds()) * SECOND, lambda: False)
+        async with world.client(lookup=resolver, clock=clock) as client:
+            view = await client.settled()
+    assert view.truechimers == 4, view
+    assert abs(view.reading.unix - time.time_ns()) < SECOND
+    assert len(view.shortcuts) == 2
 
 
 async def test_a_clock_that_is_an_hour_ahead_needs_no_shortcut(world):
