@@ -3,11 +3,13 @@
 import asyncio
 import ipaddress
 import json
+import math
 import re
 import shlex
 import signal
 import sys
 import time
+from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -458,6 +460,8 @@ def watch_command(
             raise _unusable(
                 f"--interval {interval} is out of range", f"give {_MIN_INTERVAL} to {_MAX_INTERVAL} seconds"
             )
+        if until is not None and not 0 < until < math.inf:
+            raise _unusable(f"--for {until:g} is no time to watch", "give seconds, more than 0")
         session = _Session(
             pool,
             trust_anchor=trust_anchor,
@@ -469,11 +473,9 @@ def watch_command(
             clock=clock,
             interval=interval,
         )
-        asyncio.run(_watch(session, until, as_json=as_json))
+        asyncio.run(_until_signal(_watch(session, until, as_json=as_json)))
     except ClientError as error:
         failure = error
-    except KeyboardInterrupt:
-        return
     if failure is not None:
         _finish({**_empty_view(pool), "error": _error(failure)}, failure, as_json=as_json)
 
@@ -483,7 +485,7 @@ async def _watch(session: _Session, until: float | None, *, as_json: bool) -> No
     screen = _Screen(as_json=as_json)
     with suppress(TimeoutError), screen:
         async with asyncio.timeout(until), session.client as client:
-            async for view in client.views():
+            async for view in client.views(every=_SHOW_EVERY if screen.is_live else None):
                 screen.show(replace(view, warnings=(*view.warnings, *session.warnings)))
                 await asyncio.sleep(_SHOW_EVERY)
 
@@ -497,6 +499,11 @@ class _Screen:
             Live(console=_console(), auto_refresh=False) if sys.stdout.isatty() and not as_json else None
         )
         self._last: PoolView | None = None
+
+    @property
+    def is_live(self) -> bool:
+        """Whether a picture is kept up to date."""
+        return self._live is not None
 
     def __enter__(self) -> None:
         if self._live is not None:
@@ -609,7 +616,7 @@ def feed_command(
             lambda news: _show_news(news, as_json=as_json),
             state=state,
         )
-        asyncio.run(feed.once() if once else _until_signal(feed))
+        asyncio.run(feed.once() if once else _until_signal(feed.run()))
         failure, members, proof = feed.problem if once else None, feed.members, feed.proof
     except ClientError as error:
         failure = error
@@ -634,13 +641,13 @@ def _parse_command(text: str) -> list[str]:
     return words
 
 
-async def _until_signal(feed: Feed) -> None:
-    """Until SIGTERM or SIGINT."""
-    work = asyncio.ensure_future(feed.run())
+async def _until_signal(work: Coroutine[Any, Any, None]) -> None:
+    """To its end, or until SIGTERM or SIGINT."""
+    task = asyncio.ensure_future(work)
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, work.cancel)
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     with suppress(asyncio.CancelledError):
-        await work
+        await task
 
 
 def _show_news(news: News, *, as_json: bool) -> None:

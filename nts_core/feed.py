@@ -274,7 +274,11 @@ class Feed:
                     (left, came),
                 )
             )
-        if (missing := self._roster.count - len(self._roster.used)) > 0:
+        missing = self._roster.count - len(self._roster.used)
+        if missing > 0 and _Topic.DNS in self._problems:
+            # That says it all.
+            self._problems.pop(_Topic.COUNT, None)
+        elif missing > 0:
             self._problem(
                 _Topic.COUNT,
                 ClientError(

@@ -4,21 +4,26 @@ A pool's answer holds all its listed servers or, of a large pool, a part of them
 (`nts_core.srv`). So a server that a client uses is a member no longer when
 
 - its name has no addresses any more, by a denial that counts (`nts_core.denial`), or
-- the pool's answer has room for more servers, and does not name it.
+- the pool's answer has room for more servers, and does not name it. That counts for servers that the pool named itself, and
+  not in an answer that nothing proves.
 
 A lookup that fails changes nothing: an outage of DNS is not a removal.
 """
 
 import asyncio
+import math
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Protocol
 
+from nts_core.errors import WireError
 from nts_core.independence import Candidate
+from nts_core.ke import host_of
 from nts_core.metadata import Metadata
 from nts_core.resolve import Answer, Lookup, Moment, Proof, ResolveError, addresses, listing, metadata
-from nts_core.srv import targets_that_fit
+from nts_core.srv import is_own, targets_that_fit
 
 # Seconds between two looks, whatever the TTL; and after failures, twice as long each time.
 MIN_LOOK, MAX_LOOK = 30.0, 3600.0
@@ -27,6 +32,7 @@ MAX_RETRY = 960.0
 _METADATA_TIMEOUT = 2.0
 # There is nothing at the pool's name, which may be meant; its servers' own names tell more.
 _NOTHING_LISTED = frozenset({"no-srv", "no-service"})
+_NO_HOST = "its name is not that of a host"
 _FOREIGN = "it has no name of the pool's, and nothing proves the pool's answer"
 
 
@@ -75,15 +81,21 @@ class Membership:
             found = await listing(answer, self.pool, moment)
             targets, look.proof = found.targets, found.proof
             look.unusable = dict.fromkeys(found.refused, _FOREIGN)
+            look.unusable |= {each.name: _NO_HOST for each in targets if not _is_host(each.name)}
         except ResolveError as error:
             look.problem, targets = error, ()
         mine = {candidate.name: candidate for candidate in held}
         if look.problem is None or look.problem.code in _NOTHING_LISTED:
-            listed = [Candidate(target.name, target.port, target.priority) for target in targets]
+            listed = [
+                Candidate(target.name, target.port, target.priority)
+                for target in targets
+                if target.name not in look.unusable
+            ]
             others = [mine[name] for name in mine.keys() - {target.name for target in targets}]
-            if targets and len(targets) + len(look.unusable) < targets_that_fit(self.pool):
-                look.gone.update(other.name for other in others)
-                others = []
+            if targets and look.proof is not Proof.UNPROVEN and len(targets) < targets_that_fit(self.pool):
+                delisted = {other.name for other in others if is_own(other.name, self.pool)}
+                look.gone |= delisted
+                others = [other for other in others if other.name not in delisted]
             checked = await asyncio.gather(
                 *(self._check(each, look, moment, is_held=each.name in mine) for each in (*listed, *others))
             )
@@ -100,18 +112,21 @@ class Membership:
 
     async def _check(self, server: Candidate, look: Look, now: float, *, is_held: bool) -> Candidate | None:
         """A server with what the zone says of it. Notes in `look` if it is gone, or if nothing can be said."""
-        known, until = self._facts.get(server.name, (server, now))
-        if now >= until:
+        known, until = self._facts.get(server.name, (server, -math.inf))
+        if time.monotonic() >= until:
             answer = _Timed(self._lookup)
             found, whose = await asyncio.gather(
-                _addresses(answer, server.name, now), self._metadata(server.name, now)
+                _addresses(answer, server.name, now), self._metadata(server.name, now, known.metadata)
             )
             if isinstance(found, ResolveError):
                 look.unusable[server.name] = found.message
                 if is_held:
                     await self._check_denial(server.name, look, found)
                 return None
-            known, until = replace(server, addresses=tuple(found), metadata=whose), now + answer.ttl
+            known, until = (
+                replace(server, addresses=tuple(found), metadata=whose),
+                time.monotonic() + answer.ttl,
+            )
             self._facts[server.name] = known, until
         return replace(known, port=server.port, priority=server.priority)
 
@@ -122,15 +137,25 @@ class Membership:
         try:
             if await self._denier.deny(name):
                 look.gone.add(name)
+                look.unusable.pop(name, None)
         except ResolveError as unknown:
             look.problem = look.problem or unknown
 
-    async def _metadata(self, name: str, now: float) -> Metadata | None:
+    async def _metadata(self, name: str, now: float, before: Metadata | None) -> Metadata | None:
+        """What the zone says, or if that does not come in time, what it said before."""
         try:
             async with asyncio.timeout(_METADATA_TIMEOUT):
                 return await metadata(self._lookup, name, now)
         except TimeoutError:
-            return None
+            return before
+
+
+def _is_host(name: str) -> bool:
+    """DNS allows more names than a certificate can carry."""
+    try:
+        return host_of(name.encode()) == name
+    except (UnicodeEncodeError, WireError):
+        return False
 
 
 async def _addresses(lookup: Lookup, name: str, now: float) -> list[str] | ResolveError:

@@ -9,6 +9,8 @@
 
 A source that was good before is given more patience than a new one. Who refuses us (DENY, RSTR) is dismissed at once. That
 a source cannot be reached is held against it only if another one was good meanwhile: else it may be this host's own network.
+Without a majority nobody knows who is wrong: of those that were never good the one with whom the fewest agree goes, if
+somebody else is there, until there is a majority.
 
 Times are nanoseconds: `monotonic` of a clock that nobody sets and that goes on while the host sleeps; `base` is the system's
 clock minus that one, so that samples taken before the system's clock was set still count.
@@ -30,14 +32,13 @@ BURST = 4
 PATIENCE, NO_PATIENCE = 8, 4
 # Samples against the majority before one that was good is dismissed.
 OUTVOTED = 3
-# With fewer in agreement nobody is called a falseticker.
-_LEAST_MAJORITY = 2
 # Samples of a source that are kept, as in RFC 5905's clock filter.
 _WINDOW = 8
 # RFC 5905's PHI: how much worse a sample becomes in a second, in nanoseconds.
 _WANDER = 15_000
 _SECOND = 1_000_000_000
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_TIED_REASON = "the sources disagree, and the fewest agree with it"
 _OUTVOTED_REASON = "its time disagrees with the majority"
 
 
@@ -144,6 +145,10 @@ class Panel:
         self._seats: dict[str, Seat] = {}
         self._reading: Reading | None = None
         self._read_at = 0
+        # Samples in a row after which there was no majority.
+        self._ties = 0
+        # What each voter claimed when that was last judged.
+        self._claims: dict[str, select.Estimate] = {}
 
     @property
     def seats(self) -> Mapping[str, Seat]:
@@ -157,8 +162,11 @@ class Panel:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether a source's first word is still to come."""
-        return any(seat.standing is Standing.PENDING for seat in self._seats.values())
+        """Whether a source's first word is still to come, or its next one after a time in which nobody was asked."""
+        return any(
+            seat.standing is Standing.PENDING or (seat.standing is Standing.SILENT and not seat.misses)
+            for seat in self._seats.values()
+        )
 
     def reading(self, monotonic: int) -> Reading | None:
         """The time at this moment of the monotonic clock, unless the last majority is too long ago."""
@@ -178,6 +186,7 @@ class Panel:
     def leave(self, name: str) -> None:
         """A source that is one no longer, for whatever reason."""
         self._seats.pop(name, None)
+        self._claims.pop(name, None)
 
     def sampled(self, name: str, sample: Sample, monotonic: int, base: int) -> None:
         """A source has answered."""
@@ -189,9 +198,11 @@ class Panel:
             seat.good_at, seat.bad_since = monotonic, None
         else:
             seat.misses, seat.trouble = seat.misses + 1, unfit
-        self._judge(monotonic, base)
+        self.judge(monotonic, base)
         if seat.standing is Standing.FALSETICKER:
             seat.outvoted += 1
+        is_tied = not self.truechimers and seat.standing is Standing.FALSETICKER
+        self._ties = self._ties + 1 if is_tied else 0
 
     def failed(self, name: str, failing: Failing, reason: str, monotonic: int, base: int) -> None:
         """A source has not answered."""
@@ -203,18 +214,23 @@ class Panel:
             seat.misses += 1
         else:
             seat.failing = failing
-        self._judge(monotonic, base)
+        self.judge(monotonic, base)
 
-    def dismissals(self) -> list[Dismissal]:
-        """Who is of no use by now."""
+    def dismissals(self, *, has_spare: bool = False) -> list[Dismissal]:
+        """Who is of no use by now. With `has_spare` somebody goes also if no majority tells who is wrong."""
         is_complete = not self.is_waiting
         found = (self._dismissal(name, seat, is_complete=is_complete) for name, seat in self._seats.items())
-        return [dismissal for dismissal in found if dismissal is not None]
+        dismissed = [dismissal for dismissal in found if dismissal is not None]
+        if not dismissed and has_spare and is_complete and self._ties >= (OUTVOTED if self._reading else 1):
+            self._ties = 0
+            name = min(self._claims, key=lambda name: (self._seats[name].was_good, self._supporters(name)))
+            dismissed.append(Dismissal(name, Fault.TIED, _TIED_REASON))
+        return dismissed
 
     def _dismissal(self, name: str, seat: Seat, *, is_complete: bool) -> Dismissal | None:
         if (fault := self._fault(seat)) is not None:
             return Dismissal(name, fault, seat.trouble)
-        if seat.standing is Standing.FALSETICKER and len(self.truechimers) >= _LEAST_MAJORITY:
+        if seat.standing is Standing.FALSETICKER and len(self.truechimers) >= self.quorum:
             is_sure = seat.outvoted >= OUTVOTED if seat.was_good else is_complete
             return Dismissal(name, Fault.FALSETICKER, _OUTVOTED_REASON) if is_sure else None
         return None
@@ -233,6 +249,14 @@ class Panel:
             case _:
                 return Fault.UNREACHABLE if self._was_another_good(seat) else Fault.UNREACHED
 
+    def _supporters(self, name: str) -> int:
+        """How many others claim something that can be true together with what this one claims."""
+        mine = self._claims[name]
+        return sum(
+            abs(mine.offset - other.offset) <= mine.distance + other.distance
+            for other in self._claims.values()
+        )
+
     def _was_another_good(self, seat: Seat) -> bool:
         since = seat.bad_since
         return since is not None and any(
@@ -241,17 +265,17 @@ class Panel:
             if other is not seat
         )
 
-    def _judge(self, monotonic: int, base: int) -> None:
-        """Who is right, by all that counts now."""
+    def judge(self, monotonic: int, base: int) -> None:
+        """Who is right, by all that counts now; also when nothing was heard for long."""
         voters: list[tuple[str, Seat]] = []
-        claims: list[select.Estimate] = []
+        self._claims = {}
         for name, seat in self._seats.items():
             recent = [each for each in seat.observations if monotonic - each.at <= self._life]
             seat.standing = _standing(seat, recent)
             if seat.standing is Standing.TRUECHIMER:
                 voters.append((name, seat))
-                claims.append(select.estimate([each.aged(monotonic, base) for each in recent]))
-        selection = select.select(claims)
+                self._claims[name] = select.estimate([each.aged(monotonic, base) for each in recent])
+        selection = select.select(list(self._claims.values()))
         right = [voters[index] for index in sorted(selection.truechimers)]
         for index, (_, seat) in enumerate(voters):
             if index not in selection.truechimers:

@@ -31,8 +31,9 @@ from nts_core.membership import MAX_RETRY, MIN_LOOK, Denier, Look, Membership
 from nts_core.panel import BURST, Failing, Panel, Reading, Seat, Standing
 from nts_core.resolve import ROOT, Lookup, Proof, ResolveError, Resolver, Resolvers, system_resolvers
 from nts_core.roster import Fault, Hold, Roster, shifted
-from nts_core.session import CertificateTime, Stop
+from nts_core.session import CertificateTime, Phase, Stop
 from nts_core.source import INTERVAL, CertificateCheck, Source, SystemClock
+from nts_core.srv import MAX_TARGETS
 from nts_core.store import PoolFile, TimeRecord
 
 COUNT = 4
@@ -50,6 +51,7 @@ _FAILING = {
     Failure.KE: Failing.KEYS,
 }
 _FLOOR = "certificates were accepted as of any time since the last recorded one: this machine's clock is not known to be right"
+_STINGY = ClientError(Failure.KE, "it gives no cookies with its answers")
 _AT_ONCE = frozenset({Failing.POLL, Failing.REFUSED})
 
 
@@ -133,6 +135,12 @@ class PoolClient:
         check: CertificateCheck = CertificateCheck.AUTO,
         clock: SystemClock | None = None,
     ) -> None:
+        if not 1 <= count <= MAX_TARGETS:
+            raise ClientError(
+                Failure.CONFIGURATION,
+                f"a count of {count} is out of range",
+                f"give 1 to {MAX_TARGETS} sources",
+            )
         if lookup is None or denier is None:
             found = _system_resolvers()
             asked = [Resolver(address, 53, ROOT) for address in found]
@@ -192,13 +200,14 @@ class PoolClient:
 
     async def __aexit__(self, *_: object) -> None:
         """End, and keep what a later run can go on with."""
-        if self._runner is not None:
-            self._runner.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._runner
-        if self._file is not None:
-            self._keep()
-            self._file.close()
+        try:
+            if self._runner is not None:
+                self._runner.cancel()
+                await asyncio.wait({self._runner})
+        finally:
+            if self._file is not None:
+                self._keep()
+                self._file.close()
 
     # What a program asks
 
@@ -229,13 +238,14 @@ class PoolClient:
                         return view
         return self.view()
 
-    async def views(self) -> AsyncIterator[PoolView]:
-        """The view now, and again whenever something has changed. Raises what has ended the client."""
+    async def views(self, every: float | None = None) -> AsyncIterator[PoolView]:
+        """The view now, and again whenever something has changed, or after so many seconds. Raises what has ended the client."""
         seen = -1
         while not self._has_ended:
-            async with self._changed:
-                while self._version == seen and not self._has_ended:
-                    await self._changed.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(every), self._changed:
+                    while self._version == seen and not self._has_ended:
+                        await self._changed.wait()
             seen = self._version
             yield self.view()
         if self._runner is not None:
@@ -244,6 +254,7 @@ class PoolClient:
     def view(self) -> PoolView:
         """Everything as it is now."""
         now, warnings = time.monotonic(), list(self._warnings)
+        self._panel.judge(*_clocks())
         for member in self._members.values():
             warnings += member.source.warnings
         return PoolView(
@@ -339,6 +350,8 @@ class PoolClient:
             self._roster.release(Fault.UNREACHED)
         self._problem, self._look_at = found.problem, now + found.again_in
         self._roster.known(found.others)
+        here = {candidate.name for candidate in (*found.listed, *found.others)}
+        self._departed = deque((name for name in self._departed if name not in here), _DEPARTED)
         if found.listed or found.problem is None:
             self._roster.listed(found.listed)
             self._listed = frozenset(candidate.name for candidate in found.listed)
@@ -436,6 +449,7 @@ class PoolClient:
             check=self._check,
             interval=0,
             clock=self._clock,
+            must_keep=False,
         )
 
     def _start(self, tasks: asyncio.TaskGroup, candidate: Candidate) -> None:
@@ -489,7 +503,9 @@ class PoolClient:
                 # From the next poll on.
                 source.interval = self._interval
             self._after_verdict()
-            if self._is_expired(source):
+            if source.phase is Phase.EMPTY:
+                self._failed(member, Failing.KEYS, _STINGY)
+            elif self._is_expired(source):
                 source.renew()
         await self._tell()
 
@@ -502,7 +518,7 @@ class PoolClient:
     def _after_verdict(self) -> None:
         """Sources that are of no use leave; the clock is what the others say."""
         now, steady = time.monotonic(), steady_ns()
-        for dismissal in self._panel.dismissals():
+        for dismissal in self._panel.dismissals(has_spare=self._roster.has_spare(now)):
             name, member = dismissal.name, self._members[dismissal.name]
             self._roster.failed(name, dismissal.fault, dismissal.reason, now)
             last = self._view_of(member, self._panel.seats[name])

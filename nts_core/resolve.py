@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
+from ipaddress import ip_address
 from pathlib import Path
 from typing import NoReturn, Protocol
 
@@ -606,4 +607,13 @@ def system_resolvers() -> list[str]:
     except (OSError, UnicodeDecodeError):
         return []
     words = [line.split() for line in lines]
-    return [each[1] for each in words if len(each) > 1 and each[0] == "nameserver"][:MAX_RESOLVERS]
+    named = [each[1] for each in words if len(each) > 1 and each[0] == "nameserver"]
+    return [text for text in named if _is_address(text)][:MAX_RESOLVERS]
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True

@@ -39,9 +39,13 @@ class Fault(StrEnum):
 
     UNREACHABLE = "unreachable"
     UNREACHED = "unreached"  # as all others were then
+    TIED = "tied"  # no majority tells who is wrong
     FALSETICKER = "falseticker"
     UNFIT = "unfit"
     REFUSED = "refused"
+
+
+_BLAMELESS = frozenset({Fault.UNREACHED, Fault.TIED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +120,11 @@ class Roster:
         since = self._used_since.get(name, now)
         self._drop(name)
         before = self._holds.pop(name, None)
-        is_first = before is None or now - since > MAX_HOLD or before.fault is Fault.UNREACHED is not fault
+        is_first = (
+            before is None
+            or now - since > MAX_HOLD
+            or (before.fault in _BLAMELESS and before.fault is not fault)
+        )
         failures = 1 if before is None or is_first else before.failures + 1
         self._holds[name] = Hold(now + _length(fault, failures), failures, fault, reason)
         while len(self._holds) > MAX_HOLDS:
@@ -207,7 +215,7 @@ def _length(fault: Fault, failures: int) -> float:
     match fault:
         case Fault.REFUSED:
             return REFUSED_HOLD
-        case Fault.UNREACHED:
+        case Fault.UNREACHED | Fault.TIED:
             return min(MIN_UNREACHED_HOLD * doubled, MAX_UNREACHED_HOLD)
         case _:
             return min(MIN_HOLD * doubled, MAX_HOLD)

@@ -36,6 +36,8 @@ MAX_RETRY = 432_000 * SECOND
 _RETRY_BASE = 1.5
 # From this retry on the maximum is reached; a higher power would only overflow.
 _MAX_EXPONENT = 30
+# Between two key establishments of which nothing is left but answers without cookies.
+WITHOUT_COOKIES = 3600 * SECOND
 # An attempt that never left this host or found no address says nothing of the server.
 UNREACHED_RETRY = 30 * SECOND
 # Keys are renewed after this time although they still work, as chrony does: the certificate is seen again.
@@ -272,7 +274,8 @@ class Session:
             self.credentials = replace(credentials, unchecked=credentials.unchecked - 1)
         if self._is_last_attempt_good:
             self._attempts = 0
-            self._establish_at = self._last_attempt + MIN_RETRY
+            # A server that gives no cookies with its answers is not asked for keys at each poll.
+            self._establish_at = self._last_attempt + (MIN_RETRY if cookies else WITHOUT_COOKIES)
         return True
 
     def kissed(self, code: str, cookies: tuple[bytes, ...], now: int) -> None:

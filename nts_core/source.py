@@ -87,7 +87,8 @@ class Source:
     `name` is the server's in TLS: a host name, with or without its last dot, or an IP address. `interval` is
     in seconds; a server's RATE makes it longer. `addresses` are where to connect instead of what the system's
     resolver says; several are tried in their order. Without `state` nothing is kept, and as there is no
-    recorded time then, certificates are checked strictly. Raises ClientError for a name that is none.
+    recorded time then, certificates are checked strictly. A disk that takes no more is an error, or, unless it `must_keep`,
+    a warning: then nothing of this server is on it. Raises ClientError for a name that is none.
     """
 
     def __init__(
@@ -102,12 +103,14 @@ class Source:
         interval: float = INTERVAL,
         offered: Sequence[AeadId] = SUPPORTED,
         clock: SystemClock | None = None,
+        must_keep: bool = True,
     ) -> None:
         self.name = _host(name)
         self.port = port
         self._roots = tuple(roots)
         self._addresses = tuple(addresses)
         self._state = state
+        self._must_keep = must_keep
         self._check = check
         self._offered = tuple(offered)
         self._clock = clock or SystemClock()
@@ -366,7 +369,14 @@ class Source:
         else:
             floor = self._session.rate_floor
             kept = Kept(credentials, self._ke_address, self._established_at, self._received_at, floor)
-            self._file.save(kept)
+            try:
+                self._file.save(kept)
+            except ClientError as error:
+                if self._must_keep:
+                    raise
+                # No cookie that is going to be used may stay there.
+                self._file.forget()
+                self._warn(error.message)
 
     def _warn(self, fault: str | None) -> None:
         if fault is not None and fault not in self.warnings:
@@ -377,8 +387,13 @@ class Source:
             return
         monotonic = time.monotonic_ns()
         if self._recorded_at is None or monotonic - self._recorded_at >= _RECORD_EVERY:
-            self._record.save(now)
             self._recorded_at = monotonic
+            try:
+                self._record.save(now)
+            except ClientError as error:
+                if self._must_keep:
+                    raise
+                self._warn(error.message)
 
 
 def _host(name: str) -> str:

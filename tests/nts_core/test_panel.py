@@ -133,6 +133,38 @@ def test_two_against_two_dismiss_nobody_and_make_no_time():
     assert {seat.trouble for seat in sitting.panel.seats.values()} == {"the sources disagree"}
 
 
+def test_with_somebody_else_there_the_loneliest_goes_until_there_is_a_majority():
+    sitting = Sitting("abcd").hear({**right("ab"), "c": SECOND, "d": 2 * SECOND}, BURST)
+    assert sitting.panel.dismissals(has_spare=True) == [
+        Dismissal("c", Fault.TIED, "the sources disagree, and the fewest agree with it")
+    ]
+    assert sitting.panel.dismissals(has_spare=True) == [], "one at a time"
+    sitting.panel.leave("c")
+    sitting.panel.seat("e", sitting.now)
+    assert sitting.panel.dismissals(has_spare=True) == [], "first it is heard"
+    sitting.hear({**right("abe"), "d": 2 * SECOND}, BURST)
+    assert [(each.name, each.fault) for each in sitting.panel.dismissals(has_spare=True)] == [
+        ("d", Fault.FALSETICKER)
+    ]
+
+
+def test_fewer_than_a_quorum_call_nobody_a_falseticker():
+    """Two that collude, one that is honest, and one that says itself that it is of no use."""
+    sitting = Sitting("abcd").hear({"d": 0}, 1, leap=3).hear({**right("ab", SECOND), "c": 0}, BURST)
+    assert sitting.standings()["d"] is Standing.UNFIT
+    assert sitting.panel.dismissals() == []
+
+
+def test_after_a_long_sleep_nobody_counts_and_all_are_waited_for():
+    sitting = Sitting("abcd").hear(right("abcd"), BURST)
+    sitting.now += LIFE + SECOND
+    sitting.panel.judge(sitting.now, sitting.base)
+    assert set(sitting.standings().values()) == {Standing.SILENT}
+    assert sitting.panel.is_waiting
+    assert sitting.reading() is None
+    assert not sitting.hear(right("abcd")).panel.is_waiting
+
+
 @pytest.mark.parametrize(("was_good", "polls"), [(False, NO_PATIENCE), (True, PATIENCE)])
 def test_silence_is_borne_for_a_while_and_counts_only_if_others_answer(was_good, polls):
     sitting = Sitting("abcd").hear(right("abcd" if was_good else "abc"), BURST)

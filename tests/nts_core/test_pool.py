@@ -353,6 +353,74 @@ async def test_one_source_at_a_time_is_exchanged_for_another_operators(lab):
     assert "c" in used(view)
 
 
+async def test_who_leaves_and_comes_back_is_told_of_no_more(lab):
+    await lab.add(*"abcd")
+    async with lab.client() as pool:
+        await pool.settled()
+        lab.book.remove("a")
+        await until(pool, lambda view: view.departed == (domain("a"),))
+        lab.book.add("a", lab.servers["a"])
+        view = await until(pool, lambda view: "a" in used(view))
+        assert view.departed == ()
+
+
+async def test_a_target_that_is_no_host_is_told_and_ends_nothing(lab):
+    await lab.add(*"abcd")
+    lab.book.add("a_b!", lab.servers["a"], is_first=True)
+    async with lab.client() as pool:
+        view = await pool.settled()
+    assert view.truechimers == 4
+    assert view.unusable == {domain("a_b!"): "its name is not that of a host"}
+
+
+# Ties
+
+
+async def test_while_no_majority_tells_who_is_wrong_others_are_tried(lab):
+    """Four at first, of which two lie, each in its own way."""
+    await lab.add(*"cdefgh")
+    await lab.add(*"ab", is_first=True)
+    lab.servers["a"].offset, lab.servers["b"].offset = 30 * SECOND, -30 * SECOND
+    async with lab.client() as pool:
+        view = await until(pool, lambda view: view.truechimers == 4)
+    assert not {"a", "b"} & set(used(view))
+
+
+async def test_with_nobody_else_a_tie_is_told(lab):
+    await lab.add(*"ab")
+    lab.servers["a"].offset = 30 * SECOND
+    async with lab.client(count=2) as pool:
+        with pytest.raises(ClientError) as caught:
+            await pool.time()
+        assert used(pool.view()) == ["a", "b"]
+    assert "the sources disagree" in caught.value.message
+
+
+# Disks
+
+
+async def test_a_full_disk_is_a_warning_and_costs_no_sample(lab, monkeypatch):
+    def full(*_):
+        raise ClientError(Failure.CONFIGURATION, "no space left", "free some")
+
+    await lab.add(*"abcd")
+    async with lab.client(state=lab.state) as pool:
+        taken = max(source.samples for source in (await pool.settled()).sources)
+        monkeypatch.setattr("nts_core.store.CookieFile.save", full)
+        monkeypatch.setattr("nts_core.store.PoolFile.save", full)
+        view = await until(pool, lambda view: min(source.samples for source in view.sources) > taken + 20)
+        assert "no space left" in view.warnings
+        assert used(view, Standing.TRUECHIMER) == list("abcd")
+        assert not list(lab.state.glob("?.servers*.json")), "no cookie that may be used is there"
+
+
+@pytest.mark.parametrize("count", [-1, 0, 9])
+def test_a_count_that_no_pool_can_have(lab, count):
+    with pytest.raises(ClientError) as caught:
+        lab.client(count=count)
+    assert caught.value.code == Failure.CONFIGURATION
+
+
 # Too few
 
 

@@ -18,6 +18,7 @@ from nts_core.session import (
     REFRESH_AFTER,
     SECOND,
     UNREACHED_RETRY,
+    WITHOUT_COOKIES,
     CertificateTime,
     Credentials,
     EstablishAt,
@@ -218,7 +219,7 @@ def test_kept_keys_are_given_up_after_two_polls_in_vain(first, second):
 def test_a_server_that_gives_no_cookies():
     story = Story().establish(cookies=1).answer(new=0)
     assert story.session.phase is Phase.EMPTY
-    assert story.action == EstablishAt(MIN_RETRY)
+    assert story.action == EstablishAt(WITHOUT_COOKIES), "it is not asked for keys at each poll"
 
 
 # Alternative keys
@@ -324,7 +325,7 @@ def test_key_establishment_alone_does_not_reset_the_back_off():
 def test_both_together_reset_it():
     story = Story(interval=0).fail().fail().fail().establish(cookies=1)
     started = story.now
-    assert story.answer(new=0).action == EstablishAt(started + MIN_RETRY)
+    assert story.answer(new=0).action == EstablishAt(started + WITHOUT_COOKIES)
     assert story.fail().action == EstablishAt(story.now + retry_interval(1))
 
 
