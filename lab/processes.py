@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +16,8 @@ from typing import Self
 READY_DEADLINE = 40.0  # on a machine that has much else to do
 STOP_DEADLINE = 10.0
 _PORTS = range(12000, 32000)
+# The last ones that were given out here.
+_drawn: deque[int] = deque(maxlen=1000)
 
 
 class LabError(Exception):
@@ -41,7 +44,9 @@ def free_port(*addresses: str) -> int:
     """
     for _ in range(100):
         port = secrets.choice(_PORTS)
-        if all(is_free(address, port) for address in addresses or ("127.0.0.1",)):
+        # Two that are drawn before the first is bound must not be the same.
+        if port not in _drawn and all(is_free(address, port) for address in addresses or ("127.0.0.1",)):
+            _drawn.append(port)
             return port
     raise LabError(f"no free port on {', '.join(addresses)}")
 

@@ -39,9 +39,11 @@ from nts_core.store import PoolFile, TimeRecord
 COUNT = 4
 # How long a sample counts: in polls, and in seconds at least.
 _LIFE, _MIN_LIFE = 10, 600.0
+_SECOND = 1_000_000_000
+# A clock so little before a time that was recorded may have been set a bit; nothing checked by it is worth less for that.
+_A_LITTLE = 600 * _SECOND
 # How many that have left the pool are named.
 _DEPARTED = 8
-_SECOND = 1_000_000_000
 _FAILING = {
     Failure.NTP: Failing.POLL,
     Failure.KISS: Failing.POLL,
@@ -369,7 +371,7 @@ class PoolClient:
     async def _find_members(self) -> Look:
         """Strictly at this machine's time, unless that is certainly wrong, or the signatures say that it may be."""
         problem: ResolveError | None = None
-        if self._is_lost and self._system_clock.now() < _unix_ns(self._floor()):
+        if self._is_lost and self._system_clock.now() < _unix_ns(self._floor()) - _A_LITTLE:
             problem = await self._find_time("this machine's clock is before the last time that is known")
             if problem is not None:
                 return self._timeless(problem)
@@ -592,7 +594,7 @@ def _system_resolvers() -> list[str]:
 
 
 def _unix_ns(moment: datetime) -> int:
-    return round(moment.timestamp()) * _SECOND
+    return int(moment.timestamp()) * _SECOND
 
 
 def _clocks() -> tuple[int, int]:

@@ -397,7 +397,7 @@ def test_the_programs_show_what_becomes_of_the_sources(tmp_path, monkeypatch):
         assert lines[-1]["agreeing"] == 4
         (held,) = (source["held_s"] for source in lines[-1]["sources"] if source["name"] == domain(LIAR))
         assert held > 3000
-        assert [server.establishments for server in world.servers.values()] == asked
+        assert [server.establishments for server in world.servers.values()] == asked, lines
 
         status, told = await run_client(world, "watch", "--for=2")
         assert status == 0
