@@ -34,7 +34,7 @@ from nts_core.resolve import (
     Resolver,
     TrustAnchors,
     addresses,
-    srv_targets,
+    listing,
 )
 
 _POOL = "pool.example"
@@ -178,7 +178,7 @@ async def _ask(what: int, resolver: Resolver, liar: _Liar) -> str:
     owner = f"alice.servers.{_POOL}"
     match what:
         case 0:
-            targets = await srv_targets(resolver, _POOL, NOW)
+            targets = (await listing(resolver, _POOL, NOW)).targets
             hold(1 <= len(targets) <= MAX_ANSWERS, "targets are few")
             said = {text.split()[-1] for name, text in liar.signed if name != _ZONE}
             hold({f"{target.name}." for target in targets} <= said, "only what was signed is returned")

@@ -3,8 +3,8 @@
 import ctypes
 import os
 import subprocess
-import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 _NEW_NETWORK = 0x40000000  # CLONE_NEWNET of sched.h
@@ -16,24 +16,19 @@ def in_namespace(work: Callable[[], _T], addresses: Iterable[str] = ()) -> _T:
 
     The namespace ends with the last program and socket in it. Takes root.
     """
-    results: list[_T] = []
-    faults: list[BaseException] = []
 
-    def run() -> None:
-        try:
-            libc = ctypes.CDLL(None, use_errno=True)
-            # A thread's own: no other thread of this process leaves its namespace.
-            if libc.unshare(_NEW_NETWORK) != 0:
-                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))  # noqa: TRY301
-            commands = ["link set lo up", *(f"addr add {address} dev lo" for address in addresses)]
-            subprocess.run(["ip", "-batch", "-"], input="\n".join(commands), text=True, check=True)
-            results.append(work())
-        except BaseException as fault:  # noqa: BLE001 - raised again by the caller
-            faults.append(fault)
+    def run() -> _T:
+        _leave_network()
+        commands = ["link set lo up", *(f"addr add {address} dev lo" for address in addresses)]
+        subprocess.run(["ip", "-batch", "-"], input="\n".join(commands), text=True, check=True)
+        return work()
 
-    thread = threading.Thread(target=run, name="a namespace")
-    thread.start()
-    thread.join()
-    if faults:
-        raise faults[0]
-    return results[0]
+    with ThreadPoolExecutor(1, "a namespace") as one:
+        return one.submit(run).result()
+
+
+def _leave_network() -> None:
+    """The calling thread alone leaves it; the others of the process stay."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_NEW_NETWORK) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

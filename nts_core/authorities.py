@@ -43,7 +43,7 @@ class Cut:
     until: float = float("inf")
 
 
-# https://www.iana.org/domains/root/servers
+# The thirteen servers of the root, as IANA lists them.
 ROOT_SERVERS = Cut(
     dns.name.root,
     (
@@ -68,9 +68,9 @@ class Authorities:
         timeout: float = _TIMEOUT,
         allow_private: bool = False,
     ) -> None:
-        self._anchors = anchors
-        self._port = port
-        self._timeout = timeout
+        self.anchors = anchors
+        self.port = port
+        self.timeout = timeout
         self._allow_private = allow_private
         self._start = start
         self._cuts: dict[dns.name.Name, Cut] = {}
@@ -114,18 +114,6 @@ class Authorities:
             version = ip_address(address).version
             turns[address] = families[version] = families[version] + 1
         return tuple(sorted(allowed, key=turns.__getitem__)[:MAX_SERVERS])
-
-    @property
-    def port(self) -> int:
-        return self._port
-
-    @property
-    def anchors(self) -> TrustAnchors:
-        return self._anchors
-
-    @property
-    def timeout(self) -> float:
-        return self._timeout
 
     def __str__(self) -> str:
         return "the zones' own servers"

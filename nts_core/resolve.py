@@ -572,11 +572,6 @@ async def listing(resolver: Lookup, pool: str, now: Moment) -> Listing:
     return Listing(kept, tuple(target.name for target in foreign), answer.proof)
 
 
-async def srv_targets(resolver: Lookup, pool: str, now: Moment) -> list[SrvTarget]:
-    """The targets of `listing` alone."""
-    return list((await listing(resolver, pool, now)).targets)
-
-
 async def addresses(resolver: Lookup, name: str, now: Moment) -> list[str]:
     """The addresses of a name, IPv6 first, MAX_ANSWERS at most."""
     found: list[str] = []

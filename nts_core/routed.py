@@ -6,7 +6,7 @@ IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _IPV6_UNICAST = ipaddress.ip_network("2000::/3")
 # Ways to write an IPv4 address as an IPv6 one: mapped, NAT64 (two prefixes), Teredo, 6to4.
-HIDING = tuple(
+_HIDING = tuple(
     map(ipaddress.ip_network, ("::ffff:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48", "2001::/32", "2002::/16"))
 )
 # Set aside by IANA without being private: protocols' own, 6to4 relays, future use, documentation.
@@ -20,7 +20,7 @@ _NOT_ROUTED = tuple(
 
 def is_hiding(address: IpAddress) -> bool:
     """Whether it is another way to write an IPv4 address."""
-    return any(address in network for network in HIDING)
+    return any(address in network for network in _HIDING)
 
 
 def is_global_unicast(address: IpAddress) -> bool:

@@ -14,7 +14,7 @@ import pytest
 from lab.knot import Knot
 from lab.namespaces import in_namespace
 from nts_core.authorities import MAX_QUESTIONS, ROOT_SERVERS, Authorities, Cut
-from nts_core.resolve import NoAnswer, ResolveError, Resolver, Resolvers, TrustAnchors, addresses, srv_targets
+from nts_core.resolve import NoAnswer, ResolveError, Resolver, Resolvers, TrustAnchors, addresses, listing
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a network namespace of its own takes root")
 
@@ -61,7 +61,7 @@ def test_a_pool_is_found_from_the_zone_above_it(tmp_path):
     async def story(parent, _child):
         lookup = authorities(parent)
         now = time.time()
-        (target,) = await srv_targets(lookup, "pool.example", now)
+        (target,) = (await listing(lookup, "pool.example", now)).targets
         assert target.name == "alice.servers.pool.example"
         assert await addresses(lookup, target.name, now) == ["192.0.2.1"]
         with pytest.raises(NoAnswer) as caught:

@@ -34,7 +34,6 @@ from nts_core.resolve import (
     addresses,
     listing,
     metadata,
-    srv_targets,
 )
 
 YEAR = 365 * 86400
@@ -136,7 +135,7 @@ async def test_an_aware_datetime_is_a_time_too(resolver):
 
 async def test_a_pool_gives_its_targets_and_these_their_addresses_ipv6_first(resolver):
     now = time.time()
-    assert await srv_targets(resolver, "pool.example", now) == [
+    assert list((await listing(resolver, "pool.example", now)).targets) == [
         SrvTarget("alice.servers.pool.example", 4460, 0, 10)
     ]
     assert await addresses(resolver, "alice.servers.pool.example", now) == ["2001:db8::1", "192.0.2.1"]
@@ -168,7 +167,7 @@ async def test_metadata_is_believed_only_as_it_was_signed(knot):
 
 
 async def test_an_answer_too_long_for_udp_comes_over_tcp_and_is_bounded(resolver):
-    targets = await srv_targets(resolver, "big.pool.example", time.time())
+    targets = (await listing(resolver, "big.pool.example", time.time())).targets
     assert len(targets) == 16
     assert [target.priority for target in targets] == [0] * 16
     assert len(await addresses(resolver, "many.servers.pool.example", time.time())) == 16
@@ -238,8 +237,8 @@ async def test_absence_is_told_by_kind(resolver, owner, rdtype, kind):
 
 async def test_a_pool_without_srv_or_that_offers_nothing_and_a_target_without_addresses(resolver):
     now = time.time()
-    assert (await failure(srv_targets(resolver, "none.pool.example", now))).code == "no-srv"
-    assert (await failure(srv_targets(resolver, "off.pool.example", now))).code == "no-service"
+    assert (await failure(listing(resolver, "none.pool.example", now))).code == "no-srv"
+    assert (await failure(listing(resolver, "off.pool.example", now))).code == "no-service"
     assert (await failure(addresses(resolver, "nobody.servers.pool.example", now))).code == "no-address"
 
 
