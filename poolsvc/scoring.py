@@ -18,6 +18,7 @@ MAX_SCORE = 20.0
 CUTOFF = 10.0
 FULL_SHARE = 15.0
 ADMITTED = 12.0
+HOPELESS = -90.0  # who is so low is looked at seldom
 FULL_STEP = 1.0
 _SECOND = 1_000_000_000
 

@@ -16,7 +16,7 @@ from enum import StrEnum
 from hashlib import blake2b
 from ipaddress import IPv4Address, IPv6Address
 
-from poolsvc.scoring import CUTOFF, MAX_SCORE, is_good
+from poolsvc.scoring import CUTOFF, HOPELESS, MAX_SCORE, is_good
 
 ACTIVE, TESTING = 7, 5
 FAR = 0.4  # of the places
@@ -112,7 +112,8 @@ def review(
 
     incumbents = [one for one in free if one.role is ViewRole.ACTIVE]
     heard = [one for one in free if not _is_lost(one, now)]
-    able = [one for one in heard if one.is_active and _may_be_active(one, incumbents)]
+    serving = sum(one.role is ViewRole.ACTIVE for one in heard)
+    able = [one for one in heard if one.is_active and _may_be_active(one, serving)]
     wanted = _choose(order, able, ACTIVE, ViewRole.ACTIVE, rule)
     if len(wanted.chosen) < quorum:
         rule = _Rule(bears_neighbours=True)
@@ -175,10 +176,10 @@ def _is_lost(one: Candidate, now: datetime) -> bool:
     return one.lost_since is not None and now - one.lost_since >= LOST
 
 
-def _may_be_active(one: Candidate, incumbents: Sequence[Candidate]) -> bool:
+def _may_be_active(one: Candidate, serving: int) -> bool:
     """While too few are active, nobody has to have been tested."""
     is_tested = one.role is ViewRole.TESTING and one.points >= POINTS
-    return one.role is ViewRole.ACTIVE or is_tested or len(incumbents) < max(1, ACTIVE - 2)
+    return one.role is ViewRole.ACTIVE or is_tested or serving < max(1, ACTIVE - 2)
 
 
 class _Order:
@@ -315,7 +316,6 @@ _EVERY_GLANCE = (27_011, 28_001, 28_807, 29_717, 30_713)
 _SPREAD = 0.05
 LEAST = 60.0
 NEW = timedelta(hours=2)
-HOPELESS = -90.0
 
 
 def interval(
@@ -329,7 +329,7 @@ def interval(
 ) -> float | None:
     """Seconds between two probes of an address by a monitor, before any randomness; None of one that may not look.
 
-    `score` is the address's, None before it was admitted; `age` since when it is, or waits for that. `active` is how many
+    `score` is the address's by this monitor's own probes, `age` since when it is admitted or waits for that. `active` is how many
     monitors are active for it: the fewer there are, the more often each looks, so that a small pool finds a fault as fast as
     a large one. `least` seconds lie between two probes of an address, whoever makes them; all else is in proportion.
     """

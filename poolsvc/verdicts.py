@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from types import MappingProxyType
 
-from poolsvc.scoring import ADMITTED, RULE, Line, Rule, is_good
+from poolsvc.scoring import ADMITTED, HOPELESS, RULE, Line, Rule, is_good
 
 FRESH = timedelta(minutes=20)
+FRESH_HOPELESS = timedelta(hours=4.5)  # two of the longest intervals: who looks seldom has a say for longer
 SILENT = timedelta(minutes=30)
 FULL_QUORUM = 3
 _PROBES = 2  # full ones in a row, of each monitor of a quorum of several
@@ -40,7 +41,9 @@ class View:
     silent_since: datetime | None = None
 
     def is_fresh(self, now: datetime) -> bool:
-        return self.at is not None and now - self.at <= FRESH
+        """Whether one of its last two probes is still the last word: the hopeless are looked at seldom."""
+        lasts = FRESH_HOPELESS if self.score is not None and self.score <= HOPELESS else FRESH
+        return self.at is not None and now - self.at <= lasts
 
 
 @dataclass(frozen=True, slots=True)

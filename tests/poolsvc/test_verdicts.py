@@ -10,6 +10,7 @@ from nts_core.control import ProbeResult
 from poolsvc.scoring import ADMITTED, CUTOFF, MAX_SCORE, RULE, advance, is_good, step
 from poolsvc.verdicts import (
     FRESH,
+    FRESH_HOPELESS,
     MEDIAN,
     QUARTILE,
     SCORERS,
@@ -59,8 +60,14 @@ def test_the_quartile_hears_whom_the_median_does_not():
     assert overall(seen, FULL, NOW, QUARTILE).score == 1
 
 
+def test_the_hopeless_are_looked_at_seldom_and_known_all_the_same():
+    seen = views(-100, -100, -100, age=FRESH_HOPELESS)
+    assert overall(seen, FULL, NOW).score == -100
+    assert not overall(views(-89, -89, -89, age=FRESH_HOPELESS), FULL, NOW).is_known
+
+
 def test_neither_who_was_not_asked_nor_who_is_late_has_a_say():
-    silenced = [view(4, -100, active=False), view(5, -100, age=FRESH + MINUTE)]
+    silenced = [view(4, -80, active=False), view(5, -80, age=FRESH + MINUTE)]
     assert overall([*views(20, 20, 20), *silenced], FULL, NOW).score == 20
     found = overall([*views(20, 20), *silenced], FULL, NOW)
     assert not found.is_known
