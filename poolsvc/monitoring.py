@@ -58,7 +58,7 @@ async def probe_server(
                         guard=guard,
                         is_own=own_account.is_used(server),
                         names=nameservers,
-                        spacing=settings.policy.probe_spacing,
+                        spacing=settings.policy.exchange_spacing,
                     ),
                     server,
                     address,
