@@ -52,6 +52,16 @@ class StageStatus(StrEnum):
     WAITING = "waiting"
 
 
+class MonitorStatus(StrEnum):
+    """What a monitor is to the pool."""
+
+    PENDING = "pending"  # registered, and not approved
+    TESTING = "testing"  # it probes, and has no say
+    ACTIVE = "active"
+    PAUSED = "paused"  # it is to do nothing for now
+    ENDED = "ended"  # for good
+
+
 class Validation(StrEnum):
     """How a server's host answers a CA that looks whether somebody controls its name, as the agent says."""
 
@@ -246,6 +256,70 @@ class ProbeResult:
     not_before: int | None = None  # of the leaf, seconds since 1970
     not_after: int | None = None
     leaf: str | None = None  # in PEM; None of one that is longer than a certificate has to be
+    version: int = VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class MonitorTask:
+    """One address of a server that a monitor is to probe, `after` so many seconds, give or take its own randomness."""
+
+    target: int  # what names the address in the sample
+    domain: str
+    address: str
+    after: float
+    own_addresses: tuple[str, ...] = ()  # where key establishment may send clients to
+    own_account: bool = False  # its certificate is ordered by the member's own ACME account
+    spacing: float = 2.0  # seconds between two exchanges
+
+
+@dataclass(frozen=True, slots=True)
+class MonitorWork:
+    """What a monitor is to do until it asks again."""
+
+    pool: str
+    monitor: str
+    status: MonitorStatus
+    ke_port: int
+    poll_after: float  # seconds
+    nameservers: tuple[str, ...] = ()  # the zone's authoritative servers, each ADDRESS:PORT
+    tasks: tuple[MonitorTask, ...] = ()
+    reason: str = ""  # why it has nothing to do
+    max_samples: int = 500  # of one report
+    version: int = VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class MonitorSample:
+    """One probe. `age` is how many seconds before the report it began, so that no clock but one's own is needed."""
+
+    target: int
+    age: float
+    result: ProbeResult
+
+
+@dataclass(frozen=True, slots=True)
+class MonitorReport:
+    """What a monitor has found. One that is not sound has no samples: what it sees says nothing of servers.
+
+    `sequence` grows with each report of a monitor; the same one sent again is answered as before and not counted again.
+    """
+
+    sequence: int
+    sound: bool | None  # None: it has no references to compare its clock with
+    detail: str = ""  # why it is not
+    ipv4: bool = True  # families in which it reaches its references
+    ipv6: bool = True
+    samples: tuple[MonitorSample, ...] = ()
+    dropped: int = 0  # probes since the last report of which nothing can be told: too old, or too much to do
+    program: str = ""  # name and version
+    version: int = VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class MonitorAnswer:
+    """How many samples were taken; those of targets that are not the monitor's, or too old, are not."""
+
+    taken: int
     version: int = VERSION
 
 

@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from nts_core.control import ProbeResult
 from poolsvc.config import Settings
 from poolsvc.db import Database, UtcDateTime
-from poolsvc.models import Address, DailyCount, SampleRecord
+from poolsvc.models import INNER, Address, DailyCount, SampleRecord
 from poolsvc.pool import count_by_state
 from poolsvc.scoring import Step
 
@@ -25,7 +25,6 @@ _AHEAD = 7  # days with a partition before they begin
 _DELETED = 5_000  # rows in one statement
 _LOCK = 0x7472_7565_0001  # PostgreSQL's advisory lock for partitions
 _DAY = timedelta(days=1)
-MONITOR = "registry"  # the one prober that there is
 # Whoever reads or writes samples is not to wait behind a table that comes or goes.
 _IMPATIENT = text("SET LOCAL lock_timeout = '1s'")
 
@@ -35,7 +34,7 @@ def sample(row: Address, result: ProbeResult, step: Step, now: datetime) -> Samp
     return SampleRecord(
         address_id=row.id,
         at=now,
-        monitor=MONITOR,
+        monitor=INNER,
         failed=result.failed,
         step=step.value,
         score=row.score,

@@ -14,6 +14,7 @@ from nts_core.select import MAX_DISTANCE
 DECAY = 0.95
 MAX_SCORE = 20.0
 CUTOFF = 10.0
+FULL_SHARE = 15.0
 ADMITTED = 12.0
 FULL_STEP = 1.0
 _SECOND = 1_000_000_000
@@ -23,6 +24,11 @@ _MS = 1_000_000
 def is_good(score: float | None) -> bool:
     """Whether an address with that score may be in DNS beside others; None is one that was not admitted yet."""
     return score is not None and score >= CUTOFF
+
+
+def share(score: float) -> float:
+    """The part of its weight that a server has in the answers, from 0 to 1: who was just bad comes back by degrees."""
+    return min(1.0, max(0.0, (score - CUTOFF) / (FULL_SHARE - CUTOFF)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from poolsvc.models.accounts import (
     User,
 )
 from poolsvc.models.events import Event, IdempotencyKey, Lease, WorkerReport
+from poolsvc.models.monitors import INNER, DailySummary, HourlySummary, Monitor, MonitorView, ViewRole
 from poolsvc.models.notices import Channel, Delivery, DeliveryStatus, Notice, SentMail, Webhook
 from poolsvc.models.servers import (
     ENDED_STATES,
@@ -54,6 +55,7 @@ from poolsvc.models.zone_changes import ZoneChange
 
 __all__ = [
     "ENDED_STATES",
+    "INNER",
     "OPEN_ORDERS",
     "Acceptance",
     "Address",
@@ -66,11 +68,13 @@ __all__ = [
     "CommandKind",
     "ConnectBack",
     "DailyCount",
+    "DailySummary",
     "Delivery",
     "DeliveryStatus",
     "Event",
     "Hold",
     "HoldKind",
+    "HourlySummary",
     "IdempotencyKey",
     "Identity",
     "Invitation",
@@ -81,6 +85,8 @@ __all__ = [
     "MemberRole",
     "MemberStatus",
     "Membership",
+    "Monitor",
+    "MonitorView",
     "Notice",
     "Order",
     "OrderStatus",
@@ -98,6 +104,7 @@ __all__ = [
     "TokenKind",
     "Transfer",
     "User",
+    "ViewRole",
     "Webhook",
     "WorkerReport",
     "ZoneChange",

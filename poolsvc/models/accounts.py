@@ -43,6 +43,7 @@ class TokenKind(StrEnum):
     API = "api"  # a person's program, within scopes
     JOIN = "join"  # an agent that is to join, once
     AGENT = "agent"
+    MONITOR = "monitor"
 
 
 class Scope(StrEnum):
@@ -205,6 +206,7 @@ class Token(Base):
     )  # of the staff, who reads as `user_id`
     member_id: Mapped[int | None] = mapped_column(ForeignKey("members.id"))  # good for this member only
     server_id: Mapped[int | None] = mapped_column(ForeignKey("servers.id"), index=True)
+    monitor_id: Mapped[int | None] = mapped_column(ForeignKey("monitors.id"), index=True)
     scopes: Mapped[list[str]] = mapped_column(JSON, default=list)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)

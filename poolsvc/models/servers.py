@@ -70,6 +70,9 @@ class Pool(Base):
     frozen_at: Mapped[datetime | None] = mapped_column(
         UtcDateTime
     )  # restored: nothing is published until confirmed
+    quorum: Mapped[int] = mapped_column(
+        default=1
+    )  # of monitors; it rises by itself, and falls by an operator
 
 
 class ZonePlan(Base):
@@ -281,6 +284,9 @@ class Address(Base):
     full_probes: Mapped[int] = mapped_column(default=0)  # in a row, before admission
     score: Mapped[float | None] = mapped_column()  # None until admitted
     step_reason: Mapped[str] = mapped_column(String(200), default="")  # why the last probe was not a full one
+    shadow_score: Mapped[float | None] = mapped_column()  # by the scorer that is on trial
+    judged_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # when enough monitors last knew it
+    unknown: Mapped[str | None] = mapped_column(String(200))  # why they do not now
 
     server: Mapped[Server] = relationship(lazy="raise", viewonly=True)
 
