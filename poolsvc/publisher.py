@@ -435,9 +435,8 @@ class Publisher:
             dnskeys = self._dnskeys(await self._question(nameserver, (self._policy.apex, "DNSKEY")))
             if draw is not None:
                 shown = _text(await self._question(nameserver, (draw.marker, "TXT")))
-                if shown in draw.tokens:
-                    drawn = draw.keys
-                elif shown not in (None, NO_DRAW):
+                drawn = frozenset() if shown in (None, NO_DRAW) else draw.keys
+                if drawn and shown not in draw.tokens:
                     found.append(
                         Mismatch(nameserver, (draw.marker, "TXT"), "answers from another draw", _BEHIND)
                     )
