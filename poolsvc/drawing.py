@@ -255,7 +255,7 @@ class Draw:
 
     def _set(self, region: str, index: int) -> Names:
         seed = blake2b(f"{self.number} {region} {index}".encode(), digest_size=8).digest()
-        chance = random.Random(int.from_bytes(seed, "big")).random
+        chance = random.Random(int.from_bytes(seed, "big")).random  # noqa: S311 - a draw is no secret
         drawn = _Set()
         for urn, places in self._shares(region):
             urn.fill(drawn, places, chance)
