@@ -22,7 +22,6 @@ from enum import IntEnum
 from hashlib import blake2b
 from itertools import accumulate
 
-from nts_core.srv import service_name
 from poolsvc.regions import WORLD, wider
 
 _TRIES = 48  # before those that may follow are looked for one by one
@@ -71,11 +70,6 @@ class Rules:
 Names = tuple[str, ...]
 AnswerSets = Mapping[str, tuple[Names, ...]]
 """By region label the sets on its name."""
-
-
-def owner_of(region: str, pool: str) -> str:
-    """The owner name of a region's SRV, absolute and in lower case."""
-    return service_name(pool.lower() if region == WORLD else f"{region}.{pool.lower()}")
 
 
 def sets_for(servers: int, places: int) -> int:

@@ -14,9 +14,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from nts_core.control import ServerState
 from poolsvc import scoring
 from poolsvc.config import Settings
+from poolsvc.drawing import Odds
 from poolsvc.errors import WrongState
 from poolsvc.models import Address, Pool, Server
-from poolsvc.zone import Odds
 
 _KEPT, _KEPT_MAX = 1.0, 30.0
 _KEPT_SHARE = 100  # a look takes a hundredth of the time between two

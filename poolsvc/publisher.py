@@ -333,6 +333,7 @@ class Publisher:
             tsig_secret=to.tsig_secret,
             tsig_algorithm=to.tsig_algorithm,
             owners=policy.owners,
+            names=tuple(policy.services),
             types=MANAGED_TYPES,
             timeout=to.timeout,
         )

@@ -16,10 +16,10 @@ from poolsvc.auth import Principal
 from poolsvc.config import Settings
 from poolsvc.db import Database, act_as
 from poolsvc.derived import RegistryKey
+from poolsvc.drawing import Odds
 from poolsvc.inspection import Inspector
 from poolsvc.oidc import Provider
 from poolsvc.pool import Census, Kept
-from poolsvc.zone import Odds
 
 
 @dataclass(frozen=True, slots=True)
