@@ -121,8 +121,13 @@ class _Urn:
     def __init__(self, candidates: Sequence[Candidate], rules: Rules, now: datetime) -> None:
         self.candidates = candidates
         self.members = {one.member for one in candidates}
-        self.weights = _weights(candidates, rules, now)
+        self._is_young = [is_young(one.since, rules, now) for one in candidates]
+        self.weights = _weights(candidates, self._is_young, rules)
         self._sums = list(accumulate(self.weights))
+
+    def shares(self) -> Iterator[tuple[Candidate, float, bool]]:
+        """Of each server the weight by which it is drawn, and whether its account is young."""
+        return zip(self.candidates, self.weights, self._is_young, strict=True)
 
     def fill(self, drawn: _Set, places: int, chance: Callable[[], float]) -> None:
         """Draw until so many are in the set, or all are."""
@@ -160,9 +165,8 @@ def is_young(since: datetime | None, rules: Rules, now: datetime) -> bool:
     return since is not None and now - since < rules.young
 
 
-def _weights(candidates: Sequence[Candidate], rules: Rules, now: datetime) -> list[float]:
+def _weights(candidates: Sequence[Candidate], young: Sequence[bool], rules: Rules) -> list[float]:
     """Of each its weight, but that young accounts together have no more than their part once older servers suffice."""
-    young = [is_young(one.since, rules, now) for one in candidates]
     if not any(young):
         return [float(one.weight) for one in candidates]
     factor = young_factor(
@@ -185,6 +189,29 @@ def young_factor(servers: Iterable[tuple[int, int, bool]], rules: Rules) -> floa
     if len(members) < rules.places or sums[True] <= most:
         return 1.0
     return most / sums[True]
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a region came out of a draw: its own servers, and from which regions its sets are filled while it is thin.
+
+    `young_wanted` is the part of its weight, from 0 to 1, that young accounts would have, `young_given` what they have.
+    """
+
+    region: str
+    servers: int
+    members: int
+    filled_from: tuple[str, ...]
+    young_wanted: float
+    young_given: float
+
+    @property
+    def is_thin(self) -> bool:
+        return bool(self.filled_from)
+
+
+def _part(some: float, of: float) -> float:
+    return some / of if of else 0.0
 
 
 class Draw:
@@ -214,6 +241,23 @@ class Draw:
                 own[region].append(one)
         self._urns = {region: _Urn(some, rules, now) for region, some in own.items()}
         self.sizes = {region: len(own[region]) for region in self._regions}
+
+    def standing(self, region: str) -> Standing:
+        """How one of its regions came out, the world among them."""
+        urn, filled_from = self._urns[region], list[str]()
+        around = region
+        while self.is_thin(around):
+            around = wider(around)
+            filled_from.append(around)
+        young = [(one.weight, given) for one, given, is_new in urn.shares() if is_new]
+        return Standing(
+            region,
+            servers=len(urn.candidates),
+            members=len(urn.members),
+            filled_from=tuple(filled_from),
+            young_wanted=_part(sum(wanted for wanted, _ in young), sum(one.weight for one in urn.candidates)),
+            young_given=_part(sum(given for _, given in young), sum(urn.weights)),
+        )
 
     def is_thin(self, region: str) -> bool:
         """Whether a region takes servers from around it: too few of its own, or of too few members."""
