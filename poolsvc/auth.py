@@ -67,6 +67,7 @@ class Operation(StrEnum):
     INVITE = "invite"
     APPOINT_STAFF = "appoint-staff"
     SET_CA_LIMITS = "set-ca-limits"
+    SET_REGIONS = "set-regions"
     # programs
     JOIN = "join"
     AGENT = "agent"
@@ -126,6 +127,7 @@ PERMISSIONS: Mapping[Operation, Permission] = {
     _O.INVITE: _permission("operator", Scope.POOL),
     _O.APPOINT_STAFF: _permission("operator", Scope.POOL),
     _O.SET_CA_LIMITS: _permission("operator", Scope.POOL),
+    _O.SET_REGIONS: _permission("operator", Scope.POOL),
     _O.JOIN: _permission("join", None),
     _O.AGENT: _permission("agent", None),
 }

@@ -13,6 +13,7 @@ from poolsvc.api import (
     members,
     notices,
     pool,
+    regions,
     servers,
     settings,
     sign_in,
@@ -45,6 +46,7 @@ ROUTERS = tuple(
         transfers,
         staff,
         acme,
+        regions,
         challenges,
         history,
     )
