@@ -340,6 +340,8 @@ ENDPOINTS = [
     ("GET", "/v1/acme/budget", None, Operation.READ_POOL),
     ("GET", "/v1/acme/limits", None, Operation.READ_POOL),
     ("PUT", "/v1/acme/limits", {"certificates": 300}, Operation.SET_CA_LIMITS),
+    ("PUT", "/v1/regions/de", None, Operation.SET_REGIONS),
+    ("DELETE", "/v1/regions/de", None, Operation.SET_REGIONS),
     ("GET", "/v1/events", None, Operation.READ_POOL),
     ("GET", "/v1/servers", None, Operation.READ_SELF),
     (
@@ -405,6 +407,7 @@ PUBLIC = {
     ("GET", "/v1/pool"),
     ("GET", "/v1/pool/servers"),
     ("GET", "/v1/pool/history"),
+    ("GET", "/v1/regions"),
     ("POST", "/v1/agent/rejoin-challenge"),
     ("POST", "/v1/agent/rejoin"),
     ("GET", "/v1/sign-up"),
