@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from nts_core.control import ProbeResult
 from poolsvc.config import Settings
 from poolsvc.db import Database, UtcDateTime
-from poolsvc.models import INNER, Address, DailyCount, SampleRecord
+from poolsvc.models import Address, DailyCount, SampleRecord
 from poolsvc.pool import count_by_state
 from poolsvc.scoring import Step
 
@@ -29,15 +29,17 @@ _DAY = timedelta(days=1)
 _IMPATIENT = text("SET LOCAL lock_timeout = '1s'")
 
 
-def sample(row: Address, result: ProbeResult, step: Step, now: datetime) -> SampleRecord:
-    """One probe of an address; `row` has its score after the step."""
+def sample(
+    address_id: int, monitor: str, result: ProbeResult, step: Step, score: float | None, at: datetime
+) -> SampleRecord:
+    """One probe of an address by a monitor, with that one's score of it after the step."""
     return SampleRecord(
-        address_id=row.id,
-        at=now,
-        monitor=INNER,
+        address_id=address_id,
+        at=at,
+        monitor=monitor,
         failed=result.failed,
         step=step.value,
-        score=row.score,
+        score=score,
         offset_ns=result.offset,
         delay_ns=result.delay,
     )

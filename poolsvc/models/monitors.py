@@ -47,6 +47,9 @@ class Monitor(Base):
     ipv6_address: Mapped[str | None] = mapped_column(String(45))
     network: Mapped[int | None] = mapped_column(BigInteger)  # AS number
     country: Mapped[str | None] = mapped_column(String(2))
+    sequence: Mapped[int] = mapped_column(BigInteger, default=0)  # of its last report
+    taken: Mapped[int] = mapped_column(default=0)  # samples of that report
+    samples: Mapped[int] = mapped_column(BigInteger, default=0)  # of all its reports
 
     member: Mapped[Member | None] = relationship(lazy="raise")
 
@@ -77,6 +80,7 @@ class MonitorView(Base):
     step_reason: Mapped[str] = mapped_column(String(200), default="")
     offset_ns: Mapped[int | None] = mapped_column(BigInteger)
     delay_ns: Mapped[int | None] = mapped_column(BigInteger)
+    fingerprint: Mapped[str | None] = mapped_column(String(64))  # of the valid certificate that it saw
     # Moving averages over about a day, by which monitors are chosen.
     mean_step: Mapped[float | None] = mapped_column()
     mean_delay_ns: Mapped[int | None] = mapped_column(BigInteger)
