@@ -75,6 +75,7 @@ async def _list(
 async def settle(session: AsyncSession, server: Server, *, actor: str, reason: str, now: datetime) -> None:
     """Bring the state in step with the addresses that may be published."""
     found = servers.publishable(server)
+    server.review_due_at = now if found else None
     if server.state is ServerState.REGISTERED and found:
         await servers.apply(session, server, EventKind.ADDRESS_PROVED, actor=actor, reason=reason, now=now)
         if any(order.status is OrderStatus.ISSUED for order in server.orders):

@@ -477,7 +477,7 @@ class PolicySettings(_Section):
     max_stratum: int = Field(7, ge=1, le=15, description="servers further from a reference clock score badly")
     probe_interval: float = Field(60, gt=0)
     probe_spacing: float = Field(
-        60, ge=0, description="between two probes of one server, whichever monitors make them"
+        60, gt=0, description="between two probes of one server, whichever monitors make them"
     )
     monitor_poll: float = Field(20, gt=0, le=300, description="how often a monitor asks for work and reports")
     monitors_per_member: int = Field(3, ge=0, description="that members may run for the pool")

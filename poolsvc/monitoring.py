@@ -20,7 +20,18 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from nts_core.control import ProbeResult, ServerState, Stage, StageStatus
 from nts_core.errors import printable
 from nts_core.tls import Trust
-from poolsvc import maintenance, monitors, own_account, samples, scoring, servers, troubles, verdicts, views
+from poolsvc import (
+    maintenance,
+    monitors,
+    own_account,
+    reviews,
+    samples,
+    scoring,
+    servers,
+    troubles,
+    verdicts,
+    views,
+)
 from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.models import (
@@ -48,6 +59,7 @@ _ACTOR = "prober"
 # Of a server, valid at the same time: another one at each probe must not fill the database.
 MAX_SEEN = 50
 _MOMENT = timedelta(seconds=1)
+_NEVER_MIND = timedelta(hours=1)  # for what may not be looked at
 
 
 async def probe_server(
@@ -130,22 +142,42 @@ async def record(
         view = next((view for view in found.get(row.id, ()) if view.monitor_id == by.id), None)
         if view is None:
             view = MonitorView(
-                address_id=row.id, monitor_id=by.id, role=ViewRole.ACTIVE, role_since=now, full_probes=0
+                address_id=row.id,
+                monitor_id=by.id,
+                role=ViewRole.ACTIVE,
+                role_since=now,
+                full_probes=0,
+                points=0,
             )
             session.add(view)
             found[row.id].append(view)
         if view.at is not None and now <= view.at:
             continue
-        step = scoring.step(result, max_stratum=settings.policy.max_stratum)
-        after = views.after(view, result, step, now, begins_with=row.score, is_exempt=is_exempt)
+        after = views.after(view, result, now, standing.measure, begins_with=row.score, is_exempt=is_exempt)
         for name, value in after.items():
             setattr(view, name, value)
-        session.add(samples.sample(row.id, by.name, result, step, view.score, now))
+        session.add(samples.sample(row.id, by.name, result, after["step"], view.score, now))
     if by.id in standing.own:
         await note_certificates(session, server, results, now)
     await judge(session, settings, server, standing, found, now)
     if by.name == INNER:
-        server.probe_due_at = now + timedelta(seconds=settings.policy.probe_interval)
+        server.probe_due_at = _next_round(settings, server, found, by, now)
+
+
+def _next_round(
+    settings: Settings,
+    server: Server,
+    found: Mapping[int, Sequence[MonitorView]],
+    by: Monitor,
+    now: datetime,
+) -> datetime:
+    """When the registry's own monitor looks again: as the policy says while it is alone, or a server waits for it."""
+    everything = [view for some in found.values() for view in some]
+    alone = {view.monitor_id for view in everything if view.role is ViewRole.ACTIVE} <= {by.id}
+    if alone or server.state in (ServerState.VERIFIED, ServerState.CERTIFIED):
+        return now + timedelta(seconds=settings.policy.probe_interval)
+    server.probe_due_at = None
+    return reviews.next_due(settings, by.id, server, everything, now) or now + _NEVER_MIND
 
 
 async def views_of(session: AsyncSession, server: Server) -> dict[int, list[MonitorView]]:
@@ -197,33 +229,45 @@ class Judged:
 
 def judged(row: Any, found: Iterable[Any], standing: Council, now: datetime) -> Judged:
     """Pure: changes nothing."""
-    rows = sorted(
-        (view for view in found if view.at is not None and now - view.at <= FRESH),
-        key=lambda view: (view.at, view.monitor_id),
+    seen = sorted(
+        (view for view in found if view.at is not None), key=lambda view: (view.at, view.monitor_id)
     )
-    pairs = [(view, standing.view(view)) for view in rows]
-    speaking = [(view, said) for view, said in pairs if said.is_active]
-    said = [said for _, said in speaking]
-    shadow = standing.shadow
+    pairs = [(view, standing.view(view)) for view in seen]
+    said = [each for _, each in pairs if each.is_active]
+    speaking = [(view, each) for view, each in pairs if each.is_active and each.is_fresh(now)]
     number = standing.quorum.number
-    by_party: dict[int, datetime] = {}
+    known_until: dict[int, datetime] = {}
     full: dict[int, int] = defaultdict(int)
-    for each in said:
-        by_party[each.party] = max(by_party.get(each.party, each.at or now), each.at or now)
+    for view, each in speaking:
+        known_until[each.party] = max(known_until.get(each.party, now), view.at + each.lasts)
         full[each.party] = max(full[each.party], each.full_probes)
-    newest = sorted(by_party.values(), reverse=True)
+    is_heard = len(known_until) >= number
+    shadow = standing.shadow
     return Judged(
         row=row,
         verdict=verdicts.overall(said, standing.quorum, now, standing.scorer),
-        shadow=None if shadow is None else verdicts.overall(said, standing.quorum, now, shadow).score,
-        is_heard=len(newest) >= number,
+        shadow=None if shadow is None else _by_shadow(speaking, said, standing, shadow, now),
+        is_heard=is_heard,
         is_admitted=_is_admitted(said, standing, now),
         is_silent=verdicts.is_silent(said, now),
-        full_probes=sorted(full.values(), reverse=True)[number - 1] if len(newest) >= number else 0,
+        full_probes=sorted(full.values(), reverse=True)[number - 1] if is_heard else 0,
         speaking=[view for view, _ in speaking],
-        own=[view for view in rows if view.monitor_id in standing.own],
-        known_until=newest[number - 1] + FRESH if len(newest) >= number else None,
+        own=[view for view, each in pairs if view.monitor_id in standing.own and now - view.at <= FRESH],
+        known_until=sorted(known_until.values(), reverse=True)[number - 1] if is_heard else None,
     )
+
+
+def _by_shadow(
+    speaking: Sequence[tuple[Any, verdicts.View]],
+    said: Sequence[verdicts.View],
+    standing: Council,
+    shadow: verdicts.Scorer,
+    now: datetime,
+) -> float | None:
+    """The score by the scorer on trial: of what it makes of every probe."""
+    own = {view.monitor_id: view.shadow_score for view, _ in speaking}
+    scored = [replace(each, score=own.get(each.monitor, each.score)) for each in said]
+    return verdicts.overall(scored, standing.quorum, now, shadow).score
 
 
 def _is_admitted(said: Sequence[verdicts.View], standing: Council, now: datetime) -> bool:
@@ -518,12 +562,13 @@ async def _hold_or_lift(
     found: Mapping[int, Sequence[MonitorView]],
     now: datetime,
 ) -> None:
+    is_known = any(each.may_change for each in current)
     for each in current:
         # An address proved after the server's admission is admitted by itself.
         if each.row.score is None and each.is_admitted:
             _admit_address(each, found[each.row.id], standing, now)
     is_silent = bool(current) and all(each.is_silent for each in current)
-    if not is_silent and not any(each.may_change for each in current):
+    if not is_silent and not is_known:
         return
     # What was never admitted speaks for nobody: a member could change to a dead address otherwise.
     best = max((each.row.score for each in current if each.row.score is not None), default=None)

@@ -12,7 +12,6 @@ Rules:
 5. The quorum rises by itself, and falls by an operator's word alone.
 """
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -46,6 +45,7 @@ from poolsvc.models import (
 from poolsvc.names import is_label
 from poolsvc.pool import the_pool
 from poolsvc.verdicts import Quorum, Scorer, View
+from poolsvc.views import Measure
 
 _log = structlog.get_logger()
 _S = MonitorStatus
@@ -61,7 +61,6 @@ TRANSITIONS: Mapping[MonitorStatus, frozenset[MonitorStatus]] = MappingProxyType
 # What a member may do to its own without an operator.
 BY_OWNERS = frozenset({_S.PAUSED, _S.ENDED})
 WORKING = frozenset({_S.TESTING, _S.ACTIVE})
-_WAITING = frozenset({ServerState.VERIFIED, ServerState.CERTIFIED})
 MAX_TASKS = 500  # of one answer
 MAX_SAMPLES = 500  # of one report
 LATE = timedelta(minutes=5)  # without a word, after which a monitor is no reason to raise the quorum
@@ -93,6 +92,7 @@ class Council:
     heard: int  # parties that have spoken of late
     scorer: Scorer
     shadow: Scorer | None
+    measure: Measure
 
     @property
     def is_met(self) -> bool:
@@ -127,13 +127,16 @@ async def council(session: AsyncSession, settings: Settings, now: datetime) -> C
     found = [monitor for monitor in await session.scalars(_WITH_A_SAY) if is_sound(monitor)]
     speaking = [monitor for monitor in found if monitor.status is MonitorStatus.ACTIVE]
     least = await session.scalar(select(Pool.quorum).where(Pool.id == 1)) or 1
+    scorer = verdicts.SCORERS[policy.scorer]
+    shadow = None if policy.shadow_scorer is None else verdicts.SCORERS[policy.shadow_scorer]
     return Council(
         quorum=verdicts.quorum(0, least, policy.admission_probes),
         parties={monitor.id: party_of(monitor) for monitor in speaking},
         own=frozenset(monitor.id for monitor in found if monitor.member_id is None),
         heard=_heard(speaking, now),
-        scorer=verdicts.SCORERS[policy.scorer],
-        shadow=None if policy.shadow_scorer is None else verdicts.SCORERS[policy.shadow_scorer],
+        scorer=scorer,
+        shadow=shadow,
+        measure=Measure(policy.max_stratum, scorer.rule, None if shadow is None else shadow.rule),
     )
 
 
@@ -450,27 +453,3 @@ async def _addresses_of(session: AsyncSession, server_ids: Sequence[int]) -> dic
         if servers.is_wanted(row.address, ipv4=row.ipv4, ipv6=row.ipv6):
             addresses[row.server_id] = (*addresses.get(row.server_id, ()), row.address)
     return addresses
-
-
-# Seconds between two probes of one address by one monitor: no multiples of each other.
-_INTERVALS = {ViewRole.ACTIVE: 547.0, ViewRole.TESTING: 613.0, ViewRole.CANDIDATE: 5400.0}
-
-
-def interval(settings: Settings, role: ViewRole, state: ServerState) -> float:
-    """Seconds until a monitor looks again, before chance: less while a server waits for it, as the policy says."""
-    if state in _WAITING and role is not ViewRole.CANDIDATE:
-        return settings.policy.probe_interval
-    return _INTERVALS.get(role, 5400.0) * min(1.0, settings.policy.probe_interval / 60)
-
-
-def spaced(at: datetime, others: Sequence[datetime], gap: timedelta) -> datetime:
-    """The first moment from `at` on that is no nearer than `gap` to any of the others; at most as many gaps later."""
-    for other in sorted(others):
-        if abs(at - other) < gap:
-            at = other + gap
-    return at
-
-
-def jittered(interval: float) -> timedelta:
-    """Seconds, give or take a tenth, so that nobody knows when a monitor comes."""
-    return timedelta(seconds=interval * random.uniform(0.9, 1.1))  # noqa: S311 - no secret

@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from nts_core.control import MonitorReport, MonitorSample, ProbeResult, ServerState, Stage, StageStatus
 from nts_core.errors import printable
-from poolsvc import monitoring, monitors, scoring, servers, views
+from poolsvc import monitoring, monitors, reviews, scoring, servers, views
 from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.errors import InvalidDocument, WrongState
@@ -63,7 +63,9 @@ class _View:
     due_at: datetime | None
     at: datetime | None
     score: float | None
+    shadow_score: float | None
     full_probes: int
+    points: int
     failed: Stage | None
     failed_since: datetime | None
     silent_since: datetime | None
@@ -151,15 +153,17 @@ async def _take(
         (sample for sample in samples if _is_believable(sample)), key=lambda sample: -sample.age
     )
     batch = await _batch_of(session, await _servers_of(session, monitor, believable))
+    standing = await monitors.council(session, settings, now)
     windows = await _windows(session, batch, now)
     rows: list[dict[str, Any]] = []
     touched: dict[int, _View] = {}
     last: dict[int, dict[str, Any]] = {}
     shown: dict[int, list[ProbeResult]] = defaultdict(list)
     for view, address, result, at in _counting(monitor, batch, believable, now):
-        step = scoring.step(result, max_stratum=settings.policy.max_stratum)
         is_exempt = any(starts <= now and at < ends for starts, ends in windows[address.server_id])
-        after = views.after(view, result, step, at, begins_with=address.score, is_exempt=is_exempt)
+        after = views.after(
+            view, result, at, standing.measure, begins_with=address.score, is_exempt=is_exempt
+        )
         for name in _KEPT:
             setattr(view, name, after[name])
         touched[view.address_id] = view
@@ -171,7 +175,7 @@ async def _take(
                 "at": at,
                 "monitor": monitor.name,
                 "failed": result.failed,
-                "step": step.value,
+                "step": view.step,
                 "score": view.score,
                 **last[view.address_id],
             }
@@ -186,7 +190,6 @@ async def _take(
     await connection.execute(
         _UPDATE_VIEW, [_values(view, last[view.address_id]) for view in touched.values()]
     )
-    standing = await monitors.council(session, settings, now)
     orders = await _orders(session, batch)
     if monitor.id in standing.own:
         await _note_new(session, orders, shown, now)
@@ -257,7 +260,15 @@ async def _servers_of(
 
 async def _batch_of(session: AsyncSession, server_ids: Sequence[int]) -> _Batch:
     """Lock these servers, and read what there is of them."""
-    columns = (Server.id, Server.state, Server.ipv4, Server.ipv6, Server.judge_due_at, Server.probe_due_at)
+    columns = (
+        Server.id,
+        Server.state,
+        Server.state_since,
+        Server.ipv4,
+        Server.ipv6,
+        Server.judge_due_at,
+        Server.probe_due_at,
+    )
     locked = await session.execute(
         select(*columns).where(Server.id.in_(server_ids)).order_by(Server.id).with_for_update(of=Server)
     )
@@ -328,26 +339,15 @@ def _next_dues(
     batch: _Batch,
     shown: Mapping[int, Sequence[ProbeResult]],
     now: datetime,
-) -> dict[int, datetime]:
+) -> dict[int, datetime | None]:
     """When the monitor is to look at each server again: all its addresses at once, and apart from others."""
     by_server: dict[int, list[_View]] = defaultdict(list)
     for address_id, some in batch.views.items():
         by_server[batch.addresses[address_id].server_id].extend(some)
-    dues = {}
-    for server_id in shown:
-        server = batch.servers[server_id]
-        some = by_server[server_id]
-        role = next(view.role for view in some if view.monitor_id == monitor.id)
-        at = now + monitors.jittered(monitors.interval(settings, role, server.state))
-        others = {
-            view.monitor_id: view.due_at
-            for view in some
-            if view.monitor_id != monitor.id and view.due_at is not None
-        }
-        moments = [*others.values(), *([server.probe_due_at] if server.probe_due_at is not None else [])]
-        gap = timedelta(seconds=settings.policy.probe_spacing)
-        dues[server_id] = monitors.spaced(at, moments, min(gap, FRESH / 2 / (len(moments) + 1)))
-    return dues
+    return {
+        server_id: reviews.next_due(settings, monitor.id, batch.servers[server_id], by_server[server_id], now)
+        for server_id in shown
+    }
 
 
 async def _orders(session: AsyncSession, batch: _Batch) -> Mapping[int, Sequence[Any]]:

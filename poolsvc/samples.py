@@ -18,7 +18,6 @@ from poolsvc.config import Settings
 from poolsvc.db import Database, UtcDateTime
 from poolsvc.models import Address, DailyCount, SampleRecord
 from poolsvc.pool import count_by_state
-from poolsvc.scoring import Step
 
 _log = structlog.get_logger()
 _AHEAD = 7  # days with a partition before they begin
@@ -30,7 +29,7 @@ _IMPATIENT = text("SET LOCAL lock_timeout = '1s'")
 
 
 def sample(
-    address_id: int, monitor: str, result: ProbeResult, step: Step, score: float | None, at: datetime
+    address_id: int, monitor: str, result: ProbeResult, step: float, score: float | None, at: datetime
 ) -> SampleRecord:
     """One probe of an address by a monitor, with that one's score of it after the step."""
     return SampleRecord(
@@ -38,7 +37,7 @@ def sample(
         at=at,
         monitor=monitor,
         failed=result.failed,
-        step=step.value,
+        step=step,
         score=score,
         offset_ns=result.offset,
         delay_ns=result.delay,

@@ -632,7 +632,7 @@ async def cancel_leave(session: AsyncSession, server: Server, *, actor: str, now
     if (newest := newest_certificate(server)) is not None:
         newest.window_due_at = now  # the CA was asked no more when to renew it
     await forget_scores(session, server, now)
-    server.probe_due_at = now
+    server.probe_due_at = server.review_due_at = now
     for row in server.addresses:
         # Nobody looked meanwhile: silence does not count.
         row.confirmed_at = now

@@ -5,13 +5,14 @@ A view is a row of `poolsvc.models.MonitorView`, or anything with the same names
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Protocol
 
 from nts_core.control import ProbeResult, Stage
 from nts_core.errors import printable
 from poolsvc import scoring
-from poolsvc.scoring import Step
+from poolsvc.scoring import RULE, Rule, Step
 
 PROBED = tuple(Stage)[tuple(Stage).index(Stage.TCP) : tuple(Stage).index(Stage.OFFSET) + 1]
 _SILENT = frozenset({Stage.TCP, Stage.NTP_KE_COOKIE, Stage.NTP_NTP_COOKIE})
@@ -24,6 +25,10 @@ class Seen(Protocol):
 
     @property
     def score(self) -> float | None: ...
+    @property
+    def shadow_score(self) -> float | None: ...
+    @property
+    def points(self) -> int: ...
     @property
     def full_probes(self) -> int: ...
     @property
@@ -52,11 +57,23 @@ def is_silence(result: ProbeResult) -> bool:
     return result.offset is None and result.kiss is None and result.failed in _SILENT
 
 
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """How probes are turned into scores: by the rule that counts, and by one on trial."""
+
+    max_stratum: int
+    rule: Rule = RULE
+    shadow: Rule | None = None
+
+    def step(self, result: ProbeResult) -> Step:
+        return scoring.step(result, max_stratum=self.max_stratum, rule=self.rule)
+
+
 def after(
     before: Seen,
     result: ProbeResult,
-    step: Step,
     at: datetime,
+    measure: Measure,
     *,
     begins_with: float | None,
     is_exempt: bool,
@@ -66,19 +83,27 @@ def after(
     `begins_with` is the pool's own score of the address, where a view begins that has none yet; None before admission.
     One that is exempt, during maintenance, does not count against the server.
     """
+    step = measure.step(result)
     score, full_probes = before.score, before.full_probes
     if score is None:
         score = begins_with
     if score is not None:
-        moved = scoring.advance(score, step)
-        score = max(score, moved) if is_exempt else moved
+        score = _moved(score, step, measure.rule, is_exempt=is_exempt)
     elif not is_exempt:
         full_probes = full_probes + 1 if is_full(result, step) else 0
+    shadow = None
+    if score is not None and (rule := measure.shadow) is not None:
+        begin = before.score if before.shadow_score is None else before.shadow_score
+        by_rule = scoring.step(result, max_stratum=measure.max_stratum, rule=rule)
+        begin = begins_with if begin is None else begin
+        shadow = score if begin is None else _moved(begin, by_rule, rule, is_exempt=is_exempt)
     share = _share(before.at, at)
     return {
         "at": at,
         "score": score,
+        "shadow_score": shadow,
         "full_probes": full_probes,
+        "points": before.points + 1,
         "failed": result.failed,
         "failed_since": _since(before.failed_since, at, is_so=result.failed is not None),
         "silent_since": _since(before.silent_since, at, is_so=is_silence(result)),
@@ -93,6 +118,11 @@ def after(
         if result.delay is None
         else round(_mean(before.mean_delay_ns, result.delay, share)),
     }
+
+
+def _moved(score: float, step: Step, rule: Rule, *, is_exempt: bool) -> float:
+    moved = scoring.advance(score, step, rule)
+    return max(score, moved) if is_exempt else moved
 
 
 def _since(before: datetime | None, at: datetime, *, is_so: bool) -> datetime | None:

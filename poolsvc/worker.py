@@ -38,6 +38,7 @@ from poolsvc import (
     removal,
     renewals,
     reports,
+    reviews,
     samples,
     servers,
     sign_in,
@@ -84,6 +85,7 @@ class Kind:
 PROOFS = Kind("prove", Address, Address.proof_due_at, batch=64, concurrency=16)
 PROBES = Kind("probe", Server, Server.probe_due_at, batch=192, concurrency=64)
 JUDGEMENTS = Kind("judge", Server, Server.judge_due_at, batch=500, concurrency=16)
+REVIEWS = Kind("review", Server, Server.review_due_at, batch=100, concurrency=4)
 NEW_ORDERS = Kind("begin_orders", Server, Server.order_due_at, batch=200, concurrency=1)
 ORDERS = Kind("advance_orders", Order, Order.due_at, batch=50, concurrency=16)
 WINDOWS = Kind("maintain", MaintenanceWindow, MaintenanceWindow.due_at, batch=50, concurrency=4)
@@ -238,6 +240,7 @@ class Worker:
         self._reported: list[str] | None = None
         self._reported_at: datetime | None = None
         self._house_kept_at: datetime | None = None
+        self._key = key
         self._post = Post(database, settings, key, Outbound(settings))
         self._watched_at: datetime | None = None
         self._quick_until = 0.0
@@ -256,6 +259,7 @@ class Worker:
                     self._keep_accounts,
                     self._probe,
                     self._judge,
+                    self._review,
                     self._remove,
                     self._maintain,
                     self._expire,
@@ -360,6 +364,13 @@ class Worker:
                 JUDGEMENTS.concurrency,
             )
         return len(ids) == JUDGEMENTS.batch
+
+    async def _review(self, now: datetime) -> bool:
+        return await self._take(
+            REVIEWS,
+            now,
+            lambda row: reviews.review_due(self._database, self._settings, self._key, row, now),
+        )
 
     async def _begin_orders(self, now: datetime) -> bool:
         is_look = self._queue_seen_at is None or now - self._queue_seen_at >= onboarding.LOOK

@@ -23,9 +23,16 @@ def upgrade() -> None:
             batch_op.alter_column(name, server_default=None)
     with op.batch_alter_table("monitor_views", schema=None) as batch_op:
         batch_op.add_column(sa.Column("fingerprint", sa.String(length=64), nullable=True))
+        batch_op.add_column(sa.Column("points", sa.Integer(), nullable=False, server_default="0"))
+    with op.batch_alter_table("monitor_views", schema=None) as batch_op:
+        batch_op.alter_column("points", server_default=None)
     with op.batch_alter_table("servers", schema=None) as batch_op:
         for name in ("judge_due_at", "review_due_at"):
             batch_op.add_column(sa.Column(name, UtcDateTime(timezone=True), nullable=True))
+    op.execute(
+        "UPDATE servers SET review_due_at = probe_due_at"
+        " WHERE state IN ('verified', 'certified', 'active', 'suspended')"
+    )
 
 
 def downgrade() -> None:
@@ -33,6 +40,7 @@ def downgrade() -> None:
         for name in ("review_due_at", "judge_due_at"):
             batch_op.drop_column(name)
     with op.batch_alter_table("monitor_views", schema=None) as batch_op:
+        batch_op.drop_column("points")
         batch_op.drop_column("fingerprint")
     with op.batch_alter_table("monitors", schema=None) as batch_op:
         for name in _COUNTS:
