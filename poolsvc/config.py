@@ -488,6 +488,7 @@ class PolicySettings(_Section):
     shadow_scorer: ScorerName | None = Field(
         None, description="another one, whose scores are shown beside those that count"
     )
+    exchange_spacing: float = Field(2, ge=0, le=60, description="between the NTP exchanges of one probe")
     agent_interval: float = Field(60, gt=0, description="how often an idle agent reports")
     reconcile_interval: float = Field(60, gt=0, description="how often DNS is compared without a reason")
     full_pass_interval: float = Field(

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -32,8 +33,9 @@ from poolsvc import (
     verdicts,
     views,
 )
-from poolsvc.config import Settings
+from poolsvc.config import Settings, split_endpoint
 from poolsvc.db import Database
+from poolsvc.lookups import Nameservers
 from poolsvc.models import (
     INNER,
     HoldKind,
@@ -75,6 +77,7 @@ async def probe_server(
     if not worth_probing:
         return
     trust, guard = Trust.of(roots, now), Guard(settings)
+    nameservers = _nameservers(settings.dns.nameservers)
     try:
         results = await asyncio.gather(
             *(
@@ -87,6 +90,8 @@ async def probe_server(
                         own_addresses=frozenset(addresses),
                         guard=guard,
                         is_own=own_account.is_used(server),
+                        names=nameservers,
+                        spacing=settings.policy.exchange_spacing,
                     ),
                     server,
                     address,
@@ -101,6 +106,12 @@ async def probe_server(
     async with database.transaction() as session:
         server = await servers.get(session, server_id)
         await record(session, settings, server, results, now)
+
+
+@cache
+def _nameservers(endpoints: tuple[str, ...]) -> Nameservers:
+    """One for all probes: it knows which of them are silent."""
+    return Nameservers([split_endpoint(endpoint) for endpoint in endpoints])
 
 
 async def _result_of(probing: Awaitable[ProbeResult], server: Server, address: str) -> ProbeResult:

@@ -427,6 +427,7 @@ async def _tasks(
             after=max(0.0, (row.due_at - now).total_seconds()),
             own_addresses=everywhere[server.id],
             own_account=server.agentless or server.own_account_uri is not None,
+            spacing=settings.policy.exchange_spacing,
         )
         for row, server in found
     ]

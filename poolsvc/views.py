@@ -15,7 +15,6 @@ from poolsvc import scoring
 from poolsvc.scoring import RULE, Rule, Step
 
 PROBED = tuple(Stage)[tuple(Stage).index(Stage.TCP) : tuple(Stage).index(Stage.OFFSET) + 1]
-_SILENT = frozenset({Stage.TCP, Stage.NTP_KE_COOKIE, Stage.NTP_NTP_COOKIE})
 _AVERAGED = timedelta(days=1)  # over which means move
 _LEAST_SHARE = 1 / 500  # of one probe in a mean, however soon it comes
 
@@ -53,8 +52,8 @@ def is_full(result: ProbeResult, step: Step) -> bool:
 
 
 def is_silence(result: ProbeResult) -> bool:
-    """Whether nothing that only the server could have sent came in time."""
-    return result.offset is None and result.kiss is None and result.failed in _SILENT
+    """Whether nothing came of it that only the server could have sent."""
+    return result.is_silent and result.offset is None and result.kiss is None
 
 
 @dataclass(frozen=True, slots=True)

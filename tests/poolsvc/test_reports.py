@@ -46,7 +46,7 @@ def good(offset=0, **values):
 
 
 def bad(stage=Stage.TCP):
-    return ProbeResult("198.18.0.1", stage, "no answer")
+    return ProbeResult("198.18.0.1", stage, "no answer", is_silent=True)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ async def review(registry, server_id, now=NOW):
         found = await session.execute(
             select(Monitor.name, MonitorView).join(MonitorView, MonitorView.monitor_id == Monitor.id)
         )
-        return dict(found.tuples().all())
+        return {row.name: row.MonitorView for row in found}
 
 
 async def test_every_monitor_that_works_gets_a_view_with_its_role_and_why(registry):
