@@ -14,6 +14,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from nts_core.control import ProbeResult
+from poolsvc import summaries
 from poolsvc.config import Settings
 from poolsvc.db import Database, UtcDateTime
 from poolsvc.models import Address, DailyCount, SampleRecord
@@ -71,7 +72,17 @@ async def keep_house(database: Database, settings: Settings, now: datetime) -> b
     """Partitions ahead, old samples gone, the day counted; whether there is more to remove at once."""
     async with database.transaction() as session:
         await _count_day(session, now.date())
-    oldest = now.date() - settings.policy.samples_days * _DAY
+    is_more = await summaries.make(database, now)
+    async with database.transaction() as session:
+        done = await summaries.done_until(session)
+    # What is not summed up yet stays, however old it is.
+    done_until = date.min if done is None else done.date()
+    oldest = min(done_until, now.date() - settings.policy.samples_days * _DAY)
+    is_more = await summaries.forget_old(database, settings, now) or is_more
+    return await _remove(database, now, oldest) or is_more
+
+
+async def _remove(database: Database, now: datetime, oldest: date) -> bool:
     if database.engine.dialect.name == "sqlite":
         return await _delete_older(database, "samples", oldest)
     async with database.transaction() as session:

@@ -14,6 +14,13 @@ _COUNTS = ("sequence", "samples", "taken")
 
 
 def upgrade() -> None:
+    op.create_table(
+        "summary_progress",
+        sa.Column("kind", sa.String(length=20), nullable=False),
+        sa.Column("until", UtcDateTime(timezone=True), nullable=False),
+        sa.Column("address_id", sa.Integer(), nullable=False),
+        sa.PrimaryKeyConstraint("kind", name=op.f("pk_summary_progress")),
+    )
     with op.batch_alter_table("monitors", schema=None) as batch_op:
         for name in _COUNTS:
             kind = sa.Integer() if name == "taken" else sa.BigInteger()
@@ -36,6 +43,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    op.drop_table("summary_progress")
     with op.batch_alter_table("servers", schema=None) as batch_op:
         for name in ("review_due_at", "judge_due_at"):
             batch_op.drop_column(name)

@@ -1,5 +1,6 @@
-"""servers are found by when they are judged, and when their monitors are chosen anew"""
+"""servers are found by when they are judged, and when their monitors are chosen anew; addresses that are unknown"""
 
+import sqlalchemy as sa
 from alembic import op
 
 revision = "c81f5a3e7b02"
@@ -17,8 +18,18 @@ def upgrade() -> None:
         op.create_index(
             "ix_servers_review_due_at", "servers", ["review_due_at"], postgresql_concurrently=True
         )
+        op.drop_index("ix_addresses_unknown", "addresses", if_exists=True, postgresql_concurrently=True)
+        op.create_index(
+            "ix_addresses_unknown",
+            "addresses",
+            ["server_id"],
+            sqlite_where=sa.text("unknown IS NOT NULL"),
+            postgresql_where=sa.text("unknown IS NOT NULL"),
+            postgresql_concurrently=True,
+        )
 
 
 def downgrade() -> None:
+    op.drop_index("ix_addresses_unknown", table_name="addresses")
     op.drop_index("ix_servers_review_due_at", table_name="servers")
     op.drop_index("ix_servers_judge_due_at", table_name="servers")

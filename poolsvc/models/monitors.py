@@ -112,3 +112,13 @@ class DailySummary(Base):
     offset_ns: Mapped[int | None] = mapped_column(BigInteger)
     offset_most_ns: Mapped[int | None] = mapped_column(BigInteger)
     delay_ns: Mapped[int | None] = mapped_column(BigInteger)
+
+
+class SummaryProgress(Base):
+    """How far summaries of one kind are made: all before `until`, and of the span after it those below an address."""
+
+    __tablename__ = "summary_progress"
+
+    kind: Mapped[str] = mapped_column(String(20), primary_key=True)
+    until: Mapped[datetime] = mapped_column(UtcDateTime)
+    address_id: Mapped[int] = mapped_column(default=0)

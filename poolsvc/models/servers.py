@@ -272,6 +272,13 @@ class Address(Base):
             sqlite_where=text("score < 10"),
             postgresql_where=text("score < 10"),
         ),
+        # Those that too few monitors know, which are none while the pool is well.
+        Index(
+            "ix_addresses_unknown",
+            "server_id",
+            sqlite_where=text("unknown IS NOT NULL"),
+            postgresql_where=text("unknown IS NOT NULL"),
+        ),
     )
 
     id: Mapped[int] = mapped_column(primary_key=True)
