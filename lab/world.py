@@ -31,9 +31,9 @@ from lab.charts import chart
 from lab.course import DENIAL, FULL, QUORUM, SILENCE, START, follow, off
 from nts_core.control import ProbeResult
 from poolsvc.scoring import (
-    ADMITTED,
     CUTOFF,
     FULL_SHARE,
+    FULL_STEP,
     HOPELESS,
     MAX_SCORE,
     Step,
@@ -53,7 +53,18 @@ from poolsvc.vantage import (
     disagreement,
     review,
 )
-from poolsvc.verdicts import MEDIAN, SCORERS, Scorer, View, compare, is_silent, overall
+from poolsvc.verdicts import (
+    MEDIAN,
+    QUARTILE,
+    SCORERS,
+    Difference,
+    Scorer,
+    View,
+    compare,
+    first_score,
+    is_silent,
+    overall,
+)
 
 DOCS = Path(__file__).parent.parent / "docs"
 ROUND = timedelta(minutes=9)
@@ -100,6 +111,7 @@ class Server:
     roles: dict[int, ViewRole] = field(default_factory=dict)
     active: tuple[int, ...] = ()
     scores: dict[int, float] = field(default_factory=dict)
+    new: set[int] = field(default_factory=set)  # active monitors that have not probed it yet
     since: dict[int, int] = field(default_factory=dict)  # the round in which a view began
     silent: dict[int, int] = field(default_factory=dict)
     score: float | None = MAX_SCORE
@@ -137,7 +149,7 @@ class Outcome:
     back: list[float] = field(default_factory=list)  # hours until they were back, from the end of the fault
     missed: int = 0  # bad ones that stayed
     unknown: float = 0.0  # hours of servers without a verdict
-    note: str = ""
+    trial: Difference | None = None  # what the quartile would have made of its last round
 
 
 def situations(servers: int, days: int) -> list[Situation]:
@@ -158,7 +170,7 @@ def situations(servers: int, days: int) -> list[Situation]:
         Situation("clocks 1 s off", *at(13, 6), fault=off(1), part=range(2 * part, 3 * part)),
         Situation("clocks 200 ms off", *at(15, 6), fault=off(0.2), part=range(3 * part, 4 * part)),
         Situation("silent servers", *at(17, 3), fault=SILENCE, part=range(4 * part, 5 * part)),
-        Situation("a server says DENY", *at(19, 3), fault=DENIAL, part=range(5 * part, 6 * part)),
+        Situation("servers that say DENY", *at(19, 3), fault=DENIAL, part=range(5 * part, 6 * part)),
         Situation("silence of 9 minutes", *at(21, 0.15), fault=SILENCE, part=range(6 * part, 7 * part)),
         Situation(
             "a third of all servers is silent",
@@ -266,12 +278,13 @@ class World:
         server.active = tuple(choice.monitor for choice in choices if choice.role is ViewRole.ACTIVE)
         for monitor in before - set(server.active):
             server.scores.pop(monitor, None)
+            server.new.discard(monitor)
             self._looked_at[monitor].discard(server.number)
         for monitor in set(server.active) - before:
             self._looked_at[monitor].add(server.number)
             server.since[monitor] = number
             if number:
-                server.scores[monitor] = ADMITTED
+                server.new.add(monitor)
                 self._busy.add(server.number)
         return any(choice.is_change for choice in choices)
 
@@ -297,6 +310,8 @@ class World:
             if server.kind in _ALWAYS and server.is_listed and server.score is not None:
                 self.shares[server.kind] += share(server.score)
         for one in now:
+            if number == one.last - 1:
+                self.outcomes[one.name].trial = self._try(QUARTILE, number)
             self.outcomes[one.name].unknown += is_known[False] * ROUND / timedelta(hours=1)
         if number % _HOUR == 0:
             self._glance(number)
@@ -390,33 +405,40 @@ class World:
             monitors = [
                 one
                 for one in server.active
-                if one in server.scores or (server.number, one) in self._lost_probes
+                if one in server.scores or one in server.new or (server.number, one) in self._lost_probes
             ]
         for monitor in monitors:
-            if monitor in unheard:
-                continue
-            score = server.scores.get(monitor, MAX_SCORE)
-            if score <= HOPELESS and (number + monitor) % _HOPELESS_ROUNDS:
-                continue
-            result = self._result(server, monitor, number, now)
-            self.probes += 1
-            if score == MAX_SCORE and result is FULL:
-                server.silent.pop(monitor, None)
-                continue
-            found = _USUAL.get(id(result)) or step(result, rule=self._scorer.rule)
-            score = advance(score, found, self._scorer.rule)
-            if score >= _ALMOST:
-                server.scores.pop(monitor, None)
-            else:
-                server.scores[monitor] = score
-            if result is SILENCE:
-                server.silent.setdefault(monitor, number)
-            else:
-                server.silent.pop(monitor, None)
-        if not server.scores and server.kind not in _ALWAYS:
-            self._busy.discard(server.number)
-        else:
+            if monitor not in unheard:
+                self._look(server, monitor, number, now)
+        if server.scores or server.new or server.kind in _ALWAYS:
             self._busy.add(server.number)
+        else:
+            self._busy.discard(server.number)
+
+    def _look(self, server: Server, monitor: int, number: int, now: Sequence[Situation]) -> None:
+        """One probe, if it is time for one."""
+        score = server.scores.get(monitor, MAX_SCORE)
+        if score <= HOPELESS and (number + monitor) % _HOPELESS_ROUNDS:
+            return
+        result = self._result(server, monitor, number, now)
+        self.probes += 1
+        if result is SILENCE:
+            server.silent.setdefault(monitor, number)
+        else:
+            server.silent.pop(monitor, None)
+        is_new = monitor in server.new
+        if score == MAX_SCORE and result is FULL and not is_new:
+            return
+        found = _USUAL.get(id(result)) or step(result, rule=self._scorer.rule)
+        if is_new:
+            server.new.discard(monitor)
+            full = int(found.value >= FULL_STEP)
+            score = first_score(View(monitor, monitor, is_active=True, score=None, full_probes=full, at=None))
+        score = advance(score, found, self._scorer.rule)
+        if score >= _ALMOST:
+            server.scores.pop(monitor, None)
+        else:
+            server.scores[monitor] = score
 
     def _truth_is_bad(self, server: Server, now: Sequence[Situation]) -> bool:
         if server.kind in _ALWAYS:
@@ -430,7 +452,7 @@ class World:
                 monitor,
                 monitor,
                 is_active=True,
-                score=server.scores.get(monitor, MAX_SCORE),
+                score=None if monitor in server.new else server.scores.get(monitor, MAX_SCORE),
                 full_probes=0,
                 at=START + ROUND * max(self.monitors[monitor].heard, server.since.get(monitor, 0)),
                 silent_since=START + ROUND * server.silent[monitor] if monitor in server.silent else None,
@@ -441,7 +463,12 @@ class World:
     def _judge(self, server: Server, number: int, now: Sequence[Situation]) -> bool:
         """Let the verdict on a server take effect; whether it is known."""
         is_heard = all(number - self.monitors[monitor].heard <= 1 for monitor in server.active)
-        if is_heard and all(score >= FULL_SHARE for score in server.scores.values()) and server.is_listed:
+        if (
+            is_heard
+            and not server.new
+            and all(score >= FULL_SHARE for score in server.scores.values())
+            and server.is_listed
+        ):
             server.score = MAX_SCORE
             return True
         self.verdicts += 1
@@ -486,6 +513,15 @@ class World:
                     seen.append(Glance(monitor.number, found.value, START + ROUND * (number - ago)))
             if (what := disagreement(server.score, seen, START + ROUND * number)).is_flagged:
                 self.flags[server.number] = (number, what)
+
+    def _try(self, scorer: Scorer, number: int) -> Difference:
+        """What another way to count the votes would make of the pool."""
+        now = START + ROUND * number
+        each = ((f"{one.number}", self.views(one)) for one in self.servers)
+        return compare(
+            (name, overall(views, QUORUM, now, MEDIAN).score, overall(views, QUORUM, now, scorer).score)
+            for name, views in each
+        )
 
     # What came of it.
 
@@ -636,24 +672,12 @@ def lies_table(found: Mapping[str, Sequence[tuple[float, float]]]) -> Iterator[s
 
 
 def trial(world: World) -> Iterator[str]:
-    """What other scorers would make of the pool as it stands at the end, as the lines of a Markdown table."""
-    yield "| scorer | at the end of the month |"
+    """What the quartile would have made of each situation, as the lines of a Markdown table."""
+    yield "| at the end of the situation | the quartile |"
     yield "|---|---|"
-    now = START + ROUND * (world.rounds - 1)
-    for name, scorer in SCORERS.items():
-        if scorer.rule is not MEDIAN.rule or scorer is MEDIAN:
-            continue
-        rows = []
-        for server in world.servers:
-            views = world.views(server)
-            rows.append(
-                (
-                    f"{server.number}",
-                    overall(views, QUORUM, now, MEDIAN).score,
-                    overall(views, QUORUM, now, scorer).score,
-                )
-            )
-        yield f"| {name} | {compare(rows)} |"
+    for name, found in world.outcomes.items():
+        if found.trial is not None:
+            yield f"| {name} | {found.trial} |"
 
 
 _PAGE = DOCS / "scoring.md"
