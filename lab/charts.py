@@ -1,5 +1,6 @@
 """Line charts as SVG, for the pages of docs/."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from xml.sax.saxutils import escape
 
@@ -78,7 +79,7 @@ def _ticks(low: float, high: float) -> Iterator[float]:
     rough = (high - low) / 7
     scale = 10.0 ** (len(f"{int(rough)}") - 1 if rough >= 1 else -1)
     every = next(scale * factor for factor in (1, 2, 2.5, 5, 10, 20) if scale * factor >= rough)
-    value = -(-low // every) * every
+    value = math.ceil(low / every) * every
     while value <= high + every / 1e6:
         yield round(value, 6)
         value += every
