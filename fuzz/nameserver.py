@@ -84,7 +84,11 @@ def _fresh() -> SignedZone:
 def _question(data: bytes) -> str:
     """The octets are a datagram."""
     responder = Responder(
-        Answers(_signed()), Drawn(b"responder"), responses_per_second=1, responses_at_once=1
+        Answers(_signed()),
+        Drawn(b"responder"),
+        responses_per_second=1,
+        responses_at_once=1,
+        uniform=Random(1).random,
     )
     try:
         reply = responder.over_udp(data, _ADDRESS, NOW, 0)

@@ -14,7 +14,8 @@ from typing import Any
 from unittest.mock import patch
 
 from lab.moments import moments, mortal
-from member_agent import cli, https, running
+from member_agent import cli, running
+from nts_core import https
 
 _NEWS = ("csr", "serving", "address", "installed")
 _OPERATIONS = ("mkdir", "rename", "replace", "symlink", "unlink", "rmdir")

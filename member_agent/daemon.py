@@ -13,7 +13,7 @@ from typing import Any
 
 import structlog
 
-from member_agent import local, systemd
+from member_agent import local
 from member_agent.clock import Clock, clock_of
 from member_agent.config import AgentSettings
 from member_agent.engines import Engine, Service
@@ -28,6 +28,7 @@ from member_agent.member import Member, all_last_served, take_away
 from member_agent.privileges import become
 from member_agent.sockets import Endpoint
 from member_agent.state import MemberDirectory, StateDirectory
+from nts_core.systemd import Notifier
 
 _log = structlog.get_logger()
 # Seconds between looks for what was joined meanwhile.
@@ -112,7 +113,7 @@ async def serve(
                 f" ntp={','.join(map(str, engine.endpoints(Protocol.NTP)))}"
             )
             _log.info("serving", clock=clock.describe())
-            async with systemd.Notifier() as notify:
+            async with Notifier() as notify:
                 notify.ready("serving")
                 await _until(stop, *map(asyncio.create_task, (engine.tend(), clock.follow(), reload())))
         finally:
@@ -158,7 +159,7 @@ class Agent:
             try:
                 await self._clock.refresh()
                 works = (self._follow_all(), self._clock.follow(), self._engine.tend())
-                async with systemd.Notifier() as notify:
+                async with Notifier() as notify:
                     notify.ready(f"for {', '.join(self._state.members())}")
                     await _until(stop, *map(asyncio.create_task, works))
             finally:

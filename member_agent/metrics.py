@@ -6,9 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
-from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 from member_agent.clock import Clock
 from member_agent.config import AgentSettings
@@ -18,10 +16,10 @@ from member_agent.engines.layout import Kind
 from member_agent.errors import AgentError, ExitStatus
 from member_agent.member import Member
 from member_agent.sockets import parse_endpoint
-from nts_core import ntptime
+from nts_core import exposition, ntptime
+from nts_core.exposition import Families
 from nts_core.packet import Leap
 
-Families = Callable[[], Iterable[Metric]]
 # Names, texts and labels of what several engines count.
 _KE = ("pool_agent_ke", "NTS-KE connections by outcome.", "outcome")
 _NTP = ("pool_agent_ntp", "NTP datagrams by answer, or by why there was none.", "outcome")
@@ -33,14 +31,6 @@ _OPENED = (
 _SEALED = ("pool_agent_cookies_sealed", "Cookies given to clients.")
 # Seconds for which what a daemon said is shown again.
 _FRESH = 2.0
-
-
-class _Collector(Collector):
-    def __init__(self, families: Families) -> None:
-        self._families = families
-
-    def collect(self) -> Iterable[Metric]:
-        return self._families()
 
 
 def sources(
@@ -181,11 +171,8 @@ def member_families(members: Iterable[Member]) -> Iterable[Metric]:
 def expose(text: str, *sources: Families) -> None:
     """Serve /metrics at ADDR:PORT, in a thread of its own. Raises AgentError."""
     endpoint = parse_endpoint(text, "--metrics")
-    registry = CollectorRegistry(auto_describe=False)
-    for source in sources:
-        registry.register(_Collector(source))
     try:
-        start_http_server(endpoint.port, endpoint.address, registry)
+        exposition.expose(endpoint.address, endpoint.port, *sources)
     except OSError as error:
         raise AgentError(
             f"--metrics {endpoint}: {error.strerror}", "choose another port", ExitStatus.CONFIGURATION

@@ -17,7 +17,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import TypeAdapter, ValidationError
 
 from member_agent.errors import AgentError, ExitStatus
-from member_agent.https import Answer, Client, TooLong
 from member_agent.sockets import is_local
 from nts_core.control import (
     AgentReport,
@@ -36,6 +35,7 @@ from nts_core.control import (
     rejoin_statement,
 )
 from nts_core.errors import printable
+from nts_core.https import Answer, Client, TooLong
 
 _log = structlog.get_logger()
 _TIMEOUT = 10.0

@@ -1,16 +1,16 @@
 """All that Prometheus can read of the registry: counted here for requests, read from their owners for the rest."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 from sqlalchemy import QueuePool, func, select, true
 from sqlalchemy.exc import SQLAlchemyError
 
 from nts_core.control import ServerState
+from nts_core.exposition import Collected
 from poolsvc import onboarding
 from poolsvc.db import Database
 from poolsvc.listener import Listeners
@@ -60,7 +60,7 @@ class Metrics:
         )
         self._look = Look(self._ask, keep=_KEEP)
         self._figures: _Figures | None = None
-        self._registry.register(_Families(self._families))
+        self._registry.register(Collected(self._families))
 
     def add_listeners(self, service: str, listeners: Listeners) -> None:
         """Show the connections of one more service."""
@@ -169,11 +169,3 @@ class Metrics:
             for reason, count in listeners.counters.items():
                 ended.add_metric([service, reason], count)
         return [open_now, ended]
-
-
-class _Families(Collector):
-    def __init__(self, families: Callable[[], Iterable[Metric]]) -> None:
-        self._families = families
-
-    def collect(self) -> Iterable[Metric]:
-        return self._families()

@@ -42,6 +42,8 @@ TSIG_SECRET = "tsig.secret"  # noqa: S105 - a file's name
 ACCOUNT_KEY = "acme-account.pem"
 KNOT_TSIG, BIND_TSIG, POWERDNS_TSIG = "knot-tsig.conf", "bind-tsig.conf", "pdns-tsig.sh"
 TSIG_ALGORITHM = "hmac-sha256"
+EDGE_UNIT = "poolsvc-edge.service"
+KNOT_STORAGE = "/var/lib/knot"  # Debian's
 MAX_NAMESERVERS = 16
 DNS_PORT = 53
 
@@ -272,6 +274,7 @@ def render(answers: Answers, *, directory: Path, program: Path) -> dict[str, byt
         "settings": SETTINGS,
         "directory": directory,
         "program": program,
+        "storage": KNOT_STORAGE,
     }
     secret, transfer_secret, edge_secret = (new_secret() for _ in range(3))
     files = nameserver_files(answers, secret, transfer_secret, edge_secret)
@@ -284,6 +287,7 @@ def render(answers: Answers, *, directory: Path, program: Path) -> dict[str, byt
     return {
         **files,
         "poolsvc.service": Template(_SERVICE).substitute(values).encode(),
+        **({} if answers.own_primary else {EDGE_UNIT: Template(_EDGE_SERVICE).substitute(values).encode()}),
         ACCOUNT_KEY: new_account_key(),
         SETTINGS: Template(_SETTINGS).substitute(values).encode(),  # the last one: with it the pool is set up
     }
@@ -341,6 +345,8 @@ def nameserver_files(
         "edge_name": answers.edge_name,
         "edge_secret": edge_secret,
         "algorithm": TSIG_ALGORITHM,
+        "sets_file": f"{KNOT_STORAGE}/{answers.pool}-sets.conf",
+        "primary_endpoint": answers.primary.endpoint,
         "knot_tsig": KNOT_TSIG,
         "bind_tsig": BIND_TSIG,
         "powerdns_tsig": POWERDNS_TSIG,
@@ -628,7 +634,8 @@ zone:
 _KNOT_EDGE = """\
 # An edge with Knot: it takes the zone from the embedded server, which tells its secondary with `signs = true` nothing of
 # signatures, signs it with the key that `poolsvc dns keys copy-to-knot` brings, and answers. For its knot.conf:
-# include: knot-edge.conf. All edges have the same key, and roll it only together.
+# include: knot-edge.conf. All edges have the same key, and roll it only together. knotd needs the file of mod-geoip to
+# start, if empty; `poolsvc dns edge --config edge.toml` keeps it, as poolsvc-edge.service starts it.
 key:
   - id: $edge_name
     algorithm: $algorithm
@@ -648,6 +655,12 @@ policy:
     single-type-signing: on
     rrsig-lifetime: 14d
     rrsig-refresh: 7d
+# Which of many signed SRV RRsets an answer has, at random; the TTL is dns.srv_ttl of the registry.
+mod-geoip:
+  - id: $pool-sets
+    config-file: $sets_file
+    ttl: 60
+    mode: weighted
 mod-rrl:
   - id: $pool-limit
     rate-limit: 200
@@ -656,12 +669,27 @@ zone:
   - domain: $pool
     master: $pool-primary
     acl: $pool-notify
-    module: mod-rrl/$pool-limit
+    module: [mod-rrl/$pool-limit, mod-geoip/$pool-sets]
     dnssec-signing: on
     dnssec-policy: $pool-edge
     zonefile-sync: -1
     journal-content: all
     zonefile-load: none
+"""
+
+_EDGE = """\
+# What `poolsvc dns edge` on the host of an edge needs to know; docs/dns-servers.md. Relative paths are relative to this file.
+pool = "$pool"
+# The embedded server, and the key by which knotd gets the zone from it.
+source = "$primary_endpoint"
+tsig_name = "$edge_name"
+tsig_secret_file = "edge.secret"
+tsig_algorithm = "$algorithm"
+# As in knot-edge.conf, and where knotd answers.
+sets_file = "$sets_file"
+knot_config = "/etc/knot/knot.conf"
+knotd = "127.0.0.1:53"
+# metrics = "127.0.0.1:9466"
 """
 
 _BIND = """\
@@ -849,15 +877,57 @@ SystemCallFilter=@system-service
 WantedBy=multi-user.target
 """
 
+_EDGE_SERVICE = """\
+# For /etc/systemd/system of an edge, beside Knot's own. edge.toml and edge.secret are in /etc/knot, and the user knot may
+# read them.
+[Unit]
+Description=Answer sets of $pool for Knot DNS
+After=network-online.target
+Wants=network-online.target
+
+[Service]
+User=knot
+ExecStart=$program dns edge --config /etc/knot/edge.toml
+ReadWritePaths=$storage
+Restart=on-failure
+RestartSec=5
+RestartPreventExitStatus=2 3
+UMask=0077
+NoNewPrivileges=yes
+CapabilityBoundingSet=
+PrivateTmp=yes
+PrivateDevices=yes
+ProtectSystem=strict
+ProtectHome=read-only
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectControlGroups=yes
+ProtectProc=invisible
+LockPersonality=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+RemoveIPC=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+
+[Install]
+WantedBy=multi-user.target
+"""
+
 # What the embedded server's secondaries and edges need.
 _SECONDARIES = (
-    *("knot-secondary.conf", "knot-edge.conf"),
+    *("knot-secondary.conf", "knot-edge.conf", "edge.toml"),
     *("bind-secondary.conf", "bind-options.conf", "nsd-secondary.conf"),
 )
 _NAMESERVERS = {
     "knot-pool.conf": _KNOT,
     "knot-secondary.conf": _KNOT_SECONDARY,
     "knot-edge.conf": _KNOT_EDGE,
+    "edge.toml": _EDGE,
     "bind-pool.conf": _BIND,
     "bind-options.conf": _BIND_OPTIONS,
     "bind-secondary.conf": _BIND_SECONDARY,

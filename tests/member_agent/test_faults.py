@@ -22,13 +22,14 @@ from lab.disks import SmallDisk
 from lab.processes import free_port
 from lab.programs import alice
 from lab.stand_in import StandIn, http, saying
-from member_agent import https, local
+from member_agent import local
 from member_agent.config import AgentSettings
 from member_agent.daemon import Agent
 from member_agent.errors import AgentError, ExitStatus
 from member_agent.install import CertificateStore, InstalledPair
 from member_agent.member import is_worrying, patience, token_is_old
 from member_agent.state import Listening, StateDirectory, read_agent_key
+from nts_core import https
 from nts_core.client import ClientError, establish
 from nts_core.control import PROOF_PATH, proof_statement
 from nts_core.cookies import Keyring

@@ -17,6 +17,7 @@ from member_agent import systemd
 from member_agent.errors import AgentError, ExitStatus
 from member_agent.state import Membership, StateDirectory, agent_key_pem
 from nts_core.client import establish
+from nts_core.systemd import Notifier
 
 HOST = "127.0.0.1"
 # Asks for each of its arguments in turn, and prints what it was given; "close" gives the last one back.
@@ -105,7 +106,7 @@ async def test_the_watchdog_is_fed_by_the_loop_alone(manager, monkeypatch):
     monkeypatch.setenv("NOTIFY_SOCKET", manager.getsockname())
     monkeypatch.setenv("WATCHDOG_USEC", "2000")
     monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
-    async with systemd.Notifier():
+    async with Notifier():
         assert not {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"} & set(os.environ)
         assert heard(manager) == ["WATCHDOG=1"]
         time.sleep(0.05)  # noqa: ASYNC251 - this is the loop that hangs
@@ -132,7 +133,7 @@ async def test_a_watchdog_that_is_not_for_us_is_not_fed(variables, manager, monk
     monkeypatch.setenv("NOTIFY_SOCKET", manager.getsockname())
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    async with systemd.Notifier() as notify:
+    async with Notifier() as notify:
         notify.ready("up")
     assert [heard(manager), heard(manager)] == [["READY=1", "STATUS=up"], ["STOPPING=1"]]
 
@@ -143,14 +144,14 @@ async def test_an_abstract_socket_is_told_as_well(monkeypatch):
         manager.bind(f"\0{name}")
         manager.settimeout(40)
         monkeypatch.setenv("NOTIFY_SOCKET", f"@{name}")
-        async with systemd.Notifier() as notify:
+        async with Notifier() as notify:
             notify.status("up")
         assert heard(manager) == ["STATUS=up"]
 
 
 async def test_a_status_is_one_line_whatever_it_holds(manager, monkeypatch):
     monkeypatch.setenv("NOTIFY_SOCKET", manager.getsockname())
-    async with systemd.Notifier() as notify:
+    async with Notifier() as notify:
         notify.status("a\nMAINPID=1\r\x00b\u2028\udc80" + "x" * 100_000)
     (line,) = heard(manager)
     assert line.startswith("STATUS=a MAINPID=1  b")
@@ -160,7 +161,7 @@ async def test_a_status_is_one_line_whatever_it_holds(manager, monkeypatch):
 @pytest.mark.parametrize("address", ["", "vsock:2:1", "nowhere"])
 async def test_an_address_of_another_kind_is_told_nothing(address, monkeypatch):
     monkeypatch.setenv("NOTIFY_SOCKET", address)
-    async with systemd.Notifier() as notify:
+    async with Notifier() as notify:
         notify.ready("up")
 
 

@@ -1,4 +1,4 @@
-"""One HTTP request over TCP or TLS, with a deadline and bounds: all that a registry is asked by.
+"""One HTTP request over TCP or TLS, with a deadline and bounds: all that a registry is asked by (I/O).
 
 httpx, with what it needs, would be a tenth of an idle agent's memory (docs/performance.md).
 """

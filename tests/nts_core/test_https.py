@@ -7,7 +7,7 @@ import ssl
 import pytest
 
 from lab.certificates import Authority
-from member_agent.https import Answer, Client, TooLong
+from nts_core.https import Answer, Client, TooLong
 
 HOST = "127.0.0.1"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"
