@@ -319,17 +319,21 @@ class Odds:
     network or a prefix there is one server as well is not counted.
     """
 
-    members: Mapping[int, int]  # the weight of all servers of each
+    members: Mapping[int, float]  # the weight of all servers of each
     first: float
     rest: float
+    young: float = 1.0  # the part of its weight by which the server of a young account is drawn
 
     @classmethod
-    def of(cls, candidates: Iterable[tuple[int, int]], count: int) -> "Odds":
-        """Of all candidates, member and weight of each, for the places of an answer."""
-        weights, members = Counter[int](), Counter[int]()
-        for member, weight in candidates:
+    def of(cls, candidates: Iterable[tuple[int, int, bool]], rules: Rules) -> "Odds":
+        """Of all candidates: member and weight of each, and whether its account is young."""
+        servers, count = list(candidates), rules.places
+        young = young_factor(servers, rules)
+        weights, members = Counter[float](), dict[int, float]()
+        for member, full, is_new in servers:
+            weight = full * young if is_new else full
             weights[weight] += 1
-            members[member] += weight
+            members[member] = members.get(member, 0.0) + weight
         of_members = Counter(members.values())
         room = count - len(members)  # beside one server of each
         first, rest = math.inf, 0.0
@@ -339,21 +343,22 @@ class Odds:
             rest = math.inf
         elif room > 0:
             rest = _moment(lambda moment: _chosen(weights, moment) - _chosen(of_members, moment), room)
-        return cls(members, first, rest)
+        return cls(members, first, rest, young)
 
-    def chance(self, member: int, weight: int) -> float:
+    def chance(self, member: int, weight: float, *, is_young: bool = False) -> float:
         """The part of the answers, from 0 to 1, that a candidate is in."""
+        weight *= self.young if is_young else 1.0
         of_member = max(self.members.get(member, 0), weight)
         is_first = weight / of_member  # of its member's servers
         as_first = is_first * _passed(of_member, self.first)
         return as_first + _passed(weight, self.rest) - is_first * _passed(of_member, self.rest)
 
 
-def _passed(weight: int, moment: float) -> float:
+def _passed(weight: float, moment: float) -> float:
     return -math.expm1(-weight * moment)
 
 
-def _chosen(weights: Mapping[int, int], moment: float) -> float:
+def _chosen(weights: Mapping[float, int], moment: float) -> float:
     """How many of so many of each weight are chosen until a moment, on average."""
     return sum(number * _passed(weight, moment) for weight, number in weights.items())
 

@@ -616,7 +616,12 @@ class Publication:
                         listed=row.state is ServerState.ACTIVE
                         or (row.state is ServerState.SUSPENDED and self._stays_listed(row)),
                         weight=scoring.sampling_weight(
-                            row.weight, row.traffic_cap, row.traffic, row.ke_cap, row.ke_traffic
+                            row.weight,
+                            row.traffic_cap,
+                            row.traffic,
+                            row.ke_cap,
+                            row.ke_traffic,
+                            score=scoring.best(score for _, score in proved.get(row.id, [])),
                         ),
                         account_uri=_own_account(row.own_account_uri, agentless=row.agentless),
                         methods=self._methods(row, needed=row.id in proofs),

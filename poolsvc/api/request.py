@@ -20,6 +20,7 @@ from poolsvc.drawing import Odds
 from poolsvc.inspection import Inspector
 from poolsvc.oidc import Provider
 from poolsvc.pool import Census, Kept
+from poolsvc.regional import Atlas, Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,8 @@ class Services:
     limits: Limits
     census: Kept[Census]
     odds: Kept[Odds]
+    atlas: Atlas
+    regions: Kept[dict[str, Place]]
     providers: Mapping[str, Provider]  # of OpenID Connect, by name
     inspector: Inspector
 
