@@ -61,6 +61,7 @@ dns_01 = true
 opening_size = {opening_size}
 max_stratum = 15
 probe_interval = 0.5
+exchange_spacing = 0.02
 agent_interval = 0.5
 reconcile_interval = 2
 tick = 0.1

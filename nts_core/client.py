@@ -155,12 +155,17 @@ def _parse_root(der: bytes) -> x509.Certificate:
 
 @dataclass(frozen=True, slots=True)
 class Established:
-    """A finished key establishment: what it gave, with whom, and how long it took (nanoseconds)."""
+    """A finished key establishment: what it gave, with whom, and how long it took (nanoseconds).
+
+    `connected` and `secured` are how long it took until the connection stood, and until TLS did.
+    """
 
     result: KeResult
     chain: tuple[x509.Certificate, ...] = field(repr=False)
     address: str
     took: int
+    connected: int = 0
+    secured: int = 0
 
     @property
     def ntp_host(self) -> str:
@@ -200,15 +205,16 @@ async def establish_any(
     begun with one address alone.
     """
     started = time.monotonic_ns()
-    stage, place = Failure.TCP, _places(addresses, port)
+    stage, place, address = Failure.TCP, _places(addresses, port), ""
     channel: TlsChannel | None = None
     try:
         async with asyncio.timeout(timeout):
             address, reader, writer = await _connect(addresses, port)
+            connected = time.monotonic_ns()
             stage, place = Failure.TLS, _join(address, port)
             try:
                 channel = client_channel(name, trust)
-                result = await _key_exchange(channel, reader, writer, offered)
+                result, secured = await _key_exchange(channel, reader, writer, offered)
             finally:
                 writer.transport.abort()
     except TimeoutError:
@@ -216,7 +222,7 @@ async def establish_any(
             addresses.clear()
         raise ClientError(stage, f"no answer from {place} within {timeout:g} s", is_silent=True) from None
     except OSError as error:
-        stage = Failure.LOCAL if error.errno in OWN_FAULTS else stage
+        stage = Failure.LOCAL if is_own_fault(error, address) else stage
         raise ClientError(stage, f"no connection to {place}: {_strerror(error)}") from None
     except CertificateError as error:
         shown = () if channel is None else channel.peer_chain
@@ -227,7 +233,31 @@ async def establish_any(
         raise ClientError(Failure.KE, str(error), ke_error=error.code) from None
     except WireError as error:
         raise ClientError(Failure.KE, str(error)) from None
-    return Established(result, channel.peer_chain, address, time.monotonic_ns() - started)
+    took = time.monotonic_ns() - started
+    return Established(result, channel.peer_chain, address, took, connected - started, secured - started)
+
+
+def is_own_fault(error: OSError, address: str) -> bool:
+    """Whether a failed connection says nothing of the server, since this host lacks something.
+
+    That a network is unreachable may be a router's word, which a server's owner could send for years: it is this host's own
+    only where it knows no way there.
+    """
+    return error.errno in OWN_FAULTS and not (error.errno == errno.ENETUNREACH and _has_route(address))
+
+
+def _has_route(address: str) -> bool:
+    """Nothing is sent: UDP's connect() only looks for the way."""
+    try:
+        with socket.socket(_family(address), socket.SOCK_DGRAM) as udp:
+            udp.connect((address, 9))
+    except OSError:
+        return False
+    return True
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ip_address(address).version == 6 else socket.AF_INET
 
 
 async def _connect(addresses: list[str], port: int) -> tuple[str, asyncio.StreamReader, asyncio.StreamWriter]:
@@ -239,7 +269,7 @@ async def _connect(addresses: list[str], port: int) -> tuple[str, asyncio.Stream
     failed = {order[number]: fault for number, fault in enumerate(faults) if isinstance(fault, OSError)}
     if winner is None or index is None:
         addresses.clear()
-        is_ours = all(fault.errno in OWN_FAULTS for fault in failed.values())
+        is_ours = all(is_own_fault(fault, address) for address, fault in failed.items())
         told = ", ".join(f"{_join(address, port)}: {_strerror(fault)}" for address, fault in failed.items())
         raise ClientError(Failure.LOCAL if is_ours else Failure.TCP, f"no connection to {told}")
     addresses[:] = [address for address in addresses if address not in {*failed, order[index]}]
@@ -263,15 +293,16 @@ async def _key_exchange(
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
     offered: Sequence[AeadId] = SUPPORTED,
-) -> KeResult:
+) -> tuple[KeResult, int]:
+    """What the server gives, and when TLS stood, in nanoseconds of the monotonic clock."""
     client = KeClient(channel.export, offered)
-    asked = False
+    secured: int | None = None
     octets = b""
     while True:
         try:
             plaintext = channel.receive(octets)
-            if channel.established and not asked:
-                asked = True
+            if channel.established and secured is None:
+                secured = time.monotonic_ns()
                 channel.send(client.request())
             result = client.receive(plaintext) if plaintext else None
         except (KeError, WireError):
@@ -282,10 +313,11 @@ async def _key_exchange(
             # Also on failure: the server then gets the alert that says why.
             writer.write(channel.to_send())
         if result is not None:
+            assert secured is not None
             channel.close()
             writer.write(channel.to_send())
             await writer.drain()
-            return result
+            return result, secured
         await writer.drain()
         octets = b"" if channel.closed_by_peer else await reader.read(_READ)
         if not octets:
@@ -300,10 +332,9 @@ async def exchange(
     Raises ClientError, KissOfDeath (for NTSN only once the deadline has passed without a proper answer, since
     anybody may forge it) and OutOfCookies.
     """
-    family = socket.AF_INET6 if ip_address(host).version == 6 else socket.AF_INET
     hint: KissOfDeath | None = None
     try:
-        udp = socket.socket(family, socket.SOCK_DGRAM)
+        udp = socket.socket(_family(host), socket.SOCK_DGRAM)
     except OSError as error:
         raise ClientError(Failure.LOCAL, f"no socket: {_strerror(error)}") from None
     with udp:
@@ -331,6 +362,7 @@ async def exchange(
                 Failure.NTP, f"no authentic answer from {_join(host, port)} within {timeout:g} s"
             ) from None
         except OSError as error:
+            # By our own route alone: the socket is not connected, and so hears no ICMP.
             stage = Failure.LOCAL if error.errno in OWN_FAULTS else Failure.NTP
             raise ClientError(stage, f"cannot send to {_join(host, port)}: {_strerror(error)}") from None
 

@@ -232,12 +232,24 @@ class AgentReport:
     version: int = VERSION
 
 
+class NameFinding(StrEnum):
+    """What the zone's own nameservers say of a server's name. What is wrong there is the pool's doing, never the member's."""
+
+    UNKNOWN = "unknown"  # nobody told
+    OK = "ok"
+    ALIAS = "alias"
+    ABSENT = "absent"  # it has no address
+    ELSEWHERE = "elsewhere"  # it has an address that is not the server's
+    UNLISTED = "unlisted"  # it has others of the server's addresses: this one may have been withdrawn
+
+
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
     """What a probe of one address found: the first stage that failed, and what was measured until then.
 
-    `offset` (server minus prober), `delay` and `root_distance` are nanoseconds; None while unknown. `asked`
-    and `cookies` count the cookies asked for by NTP and those that came.
+    `offset` (server minus prober), `delay` and `root_distance` are nanoseconds, of the exchange with the least delay; None
+    while unknown. `asked` and `cookies` count the cookies asked for by NTP and those that came. Of `exchanges` by NTP,
+    `lost` had no authentic answer. What ends in `_took` are nanoseconds from the stage before.
     """
 
     address: str
@@ -256,6 +268,19 @@ class ProbeResult:
     not_before: int | None = None  # of the leaf, seconds since 1970
     not_after: int | None = None
     leaf: str | None = None  # in PEM; None of one that is longer than a certificate has to be
+    is_silent: bool = False  # what failed had no answer at all, or a closed port
+    names: str = NameFinding.UNKNOWN  # anything that is none counts as that
+    names_detail: str = ""
+    aead: int | None = None
+    ntp: str | None = None  # where key establishment sends clients, ADDRESS:PORT
+    exchanges: int = 0
+    lost: int = 0
+    longest: int | None = None  # octets of the longest request that was answered
+    filtered: int | None = None  # octets of a request that was lost twice, while shorter ones were answered
+    name_took: int | None = None
+    tcp_took: int | None = None
+    tls_took: int | None = None
+    ke_took: int | None = None
     version: int = VERSION
 
 

@@ -466,6 +466,7 @@ class PolicySettings(_Section):
     admission_probes: int = Field(3, ge=1, description="full probes in a row that admit a server (bootstrap)")
     max_stratum: int = Field(7, ge=1, le=15, description="servers further from a reference clock score badly")
     probe_interval: float = Field(60, gt=0)
+    exchange_spacing: float = Field(2, ge=0, le=60, description="between the NTP exchanges of one probe")
     agent_interval: float = Field(60, gt=0, description="how often an idle agent reports")
     reconcile_interval: float = Field(60, gt=0, description="how often DNS is compared without a reason")
     full_pass_interval: float = Field(

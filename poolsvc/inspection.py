@@ -24,7 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from nts_core.aead import AeadId
 from nts_core.association import Association, Plain, Sample
 from nts_core.certificates import renew_by
-from nts_core.client import OWN_FAULTS, ClientError, Established, exchange
+from nts_core.client import ClientError, Established, exchange, is_own_fault
 from nts_core.control import ACME_PATH, CheckStatus, Finding, ProbeResult, ProofWay, Stage, Validation
 from nts_core.errors import KissOfDeath, OutOfCookies, printable
 from nts_core.tls import Trust
@@ -223,7 +223,7 @@ class Inspector:
         except ConnectionRefusedError:
             look.failed(check, f"closed: nothing listens on TCP port {port}", _CLOSED)
         except OSError as error:
-            if error.errno in OWN_FAULTS:
+            if is_own_fault(error, look.address):
                 look.skipped(check, "the registry itself cannot connect now")
             else:
                 look.failed(check, f"no connection to TCP port {port}: {error.strerror}", _CLOSED)

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from urllib.parse import urlsplit
 
 import structlog
@@ -13,8 +14,9 @@ from nts_core.control import ProbeResult, ServerState, Stage, StageStatus
 from nts_core.errors import printable
 from nts_core.tls import Trust
 from poolsvc import maintenance, own_account, samples, scoring, servers, troubles
-from poolsvc.config import Settings
+from poolsvc.config import Settings, split_endpoint
 from poolsvc.db import Database
+from poolsvc.lookups import Nameservers
 from poolsvc.models import HoldKind, Order, OrderStatus, SampleRecord, Server, StageRecord
 from poolsvc.notices import NoticeKind
 from poolsvc.outbound import Guard
@@ -42,6 +44,7 @@ async def probe_server(
     if not worth_probing:
         return
     trust, guard = Trust.of(roots, now), Guard(settings)
+    nameservers = _nameservers(settings.dns.nameservers)
     try:
         results = await asyncio.gather(
             *(
@@ -54,6 +57,8 @@ async def probe_server(
                         own_addresses=frozenset(addresses),
                         guard=guard,
                         is_own=own_account.is_used(server),
+                        names=nameservers,
+                        spacing=settings.policy.exchange_spacing,
                     ),
                     server,
                     address,
@@ -68,6 +73,12 @@ async def probe_server(
     async with database.transaction() as session:
         server = await servers.get(session, server_id)
         await record(session, settings, server, results, now)
+
+
+@cache
+def _nameservers(endpoints: tuple[str, ...]) -> Nameservers:
+    """One for all probes: it knows which of them are silent."""
+    return Nameservers([split_endpoint(endpoint) for endpoint in endpoints])
 
 
 async def _result_of(probing: Awaitable[ProbeResult], server: Server, address: str) -> ProbeResult:

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from types import MappingProxyType
 
-from poolsvc.scoring import ADMITTED, is_good
+from poolsvc.scoring import ADMITTED, HOPELESS, RULE, Line, Rule, is_good
 
 FRESH = timedelta(minutes=20)
+FRESH_HOPELESS = timedelta(hours=4.5)  # two of the longest intervals: who looks seldom has a say for longer
 SILENT = timedelta(minutes=30)
 FULL_QUORUM = 3
 _PROBES = 2  # full ones in a row, of each monitor of a quorum of several
@@ -40,7 +41,9 @@ class View:
     silent_since: datetime | None = None
 
     def is_fresh(self, now: datetime) -> bool:
-        return self.at is not None and now - self.at <= FRESH
+        """Whether one of its last two probes is still the last word: the hopeless are looked at seldom."""
+        lasts = FRESH_HOPELESS if self.score is not None and self.score <= HOPELESS else FRESH
+        return self.at is not None and now - self.at <= lasts
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +70,11 @@ def quorum(approved: int, least: int, admission_probes: int) -> Quorum:
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """A rule that makes one number of votes: the one at `fraction` of them, in order from the worst."""
+    """A whole way to judge: each monitor's score by `rule`, and of their votes the one at `fraction`, from the worst on."""
 
     name: str
     fraction: float
+    rule: Rule = RULE
 
     def of(self, votes: Sequence[float]) -> float:
         """Of two in the middle the lower one; there is at least one vote."""
@@ -80,7 +84,15 @@ class Scorer:
 MEDIAN = Scorer("median", 0.5)
 # Who cannot be reached from a quarter of the world loses: the median of near and healthy monitors is an optimist.
 QUARTILE = Scorer("quartile", 0.25)
-SCORERS: Mapping[str, Scorer] = MappingProxyType({scorer.name: scorer for scorer in (MEDIAN, QUARTILE)})
+# Half of the offset that the ruling one bears: full up to 10 ms, good up to 50.
+CLOSE = Scorer(
+    "close", 0.5, Rule(0.95, 1.0, (Line(0.01, 0, 1), Line(0.05, -12.5, 1.125), Line(0.75, -2.143, 0.607)))
+)
+# A memory half as long: out after one silent probe, and back in half of the time.
+BRISK = Scorer("brisk", 0.5, Rule(0.9, 2.0, RULE.lines))
+SCORERS: Mapping[str, Scorer] = MappingProxyType(
+    {scorer.name: scorer for scorer in (MEDIAN, QUARTILE, CLOSE, BRISK)}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,4 +154,32 @@ def is_silent(views: Iterable[View], now: datetime) -> bool:
     fresh = [view for view in views if view.is_fresh(now)]
     return bool(fresh) and all(
         view.silent_since is not None and now - view.silent_since >= SILENT for view in fresh
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What would become of the pool's servers by another scorer, by name."""
+
+    dropped: Sequence[str]
+    added: Sequence[str]
+
+    def __str__(self) -> str:
+        return f"would drop {len(self.dropped)}, add {len(self.added)}"
+
+
+def compare(addresses: Iterable[tuple[str, float | None, float | None]]) -> Difference:
+    """Two scorers over a pool: for each address its server, the score by the one that rules, and by the other one.
+
+    A server is good by its best address. An address that one of both does not know says nothing.
+    """
+    by_server: dict[str, tuple[bool, bool]] = {}
+    for server, ruling, shadow in addresses:
+        if ruling is None or shadow is None:
+            continue
+        is_in, would_be = by_server.get(server, (False, False))
+        by_server[server] = is_in or is_good(ruling), would_be or is_good(shadow)
+    return Difference(
+        sorted(server for server, (is_in, would_be) in by_server.items() if is_in and not would_be),
+        sorted(server for server, (is_in, would_be) in by_server.items() if would_be and not is_in),
     )

@@ -25,7 +25,7 @@ from poolsvc.models.accounts import (
     User,
 )
 from poolsvc.models.events import Event, IdempotencyKey, Lease, WorkerReport
-from poolsvc.models.monitors import INNER, DailySummary, HourlySummary, Monitor, MonitorView, ViewRole
+from poolsvc.models.monitors import INNER, DailySummary, HourlySummary, Monitor, MonitorView
 from poolsvc.models.notices import Channel, Delivery, DeliveryStatus, Notice, SentMail, Webhook
 from poolsvc.models.servers import (
     ENDED_STATES,
@@ -52,6 +52,7 @@ from poolsvc.models.servers import (
     ZonePlan,
 )
 from poolsvc.models.zone_changes import ZoneChange
+from poolsvc.vantage import ViewRole
 
 __all__ = [
     "ENDED_STATES",

@@ -1,7 +1,6 @@
 """Monitors, what each last said of each address, and what is kept of that for years."""
 
 from datetime import date, datetime
-from enum import StrEnum
 
 from sqlalchemy import BigInteger, Date, ForeignKey, Index, String
 from sqlalchemy.orm import Mapped, mapped_column, relationship
@@ -9,17 +8,9 @@ from sqlalchemy.orm import Mapped, mapped_column, relationship
 from nts_core.control import MonitorStatus, Stage
 from poolsvc.db import Base, UtcDateTime, text_enum
 from poolsvc.models.accounts import Member
+from poolsvc.vantage import ViewRole
 
 INNER = "registry"  # the monitor inside `poolsvc serve`; samples had no other name before there were several
-
-
-class ViewRole(StrEnum):
-    """What a monitor's view of an address is for (`poolsvc.vantage` chooses)."""
-
-    CANDIDATE = "candidate"  # it looks now and then, and has no say
-    TESTING = "testing"  # it looks regularly, and has no say yet
-    ACTIVE = "active"
-    PAUSED = "paused"  # it may not look at this address
 
 
 class Monitor(Base):

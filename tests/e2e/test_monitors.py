@@ -96,7 +96,7 @@ def test_states_and_answers_are_as_they_should_be_at_each_moment(tmp_path):
     def story(world):
         for name, kind in SERVERS.items():
             world.add(name, kind)
-        for name, member in world.members.items():
+        for member in world.members.values():
             world.pool.wait_for_state(member, "active", 60)
         wait_until(lambda: all(member.view()["in_dns"] for member in world.members.values()), "the SRV")
 

@@ -310,7 +310,7 @@ async def test_sighup_swaps_the_certificate_and_spares_open_connections(reloadab
     reload(reloadable)
     assert await shown(reloadable, trust) == serial(fresh)
     channel = client_channel(NAME, trust)
-    result = await _key_exchange(channel, reader, writer)
+    result, _ = await _key_exchange(channel, reader, writer)
     assert channel.peer_chain[0].serial_number == serial(pair)
     assert len(result.cookies) == 8
     writer.close()

@@ -172,7 +172,7 @@ def settings(tmp_path):
             caa_identity=CAA_IDENTITY,
             account_key_file=tmp_path / "account.pem",
         ),
-        policy=PolicySettings(proof_deadline=2, tick=0.02, step_retry=10),
+        policy=PolicySettings(proof_deadline=2, exchange_spacing=0, tick=0.02, step_retry=10),
     )
 
 

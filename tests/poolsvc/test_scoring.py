@@ -187,3 +187,10 @@ def test_the_worse_of_both_protocols_counts(ntp, ke, share):
 @pytest.mark.parametrize(("score", "part"), [(-100, 0), (10, 0), (11, 0.2), (12.5, 0.5), (15, 1), (20, 1)])
 def test_the_share_grows_between_the_cutoff_and_fifteen(score, part):
     assert share(score) == pytest.approx(part)
+
+
+@pytest.mark.parametrize(
+    ("score", "tenths"), [(20, 70), (15, 70), (12.5, 35), (12.4, 35), (11, 14), (10, 1), (9, 1)]
+)
+def test_who_was_just_bad_has_a_smaller_share_of_what_its_member_wants(score, tenths):
+    assert sampling_weight(7, None, None, score=score) == tenths

@@ -6,15 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poolsvc.scoring import ADMITTED, CUTOFF, is_good
+from nts_core.control import ProbeResult
+from poolsvc.scoring import ADMITTED, CUTOFF, MAX_SCORE, RULE, advance, is_good, step
 from poolsvc.verdicts import (
     FRESH,
+    FRESH_HOPELESS,
     MEDIAN,
     QUARTILE,
+    SCORERS,
     SILENT,
     Quorum,
     View,
     admits,
+    compare,
     first_score,
     is_silent,
     overall,
@@ -56,8 +60,14 @@ def test_the_quartile_hears_whom_the_median_does_not():
     assert overall(seen, FULL, NOW, QUARTILE).score == 1
 
 
+def test_the_hopeless_are_looked_at_seldom_and_known_all_the_same():
+    seen = views(-100, -100, -100, age=FRESH_HOPELESS)
+    assert overall(seen, FULL, NOW).score == -100
+    assert not overall(views(-89, -89, -89, age=FRESH_HOPELESS), FULL, NOW).is_known
+
+
 def test_neither_who_was_not_asked_nor_who_is_late_has_a_say():
-    silenced = [view(4, -100, active=False), view(5, -100, age=FRESH + MINUTE)]
+    silenced = [view(4, -80, active=False), view(5, -80, age=FRESH + MINUTE)]
     assert overall([*views(20, 20, 20), *silenced], FULL, NOW).score == 20
     found = overall([*views(20, 20), *silenced], FULL, NOW)
     assert not found.is_known
@@ -125,3 +135,39 @@ def test_silence_is_what_everybody_who_looks_has_found_for_long():
 def test_the_ruling_scorer_is_the_median():
     assert MEDIAN.of([1, 2, 3, 4]) == 2
     assert QUARTILE.of([1, 2, 3, 4, 5]) == 2
+
+
+@pytest.mark.parametrize("scorer", SCORERS.values(), ids=SCORERS)
+def test_the_scores_of_every_scorer_mean_the_same(scorer):
+    """Twenty times the mean step, lines that meet, a full step for a good clock and none for a bad one."""
+    rule = scorer.rule
+    assert rule.gain == pytest.approx(MAX_SCORE * (1 - rule.decay))
+    good = ProbeResult("198.18.0.1", None, "", offset=0, stratum=2, asked=1, cookies=1)
+    silent = ProbeResult("198.18.0.1", None, "", asked=1)
+    for result, settles in ((good, 20), (silent, -100)):
+        score = 0.0
+        for _ in range(500):
+            score = advance(score, step(result, rule=rule), rule)
+        assert score == pytest.approx(settles)
+    for line, following in zip(rule.lines, rule.lines[1:], strict=False):
+        assert line.until < following.until
+        here, there = (part.slope * line.until + part.start for part in (line, following))
+        assert here == pytest.approx(there, abs=1e-3)
+    assert rule.lines[-1].until == RULE.lines[-1].until
+
+
+def test_two_scorers_are_compared_by_the_servers_that_are_good_by_one_of_them():
+    found = compare(
+        [
+            ("alice", 20, 9),
+            ("bob", 20, 9),
+            ("bob", 9, 20),
+            ("carol", 9.9, 10),
+            ("dave", 20, None),
+            ("erin", None, 20),
+            ("alice", 12, 3),
+            ("frank", 1, 2),
+        ]
+    )
+    assert (found.dropped, found.added) == (["alice"], ["carol"])
+    assert str(found) == "would drop 1, add 1"
