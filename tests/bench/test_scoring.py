@@ -9,7 +9,11 @@ import pytest
 
 def run(*options):
     return subprocess.run(
-        [sys.executable, "-m", "bench.scoring", *options], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "bench.scoring", *options],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
 
 
