@@ -15,7 +15,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from nts_core.control import ServerState
-from poolsvc import leases
+from poolsvc import leases, subsets
 from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.errors import WrongState
@@ -152,7 +152,8 @@ async def check(database: Database, settings: Settings, now: datetime, count: in
     if count is not None and count < len(keys):
         keys = random.sample(keys, count)
     asked = len(keys)
-    wrong, due = await publisher.verify(keys, seen.zone), await _due(publication, seen.zone)
+    draw = await subsets.in_place(publisher, seen.zone)
+    wrong, due = await publisher.verify(keys, seen.zone, draw), await _due(publication, seen.zone)
     for _ in range(_ROUNDS - 1):
         if not wrong and not due:
             break
@@ -162,7 +163,8 @@ async def check(database: Database, settings: Settings, now: datetime, count: in
         # One that was silent was not asked to the end.
         if all(mismatch.key is not None for mismatch in wrong):
             keys = sorted({mismatch.key for mismatch in wrong if mismatch.key is not None})
-        wrong = await publisher.verify(keys, seen.zone)
+        draw = await subsets.in_place(publisher, seen.zone)
+        wrong = await publisher.verify(keys, seen.zone, draw)
         due &= await _due(publication, seen.zone)
     return Checked(seen.serial, asked, wrong, len(due))
 

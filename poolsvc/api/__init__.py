@@ -11,6 +11,8 @@ from poolsvc.api import (
     export,
     history,
     members,
+    monitor,
+    monitors,
     notices,
     pool,
     regions,
@@ -31,7 +33,9 @@ ROUTERS = tuple(
     part.router
     for part in (
         agent,
+        monitor,
         pool,
+        monitors,
         sign_in,
         accounts,
         members,

@@ -12,9 +12,10 @@ import dns.rcode
 import pytest
 
 from lab.embedded import Embedded
-from lab.knot import Knot, KnotEdge
-from lab.processes import Process, wait_until
-from lab.programs import poolsvc, script
+from lab.knot import KnotEdge
+from lab.primaries import PRIMARIES
+from lab.processes import Process, free_port, wait_until
+from lab.programs import poolsvc, scrape, script
 from lab.unbound import Unbound
 from lab.zones import wanted
 from poolsvc.cli import ExitStatus
@@ -165,9 +166,10 @@ async def test_a_leader_of_another_epoch_draws_nothing(embedded):
     assert token_at(embedded) in (None, NO_DRAW)
 
 
-async def test_other_primaries_have_no_place_for_sets(tmp_path):
-    with Knot(tmp_path / "knot", ttl=1) as knot:
-        publisher = Publisher(POLICY, config_of(knot))
+@pytest.mark.parametrize("kind", [kind for kind in PRIMARIES if PRIMARIES[kind] is not Embedded])
+async def test_other_primaries_have_no_place_for_sets(tmp_path, kind):
+    with PRIMARIES[kind](tmp_path / "primary", ttl=1) as primary:
+        publisher = Publisher(POLICY, config_of(primary))
         await publisher.take_fence(EPOCH)
         with pytest.raises(NoSink):
             await Sink(publisher).publish({SERVICE: drawn(1)}, 1, EPOCH)
@@ -207,6 +209,9 @@ async def test_an_edge_answers_from_the_draw_and_goes_on_without_its_source(edge
     sink, sets = Sink(publisher), drawn(1)
     done = await edge.once()
     assert done.stdout == "nothing new\n", done.stderr
+    port = free_port("127.0.0.1")
+    with edge.knot.settings.open("a") as file:
+        file.write(f'metrics = "127.0.0.1:{port}"\n')
     with edge.program:
         edge.program.start()
         token = await sink.publish({SERVICE: sets}, 1, EPOCH)
@@ -237,6 +242,9 @@ async def test_an_edge_answers_from_the_draw_and_goes_on_without_its_source(edge
         last = await sink.publish({SERVICE: left}, 3, EPOCH)
         wait_until(lambda: token_at(edge.knot) == last, "the edge is past the restart")
         assert seen(edge.knot, 100) <= all_of(left)
+        figures = scrape(port)
+        assert figures["truechimer_edge_sets"] == VARIANTS
+        assert figures['truechimer_edge_events_total{event="reloaded"}'] >= 3
     assert "answer_sets_served" in edge.program.log.read_text()
 
 
