@@ -268,7 +268,7 @@ class Draw:
     def sets(self) -> dict[str, tuple[Names, ...]]:
         """All of it."""
         return {
-            region: tuple(self._set(region, index) for index in range(self._count(region)))
+            region: tuple(self.set_at(region, index) for index in range(self._count(region)))
             for region in self._regions
         }
 
@@ -280,7 +280,7 @@ class Draw:
         out = frozenset(gone)
         return {
             region: tuple(
-                names if out.isdisjoint(names) else self._set(region, index)
+                names if out.isdisjoint(names) else self.set_at(region, index)
                 for index, names in enumerate(some)
             )
             for region, some in sets.items()
@@ -291,7 +291,8 @@ class Draw:
         sets = sets_for(servers, places)
         return sets if region == WORLD else min(sets, self._rules.region_sets)
 
-    def _set(self, region: str, index: int) -> Names:
+    def set_at(self, region: str, index: int) -> Names:
+        """One of the sets, of which there may be as many as anybody wants."""
         seed = blake2b(f"{self.number} {region} {index}".encode(), digest_size=8).digest()
         chance = random.Random(int.from_bytes(seed, "big")).random  # noqa: S311 - a draw is no secret
         drawn = _Set()
