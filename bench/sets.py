@@ -26,10 +26,11 @@ from lab.embedded import Embedded
 from lab.knot import KnotEdge
 from lab.processes import LabError
 from lab.programs import poolsvc
+from lab.zones import wanted
 from poolsvc.primary import PublishError
 from poolsvc.publisher import Publisher
 from poolsvc.subsets import Sink
-from poolsvc.zone import Key, RRset, ServerRecords, diff, wanted
+from poolsvc.zone import Key, RRset, ServerRecords, diff
 
 _REGIONS, _OF_A_REGION, _TARGETS = 250, 16, 8
 _OWNERS = tuple(f"_ntske._tcp.r{number}.pool.example." for number in range(_REGIONS))

@@ -18,10 +18,12 @@ from nts_core.control import ServerState
 from poolsvc import leases, subsets
 from poolsvc.config import Settings
 from poolsvc.db import Database
+from poolsvc.errors import WrongState
 from poolsvc.leader import LEASE
 from poolsvc.models import Server, ZonePlan
 from poolsvc.names import is_label
 from poolsvc.pool import count_by_state, the_pool
+from poolsvc.primary import PublishError
 from poolsvc.publication import Publication, primary_config, zone_policy
 from poolsvc.publisher import Mismatch, Publisher
 from poolsvc.zone import Change, Key, Question, Zone, ordered
@@ -103,6 +105,20 @@ async def approve(session: AsyncSession, question: Question, now: datetime) -> d
     )
     session.add(plan)
     return plan.expires_at
+
+
+async def may_write(settings: Settings, region: str) -> None:
+    """Whether the primary lets us write a region's SRV; if it did not, nothing at all could be published any more.
+
+    Raises WrongState.
+    """
+    try:
+        await Publisher(zone_policy(settings), primary_config(settings)).rehearse_region(region)
+    except (PublishError, OSError) as error:
+        raise WrongState(
+            f"the primary would not take the SRV of {region}: {error}",
+            remedy="give the publisher's key the right to it, as in the files of `poolsvc init`; docs/answers.md",
+        ) from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -293,6 +293,10 @@ class Publisher:
         )
         return [await self._trial(*trial) for trial in trials][-1]
 
+    async def rehearse_region(self, region: str) -> None:
+        """Ask for a change of a region's SRV, so that nothing is changed. Raises PublishError."""
+        await self._trial(self._policy.service_at(region), ("SRV",))
+
     async def _trial(self, owner: str, rdtypes: tuple[str, ...]) -> datetime:
         update = self._update()
         for rdtype in rdtypes:
@@ -333,6 +337,7 @@ class Publisher:
             tsig_secret=to.tsig_secret,
             tsig_algorithm=to.tsig_algorithm,
             owners=policy.owners,
+            names=tuple(policy.services),
             types=MANAGED_TYPES,
             timeout=to.timeout,
         )

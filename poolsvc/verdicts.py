@@ -40,10 +40,14 @@ class View:
     at: datetime | None
     silent_since: datetime | None = None
 
+    @property
+    def lasts(self) -> timedelta:
+        """How long a probe is the last word: the hopeless are looked at seldom."""
+        return FRESH_HOPELESS if self.score is not None and self.score <= HOPELESS else FRESH
+
     def is_fresh(self, now: datetime) -> bool:
-        """Whether one of its last two probes is still the last word: the hopeless are looked at seldom."""
-        lasts = FRESH_HOPELESS if self.score is not None and self.score <= HOPELESS else FRESH
-        return self.at is not None and now - self.at <= lasts
+        """Whether one of its last two probes is still the last word."""
+        return self.at is not None and now - self.at <= self.lasts
 
 
 @dataclass(frozen=True, slots=True)

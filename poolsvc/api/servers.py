@@ -16,9 +16,9 @@ from poolsvc import (
     issuance,
     onboarding,
     own_account,
+    regional,
     removal,
     samples,
-    scoring,
     servers,
     terms,
 )
@@ -42,7 +42,7 @@ from poolsvc.budget import Place
 from poolsvc.config import Settings
 from poolsvc.errors import WrongState
 from poolsvc.explain import StageView, expected_at, explain, why_not
-from poolsvc.models import Address, HoldKind, SampleRecord, Server, Token, TokenKind
+from poolsvc.models import Address, HoldKind, Member, SampleRecord, Server, Token, TokenKind
 from poolsvc.pool import count_until_open, the_pool
 from poolsvc.removal import Receipt
 
@@ -399,13 +399,12 @@ async def changed_view(
     return await view_of(session, services, await servers.get(session, server.id), now)
 
 
-async def _share(session: AsyncSession, services: Services, server: Server) -> float:
+async def _share(session: AsyncSession, services: Services, server: Server, now: datetime) -> float:
     if not is_in_dns(server):
         return 0.0
-    weight = scoring.sampling_weight(
-        server.weight, server.traffic_cap, server.traffic, server.ke_cap, server.ke_traffic
-    )
-    return (await services.odds.get(session)).chance(server.member_id, weight)
+    member = await session.get_one(Member, server.member_id)
+    odds = await services.odds.get(session)
+    return regional.chance(odds, server, member.created_at, services.settings, now)
 
 
 def _certificate(server: Server) -> CurrentCertificateView | None:
@@ -435,7 +434,7 @@ async def view_of(session: AsyncSession, services: Services, server: Server, now
         in_dns=is_in_dns(server),
         why=why_not(views, server),
         stages=views,
-        share=await _share(session, services, server),
+        share=await _share(session, services, server, now),
         holds=[HoldView.model_validate(hold) for hold in servers.open_holds(server)],
         queue=None if place is None else QueueView.model_validate(place),
         expected_at=expected_at(server, settings, place, now),

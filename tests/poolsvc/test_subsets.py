@@ -17,11 +17,12 @@ from lab.primaries import PRIMARIES
 from lab.processes import Process, free_port, wait_until
 from lab.programs import poolsvc, scrape, script
 from lab.unbound import Unbound
+from lab.zones import wanted
 from poolsvc.cli import ExitStatus
 from poolsvc.primary import NO_DRAW, Conflict, Fenced, Nameserver, PrimaryConfig
 from poolsvc.publisher import Publisher
 from poolsvc.subsets import NoSink, Sink, draw_of, marker
-from poolsvc.zone import ServerRecords, ZonePolicy, diff, records_of, wanted
+from poolsvc.zone import ServerRecords, ZonePolicy, diff, records_of
 
 # Without a TTL a resolver asks for each answer, so that it sees them all.
 POLICY = ZonePolicy("pool.example", srv_ttl=0, address_ttl=1, ke_port=4460, caa=())
