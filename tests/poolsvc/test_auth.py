@@ -236,7 +236,9 @@ async def world(registry):
         """An endpoint's path with what the world has for it."""
         own = numbers.get(template.partition("?")[0], {})
         return template.format(
-            **{"name": "alice", "member": owner, "user": colleague.id, "monitor": "eyes", "region": "de"} | GONE | own
+            **{"name": "alice", "member": owner, "user": colleague.id, "monitor": "eyes", "region": "de"}
+            | GONE
+            | own
         )
 
     def bearer(role, template):
