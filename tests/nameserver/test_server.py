@@ -15,6 +15,7 @@ import dns.query
 import dns.rcode
 import dns.rdata
 import dns.rdataclass
+import dns.rdatatype
 import dns.tsig
 import dns.update
 import dns.xfr
@@ -263,13 +264,21 @@ async def test_signed_questions_get_signed_answers(served):
 
 
 async def test_answer_sets_are_for_who_gets_the_zone(served):
-    query = dns.message.make_query(ORIGIN, records.SETS)
-    assert (await served.tcp(query)).rcode() == dns.rcode.REFUSED
-    for by, answers in ((EDGE, 1), (PUBLISHER, 1)):
-        query = dns.message.make_query(ORIGIN, records.SETS)
-        query.use_tsig(by)
-        assert len((await served.tcp(query)).answer) == answers
-        assert (await served.udp(query)).rcode() == dns.rcode.FORMERR
+    def question(by=None):
+        query = dns.message.make_query(ORIGIN, records.SETS, want_dnssec=True)
+        if by is not None:
+            query.use_tsig(by)
+        return query
+
+    for by in (EDGE, PUBLISHER):
+        (head,) = (await served.tcp(question(by))).answer
+        assert Head.decode(records.canonical(head[0])).token == NO_DRAW
+    plain = await served.tcp(question())
+    assert (plain.rcode(), plain.answer) == (dns.rcode.NOERROR, []), "to all others there is no such type"
+    assert any(rrset.rdtype == dns.rdatatype.NSEC for rrset in plain.authority)
+    forged = question()
+    forged.authority.append(head)
+    assert (await served.tcp(forged)).rcode() == dns.rcode.REFUSED
 
 
 async def test_answer_sets_are_from_who_may_change_the_zone(served):
