@@ -124,6 +124,7 @@ def create_app(
         odds=Kept(partial(odds_of, settings=settings)),
         atlas=atlas,
         regions=Kept(atlas.look),
+        concentration=Kept(atlas.concentration),
         providers=providers,
         inspector=Inspector(settings, roots),
     )

@@ -432,6 +432,7 @@ PUBLIC = {
     ("GET", "/v1/pool/servers"),
     ("GET", "/v1/pool/history"),
     ("GET", "/v1/regions"),
+    ("GET", "/v1/pool/independence"),
     ("GET", "/v1/pool/monitors"),
     ("POST", "/v1/agent/rejoin-challenge"),
     ("POST", "/v1/agent/rejoin"),
