@@ -1,7 +1,7 @@
 """What probes do to a server: stages, admission, scores, holds. The prober's word is all that counts here."""
 
 import asyncio
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from urllib.parse import urlsplit
@@ -21,7 +21,7 @@ from poolsvc.models import HoldKind, Order, OrderStatus, SampleRecord, Server, S
 from poolsvc.notices import NoticeKind
 from poolsvc.outbound import Guard
 from poolsvc.pool import count_active
-from poolsvc.prober import ProbeImpossible, probe
+from poolsvc.prober import ProbeImpossible, probe, settled
 from poolsvc.servers import EventKind
 
 _log = structlog.get_logger()
@@ -48,7 +48,7 @@ async def probe_server(
     try:
         results = await asyncio.gather(
             *(
-                _result_of(
+                settled(
                     probe(
                         settings.domain_of(server.name),
                         address,
@@ -60,7 +60,7 @@ async def probe_server(
                         names=nameservers,
                         spacing=settings.policy.exchange_spacing,
                     ),
-                    server,
+                    server.name,
                     address,
                 )
                 for address in addresses
@@ -79,17 +79,6 @@ async def probe_server(
 def _nameservers(endpoints: tuple[str, ...]) -> Nameservers:
     """One for all probes: it knows which of them are silent."""
     return Nameservers([split_endpoint(endpoint) for endpoint in endpoints])
-
-
-async def _result_of(probing: Awaitable[ProbeResult], server: Server, address: str) -> ProbeResult:
-    """A probe that always has a result: whatever a server does to the prober counts against that server."""
-    try:
-        return await probing
-    except ProbeImpossible:
-        raise
-    except Exception as error:  # noqa: BLE001 - or a server that crashes its probes would keep its score
-        _log.error("probe_crashed", server=server.name, address=address, exc_info=error)
-        return ProbeResult(address, Stage.TLS, f"the probe failed with {type(error).__name__}")
 
 
 async def record(
