@@ -93,6 +93,7 @@ _ASK_AGAIN = (
     0.1  # seconds after which an authoritative server that does not show the zone is asked again, at first
 )
 _PATIENCE = timedelta(seconds=10)  # in which it may come to it: most are a moment behind the primary
+_DRAWS = 2  # before the present one that edges may answer from
 _FEW_SETS = 64  # of a whole draw, which is made anew whenever anything changes
 _AT_ONCE = timedelta(minutes=10)  # within which servers that leave the SRV leave it together
 _STATES = (*servers.NAMED_STATES, ServerState.LEAVING)
@@ -223,12 +224,17 @@ class _Drawn:
 
 @dataclass(frozen=True, slots=True)
 class _Answers:
-    """What the sink has: these sets, the draws that count, the owners that have several, and everybody who is named."""
+    """What the sink has: these sets, and the owners that have several of them.
+
+    `draws` are those that count, the newest last: of each its token and everybody who is named in it.
+    """
 
     sets: drawing.AnswerSets
-    tokens: tuple[str, ...]
     owners: frozenset[str]
-    names: frozenset[str]
+    draws: tuple[tuple[str, frozenset[str]], ...]
+
+    def names(self, server: str) -> bool:
+        return any(server in names for _, names in self.draws)
 
     def __bool__(self) -> bool:
         """Whether anything is answered from it, and not from the zone alone."""
@@ -372,6 +378,9 @@ class Publication:
         is_check = self._is_check_due(now)
         if is_check:
             await self._check(publisher, now)
+        if self._is_closing:
+            # An edge goes on to answer from sets, whatever the zone says of their owner.
+            await self._hand_over(publisher, epoch)
         changes = await self._bring(publisher, epoch, now)
         assert self._seen is not None
         if await self._hand_over(publisher, epoch) or is_check or changes or self._waiting:
@@ -461,24 +470,33 @@ class Publication:
         """Give the sink what is drawn, if there is one; whether it was."""
         if not self._is_hand_over_due or (drawn := self._drawn) is None:
             return False
-        several, named = self._several, drawn.names
+        several = self._several
         try:
             token = await subsets.Sink(publisher).publish(several, drawn.reasons[0], epoch)
         except subsets.NoSink:
             self._has_sink = False
             return False
-        # The draw before goes on to count while all in it are candidates: who is a draw behind answers nothing wrong.
-        before, candidates = self._answers, {one.name for one in self._candidates.values()}
-        kept = before.tokens[-1:] if before is not None and before.names <= candidates else ()
-        self._answers = _Answers(drawn.sets, (*kept, token), frozenset(several), named)
+        before = () if self._answers is None else self._answers.draws[-_DRAWS:]
+        # Those before go on to count while all who are named in them are candidates: an edge that is behind is not wrong.
+        candidates = {one.name for one in self._candidates.values()}
+        kept = [draw for draw in before if draw[1] <= candidates]
+        self._answers = _Answers(drawn.sets, frozenset(several), (*kept, (token, drawn.names)))
         return True
+
+    @property
+    def _is_closing(self) -> bool:
+        """Whether an owner that has sets is to have no SRV any more."""
+        return self._answers is not None and any(
+            (owner, "SRV") not in self._services for owner in self._answers.owners
+        )
 
     @property
     def _counting(self) -> PublisherDraw | None:
         """The draws that count, for who verifies what the nameservers answer."""
         if not self._answers:
             return None
-        return subsets.draw_of(self._the_policy, self._answers.owners, self._answers.tokens)
+        tokens = [token for token, _ in self._answers.draws]
+        return subsets.draw_of(self._the_policy, self._answers.owners, tokens)
 
     @staticmethod
     def _has_passed(since: datetime | None, now: datetime, seconds: float) -> bool:
@@ -1108,7 +1126,7 @@ class Publication:
     def _is_named(self, zone: Zone, name: str) -> bool:
         """Whether anything that is answered for the pool or a region may name a server."""
         owner = self._the_policy.domain(name)
-        is_given = self._answers is not None and name in self._answers.names
+        is_given = self._answers is not None and self._answers.names(name)
         return is_given or any(_lists(zone[key], owner) for key in self._service_keys(zone) if key in zone)
 
     def _news_of_revocation(self, row: _Row, *, is_named: bool, now: datetime) -> dict[str, datetime | None]:

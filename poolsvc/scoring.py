@@ -137,8 +137,15 @@ def sampling_weight(
     both counts, since a client needs both. `score` is that of its best address: who was just bad comes back by degrees.
     Both are in tenths, so that not every flutter draws the answer anew.
     """
-    answered = min(_answered(cap, traffic), _answered(ke_cap, ke_traffic))
+    answered = capacity(cap, traffic, ke_cap, ke_traffic)
     return max(1, round(weight * answered * round(10 * share(score))))
+
+
+def capacity(
+    cap: float | None, traffic: float | None, ke_cap: float | None = None, ke_traffic: float | None = None
+) -> float:
+    """The part of what comes that a server answers, from 0 to 1, by its own caps."""
+    return min(_answered(cap, traffic), _answered(ke_cap, ke_traffic))
 
 
 def _answered(cap: float | None, traffic: float | None) -> float:

@@ -257,7 +257,7 @@ def lot(*members_with_weights):
 )
 def test_the_odds_are_those_of_the_drawing(candidates):
     """Counted over many sets; among equals the figure is exact, else it is off by a few percent of an answer."""
-    odds = Odds.of(((one.member, one.weight) for one in candidates), 8)
+    odds = Odds.of(((one.member, one.weight, False) for one in candidates), Rules(8))
     names, total = counted(candidates, 3_000)
     figures = {one.name: odds.chance(one.member, one.weight) for one in candidates}
     for name, figure in figures.items():
@@ -266,5 +266,5 @@ def test_the_odds_are_those_of_the_drawing(candidates):
 
 
 def test_who_came_since_the_odds_were_reckoned_has_a_share_all_the_same():
-    odds = Odds.of([(1, 10)] * 20, 8)
+    odds = Odds.of([(1, 10, False)] * 20, Rules(8))
     assert 0 < odds.chance(2, 10) <= 1
