@@ -871,15 +871,18 @@ class TestOutbox:
     @pytest.mark.parametrize(
         ("before", "after", "is_noted"),
         [
-            (12.0, 20.0, False),
+            (15.0, 20.0, False),
+            (12.0, 12.2, False),
+            (12.0, 15.0, True),
             (12.0, 9.9, True),
             (9.9, 10.0, True),
             (3.0, -100.0, False),
             (None, 12.0, True),
-            (None, 9.9, False),
+            (None, 9.9, True),
+            (None, 20.0, True),
         ],
     )
-    async def test_a_score_counts_when_it_crosses_the_cutoff(self, registry, before, after, is_noted):
+    async def test_a_score_counts_when_it_crosses_the_cutoff_or_makes_another_share(self, registry, before, after, is_noted):
         alice = await registry.server(state=S.ACTIVE)
         async with registry.change(alice) as (_, server):
             server.addresses[0].score = before
