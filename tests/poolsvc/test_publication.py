@@ -882,7 +882,9 @@ class TestOutbox:
             (None, 20.0, True),
         ],
     )
-    async def test_a_score_counts_when_it_crosses_the_cutoff_or_makes_another_share(self, registry, before, after, is_noted):
+    async def test_a_score_counts_when_it_crosses_the_cutoff_or_makes_another_share(
+        self, registry, before, after, is_noted
+    ):
         alice = await registry.server(state=S.ACTIVE)
         async with registry.change(alice) as (_, server):
             server.addresses[0].score = before
