@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -49,6 +50,7 @@ class Client:
         parts = urlsplit(url)
         self._above = parts.path
         self._host = parts.hostname or ""
+        self._is_address = _is_address(self._host)
         self._tls = tls if parts.scheme == "https" else None
         self._port = parts.port or (443 if self._tls else 80)
         self._authority = parts.netloc.rpartition("@")[2]
@@ -107,8 +109,9 @@ class Client:
             self._port,
             ssl=self._tls,
             local_addr=None if source is None else (source, 0),
-            # One family that leads nowhere must not take all the time there is.
-            happy_eyeballs_delay=_NEXT_ADDRESS if source is None else None,
+            # One family that leads nowhere must not take all the time there is. A race that is cancelled may leave a socket
+            # open, so an address runs none.
+            happy_eyeballs_delay=_NEXT_ADDRESS if source is None and not self._is_address else None,
             limit=_READ,
         )
         return _Connection(reader, writer, h11.Connection(h11.CLIENT, _MAX_HEAD))
@@ -147,6 +150,14 @@ class Client:
                     http.receive_data(octets)
                 case h11.ConnectionClosed():
                     raise ConnectionError("closed without an answer")
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _seconds(fields: Iterable[tuple[bytes, bytes]]) -> float | None:

@@ -73,6 +73,7 @@ class Operation(StrEnum):
     READ_MONITOR = "read-monitor"
     REGISTER_MONITOR = "register-monitor"
     CHANGE_MONITOR = "change-monitor"  # to pause or end it, and its token
+    SET_REGIONS = "set-regions"
     # programs
     JOIN = "join"
     AGENT = "agent"
@@ -137,6 +138,7 @@ PERMISSIONS: Mapping[Operation, Permission] = {
     _O.READ_MONITOR: _permission(f"{_STAFF} {_TEAM}", Scope.READ, when_blocked=True),
     _O.REGISTER_MONITOR: _permission("operator owner", Scope.SERVERS),
     _O.CHANGE_MONITOR: _permission("operator owner", Scope.SERVERS),
+    _O.SET_REGIONS: _permission("operator", Scope.POOL),
     _O.JOIN: _permission("join", None),
     _O.AGENT: _permission("agent", None),
     _O.MONITOR: _permission("monitor", None),

@@ -473,6 +473,22 @@ class PolicySettings(_Section):
     """What the pool asks for. Times are seconds."""
 
     opening_size: int = Field(4, ge=1, description="ACTIVE servers before the SRV set opens")
+    region_size: int = Field(
+        16,
+        ge=4,
+        le=1000,
+        description="servers that a region needs to be switched on, and to be answered alone",
+    )
+    region_sets: int = Field(
+        16, ge=1, le=256, description="answer sets that lie on a region's name at a time"
+    )
+    young_days: float = Field(30, ge=0, le=3650, description="how long a member's account is young")
+    young_percent: int = Field(
+        20,
+        ge=1,
+        le=99,
+        description="of a region's weight that young accounts share, once older servers suffice",
+    )
     admission_probes: int = Field(3, ge=1, description="full probes in a row that admit a server (bootstrap)")
     max_stratum: int = Field(7, ge=1, le=15, description="servers further from a reference clock score badly")
     probe_interval: float = Field(60, gt=0)

@@ -22,7 +22,6 @@ from enum import IntEnum
 from hashlib import blake2b
 from itertools import accumulate
 
-from nts_core.srv import service_name
 from poolsvc.regions import WORLD, wider
 
 _TRIES = 48  # before those that may follow are looked for one by one
@@ -71,11 +70,6 @@ class Rules:
 Names = tuple[str, ...]
 AnswerSets = Mapping[str, tuple[Names, ...]]
 """By region label the sets on its name."""
-
-
-def owner_of(region: str, pool: str) -> str:
-    """The owner name of a region's SRV, absolute and in lower case."""
-    return service_name(pool.lower() if region == WORLD else f"{region}.{pool.lower()}")
 
 
 def sets_for(servers: int, places: int) -> int:
@@ -127,8 +121,13 @@ class _Urn:
     def __init__(self, candidates: Sequence[Candidate], rules: Rules, now: datetime) -> None:
         self.candidates = candidates
         self.members = {one.member for one in candidates}
-        self.weights = _weights(candidates, rules, now)
+        self._is_young = [is_young(one.since, rules, now) for one in candidates]
+        self.weights = _weights(candidates, self._is_young, rules)
         self._sums = list(accumulate(self.weights))
+
+    def shares(self) -> Iterator[tuple[Candidate, float, bool]]:
+        """Of each server the weight by which it is drawn, and whether its account is young."""
+        return zip(self.candidates, self.weights, self._is_young, strict=True)
 
     def fill(self, drawn: _Set, places: int, chance: Callable[[], float]) -> None:
         """Draw until so many are in the set, or all are."""
@@ -166,9 +165,8 @@ def is_young(since: datetime | None, rules: Rules, now: datetime) -> bool:
     return since is not None and now - since < rules.young
 
 
-def _weights(candidates: Sequence[Candidate], rules: Rules, now: datetime) -> list[float]:
+def _weights(candidates: Sequence[Candidate], young: Sequence[bool], rules: Rules) -> list[float]:
     """Of each its weight, but that young accounts together have no more than their part once older servers suffice."""
-    young = [is_young(one.since, rules, now) for one in candidates]
     if not any(young):
         return [float(one.weight) for one in candidates]
     factor = young_factor(
@@ -177,12 +175,12 @@ def _weights(candidates: Sequence[Candidate], rules: Rules, now: datetime) -> li
     return [one.weight * (factor if is_new else 1.0) for one, is_new in zip(candidates, young, strict=True)]
 
 
-def young_factor(servers: Iterable[tuple[int, int, bool]], rules: Rules) -> float:
+def young_factor(servers: Iterable[tuple[int, float, bool]], rules: Rules) -> float:
     """What part of their weight servers of young accounts have; of each its member, its weight and whether it is one.
 
     Older servers suffice when those of so many members as there are places need nobody else to fill a set.
     """
-    sums, members = {True: 0, False: 0}, set[int]()
+    sums, members = {True: 0.0, False: 0.0}, set[int]()
     for member, weight, is_new in servers:
         sums[is_new] += weight
         if not is_new:
@@ -191,6 +189,29 @@ def young_factor(servers: Iterable[tuple[int, int, bool]], rules: Rules) -> floa
     if len(members) < rules.places or sums[True] <= most:
         return 1.0
     return most / sums[True]
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a region came out of a draw: its own servers, and from which regions its sets are filled while it is thin.
+
+    `young_wanted` is the part of its weight, from 0 to 1, that young accounts would have, `young_given` what they have.
+    """
+
+    region: str
+    servers: int
+    members: int
+    filled_from: tuple[str, ...]
+    young_wanted: float
+    young_given: float
+
+    @property
+    def is_thin(self) -> bool:
+        return bool(self.filled_from)
+
+
+def _part(some: float, of: float) -> float:
+    return some / of if of else 0.0
 
 
 class Draw:
@@ -220,6 +241,27 @@ class Draw:
                 own[region].append(one)
         self._urns = {region: _Urn(some, rules, now) for region, some in own.items()}
         self.sizes = {region: len(own[region]) for region in self._regions}
+
+    def standing(self, region: str) -> Standing:
+        """How one of its regions came out, the world among them."""
+        urn, filled_from = self._urns[region], list[str]()
+        around = region
+        while self.is_thin(around):
+            around = wider(around)
+            filled_from.append(around)
+        young = [(one.weight, given) for one, given, is_new in urn.shares() if is_new]
+        return Standing(
+            region,
+            servers=len(urn.candidates),
+            members=len(urn.members),
+            filled_from=tuple(filled_from),
+            young_wanted=_part(sum(wanted for wanted, _ in young), sum(one.weight for one in urn.candidates)),
+            young_given=_part(sum(given for _, given in young), sum(urn.weights)),
+        )
+
+    def weights(self, region: str) -> Sequence[tuple[Candidate, float]]:
+        """A region's own servers, or those around one, with the weight by which each is drawn."""
+        return [(one, weight) for one, weight, _ in self._urns[region].shares()]
 
     def is_thin(self, region: str) -> bool:
         """Whether a region takes servers from around it: too few of its own, or of too few members."""
@@ -281,17 +323,21 @@ class Odds:
     network or a prefix there is one server as well is not counted.
     """
 
-    members: Mapping[int, int]  # the weight of all servers of each
+    members: Mapping[int, float]  # the weight of all servers of each
     first: float
     rest: float
+    young: float = 1.0  # the part of its weight by which the server of a young account is drawn
 
     @classmethod
-    def of(cls, candidates: Iterable[tuple[int, int]], count: int) -> "Odds":
-        """Of all candidates, member and weight of each, for the places of an answer."""
-        weights, members = Counter[int](), Counter[int]()
-        for member, weight in candidates:
+    def of(cls, candidates: Iterable[tuple[int, float, bool]], rules: Rules) -> "Odds":
+        """Of all candidates: member and weight of each, and whether its account is young."""
+        servers, count = list(candidates), rules.places
+        young = young_factor(servers, rules)
+        weights, members = Counter[float](), dict[int, float]()
+        for member, full, is_new in servers:
+            weight = full * young if is_new else full
             weights[weight] += 1
-            members[member] += weight
+            members[member] = members.get(member, 0.0) + weight
         of_members = Counter(members.values())
         room = count - len(members)  # beside one server of each
         first, rest = math.inf, 0.0
@@ -301,21 +347,22 @@ class Odds:
             rest = math.inf
         elif room > 0:
             rest = _moment(lambda moment: _chosen(weights, moment) - _chosen(of_members, moment), room)
-        return cls(members, first, rest)
+        return cls(members, first, rest, young)
 
-    def chance(self, member: int, weight: int) -> float:
+    def chance(self, member: int, weight: float, *, is_young: bool = False) -> float:
         """The part of the answers, from 0 to 1, that a candidate is in."""
+        weight *= self.young if is_young else 1.0
         of_member = max(self.members.get(member, 0), weight)
         is_first = weight / of_member  # of its member's servers
         as_first = is_first * _passed(of_member, self.first)
         return as_first + _passed(weight, self.rest) - is_first * _passed(of_member, self.rest)
 
 
-def _passed(weight: int, moment: float) -> float:
+def _passed(weight: float, moment: float) -> float:
     return -math.expm1(-weight * moment)
 
 
-def _chosen(weights: Mapping[int, int], moment: float) -> float:
+def _chosen(weights: Mapping[float, int], moment: float) -> float:
     """How many of so many of each weight are chosen until a moment, on average."""
     return sum(number * _passed(weight, moment) for weight, number in weights.items())
 

@@ -6,7 +6,7 @@ own monitor goes the same way as every other one. Below the quorum nothing is ra
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -51,7 +51,7 @@ from poolsvc.monitors import Council
 from poolsvc.notices import NoticeKind
 from poolsvc.outbound import Guard
 from poolsvc.pool import count_active
-from poolsvc.prober import ProbeImpossible, probe
+from poolsvc.prober import ProbeImpossible, probe, settled
 from poolsvc.servers import EventKind
 from poolsvc.verdicts import FRESH, Verdict
 from poolsvc.views import PROBED
@@ -81,7 +81,7 @@ async def probe_server(
     try:
         results = await asyncio.gather(
             *(
-                _result_of(
+                settled(
                     probe(
                         settings.domain_of(server.name),
                         address,
@@ -93,7 +93,7 @@ async def probe_server(
                         names=nameservers,
                         spacing=settings.policy.exchange_spacing,
                     ),
-                    server,
+                    server.name,
                     address,
                 )
                 for address in addresses
@@ -112,17 +112,6 @@ async def probe_server(
 def _nameservers(endpoints: tuple[str, ...]) -> Nameservers:
     """One for all probes: it knows which of them are silent."""
     return Nameservers([split_endpoint(endpoint) for endpoint in endpoints])
-
-
-async def _result_of(probing: Awaitable[ProbeResult], server: Server, address: str) -> ProbeResult:
-    """A probe that always has a result: whatever a server does to the prober counts against that server."""
-    try:
-        return await probing
-    except ProbeImpossible:
-        raise
-    except Exception as error:  # noqa: BLE001 - or a server that crashes its probes would keep its score
-        _log.error("probe_crashed", server=server.name, address=address, exc_info=error)
-        return ProbeResult(address, Stage.TLS, f"the probe failed with {type(error).__name__}")
 
 
 async def record(

@@ -66,6 +66,7 @@ TRANSITIONS: Mapping[MonitorStatus, frozenset[MonitorStatus]] = MappingProxyType
 # What a member may do to its own without an operator.
 BY_OWNERS = frozenset({_S.PAUSED, _S.ENDED})
 WORKING = frozenset({_S.TESTING, _S.ACTIVE})
+SPEAKING = frozenset({_S.ACTIVE})
 MAX_TASKS = 500  # of one answer
 MAX_SAMPLES = 500  # of one report
 LATE = timedelta(minutes=5)  # without a word, after which a monitor is no reason to raise the quorum

@@ -4,13 +4,14 @@ import asyncio
 import hashlib
 import secrets
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from random import Random, SystemRandom
 from typing import Protocol
 
+import structlog
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
@@ -26,6 +27,7 @@ from poolsvc.config import join_endpoint
 from poolsvc.errors import InvalidAddress
 from poolsvc.lookups import Lookup, judge
 
+_log = structlog.get_logger()
 _STAGE_OF = {
     Failure.TCP: Stage.TCP,
     Failure.TLS: Stage.TLS,
@@ -94,6 +96,20 @@ async def probe(
     finally:
         looking.cancel()
     return replace(found, names=finding, names_detail=detail, name_took=took)
+
+
+async def settled(probing: Awaitable[ProbeResult], domain: str, address: str) -> ProbeResult:
+    """A probe that always has a result: whatever a server does to the prober counts against that server.
+
+    Raises ProbeImpossible.
+    """
+    try:
+        return await probing
+    except ProbeImpossible:
+        raise
+    except Exception as error:  # noqa: BLE001 - or a server that crashes its probes would keep its score
+        _log.error("probe_crashed", domain=domain, address=address, exc_info=error)
+        return ProbeResult(address, Stage.TLS, f"the probe failed with {type(error).__name__}")
 
 
 async def _named(

@@ -193,11 +193,11 @@ class Publisher:
         await self._send(update, epoch)
 
     async def ask(self, owner: str, rdtype: str, authority: dns.rrset.RRset) -> dns.message.Message:
-        """A signed question to the primary, with what we know already."""
+        """A signed question to the primary, with what we know already; its answer, whatever it says."""
         query = dns.message.make_query(owner, rdtype, flags=0)
         query.authority.append(authority)
         query.use_tsig(self._tsig)
-        return await self._exchange(query)
+        return await self._exchange(query, *dns.rcode.Rcode)
 
     async def _send(self, update: dns.update.UpdateMessage, epoch: int) -> None:
         try:
@@ -273,7 +273,7 @@ class Publisher:
         A signature counts if it holds now by the keys that the same server shows; `poolsvc doctor` follows these up.
         The answer is in the order of servers, then keys; a server that falls silent comes first, once.
         """
-        asked = tuple(keys)
+        asked = tuple(key for key in keys if draw is None or key != (draw.marker, "TXT"))
         found = await asyncio.gather(
             *(self._verify_at(nameserver, asked, wanted, draw) for nameserver in self._config.nameservers)
         )
@@ -292,6 +292,10 @@ class Publisher:
             (self._policy.fence, ("TXT",)),
         )
         return [await self._trial(*trial) for trial in trials][-1]
+
+    async def rehearse_region(self, region: str) -> None:
+        """Ask for a change of a region's SRV, so that nothing is changed. Raises PublishError."""
+        await self._trial(self._policy.service_at(region), ("SRV",))
 
     async def _trial(self, owner: str, rdtypes: tuple[str, ...]) -> datetime:
         update = self._update()
@@ -333,6 +337,7 @@ class Publisher:
             tsig_secret=to.tsig_secret,
             tsig_algorithm=to.tsig_algorithm,
             owners=policy.owners,
+            names=tuple(policy.services),
             types=MANAGED_TYPES,
             timeout=to.timeout,
         )

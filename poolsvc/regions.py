@@ -36,11 +36,8 @@ CONTINENT_OF: Mapping[str, str] = MappingProxyType(
     {country: continent for continent, countries in _COUNTRIES.items() for country in countries.split()}
 )
 """By the label of a country that of its continent."""
-
-
-def is_region(label: str) -> bool:
-    """Whether it is a continent or a country."""
-    return label in CONTINENTS or label in CONTINENT_OF
+REGIONS = CONTINENTS | CONTINENT_OF.keys()
+"""All that a pool may have a name for, the world aside."""
 
 
 def wider(label: str) -> str:

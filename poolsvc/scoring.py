@@ -6,7 +6,7 @@ Twenty times the mean step is where a score settles, so the cutoff stands for a 
 `Rule`: one on trial may forget faster or ask for better clocks, and its scores still mean the same.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from nts_core.control import ProbeResult
@@ -31,6 +31,16 @@ def is_good(score: float | None) -> bool:
 def share(score: float) -> float:
     """The part of its weight that a server has in the answers, from 0 to 1: who was just bad comes back by degrees."""
     return min(1.0, max(0.0, (score - CUTOFF) / (FULL_SHARE - CUTOFF)))
+
+
+def best(scores: Iterable[float | None]) -> float:
+    """The score by which a server is drawn: that of its best address, the full one where none has any yet."""
+    return max((score for score in scores if score is not None), default=MAX_SCORE)
+
+
+def tenths(score: float | None) -> int | None:
+    """A score's share in tenths, which is all that weights know of it."""
+    return None if score is None else round(10 * share(score))
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +137,15 @@ def sampling_weight(
     both counts, since a client needs both. `score` is that of its best address: who was just bad comes back by degrees.
     Both are in tenths, so that not every flutter draws the answer anew.
     """
-    answered = min(_answered(cap, traffic), _answered(ke_cap, ke_traffic))
+    answered = capacity(cap, traffic, ke_cap, ke_traffic)
     return max(1, round(weight * answered * round(10 * share(score))))
+
+
+def capacity(
+    cap: float | None, traffic: float | None, ke_cap: float | None = None, ke_traffic: float | None = None
+) -> float:
+    """The part of what comes that a server answers, from 0 to 1, by its own caps."""
+    return min(_answered(cap, traffic), _answered(ke_cap, ke_traffic))
 
 
 def _answered(cap: float | None, traffic: float | None) -> float:

@@ -9,7 +9,7 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -34,6 +34,7 @@ from poolsvc.config import DomainName, HttpsUrl, HttpUrl, check_origin, check_ro
 from poolsvc.errors import PoolError
 from poolsvc.names import DOMAIN
 from poolsvc.primary import new_secret
+from poolsvc.regions import REGIONS
 from poolsvc.zone import CLOSED
 
 SETTINGS = "poolsvc.toml"
@@ -55,6 +56,7 @@ _IDENTITIES = {
 _MAILTO = re.compile(r"mailto:[A-Za-z0-9.!#$&'*+/=?^_`{|}~-]+@[A-Za-z0-9.-]+\.[A-Za-z0-9-]+")
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9._/+-]+")
 _PRIVATE = 0o600
+_REGIONS_A_LINE = 6
 
 
 class InvalidAnswer(PoolError):
@@ -323,6 +325,13 @@ def _dns_section(answers: Answers) -> str:
     )
 
 
+def _region_owners(pool: str) -> Iterator[str]:
+    """Above the SRV of every region, some owners a line."""
+    regions = sorted(REGIONS)
+    for start in range(0, len(regions), _REGIONS_A_LINE):
+        yield ", ".join(f"_tcp.{region}.{pool}." for region in regions[start : start + _REGIONS_A_LINE])
+
+
 def nameserver_files(
     answers: Answers, secret: str, transfer_secret: str, edge_secret: str
 ) -> dict[str, bytes]:
@@ -354,6 +363,9 @@ def nameserver_files(
         "primary_address": answers.primary.address,
         "primary_port": answers.primary.port,
         "knot_remotes": f"remote:\n{remotes}" if remotes else "",
+        "knot_regions": "".join(
+            f"    update-owner-name: [{owners}]\n" for owners in _region_owners(answers.pool)
+        ),
         "knot_notify": f"    notify: [{', '.join(by_name)}]\n" if by_name else "",
         "bind_secondaries": "".join(
             f' {server.address} port {server.port} key "{transfer}";' for server in secondaries
@@ -580,7 +592,8 @@ ${knot_remotes}acl:
     update-owner: name
     update-owner-match: sub-or-equal
     update-owner-name: [servers.$pool., _tcp.$pool., _fence.$pool.]
-policy:
+    # The SRV of regions: Knot 3.2 has no pattern for these.
+${knot_regions}policy:
   - id: $pool-policy
     algorithm: ecdsap256sha256
     single-type-signing: on
@@ -713,6 +726,8 @@ zone "$pool" {
         // TXT for each server and for _acme-challenge below it: BIND has no narrower rule for such names.
         grant "$tsig_name" subdomain servers.$pool. A AAAA CAA TXT;
         grant "$tsig_name" name _ntske._tcp.$pool. SRV;
+        // Of regions, such as _ntske._tcp.de. BIND has no narrower rule for such names either.
+        grant "$tsig_name" wildcard *.$pool. SRV;
         grant "$tsig_name" name _fence.$pool. TXT;
     };
 };
@@ -792,8 +807,21 @@ only-notify=
 _POWERDNS_POLICY = """\
 -- What the publisher's key may change. It holds for all zones of this server: others that take updates need lines too.
 local pool, key = newDN("$pool"), newDN("$tsig_name")
-local servers, service, fence = newDN("servers.$pool"), newDN("_ntske._tcp.$pool"), newDN("_fence.$pool")
+local servers, fence = newDN("servers.$pool"), newDN("_fence.$pool")
 local kinds = { [pdns.A] = true, [pdns.AAAA] = true, [pdns.CAA] = true, [pdns.TXT] = true }
+
+-- The SRV of the pool, and of each of its regions: one label between.
+local function isService(name)
+    local above = newDN(name:toString())
+    for _, label in ipairs({ "_ntske", "_tcp" }) do
+        local rest = newDN(above:toString())
+        if not rest:chopOff() or newDN(label .. "." .. rest:toString()) ~= above then
+            return false
+        end
+        above = rest
+    end
+    return above == pool or (above:chopOff() and above == pool)
+end
 
 function updatepolicy(update)
     local name, kind = update:getQName(), update:getQType()
@@ -801,7 +829,7 @@ function updatepolicy(update)
         return false
     end
     return (name:isPartOf(servers) and kinds[kind] == true)
-        or (name == service and kind == pdns.SRV)
+        or (kind == pdns.SRV and isService(name))
         or (name == fence and kind == pdns.TXT)
 end
 """

@@ -21,7 +21,7 @@ from poolsvc.nameserver import records
 from poolsvc.nameserver.sets import NO_DRAW, Head, Malformed, encode
 from poolsvc.primary import PublishError, Unreachable
 from poolsvc.publisher import Draw, Publisher
-from poolsvc.zone import SRV_PRIORITY_AND_WEIGHT, ZonePolicy
+from poolsvc.zone import SRV_PRIORITY_AND_WEIGHT, Key, ZonePolicy
 
 AnswerSets = Mapping[str, Sequence[Sequence[str]]]
 """By owner name (absolute, lower-case) the sets, each of one to eight names of servers."""
@@ -49,6 +49,16 @@ def marker(policy: ZonePolicy) -> str:
 def draw_of(policy: ZonePolicy, owners: Iterable[str], tokens: Iterable[str]) -> Draw:
     """What `Publisher.verify` has to know: the owners that were drawn for, and the draws that count."""
     return Draw(marker(policy), frozenset(tokens), frozenset((owner, "SRV") for owner in owners))
+
+
+async def in_place(publisher: Publisher, keys: Iterable[Key]) -> Draw:
+    """The draw that the primary answers from, for some keys of the zone; one of no token without it. Raises PublishError."""
+    try:
+        token = await Sink(publisher).token()
+    except NoSink:
+        token = NO_DRAW
+    owners = (owner for owner, rdtype in keys if rdtype == "SRV")
+    return draw_of(publisher.policy, owners, {token} - {NO_DRAW})
 
 
 class Sink:

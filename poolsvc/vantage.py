@@ -9,7 +9,7 @@ that half of the world does not reach a server.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -104,14 +104,15 @@ def review(
     beside = {one.monitor for one in everybody if one.monitor not in blocked and _is_beside(target, one)}
     free = [one for one in everybody if one.monitor not in blocked and one.monitor not in beside]
     rule = _Rule()
-    if not any(one.is_active and not _is_lost(one, now) for one in free):
+    lost = {one.monitor for one in everybody if _is_lost(one, now) or _is_mute(target, one)}
+    if not any(one.is_active and one.monitor not in lost for one in free):
         # None would be active: better one from the server's own network than none.
         free, beside = [one for one in everybody if one.monitor not in blocked], set()
     blocked |= dict.fromkeys(beside, "it is in the server's own network")
     order = _Order(free, target, lot)
 
     incumbents = [one for one in free if one.role is ViewRole.ACTIVE]
-    heard = [one for one in free if not _is_lost(one, now)]
+    heard = [one for one in free if one.monitor not in lost]
     serving = sum(one.role is ViewRole.ACTIVE for one in heard)
     able = [one for one in heard if one.is_active and _may_be_active(one, serving)]
     wanted = _choose(order, able, ACTIVE, ViewRole.ACTIVE, rule)
@@ -119,7 +120,7 @@ def review(
         rule = _Rule(bears_neighbours=True)
         wanted = _choose(order, able, quorum, ViewRole.ACTIVE, rule, wanted)
     was_blocked = sum(one.role is ViewRole.ACTIVE and one.monitor in blocked for one in everybody)
-    active = _settle([one for one in incumbents if one.is_active], wanted, ACTIVE, was_blocked, rule, now)
+    active = _settle([one for one in incumbents if one.is_active], wanted, ACTIVE, was_blocked, rule, lost)
 
     places = TESTING + ACTIVE - len(active)
     rest = [one for one in heard if one.monitor not in active]
@@ -131,7 +132,7 @@ def review(
     others = wanted.rejected
     wanted = _choose(order, spare[: max(ready + 1, places)], places, ViewRole.TESTING, rule)
     was_testing = [one for one in free if one.role is ViewRole.TESTING and one.monitor not in active]
-    testing = _settle(was_testing, wanted, places, 0, rule, now)
+    testing = _settle(was_testing, wanted, places, 0, rule, lost)
 
     found = []
     for one in everybody:
@@ -143,13 +144,10 @@ def review(
             role, reason = ViewRole.TESTING, testing[one.monitor]
         else:
             role = ViewRole.CANDIDATE
-            lost = "nothing sound has come from it for an hour" if _is_lost(one, now) else None
-            reason = (
-                lost
-                or others.get(one.monitor)
-                or wanted.rejected.get(one.monitor)
-                or "others have the places"
+            objection = (
+                others.get(one.monitor) or wanted.rejected.get(one.monitor) or "others have the places"
             )
+            reason = "nothing sound has come from it for an hour" if one.monitor in lost else objection
         found.append(Choice(one.monitor, role, reason, role is not one.role))
     return found
 
@@ -158,9 +156,14 @@ def _blocked(target: Target, one: Candidate) -> str | None:
     """Why a monitor may never look at an address, whatever else there is."""
     if one.party == target.party:
         return "it is the server's own member's"
-    if target.address.version not in one.families:
+    if _is_mute(target, one) and one.role not in {ViewRole.ACTIVE, ViewRole.TESTING}:
         return f"it has no IPv{target.address.version}"
     return None
+
+
+def _is_mute(target: Target, one: Candidate) -> bool:
+    """Whether it has not the address's family; one that had it is as good as lost, and is not sent away before another is there."""
+    return target.address.version not in one.families
 
 
 def _is_beside(target: Target, one: Candidate) -> bool:
@@ -274,20 +277,25 @@ def _choose(
 
 
 def _settle(
-    incumbents: Sequence[Candidate], wanted: _Wanted, places: int, blocked: int, rule: _Rule, now: datetime
+    incumbents: Sequence[Candidate],
+    wanted: _Wanted,
+    places: int,
+    blocked: int,
+    rule: _Rule,
+    lost: Collection[int],
 ) -> dict[int, str]:
     """Some steps from those who have the places to those who should; with their reasons.
 
     Nobody leaves for being worse than others before a better one has come.
     """
     few = _CHANGES_BLOCKED if blocked > 1 else _CHANGES
-    limit = few if any(not _is_lost(one, now) for one in incumbents) else _CHANGES_NONE
+    limit = few if any(one.monitor not in lost for one in incumbents) else _CHANGES_NONE
     members = {one.monitor: one for one in incumbents}
     # First who is not heard, then who may not be beside the others, then the worst.
     leaving = sorted(
         (one for one in incumbents if one.monitor not in wanted.chosen),
         key=lambda one: (
-            not _is_lost(one, now),
+            one.monitor not in lost,
             one.monitor not in wanted.rejected,
             tuple(-x for x in one.cost),
         ),

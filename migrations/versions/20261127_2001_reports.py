@@ -6,7 +6,7 @@ from alembic import op
 from poolsvc.db import UtcDateTime
 
 revision = "4e9c2b7d1a58"
-down_revision = "0b8d4f6a2e17"
+down_revision = "5c7e19d2b8a4"
 branch_labels = None
 depends_on = None
 

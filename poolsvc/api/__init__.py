@@ -15,6 +15,7 @@ from poolsvc.api import (
     monitors,
     notices,
     pool,
+    regions,
     servers,
     settings,
     sign_in,
@@ -49,6 +50,7 @@ ROUTERS = tuple(
         transfers,
         staff,
         acme,
+        regions,
         challenges,
         history,
     )

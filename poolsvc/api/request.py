@@ -13,13 +13,15 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from poolsvc import auth
 from poolsvc.api.limits import Limits
 from poolsvc.auth import Principal
+from poolsvc.concentration import Concentration
 from poolsvc.config import Settings
 from poolsvc.db import Database, act_as
 from poolsvc.derived import RegistryKey
+from poolsvc.drawing import Odds
 from poolsvc.inspection import Inspector
 from poolsvc.oidc import Provider
 from poolsvc.pool import Census, Kept
-from poolsvc.zone import Odds
+from poolsvc.regional import Atlas, Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,9 @@ class Services:
     limits: Limits
     census: Kept[Census]
     odds: Kept[Odds]
+    atlas: Atlas
+    regions: Kept[dict[str, Place]]
+    concentration: Kept[dict[str, Concentration]]
     providers: Mapping[str, Provider]  # of OpenID Connect, by name
     inspector: Inspector
 

@@ -28,6 +28,7 @@ from poolsvc.models.servers import (
     MaintenanceWindow,
     Order,
     Pool,
+    Region,
     RevocationOrder,
     Server,
     Transfer,
@@ -51,6 +52,7 @@ def _rule(noun: str, shown: str, hidden: str = "") -> _Rule:
 _AUDITED: Mapping[type[Base], _Rule] = {
     Pool: _rule("pool", "domain opened_at frozen_at quorum"),
     ZonePlan: _rule("zone-plan", "checksum deleted replaced withdrawn expires_at made_at"),
+    Region: _rule("region", "label"),
     CaAccount: _rule("ca-account", "ca uri"),
     CaLimits: _rule("ca-limits", "certificates orders until note"),
     User: _rule("user", "staff confirmed_at blocked_at blocked_reason erased_at", "email name"),

@@ -90,6 +90,16 @@ class ZonePlan(Base):
     made_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
 
+class Region(Base):
+    """A region that an operator switched on: its name is answered as long as there is a row."""
+
+    __tablename__ = "regions"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    label: Mapped[str] = mapped_column(String(20), unique=True)
+    on_since: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
 class CaLimits(Base):
     """What the CA has granted beyond its usual limits, as the operator says; None where nothing."""
 

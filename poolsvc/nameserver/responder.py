@@ -92,10 +92,10 @@ def _parse(message: bytes) -> Question:
     octets = _question(message)
     end = _HEADER + len(octets)
     rdtype = octets[-4] << 8 | octets[-3]
-    if rdtype in (records.AXFR, records.IXFR, records.SETS):
+    if rdtype in (records.AXFR, records.IXFR):
         raise Other
     if message[8:10] != _NONE:
-        raise Malformed
+        raise Other if rdtype == records.SETS else Malformed
     additional, edns = message[10:12], None
     if additional != _NONE:
         if additional != _ONE or message[end] or message[end + 1 : end + 3] != _OPT:

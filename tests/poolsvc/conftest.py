@@ -41,6 +41,7 @@ from lab.pebble import Pebble
 from lab.postgres import Postgres
 from lab.primaries import PRIMARIES, SECONDARIES
 from lab.processes import Process, free_port, require, wait_until
+from lab.zones import wanted
 from member_agent.challenges import Responder
 from nts_core.acme import AcmeAccount, AcmeConfig, OrderState
 from nts_core.control import ACME_PATH, MonitorStatus, ServerState
@@ -69,7 +70,7 @@ from poolsvc.models import (
 from poolsvc.primary import Nameserver, PrimaryConfig
 from poolsvc.publisher import Publisher
 from poolsvc.servers import EventKind
-from poolsvc.zone import CaaIssuer, ServerRecords, ZonePolicy, diff, wanted
+from poolsvc.zone import CaaIssuer, ServerRecords, ZonePolicy, diff
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 NAME = "alice.servers.pool.example"

@@ -66,6 +66,7 @@ ROLES = {
     "invite": "operator",
     "appoint-staff": "operator",
     "set-ca-limits": "operator",
+    "set-regions": "operator",
     "judge-monitor": "operator",
     "read-monitor": "operator support owner technician",
     "register-monitor": "operator owner",
@@ -235,7 +236,9 @@ async def world(registry):
         """An endpoint's path with what the world has for it."""
         own = numbers.get(template.partition("?")[0], {})
         return template.format(
-            **{"name": "alice", "member": owner, "user": colleague.id, "monitor": "eyes"} | GONE | own
+            **{"name": "alice", "member": owner, "user": colleague.id, "monitor": "eyes", "region": "de"}
+            | GONE
+            | own
         )
 
     def bearer(role, template):
@@ -353,6 +356,7 @@ ENDPOINTS = [
     ("GET", "/v1/acme/budget", None, Operation.READ_POOL),
     ("GET", "/v1/acme/limits", None, Operation.READ_POOL),
     ("PUT", "/v1/acme/limits", {"certificates": 300}, Operation.SET_CA_LIMITS),
+    ("DELETE", "/v1/regions/{region}", None, Operation.SET_REGIONS),
     ("GET", "/v1/events", None, Operation.READ_POOL),
     ("GET", "/v1/servers", None, Operation.READ_SELF),
     (
@@ -408,6 +412,7 @@ ENDPOINTS = [
 GONE = dict.fromkeys(("session_id", "token_id", "identity_id"), 999_999)
 BACK = {"state": "1.x", "code": "x", "binding": "x"}
 IN_VAIN = [
+    ("PUT", "/v1/regions/{region}", None, Operation.SET_REGIONS, 409),  # there is no server
     ("DELETE", "/v1/me/sessions/{session_id}", None, Operation.CHANGE_SELF, 404),
     ("POST", "/v1/servers/{name}/certificate/compromised", None, Operation.CHANGE_SERVER, 409),
     ("POST", "/v1/servers/{name}/renewal", None, Operation.TEND_SERVER, 409),
@@ -428,6 +433,8 @@ PUBLIC = {
     ("GET", "/v1/pool"),
     ("GET", "/v1/pool/servers"),
     ("GET", "/v1/pool/history"),
+    ("GET", "/v1/regions"),
+    ("GET", "/v1/pool/independence"),
     ("GET", "/v1/pool/monitors"),
     ("POST", "/v1/agent/rejoin-challenge"),
     ("POST", "/v1/agent/rejoin"),

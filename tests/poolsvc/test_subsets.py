@@ -12,15 +12,17 @@ import dns.rcode
 import pytest
 
 from lab.embedded import Embedded
-from lab.knot import Knot, KnotEdge
-from lab.processes import Process, wait_until
-from lab.programs import poolsvc, script
+from lab.knot import KnotEdge
+from lab.primaries import PRIMARIES
+from lab.processes import Process, free_port, wait_until
+from lab.programs import poolsvc, scrape, script
 from lab.unbound import Unbound
+from lab.zones import wanted
 from poolsvc.cli import ExitStatus
 from poolsvc.primary import NO_DRAW, Conflict, Fenced, Nameserver, PrimaryConfig
 from poolsvc.publisher import Publisher
 from poolsvc.subsets import NoSink, Sink, draw_of, marker
-from poolsvc.zone import ServerRecords, ZonePolicy, diff, records_of, wanted
+from poolsvc.zone import ServerRecords, ZonePolicy, diff, records_of
 
 # Without a TTL a resolver asks for each answer, so that it sees them all.
 POLICY = ZonePolicy("pool.example", srv_ttl=0, address_ttl=1, ke_port=4460, caa=())
@@ -120,9 +122,12 @@ async def test_a_validating_resolver_sees_every_set_and_a_new_draw(embedded, tmp
     assert await publisher.verify([(SERVICE, "SRV")], zone, draw_of(POLICY, [SERVICE], [other])) == ()
 
 
-async def test_a_draw_that_is_in_place_costs_nothing_and_one_is_lost_with_the_server(embedded):
+async def test_a_draw_is_its_leaders_comes_again_for_nothing_and_is_lost_with_the_server(embedded):
     publisher, zone = await filled(embedded)
     sink, sets = Sink(publisher), {SERVICE: drawn(1)}
+    with pytest.raises(Fenced):
+        await sink.publish(sets, 1, EPOCH - 1)
+    assert token_at(embedded) in (None, NO_DRAW)
     token = await sink.publish(sets, 1, EPOCH)
     draw = draw_of(POLICY, sets, [token])
     assert await sink.publish(sets, 1, EPOCH) == token
@@ -134,6 +139,7 @@ async def test_a_draw_that_is_in_place_costs_nothing_and_one_is_lost_with_the_se
     assert await publisher.verify([(SERVICE, "SRV")], zone, draw) == ()
 
 
+@pytest.mark.long
 async def test_large_draws_come_in_parts(embedded):
     publisher, _ = await filled(embedded)
     sets = drawn(3, count=1500)
@@ -157,16 +163,11 @@ async def test_an_address_leaves_with_the_sets_that_name_it(embedded):
     assert seen(embedded, 50) <= all_of(left), "a draw that is refused changes nothing"
 
 
-async def test_a_leader_of_another_epoch_draws_nothing(embedded):
-    publisher, _ = await filled(embedded)
-    with pytest.raises(Fenced):
-        await Sink(publisher).publish({SERVICE: drawn(1)}, 1, EPOCH - 1)
-    assert token_at(embedded) in (None, NO_DRAW)
-
-
-async def test_other_primaries_have_no_place_for_sets(tmp_path):
-    with Knot(tmp_path / "knot", ttl=1) as knot:
-        publisher = Publisher(POLICY, config_of(knot))
+@pytest.mark.long
+@pytest.mark.parametrize("kind", [kind for kind in PRIMARIES if PRIMARIES[kind] is not Embedded])
+async def test_other_primaries_have_no_place_for_sets(tmp_path, kind):
+    with PRIMARIES[kind](tmp_path / "primary", ttl=1) as primary:
+        publisher = Publisher(POLICY, config_of(primary))
         await publisher.take_fence(EPOCH)
         with pytest.raises(NoSink):
             await Sink(publisher).publish({SERVICE: drawn(1)}, 1, EPOCH)
@@ -201,11 +202,15 @@ def edge(tmp_path):
             yield edge
 
 
+@pytest.mark.long
 async def test_an_edge_answers_from_the_draw_and_goes_on_without_its_source(edge, tmp_path):
     publisher, zone = await filled(edge.embedded, edge.knot)
     sink, sets = Sink(publisher), drawn(1)
     done = await edge.once()
     assert done.stdout == "nothing new\n", done.stderr
+    port = free_port("127.0.0.1")
+    with edge.knot.settings.open("a") as file:
+        file.write(f'metrics = "127.0.0.1:{port}"\n')
     with edge.program:
         edge.program.start()
         token = await sink.publish({SERVICE: sets}, 1, EPOCH)
@@ -236,6 +241,9 @@ async def test_an_edge_answers_from_the_draw_and_goes_on_without_its_source(edge
         last = await sink.publish({SERVICE: left}, 3, EPOCH)
         wait_until(lambda: token_at(edge.knot) == last, "the edge is past the restart")
         assert seen(edge.knot, 100) <= all_of(left)
+        figures = scrape(port)
+        assert figures["truechimer_edge_sets"] == VARIANTS
+        assert figures['truechimer_edge_events_total{event="reloaded"}'] >= 3
     assert "answer_sets_served" in edge.program.log.read_text()
 
 

@@ -120,7 +120,6 @@ def test_a_server_that_is_bad_keeps_its_monitors():
     ("change", "reason"),
     [
         ({"party": 1}, "it is the server's own member's"),
-        ({"families": frozenset((6,))}, "it has no IPv4"),
         ({"addresses": (ip_address("198.51.100.200"),)}, "it is in the server's own network"),
         ({"addresses": (ip_address("2001:db8:7::2"),)}, "it is in the server's own network"),
     ],
@@ -210,6 +209,17 @@ def test_who_is_not_heard_is_replaced_after_an_hour_and_not_when_nobody_is_heard
     assert with_role(settled(gone)) == with_role(found)
 
 
+def test_who_loses_a_family_is_replaced_and_not_sent_away_before_that():
+    found = settled(monitors())
+    mute = [replace(one, families=frozenset((6,))) if one.monitor == 1 else one for one in found]
+    after = settled(mute)
+    assert after[0].role is ViewRole.PAUSED
+    assert review(SERVER, after, NOW)[0].reason == "it has no IPv4"
+    assert len(with_role(after)) == ACTIVE
+    nobody = [replace(one, families=frozenset((6,))) for one in found]
+    assert with_role(settled(nobody)) == with_role(found)
+
+
 candidates_of_all_kinds = st.lists(
     st.builds(
         Candidate,
@@ -242,7 +252,7 @@ def test_whoever_there_is_the_rules_hold(candidates):
     for one in active:
         assert one.is_active
         assert one.party != SERVER.party
-        assert 4 in one.families
+        assert 4 in one.families or one.role is ViewRole.ACTIVE
     joined = [one for one in active if one.role is not ViewRole.ACTIVE]
     assert len(joined) <= 4
     able = [one for one in candidates if one.is_active and one.party != SERVER.party and 4 in one.families]
