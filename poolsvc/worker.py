@@ -487,7 +487,10 @@ class Worker:
                 self._health.not_ordered = await troubles.count_not_ordered(session, now)
                 queue = await onboarding.queue(session)
                 await monitors.raise_quorum(session, self._settings, now)
-                self._health.monitors = monitors.alarm(await monitors.council(session, self._settings, now))
+                self._health.monitors = monitors.alarm(
+                    await monitors.council(session, self._settings, now),
+                    await monitors.count_unknown(session),
+                )
             if self._settings.geo.database:
                 await monitors.place(self._database, self._geo)
             self._health.queue = onboarding.alarm(self._settings, queue, now)
