@@ -23,15 +23,17 @@ from bench import pools
 from lab.postgres import Postgres
 from lab.processes import LabError
 from nts_core.control import MonitorReport, MonitorSample, MonitorStatus, ProbeResult
-from poolsvc import monitors, reports, schema
+from poolsvc import monitors, reports, reviews, schema
 from poolsvc.config import Settings
 from poolsvc.db import Database
+from poolsvc.derived import RegistryKey
 from poolsvc.models import Monitor, SampleRecord, ViewRole
 
 _MONITORS, _ACTIVE = 12, 7
 _TOLD = 500  # samples of a report
 _AT_ONCE = 4  # reports
 _BATCH = 500  # servers
+_REVIEWED, _TOGETHER = 400, 20  # servers; those of one transaction
 _DOCUMENT = TypeAdapter(MonitorReport)
 
 
@@ -46,6 +48,7 @@ class Figures:
     inserts_per_second: float
     rescored_addresses: int
     rescoring_s: float
+    reviews_per_second: float  # servers whose monitors are chosen anew
 
 
 def _settings(database: str) -> Settings:
@@ -75,7 +78,6 @@ def _look(database: str, now: datetime) -> None:
         for number in range(1, _MONITORS + 1):
             connection.execute(
                 sa.insert(Monitor).values(
-                    id=number,
                     name=f"m{number}",
                     status=MonitorStatus.ACTIVE,
                     status_since=now,
@@ -175,6 +177,7 @@ async def _measure(settings: Settings, servers: int, count: int) -> Figures:
         spent = time.process_time() - began
         inserting = await _all([insert(number) for number in rest])
         rescoring, left = await _rescore(database, settings, servers)
+        reviewing = await _review(database, settings)
     finally:
         await database.close()
     if left > servers / 100:
@@ -188,6 +191,7 @@ async def _measure(settings: Settings, servers: int, count: int) -> Figures:
         inserts_per_second=samples / inserting,
         rescored_addresses=2 * servers,
         rescoring_s=rescoring,
+        reviews_per_second=_REVIEWED / reviewing,
     )
 
 
@@ -199,6 +203,16 @@ async def _rescore(database: Database, settings: Settings, servers: int) -> tupl
         ids = range(first, min(first + _BATCH, servers + 1))
         left += len(await reports.settle_due(database, settings, ids, datetime.now(UTC)))
     return time.monotonic() - began, left
+
+
+async def _review(database: Database, settings: Settings) -> float:
+    """Seconds for some servers, as the worker does it."""
+    key = RegistryKey(bytes(32))
+    began = time.monotonic()
+    for first in range(1, _REVIEWED + 1, _TOGETHER):
+        ids = range(first, first + _TOGETHER)
+        await reviews.review_due(database, settings, key, ids, datetime.now(UTC))
+    return time.monotonic() - began
 
 
 def main() -> int:
@@ -222,6 +236,7 @@ def main() -> int:
     print(f"  processor time:    {figures.cpu_us_per_sample:8.0f} us a sample")
     print(f"the insert alone:    {figures.inserts_per_second:8.0f} samples a second")
     print(f"all scores anew:     {figures.rescoring_s:8.1f} s")
+    print(f"monitors chosen:     {figures.reviews_per_second:8.0f} servers a second")
     return 0
 
 
