@@ -367,7 +367,7 @@ ENDPOINTS = [
     ),
     ("GET", "/v1/servers/{name}", None, Operation.READ_SERVER),
     ("GET", "/v1/servers/{name}/events", None, Operation.READ_SERVER_DETAILS),
-    ("GET", "/v1/servers/{name}/samples", None, Operation.READ_SERVER_DETAILS),
+    ("GET", "/v1/servers/{name}/history", None, Operation.READ_SERVER_DETAILS),
     ("GET", "/v1/servers/{name}/monitors?dry_run=true", None, Operation.READ_SERVER_DETAILS),
     ("GET", "/v1/scorers", None, Operation.READ_POOL),
     ("GET", "/v1/servers/{name}/settings", None, Operation.READ_SERVER_DETAILS),
