@@ -399,6 +399,7 @@ async def set_status(
 
 async def _leave_another(session: AsyncSession, monitor: Monitor) -> None:
     """Raise WrongState unless another one of the pool's own is active: nobody else is believed about certificates."""
+    await inner(session)
     others = select(Monitor.id).where(
         Monitor.member_id.is_(None), Monitor.status == MonitorStatus.ACTIVE, Monitor.id != monitor.id
     )
@@ -423,9 +424,9 @@ def note_source(monitor: Monitor, source: str, now: datetime) -> None:
         return  # no address: a socket of this host
     text = str(address)
     if address.version == 4 and monitor.ipv4_address != text:
-        monitor.ipv4_address, monitor.network = text, None
+        monitor.ipv4_address, monitor.network, monitor.country = text, None, None
     elif address.version == 6 and monitor.ipv6_address != text:
-        monitor.ipv6_address, monitor.network = text, None
+        monitor.ipv6_address, monitor.network, monitor.country = text, None, None
 
 
 def note_soundness(
