@@ -69,7 +69,11 @@ def key_of(cursor: str) -> str:
 
 def _read(cursor: str) -> int:
     text = key_of(cursor)
-    if not (text.isascii() and text.isdigit()) or len(text) > _MAX_DIGITS or cursor_of(str(int(text))) != cursor:
+    if (
+        not (text.isascii() and text.isdigit())
+        or len(text) > _MAX_DIGITS
+        or cursor_of(str(int(text))) != cursor
+    ):
         raise no_cursor()
     return int(text)
 
