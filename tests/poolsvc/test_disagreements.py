@@ -8,9 +8,10 @@ from sqlalchemy import update
 
 from nts_core.control import MonitorStatus, ServerState
 from poolsvc import disagreements, members, monitors
+from poolsvc.derived import RegistryKey
 from poolsvc.disagreements import LASTING, Found, Vigil, borne_out
 from poolsvc.models import Address, Monitor, MonitorView, ViewRole
-from poolsvc.worker import Health
+from poolsvc.worker import Worker
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 MINUTE = timedelta(minutes=1)
@@ -153,7 +154,17 @@ def test_what_lasts_for_an_hour_is_an_alarm_and_what_goes_by_is_none():
     ]
 
 
-def test_the_alarm_is_the_pools():
-    health = Health()
-    health.apart = ["1 server looks good"]
-    assert health.alarms() == ["monitors: 1 server looks good"]
+async def test_the_worker_looks_now_and_then_and_tells(registry, app, told):
+    health = app.state.metrics.health
+    await told(20.0, (1.0, 1.0), (-5.0, -5.0, -5.0))
+    worker = Worker(registry.database, registry.settings, [], health, RegistryKey(bytes(32)))
+    await worker._watch(NOW)
+    assert health.alarms() == []
+    assert 'poolsvc_disagreements{verdict="good"} 1.0' in (await app.state.metrics.render()).decode()
+    async with registry.database.transaction() as session:
+        await session.execute(update(MonitorView).values(at=NOW + LASTING))
+    await worker._watch(NOW + MINUTE)
+    assert health.alarms() == []
+    await worker._watch(NOW + LASTING)
+    (text,) = [text for text in health.alarms() if "others" in text]
+    assert text == "monitors: 1 server looks good to monitors with a say and bad to others, for an hour"
