@@ -117,7 +117,7 @@ class Council:
         )
 
 
-_WITH_A_SAY: Select[Monitor] = (
+_WORKING: Select[Monitor] = (
     select(Monitor)
     .outerjoin(Member, Member.id == Monitor.member_id)
     .where(
@@ -127,13 +127,18 @@ _WITH_A_SAY: Select[Monitor] = (
 )
 
 
+async def believed(session: AsyncSession) -> Sequence[Monitor]:
+    """Those that work, with a say or on trial, and are sound, of members that are not blocked."""
+    working = (await session.scalars(_WORKING)).all()
+    if not working and (first := await inner(session)).status in WORKING:
+        working = [first]
+    return [monitor for monitor in working if is_sound(monitor)]
+
+
 async def council(session: AsyncSession, settings: Settings, now: datetime) -> Council:
     """As it stands now."""
     policy = settings.policy
-    working = (await session.scalars(_WITH_A_SAY)).all()
-    if not working and (first := await inner(session)).status in WORKING:
-        working = [first]
-    found = [monitor for monitor in working if is_sound(monitor)]
+    found = await believed(session)
     speaking = [monitor for monitor in found if monitor.status is MonitorStatus.ACTIVE]
     least = await session.scalar(select(Pool.quorum).where(Pool.id == 1)) or 1
     scorer = verdicts.SCORERS[policy.scorer]

@@ -25,6 +25,7 @@ from poolsvc import (
     addresses,
     alarms,
     authorities,
+    disagreements,
     idempotency,
     issuance,
     journal,
@@ -63,6 +64,8 @@ _FAREWELL = 2.0
 _QUICK, _YOUNG = 0.01, 10.0
 # How often silent agents are looked for.
 _WATCH = timedelta(minutes=1)
+# How often it is compared what monitors with a say and others see.
+_COMPARE = timedelta(minutes=5)
 # How often the outbox of the zone is looked at, in seconds.
 _GLANCE = 0.1
 _REVIEWED = 20  # servers at once
@@ -194,6 +197,8 @@ class Health:
         self.queue: str | None = None  # for the CA's limits, when it is too long
         self.mail: str | None = None
         self.monitors: str | None = None  # too few to say how servers are
+        self.vigil = disagreements.Vigil()  # what monitors with a say and others see differently
+        self.apart: list[str] = []  # of that what has lasted
         self.not_ordered = 0  # servers that showed a certificate which the pool did not order
         self.work: dict[str, str] = {}  # kinds of work that failed last time, with the error's name
         self.passes: defaultdict[str, Passes] = defaultdict(Passes)
@@ -214,6 +219,7 @@ class Health:
         found += [f"queue: {self.queue}"] if self.queue else []
         found += [f"mail: {self.mail}"] if self.mail else []
         found += [f"monitors: {self.monitors}"] if self.monitors else []
+        found += [f"monitors: {text}" for text in self.apart]
         return found + [f"worker: {work.strip('_')} failed with {error}" for work, error in self.work.items()]
 
 
@@ -246,6 +252,7 @@ class Worker:
         self._geo = Geo(settings.geo.database)
         self._post = Post(database, settings, key, Outbound(settings))
         self._watched_at: datetime | None = None
+        self._compared_at: datetime | None = None
         self._quick_until = 0.0
         self._queue_seen_at: datetime | None = None
 
@@ -498,6 +505,11 @@ class Worker:
                 await monitors.place(self._database, self._geo)
             self._health.queue = onboarding.alarm(self._settings, queue, now)
             self._watched_at = None if more_silent else now
+        if self._compared_at is None or now - self._compared_at >= _COMPARE:
+            async with self._database.transaction() as session:
+                self._health.vigil.note(await disagreements.look(session, self._settings, now), now)
+            self._health.apart = self._health.vigil.alarms(now)
+            self._compared_at = now
         return is_more
 
     async def _reconcile(self, now: datetime) -> bool:
