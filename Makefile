@@ -61,15 +61,18 @@ bench: setup
 	$(BIN)/python -m bench.workers
 	$(BIN)/python -m bench.idle
 	$(BIN)/python -m bench.dns
+	$(BIN)/python -m bench.sets
 	$(BIN)/python -m bench.client
 	$(BIN)/python -m bench.issue
 	$(BIN)/python -m bench.registry --zone-servers 2000
 	$(BIN)/python -m bench.zone
+	$(BIN)/python -m bench.scoring
 
 docs: setup
 	$(BIN)/python -m lab.conformance
 	$(BIN)/python -m lab.interop
 	$(BIN)/python -m lab.manuals
+	$(BIN)/python -m lab.world --docs
 
 # For the Debian release, and so the Python, of this machine.
 deb: setup

@@ -2,14 +2,18 @@
 
 dnsperf asks both in turn, with EDNS and DO, from one thread on the same machine. Some answers of each turn are asked for
 apart and validated; one that is not right ends the bench with an error. The limits of both on how often a network is
-answered are out of reach here, but ours counts them all the same.
+answered are out of reach here, but ours counts them all the same. A name of its own has many signed sets, which the second
+Knot, an edge of ours, signs as well and draws by its geoip module.
 """
 
+import asyncio
+import random
 import re
 import secrets
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,9 +35,14 @@ from bench.contenders import Contender
 from bench.load import LoadError
 from bench.report import Comparison, Turn
 from lab.embedded import Embedded
-from lab.knot import Knot
-from lab.nameservers import Primary
-from lab.processes import require
+from lab.knot import Knot, KnotEdge
+from lab.nameservers import NameServer, Primary
+from lab.processes import LabError, require
+from lab.programs import poolsvc
+from poolsvc.primary import Nameserver, PrimaryConfig
+from poolsvc.publisher import Publisher
+from poolsvc.subsets import Sink
+from poolsvc.zone import ZonePolicy
 
 _MEMBERS = 2000
 _IN_ONE_UPDATE = 250
@@ -41,8 +50,12 @@ _TARGETS = 8
 _CHECKED = 5
 _PAYLOAD = 1232
 _SERVICE = "_ntske._tcp.pool.example."
+_DRAWN = "_ntske._tcp.drawn.pool.example."
+_SETS = 256
+POLICY = ZonePolicy("pool.example", srv_ttl=60, address_ttl=300, ke_port=4460, caa=())
 TITLES = {
     "service": ("SRV of eight targets, signed, one name", "answer"),
+    "drawn": (f"SRV of eight targets, one of {_SETS} signed sets, one name", "answer"),
     "addresses": (f"addresses of {_MEMBERS:,} members, signed", "answer"),
     "absences": ("names that do not exist, each asked once, proved by NSEC", "answer"),
 }
@@ -56,6 +69,8 @@ def _questions(kind: str) -> list[str]:
     match kind:
         case "service":
             return [f"{_SERVICE} SRV"]
+        case "drawn":
+            return [f"{_DRAWN} SRV"]
         case "addresses":
             return [f"{_domain(number)} A" for number in range(_MEMBERS)]
         case _:
@@ -66,11 +81,11 @@ def _questions(kind: str) -> list[str]:
 class DnsServer(Contender):
     """One of the two, with its zone's keys."""
 
-    server: Primary
+    server: NameServer
     keys: dns.rrset.RRset
 
     @classmethod
-    def of(cls, name: str, server: Primary) -> "DnsServer":
+    def of(cls, name: str, server: NameServer) -> "DnsServer":
         keys = _answer(server, "pool.example.", DNSKEY).find_rrset(
             dns.message.ANSWER, dns.name.from_text("pool.example."), dns.rdataclass.IN, DNSKEY
         )
@@ -78,9 +93,11 @@ class DnsServer(Contender):
 
 
 def _fill(server: Primary) -> None:
-    targets = (f"0 10 4460 {_domain(number)}" for number in range(_TARGETS))
+    targets = tuple(f"0 10 4460 {_domain(number)}" for number in range(_TARGETS))
     update = dns.update.UpdateMessage("pool.example.")
-    update.add(_SERVICE, 60, "SRV", *targets)
+    # Knot lets nobody write the other name, as the shipped configuration has it.
+    for owner in (_SERVICE, _DRAWN) if isinstance(server, Embedded) else (_SERVICE,):
+        update.add(owner, 60, "SRV", *targets)
     _send(server, update)
     for first in range(0, _MEMBERS, _IN_ONE_UPDATE):
         update = dns.update.UpdateMessage("pool.example.")
@@ -96,7 +113,7 @@ def _send(server: Primary, update: dns.update.UpdateMessage) -> None:
         raise LoadError(f"the zone was refused: {dns.rcode.to_text(answer.rcode())}")
 
 
-def _answer(server: Primary, name: str, kind: RdataType) -> dns.message.Message:
+def _answer(server: NameServer, name: str, kind: RdataType) -> dns.message.Message:
     query = dns.message.make_query(name, kind, want_dnssec=True, payload=_PAYLOAD)
     return dns.query.udp(query, server.address, timeout=5, port=server.port)
 
@@ -150,19 +167,58 @@ def _turn(kind: str, seconds: float, asked: DnsServer) -> Turn:
     )
 
 
+async def _draw(server: Primary) -> None:
+    publisher = publisher_of(server)
+    await publisher.take_fence(1)
+    names = [f"m{number}" for number in range(_MEMBERS)]
+    chosen = random.Random(1)
+    await Sink(publisher).publish({_DRAWN: [chosen.sample(names, _TARGETS) for _ in range(_SETS)]}, 1, 1)
+
+
+def start_edge(edge: KnotEdge, primary: Embedded) -> None:
+    """With the zone's key, and with the sets of the primary."""
+    edge.prepare()
+    config = str(edge.directory / "knot.conf")
+    done = primary.poolsvc("dns", "keys", "copy-to-knot", "--knot-config", config)
+    edge.stop()
+    if done.status == 0:
+        edge.start()
+        done = poolsvc(edge.settings, "dns", "edge", "--once")
+    if done.status:
+        raise LabError(done.stderr)
+
+
+def publisher_of(server: Primary) -> Publisher:
+    config = PrimaryConfig(
+        address=server.address,
+        port=server.port,
+        tsig_name=server.tsig_name,
+        tsig_secret=server.tsig_secret,
+        nameservers=(Nameserver(server.address, server.port),),
+    )
+    return Publisher(POLICY, config)
+
+
 def measure(seconds: float, rounds: int) -> dict[str, Comparison]:
     """`seconds` of load in all."""
-    with tempfile.TemporaryDirectory(prefix="truechimer-bench-") as name:
+    with tempfile.TemporaryDirectory(prefix="truechimer-bench-") as name, ExitStack() as stack:
         directory = Path(name)
-        with (
-            Embedded(directory / "embedded", ttl=60, soa_minimum=60) as ours,
-            Knot(directory / "knot", ttl=60, soa_minimum=60) as theirs,
-        ):
-            for server in (ours, theirs):
-                _fill(server)
-            contenders = DnsServer.of("embedded", ours), DnsServer.of("knot", theirs)
-            length = seconds / (rounds * len(contenders) * len(TITLES))
-            return {kind: Comparison.run(contenders, rounds, partial(_turn, kind, length)) for kind in TITLES}
+        ours = Embedded(directory / "embedded", ttl=60, soa_minimum=60)
+        edge = KnotEdge(directory / "edge", ours)
+        theirs = Knot(directory / "knot", ttl=60, soa_minimum=60)
+        for server in (ours, theirs):
+            stack.enter_context(server)
+            _fill(server)
+        asyncio.run(_draw(ours))
+        stack.callback(edge.stop)
+        start_edge(edge, ours)
+        embedded, knot = DnsServer.of("embedded", ours), DnsServer.of("knot", theirs)
+        contenders = dict.fromkeys(TITLES, (embedded, knot))
+        contenders["drawn"] = embedded, DnsServer.of("knot", edge)
+        length = seconds / (rounds * 2 * len(TITLES))
+        return {
+            kind: Comparison.run(contenders[kind], rounds, partial(_turn, kind, length)) for kind in TITLES
+        }
 
 
 def main() -> int:

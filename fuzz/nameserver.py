@@ -1,4 +1,7 @@
-"""Targets of the embedded DNS server: questions by UDP (RFC 1035, 6891, 7873), updates (RFC 2136) of a true key."""
+"""Targets of the embedded DNS server: questions by UDP (RFC 1035, 6891, 7873), updates (RFC 2136) of a true key.
+
+Updates may have parts of a draw of answer sets, which edges get from the server as answers of their own.
+"""
 
 import struct
 from collections.abc import Generator, Mapping
@@ -11,18 +14,24 @@ import dns.message
 import dns.name
 import dns.rcode
 import dns.rdata
+import dns.rdataclass
 import dns.rdatatype
+import dns.rrset
 import dns.update
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fuzz.target import NOW, Drawn, Target, hold
+from poolsvc.edge import Inbound, configuration
 from poolsvc.nameserver import records
 from poolsvc.nameserver.answers import Answers
+from poolsvc.nameserver.draws import Draws
 from poolsvc.nameserver.keys import Keyring, KeyState, SigningKey
 from poolsvc.nameserver.records import Key, RRset
 from poolsvc.nameserver.responder import UDP_PAYLOAD, Other, Responder
+from poolsvc.nameserver.sets import NO_DRAW, target
 from poolsvc.nameserver.updates import Refused, evaluate
 from poolsvc.nameserver.zone import SignedZone
+from poolsvc.primary import Rejected, Unreachable
 
 _ZONE = dns.name.from_text("pool.example.")
 _APEX = records.to_wire(_ZONE)
@@ -84,7 +93,11 @@ def _fresh() -> SignedZone:
 def _question(data: bytes) -> str:
     """The octets are a datagram."""
     responder = Responder(
-        Answers(_signed()), Drawn(b"responder"), responses_per_second=1, responses_at_once=1
+        Answers(_signed()),
+        Drawn(b"responder"),
+        responses_per_second=1,
+        responses_at_once=1,
+        uniform=Random(1).random,
     )
     try:
         reply = responder.over_udp(data, _ADDRESS, NOW, 0)
@@ -164,6 +177,66 @@ def _update(data: bytes) -> str:
     return "made"
 
 
+def _draw(data: bytes) -> str:
+    """The octets are an update with answer sets."""
+    try:
+        message = dns.message.from_wire(data, one_rr_per_rrset=True)
+    except (dns.exception.DNSException, ValueError, struct.error):
+        return "unread"
+    if not isinstance(message, dns.update.UpdateMessage):
+        return "no-update"
+    zone = _fresh()
+    answers = Answers(zone)
+    draws = Draws(zone, answers, NOW)
+    try:
+        part = draws.read(message)
+        if part is None:
+            return "no-sets"
+        _run(draws.take(part, NOW))
+    except Refused as refusal:
+        return dns.rcode.to_text(refusal.rcode).lower()
+    hold(zone.copy() == _signed().copy(), "sets are no zone data")
+    if draws.token == NO_DRAW:
+        hold(part.head.count > 1, "the last part puts the draw in place")
+        return "part"
+    inbound, listed = Inbound(_APEX, None), dns.message.Message()
+    for record in draws.listed(None):
+        owner, _ = dns.name.from_wire(record, 0)
+        rdata = record[len(records.to_wire(owner)) + 10 :]
+        generic = dns.rdata.GenericRdata(dns.rdataclass.IN, dns.rdatatype.RdataType.make(records.SETS), rdata)
+        listed.answer.append(dns.rrset.from_rdata(owner, 0, generic))
+    fetched = inbound.take(listed.answer)
+    hold(fetched is not None and fetched.head.draw == part.head.draw, "an edge gets the draw")
+    assert fetched is not None
+    hold(fetched.count == len(draws), "an edge gets all sets")
+    for owner_of, found in fetched.found.items():
+        hold(records.is_below(owner_of, _APEX), "sets are in the zone")
+        for rdata in {rdata for rdatas in found for rdata in rdatas}:
+            node = zone.node(target(rdata)) or {}
+            hold({records.A, records.AAAA} & set(node), "who is named has an address")
+    return "in-place"
+
+
+def _edge(data: bytes) -> str:
+    """The octets are a message of the source's answer."""
+    try:
+        message = dns.message.from_wire(data, one_rr_per_rrset=True)
+    except (dns.exception.DNSException, ValueError, struct.error):
+        return "unread"
+    try:
+        fetched = Inbound(_APEX, "1-a.1").take(message.answer)
+        if fetched is None:
+            return "more"
+        lines = configuration(fetched).decode().splitlines()
+    except Rejected:
+        return "rejected"
+    except Unreachable:
+        return "garbage"
+    hold(sum("SRV: [" in line for line in lines) == fetched.count, "each set is one line")
+    hold(sum("TXT: " in line for line in lines) == 1, "there is one marker")
+    return "sets" if fetched.found else "no-sets"
+
+
 TARGETS = (
     Target(
         "dns-question",
@@ -206,5 +279,26 @@ TARGETS = (
         ),
         longest=2048,
         tokens=(b"\4pool\7example\0", b"\5alice\7servers", b"\x28\0", b"\0\xfe", b"\0\xff", b"\xc0\x0c"),
+    ),
+    Target(
+        "dns-sets",
+        "Sets are refused with a code or in place as a whole, name only who has an address, and reach an edge; no zone data.",
+        _draw,
+        frozenset(
+            {
+                *("in-place", "part", "no-sets", "formerr", "nxdomain", "nxrrset", "notzone"),
+                *("unread", "no-update"),
+            }
+        ),
+        longest=2048,
+        tokens=(b"\xff\x78\0\1", b"\x0dalice\7servers", b"\0\0\x0a\x11\x6c", b"\0\0\0\0\1"),
+    ),
+    Target(
+        "dns-edge",
+        "What a source says is read or is garbage, and becomes a line of Knot's file for each set, whatever names it has.",
+        _edge,
+        frozenset({"sets", "no-sets", "more", "garbage", "rejected", "unread"}),
+        longest=2048,
+        tokens=(b"\xff\x78\0\1", b"\x0dalice\7servers", b"\0\0\x0a\x11\x6c", b"\0\0\0\0\1"),
     ),
 )

@@ -4,8 +4,10 @@ import shutil
 import subprocess
 import tempfile
 from abc import abstractmethod
+from pathlib import Path
 
 from lab.nameservers import NameServer, Primary, Secondary
+from poolsvc import setup
 
 SERVER = """\
 server:
@@ -83,7 +85,34 @@ class KnotSecondary(_Knotd, Secondary):
 
 
 class KnotEdge(_Knotd, Secondary):
-    """knotd with the edge's configuration that `poolsvc init` writes: it signs by itself, with keys that it was given."""
+    """knotd with the edge's configuration that `poolsvc init` writes: it signs by itself, with keys that it was given.
+
+    There is no limit to its answers: here all who ask have one address. `settings` are those of `poolsvc dns edge`.
+    """
+
+    @property
+    def settings(self) -> Path:
+        return self.directory / "edge.toml"
 
     def _configuration(self) -> str:
-        return self.primary.shipped()["knot-edge.conf"]
+        text = self._here("knot-edge.conf").replace(f"mod-rrl/{self.zone}-limit, ", "")
+        return text.replace("    ttl: 60\n", f"    ttl: {self.primary.ttl}\n")
+
+    def prepare(self) -> None:
+        sets = self.directory / f"{self.zone}-sets.conf"
+        sets.touch()
+        super().prepare()
+        (self.directory / "edge.secret").write_text(self.primary.edge_secret)
+        own = {
+            "/etc/knot/knot.conf": "knot.conf",
+            'knotd = "127.0.0.1:53"': f'knotd = "{self.address}:{self.port}"\ninterval = 0.1',
+        }
+        text = self._here("edge.toml")
+        for shipped, line in own.items():
+            assert shipped in text, shipped
+            text = text.replace(shipped, line)
+        self.settings.write_text(text)
+
+    def _here(self, name: str) -> str:
+        """A file that `poolsvc init` writes, with the answer sets in this directory."""
+        return self.primary.shipped()[name].replace(setup.KNOT_STORAGE, str(self.directory.resolve()))

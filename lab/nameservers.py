@@ -131,6 +131,10 @@ class Primary(NameServer):
         self._first_serial = first_serial
         self._lose()
 
+    @property
+    def ttl(self) -> int:
+        return self._ttl
+
     @abstractmethod
     def _lose(self) -> None:
         """Remove everything but the zone's keys."""

@@ -216,7 +216,8 @@ class LabPool:
         self._listen = f"{registry_address}:{free_port()}"
         self.url = f"https://{self._listen}"
         authority = Authority(self.directory / "tls")
-        self._tls = authority.issue("127.0.0.1", "::1", "localhost", file="registry")
+        host = registry_address.strip("[]")
+        self._tls = authority.issue(*{"127.0.0.1", "::1", "localhost", host}, file="registry")
         self.registry_root = authority.root
         self.primary: Knot | RegistryDns
         if knot:

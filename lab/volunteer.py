@@ -20,6 +20,7 @@ from unittest.mock import patch
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from lab.certificates import Authority
+from lab.internet import Host
 from lab.peers import (
     CHRONY,
     NO_CLOCK,
@@ -173,8 +174,16 @@ class ChronyVolunteer(Volunteer):
     unit = "chrony.service"
 
     def __init__(
-        self, directory: Path, package: Package = CHRONY, places: tuple[Endpoint, Endpoint] | None = None
+        self,
+        directory: Path,
+        package: Package = CHRONY,
+        places: tuple[Endpoint, Endpoint] | None = None,
+        *,
+        host: Host | None = None,
+        own: str = "",
     ) -> None:
+        """On that host, with `own` lines of its user."""
+        self._host, self._own = host, own
         super().__init__(directory, package, places)
 
     @property
@@ -183,10 +192,19 @@ class ChronyVolunteer(Volunteer):
 
     def _own_files(self) -> dict[Path, str]:
         return {
-            self.config / "chrony.conf": _CHRONY.format(config=self.config, ntp=self.ntp, var=self.var),
+            self.config / "chrony.conf": self._chrony_conf(),
             self.config / "conf.d/README": "Files found here with the .conf suffix are parsed.\n",
             self.directory / "etc/default/chrony": 'DAEMON_OPTS="-F 0"\n',
         }
+
+    def _chrony_conf(self) -> str:
+        return _CHRONY.format(config=self.config, ntp=self.ntp, var=self.var) + self._own
+
+    def change(self, own: str) -> None:
+        """Its user writes other lines of their own, and restarts it."""
+        self._own = own
+        (self.config / "chrony.conf").write_text(self._chrony_conf())
+        self.restart()
 
     def options(self) -> list[str]:
         """DAEMON_OPTS: the last file of environment that names it wins."""
@@ -200,6 +218,7 @@ class ChronyVolunteer(Volunteer):
         program = self.package.command("usr/sbin/chronyd")
         argv = [*program, "-x", "-d", "-f", str(self.config / "chrony.conf"), *self.options()]
         argv += ["-u", self.user()]
+        argv = argv if self._host is None else [*self._host.inside(), *argv]
         return [*NO_CLOCK, *argv] if os.geteuid() == 0 else [*argv, "-U"]
 
 
@@ -248,14 +267,14 @@ restrict ::1
 class NtpsecVolunteer(Volunteer):
     """In a network namespace that is there already: ntpd serves on ports 123 and 4460 only.
 
-    It never learns the time there, as a host's after a restart does not for a while.
+    It never learns the time there, as a host's after a restart does not for a while, unless its user's own lines say so.
     """
 
     kind = Kind.NTPSEC
     unit = "ntpsec.service"
 
-    def __init__(self, directory: Path, namespace: Namespace) -> None:
-        self.namespace = namespace
+    def __init__(self, directory: Path, namespace: Namespace | Host, own: str = "") -> None:
+        self.namespace, self._own = namespace, own
         super().__init__(directory, NTPSEC)
 
     def _endpoints(self) -> tuple[Endpoint, Endpoint]:
@@ -270,7 +289,7 @@ class NtpsecVolunteer(Volunteer):
         return self.directory / "etc/ntpsec"
 
     def _own_files(self) -> dict[Path, str]:
-        return {self.config / "ntp.conf": _NTPSEC.format(var=self.var)}
+        return {self.config / "ntp.conf": _NTPSEC.format(var=self.var) + self._own}
 
     def _command(self) -> list[str]:
         program = self.package.command("usr/sbin/ntpd")

@@ -24,7 +24,7 @@ from member_agent.privileges import become_owner
 from member_agent.registry import Registry
 from member_agent.state import MemberDirectory, Membership, StateDirectory
 from member_agent.web_servers import WebServer
-from nts_core.control import CheckStatus, Finding, ServerStatus
+from nts_core.control import AddressStatus, CheckStatus, Finding, ServerStatus, SightStatus, WeightStatus
 from nts_core.errors import printable
 from nts_core.shell import configure_logging
 
@@ -235,8 +235,7 @@ def lines_of(seen: ServerStatus, now: datetime) -> Iterator[str]:
     """What the registry says."""
     place = f"in DNS, named in {seen.share:.1%} of the pool's answers" if seen.in_dns else "not in DNS"
     yield f"state      {seen.state} {_ago(seen.state_since, now)}, {place}"
-    if seen.why:
-        yield f"why        {seen.why}"
+    yield from _reasons(seen, now)
     if seen.queue is not None:
         yield (
             f"queue      number {seen.queue.position} of {seen.queue.waiting} for a certificate,"
@@ -247,15 +246,62 @@ def lines_of(seen: ServerStatus, now: datetime) -> Iterator[str]:
     for hold in seen.holds:
         yield f"hold       {hold.kind}: {hold.reason}"
     for address in seen.addresses:
-        proof = "proved" if address.proved_at else f"not proved: {address.proof_error or 'not tried yet'}"
-        score = "no score yet" if address.score is None else f"score {address.score:.1f}"
-        yield f"address    {address.address}: {proof}, {score}"
+        yield from _lines_of_address(address, now)
     if seen.certificate is not None and seen.certificate.not_after is not None:
         renewal = seen.certificate.renewal_at
         renewed = f", renewed about {renewal:%Y-%m-%d}" if renewal else ", a new one is being ordered"
         yield f"certificate ends {seen.certificate.not_after:%Y-%m-%d %H:%M} UTC{renewed}"
     if seen.leave_at is not None:
         yield f"leaving    for good at {seen.leave_at:%Y-%m-%d %H:%M} UTC; `pool-agent leave --cancel` takes it back"
+
+
+def _reasons(seen: ServerStatus, now: datetime) -> Iterator[str]:
+    """Why it is not in DNS, stage by stage, or has less of the answers than it might."""
+    if seen.in_dns and (lessened := _lessened(seen.weight)):
+        yield f"share      less than its weight: {lessened}"
+    if not seen.why:
+        return
+    yield f"why        {seen.why}"
+    for stage in seen.stages:
+        if stage.since is not None:
+            yield f"stage      {stage.stage} {stage.status} {_ago(stage.since, now)}"
+
+
+def _lines_of_address(address: AddressStatus, now: datetime) -> Iterator[str]:
+    """Its proof, its score, and what each monitor sees of it."""
+    proof = "proved" if address.proved_at else f"not proved: {address.proof_error or 'not tried yet'}"
+    score = "no score yet" if address.score is None else f"score {address.score:.1f}"
+    yield f"address    {address.address}: {proof}, {score}"
+    if address.unknown is not None:
+        yield f"           unknown to the pool, which is the pool's fault: {address.unknown}"
+    for sight in address.monitors:
+        if sight.at is not None:
+            yield f"           {_sight(sight, now)}"
+
+
+def _lessened(weight: WeightStatus) -> str:
+    """Why a server has less of the answers than its member wants."""
+    parts = []
+    if weight.score < 1:
+        parts.append(f"{weight.score:.0%} by its score, which gives all from 15 up")
+    if weight.capacity < 1:
+        parts.append(f"{weight.capacity:.0%} by its traffic caps")
+    if weight.young:
+        parts.append("the account is young, and shares a part with other young ones")
+    return "; ".join(parts)
+
+
+def _sight(sight: SightStatus, now: datetime) -> str:
+    """What one monitor sees."""
+    assert sight.at is not None
+    where = f" ({sight.country})" if sight.country else ""
+    say = "" if sight.counts else ", without a say"
+    score = "not admitted yet" if sight.score is None else f"score {sight.score:.1f}"
+    text = f"{sight.monitor}{where}{say}: {score}, looked {_ago(sight.at, now)}"
+    if sight.failed is not None:
+        since = "" if sight.failed_since is None else f" since {sight.failed_since:%Y-%m-%d %H:%M} UTC"
+        return f"{text}; {sight.failed}{since}: {sight.detail}"
+    return f"{text}; {sight.step_reason}" if sight.step_reason else text
 
 
 def expectation(seen: ServerStatus | None, now: datetime) -> str:

@@ -358,13 +358,55 @@ class QueueStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class SightStatus:
+    """One address as one monitor last saw it; `counts` while it has a say."""
+
+    monitor: str
+    country: str | None = None
+    role: str = ""
+    counts: bool = False
+    at: datetime | None = None
+    failed: str | None = None  # a registry may know more stages than its agents
+    failed_since: datetime | None = None
+    detail: str = ""
+    step_reason: str = ""
+    score: float | None = None
+    offset_ns: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class AddressStatus:
-    """One address: when it was proved, why it was not, and its score, None until it is admitted."""
+    """One address: when it was proved, why it was not, and its score, None until it is admitted.
+
+    `unknown` is why the pool does not know it now, which is the pool's fault.
+    """
 
     address: str
     proved_at: datetime | None = None
     proof_error: str | None = None
     score: float | None = None
+    unknown: str | None = None
+    monitors: tuple[SightStatus, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StageSeen:
+    """One stage as it stands."""
+
+    stage: str
+    status: str
+    since: datetime | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightStatus:
+    """Of what a server's share is made."""
+
+    wanted: int = 1
+    score: float = 1.0  # the part that its score gives
+    capacity: float = 1.0  # the part that it answers, by its caps
+    young: bool = False  # its account is young, and shares a part with the others that are
 
 
 @dataclass(frozen=True, slots=True)
@@ -405,6 +447,8 @@ class ServerStatus:
     in_dns: bool
     why: str = ""  # why it is not in DNS, empty when it is
     share: float = 0.0  # the part of the pool's answers that name it, from 0 to 1
+    weight: WeightStatus = WeightStatus()
+    stages: tuple[StageSeen, ...] = ()
     leave_at: datetime | None = None
     queue: QueueStatus | None = None
     expected_at: datetime | None = (

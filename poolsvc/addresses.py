@@ -67,7 +67,7 @@ async def _list(
         session.add(Address(server_id=server.id, address=address, confirmed_at=now))
     for address, row in before.items():
         if address not in checked:
-            await session.delete(row)
+            await servers.delete_address(session, row)
     await session.flush()
     await session.refresh(server, ["addresses"])
 
@@ -75,6 +75,7 @@ async def _list(
 async def settle(session: AsyncSession, server: Server, *, actor: str, reason: str, now: datetime) -> None:
     """Bring the state in step with the addresses that may be published."""
     found = servers.publishable(server)
+    server.review_due_at = now if found else None
     if server.state is ServerState.REGISTERED and found:
         await servers.apply(session, server, EventKind.ADDRESS_PROVED, actor=actor, reason=reason, now=now)
         if any(order.status is OrderStatus.ISSUED for order in server.orders):
@@ -82,7 +83,7 @@ async def settle(session: AsyncSession, server: Server, *, actor: str, reason: s
             server.probe_due_at = now
     elif server.state in servers.NAMED_STATES and not found:
         # Out of DNS altogether; once an address is proved, all begins as if the name were new.
-        servers.forget_scores(server, now)
+        await servers.forget_scores(session, server, now)
         server.named_at = server.listed_at = None
         await servers.apply(session, server, EventKind.ADDRESSES_LOST, actor=actor, reason=reason, now=now)
 
@@ -143,12 +144,13 @@ async def _withdraw_stale(session: AsyncSession, settings: Settings, server: Ser
                 row.confirmed_at = now
                 continue
             server.addresses.remove(row)
-            await session.delete(row)
+            await servers.delete_address(session, row)
             await _tell(session, server, row, f"not proved within {days} days", now)
         elif (ends := proof_ends_at(row, settings)) is not None and ends <= now:
             reason = f"neither probed with its certificate nor proved again for {days} days"
-            row.proved_at = row.nonce = row.proof_due_at = row.score = None
-            row.full_probes, row.step_reason, row.proof_error, row.confirmed_at = 0, "", reason, now
+            row.proved_at = row.nonce = row.proof_due_at = None
+            row.step_reason, row.proof_error, row.confirmed_at = "", reason, now
+            await servers.forget_address_scores(session, [row])
             await _tell(session, server, row, reason, now)
     await settle(session, server, actor=_ACTOR, reason="no address is confirmed any more", now=now)
 

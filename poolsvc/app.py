@@ -20,7 +20,6 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from nts_core.srv import targets_that_fit
 from poolsvc.api import ROUTERS, Limits, Services
 from poolsvc.api.openapi import describe, refuse_unknown_parameters
 from poolsvc.config import Settings
@@ -31,8 +30,9 @@ from poolsvc.gate import NOT_READY, Gate, problem
 from poolsvc.inspection import Inspector
 from poolsvc.metrics import Metrics
 from poolsvc.oidc import Provider
-from poolsvc.pool import Kept, odds_of, take_census
+from poolsvc.pool import Kept, take_census
 from poolsvc.readiness import Readiness
+from poolsvc.regional import Atlas, odds_of
 from poolsvc.worker import Health, Worker
 
 # How long the worker's steps may go on when the process is to stop.
@@ -114,14 +114,16 @@ def create_app(
         redirect_slashes=False,  # to the host that the caller names
     )
     providers = {entry.name: Provider(entry, settings) for entry in settings.oidc}
-    places = targets_that_fit(settings.pool)
+    atlas = Atlas(settings)
     app.state.services = Services(
         settings,
         database,
         key,
         _limits(settings),
         census=Kept(take_census),
-        odds=Kept(partial(odds_of, places=places)),
+        odds=Kept(partial(odds_of, settings=settings)),
+        atlas=atlas,
+        regions=Kept(atlas.look),
         providers=providers,
         inspector=Inspector(settings, roots),
     )

@@ -26,6 +26,7 @@ class Role(StrEnum):
     USER = "user"  # any person who signed in
     AGENT = "agent"
     JOIN = "join"
+    MONITOR = "monitor"
 
 
 class Operation(StrEnum):
@@ -67,9 +68,16 @@ class Operation(StrEnum):
     INVITE = "invite"
     APPOINT_STAFF = "appoint-staff"
     SET_CA_LIMITS = "set-ca-limits"
+    JUDGE_MONITOR = "judge-monitor"  # to let it have a say, and how many have to agree
+    # a member's monitors, and the pool's own
+    READ_MONITOR = "read-monitor"
+    REGISTER_MONITOR = "register-monitor"
+    CHANGE_MONITOR = "change-monitor"  # to pause or end it, and its token
+    SET_REGIONS = "set-regions"
     # programs
     JOIN = "join"
     AGENT = "agent"
+    MONITOR = "monitor"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,13 +134,19 @@ PERMISSIONS: Mapping[Operation, Permission] = {
     _O.INVITE: _permission("operator", Scope.POOL),
     _O.APPOINT_STAFF: _permission("operator", Scope.POOL),
     _O.SET_CA_LIMITS: _permission("operator", Scope.POOL),
+    _O.JUDGE_MONITOR: _permission("operator", Scope.POOL),
+    _O.READ_MONITOR: _permission(f"{_STAFF} {_TEAM}", Scope.READ, when_blocked=True),
+    _O.REGISTER_MONITOR: _permission("operator owner", Scope.SERVERS),
+    _O.CHANGE_MONITOR: _permission("operator owner", Scope.SERVERS),
+    _O.SET_REGIONS: _permission("operator", Scope.POOL),
     _O.JOIN: _permission("join", None),
     _O.AGENT: _permission("agent", None),
+    _O.MONITOR: _permission("monitor", None),
 }
 
 # Of a program's token, unless who makes it says otherwise; none lives for ever.
 TOKEN_LIFE = timedelta(days=90)
-_KIND_ROLES = {TokenKind.JOIN: Role.JOIN, TokenKind.AGENT: Role.AGENT}
+_KIND_ROLES = {TokenKind.JOIN: Role.JOIN, TokenKind.AGENT: Role.AGENT, TokenKind.MONITOR: Role.MONITOR}
 # How often `last_used_at` moves: people want to know whether a token is in use, not when.
 _SEEN = timedelta(hours=1)
 
@@ -149,13 +163,16 @@ class Principal:
     blocked: frozenset[int] = frozenset()  # those of `members` that may only read and leave
     member_id: int | None = None
     server_id: int | None = None
+    monitor_id: int | None = None
     scopes: frozenset[Scope] = frozenset(Scope)
     used: bool = False  # a join token that an agent has joined with
 
     @property
     def actor(self) -> str:
         """How events name this principal: by ids, never by names or tokens."""
-        return f"{self.kind} {self.server_id}" if self.kind in _KIND_ROLES else f"user {self.user_id}"
+        if self.kind not in _KIND_ROLES:
+            return f"user {self.user_id}"
+        return f"{self.kind} {self.server_id or self.monitor_id}"
 
     def roles(self, member_id: int | None = None) -> frozenset[Role]:
         """What the principal is to a member, or to the pool when none is named."""
@@ -244,6 +261,7 @@ async def issue(
     user_id: int | None = None,
     member_id: int | None = None,
     server_id: int | None = None,
+    monitor_id: int | None = None,
     viewer_id: int | None = None,
     scopes: Collection[Scope] = frozenset(Scope),
     label: str = "",
@@ -260,6 +278,7 @@ async def issue(
         user_id=user_id,
         member_id=member_id,
         server_id=server_id,
+        monitor_id=monitor_id,
         viewer_id=viewer_id,
         scopes=sorted(scopes) if kind is TokenKind.API else [],
         created_at=now,
@@ -302,7 +321,14 @@ async def authenticate(session: AsyncSession, secret: str | None, now: datetime)
         token.last_used_at = now
     if token.user is None:
         used = token.kind is TokenKind.JOIN and token.used_at is not None
-        return Principal(token.id, token.kind, server_id=token.server_id, scopes=frozenset(), used=used)
+        return Principal(
+            token.id,
+            token.kind,
+            server_id=token.server_id,
+            monitor_id=token.monitor_id,
+            scopes=frozenset(),
+            used=used,
+        )
     return await _person(session, token, token.user)
 
 
@@ -345,6 +371,7 @@ _REMEDIES = {
     TokenKind.API: "make a new one: POST /v1/me/tokens",
     TokenKind.JOIN: _NEW_JOIN_TOKEN,
     TokenKind.AGENT: _NEW_JOIN_TOKEN,
+    TokenKind.MONITOR: "ask for a new one: POST /v1/monitors/NAME/token",
 }
 
 

@@ -29,6 +29,7 @@ from nts_core.shell import ProgramSettings, SettingsError, check_contact, check_
 from nts_core.srv import ANSWER_OCTETS, MIN_TARGETS, targets_that_fit
 from poolsvc.budget import MOST, Limit, Limits
 from poolsvc.names import DOMAIN
+from poolsvc.verdicts import SCORERS
 
 _PREFIX = "POOLSVC_"
 _SQLITE = "sqlite+aiosqlite:///"
@@ -459,13 +460,50 @@ class GeoSettings(_Section):
         return (value,) if isinstance(value, str) else value
 
 
+def _scorer(name: str) -> str:
+    if name not in SCORERS:
+        raise ValueError(f"there is no such scorer; there are {' and '.join(SCORERS)}")
+    return name
+
+
+ScorerName = Annotated[str, AfterValidator(_scorer)]
+
+
 class PolicySettings(_Section):
     """What the pool asks for. Times are seconds."""
 
     opening_size: int = Field(4, ge=1, description="ACTIVE servers before the SRV set opens")
+    region_size: int = Field(
+        16,
+        ge=4,
+        le=1000,
+        description="servers that a region needs to be switched on, and to be answered alone",
+    )
+    region_sets: int = Field(
+        16, ge=1, le=256, description="answer sets that lie on a region's name at a time"
+    )
+    young_days: float = Field(30, ge=0, le=3650, description="how long a member's account is young")
+    young_percent: int = Field(
+        20,
+        ge=1,
+        le=99,
+        description="of a region's weight that young accounts share, once older servers suffice",
+    )
     admission_probes: int = Field(3, ge=1, description="full probes in a row that admit a server (bootstrap)")
     max_stratum: int = Field(7, ge=1, le=15, description="servers further from a reference clock score badly")
     probe_interval: float = Field(60, gt=0)
+    probe_spacing: float = Field(
+        60, gt=0, description="between two probes of one server, whichever monitors make them"
+    )
+    monitor_poll: float = Field(20, gt=0, le=300, description="how often a monitor asks for work and reports")
+    monitors_per_member: int = Field(3, ge=0, description="that members may run for the pool")
+    review_interval: float = Field(
+        1200, gt=0, description="how often it is decided anew which monitors look at a server"
+    )
+    scorer: ScorerName = Field("median", description="how what several monitors say becomes one score")
+    shadow_scorer: ScorerName | None = Field(
+        None, description="another one, whose scores are shown beside those that count"
+    )
     exchange_spacing: float = Field(2, ge=0, le=60, description="between the NTP exchanges of one probe")
     agent_interval: float = Field(60, gt=0, description="how often an idle agent reports")
     reconcile_interval: float = Field(60, gt=0, description="how often DNS is compared without a reason")
@@ -481,6 +519,9 @@ class PolicySettings(_Section):
         description="reports of all idle agents together; with many of them each reports less often",
     )
     samples_days: int = Field(15, ge=1, le=400, description="how long what probes measured is kept")
+    summaries_days: int = Field(
+        3660, ge=30, description="how long hourly and daily summaries of what probes measured are kept"
+    )
     notices_days: int = Field(400, ge=60, description="how long notices and what became of them are kept")
     proof_deadline: float = Field(10, gt=0, le=60, description="for one connection back to an address")
     proofs_per_hour: int = Field(5, ge=1, description="connections back to an address")

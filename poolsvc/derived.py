@@ -34,6 +34,7 @@ class Purpose(StrEnum):
     OIDC_VERIFIER = "oidc-verifier"
     OIDC_BINDING = "oidc-binding"
     OPERATOR_ID = "operator-id"
+    VANTAGE = "vantage"
 
 
 class RegistryKey:

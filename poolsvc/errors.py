@@ -96,6 +96,11 @@ class InvalidEmail(PoolError):
     code = "invalid-email"
 
 
+class InvalidRegion(PoolError):
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    code = "invalid-region"
+
+
 class NameTaken(PoolError):
     status = HTTPStatus.CONFLICT
     code = "name-taken"

@@ -18,6 +18,9 @@ from poolsvc.metrics import Metrics
 
 # No document of the API is longer; a CSR has a few hundred octets.
 MAX_BODY = 64 * 1024
+# But a monitor's report of as many probes as one may have, some with a certificate.
+MAX_REPORT = 2 * 1024 * 1024
+_REPORT, _REPORTER = "/v1/monitor/report", "Bearer tc_monitor_"
 # Of the target and all headers together; uvicorn limits only what it has not read whole. Tokens and tags have hundreds.
 MAX_HEAD, MAX_HEADERS = 16 * 1024, 100
 # A state that others ask for again and again, and no failure of a request.
@@ -135,12 +138,14 @@ class Gate:
             )
         length = headers.get("content-length", "0")
         is_number = _LENGTH.fullmatch(length) is not None
-        if "transfer-encoding" in headers or not is_number or int(length) > MAX_BODY:
+        is_report = scope["path"] == _REPORT and headers.get("authorization", "").startswith(_REPORTER)
+        most = MAX_REPORT if is_report else MAX_BODY
+        if "transfer-encoding" in headers or not is_number or int(length) > most:
             return problem(
                 scope,
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
                 "too-large",
-                f"a body without its length or of more than {MAX_BODY} octets",
+                f"a body without its length or of more than {most} octets",
             )
         return None
 

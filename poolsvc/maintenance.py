@@ -104,6 +104,18 @@ async def is_under_way(session: AsyncSession, server: Server, now: datetime) -> 
     return await _open_window(session, server, now) is not None
 
 
+async def ended_at(session: AsyncSession, server: Server, now: datetime) -> datetime | None:
+    """When the last window that is over ended."""
+    ends = func.coalesce(MaintenanceWindow.cancelled_at, MaintenanceWindow.ends_at)
+    found = await session.scalar(
+        select(MaintenanceWindow)
+        .where(MaintenanceWindow.server_id == server.id, ends <= now)
+        .order_by(ends.desc())
+        .limit(1)
+    )
+    return None if found is None else found.cancelled_at or found.ends_at
+
+
 async def _open_window(session: AsyncSession, server: Server, now: datetime) -> MaintenanceWindow | None:
     """Of the windows that are open now the one that ends last."""
     return await session.scalar(

@@ -15,13 +15,15 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from nts_core.control import ServerState
-from poolsvc import leases
+from poolsvc import leases, subsets
 from poolsvc.config import Settings
 from poolsvc.db import Database
+from poolsvc.errors import WrongState
 from poolsvc.leader import LEASE
 from poolsvc.models import Server, ZonePlan
 from poolsvc.names import is_label
 from poolsvc.pool import count_by_state, the_pool
+from poolsvc.primary import PublishError
 from poolsvc.publication import Publication, primary_config, zone_policy
 from poolsvc.publisher import Mismatch, Publisher
 from poolsvc.zone import Change, Key, Question, Zone, ordered
@@ -105,6 +107,20 @@ async def approve(session: AsyncSession, question: Question, now: datetime) -> d
     return plan.expires_at
 
 
+async def may_write(settings: Settings, region: str) -> None:
+    """Whether the primary lets us write a region's SRV; if it did not, nothing at all could be published any more.
+
+    Raises WrongState.
+    """
+    try:
+        await Publisher(zone_policy(settings), primary_config(settings)).rehearse_region(region)
+    except (PublishError, OSError) as error:
+        raise WrongState(
+            f"the primary would not take the SRV of {region}: {error}",
+            remedy="give the publisher's key the right to it, as in the files of `poolsvc init`; docs/answers.md",
+        ) from None
+
+
 @dataclass(frozen=True, slots=True)
 class Checked:
     """What the authoritative servers show of the zone that the primary has."""
@@ -136,7 +152,8 @@ async def check(database: Database, settings: Settings, now: datetime, count: in
     if count is not None and count < len(keys):
         keys = random.sample(keys, count)
     asked = len(keys)
-    wrong, due = await publisher.verify(keys, seen.zone), await _due(publication, seen.zone)
+    draw = await subsets.in_place(publisher, seen.zone)
+    wrong, due = await publisher.verify(keys, seen.zone, draw), await _due(publication, seen.zone)
     for _ in range(_ROUNDS - 1):
         if not wrong and not due:
             break
@@ -146,7 +163,8 @@ async def check(database: Database, settings: Settings, now: datetime, count: in
         # One that was silent was not asked to the end.
         if all(mismatch.key is not None for mismatch in wrong):
             keys = sorted({mismatch.key for mismatch in wrong if mismatch.key is not None})
-        wrong = await publisher.verify(keys, seen.zone)
+        draw = await subsets.in_place(publisher, seen.zone)
+        wrong = await publisher.verify(keys, seen.zone, draw)
         due &= await _due(publication, seen.zone)
     return Checked(seen.serial, asked, wrong, len(due))
 

@@ -16,7 +16,6 @@ from poolsvc import scoring
 from poolsvc.config import Settings
 from poolsvc.errors import WrongState
 from poolsvc.models import Address, Pool, Server
-from poolsvc.zone import Odds
 
 _KEPT, _KEPT_MAX = 1.0, 30.0
 _KEPT_SHARE = 100  # a look takes a hundredth of the time between two
@@ -97,24 +96,6 @@ async def take_census(session: AsyncSession) -> Census:
     return Census(await count_by_state(session), await count_kept_low(session))
 
 
-async def odds_of(session: AsyncSession, places: int) -> Odds:
-    """How often the servers that are in DNS get into an answer with so many places."""
-    traffic = (Server.traffic_cap, Server.traffic, Server.ke_cap, Server.ke_traffic)
-    found = await session.execute(
-        select(Server.member_id, Server.weight, *traffic).where(
-            Server.state == ServerState.ACTIVE, Server.listed_at.is_not(None)
-        )
-    )
-    weights = (
-        (
-            row.member_id,
-            scoring.sampling_weight(row.weight, row.traffic_cap, row.traffic, row.ke_cap, row.ke_traffic),
-        )
-        for row in found
-    )
-    return Odds.of(weights, places)
-
-
 class Kept(Generic[T]):
     """What takes a look at every server: done once a second at most, and less often in a large pool, however often asked.
 
@@ -138,3 +119,7 @@ class Kept(Generic[T]):
                 took = time.monotonic() - began
                 self._due_at = began + min(max(_KEPT, _KEPT_SHARE * took), _KEPT_MAX)
         return self._last
+
+    def forget(self) -> None:
+        """What was found is true no longer: who asks next waits for another look."""
+        self._last, self._due_at = None, 0.0

@@ -14,6 +14,8 @@ import dns.rcode
 import dns.tsig
 
 _SECRET_OCTETS = 32
+NO_DRAW = "-"
+"""What a nameserver's marker says (`poolsvc.subsets`) that answers from the zone alone."""
 UNMET = frozenset(
     {dns.rcode.NXRRSET, dns.rcode.YXRRSET, dns.rcode.NXDOMAIN, dns.rcode.YXDOMAIN}
 )  # prerequisites

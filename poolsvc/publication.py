@@ -21,7 +21,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from itertools import islice
 from typing import Any, TypeVar
@@ -33,8 +33,9 @@ from sqlalchemy.orm import InstrumentedAttribute, selectinload
 
 from nts_core.acme import Challenge
 from nts_core.control import ServerState, Validation
+from nts_core.independence import prefix_of
 from nts_core.metadata import MAX_VALUES, Metadata
-from poolsvc import own_account, scoring, servers, validation
+from poolsvc import drawing, own_account, regional, scoring, servers, subsets, validation
 from poolsvc.authorities import account_uris
 from poolsvc.config import Settings, split_endpoint
 from poolsvc.db import LEASE, Database
@@ -44,6 +45,7 @@ from poolsvc.models import (
     Address,
     Hold,
     HoldKind,
+    Member,
     Order,
     RevocationOrder,
     Server,
@@ -52,7 +54,9 @@ from poolsvc.models import (
 )
 from poolsvc.pool import the_pool
 from poolsvc.primary import Nameserver, PrimaryConfig
+from poolsvc.publisher import Draw as PublisherDraw
 from poolsvc.publisher import Mismatch, Observation, Publisher
+from poolsvc.regions import regions_of
 from poolsvc.unconfirmed import Unconfirmed
 from poolsvc.zone import (
     CaaIssuer,
@@ -69,7 +73,7 @@ from poolsvc.zone import (
     of_settings_alone,
     ordered,
     records_of,
-    service_of,
+    services_of,
     wanted,
 )
 
@@ -89,6 +93,8 @@ _ASK_AGAIN = (
     0.1  # seconds after which an authoritative server that does not show the zone is asked again, at first
 )
 _PATIENCE = timedelta(seconds=10)  # in which it may come to it: most are a moment behind the primary
+_DRAWS = 2  # before the present one that edges may answer from
+_FEW_SETS = 64  # of a whole draw, which is made anew whenever anything changes
 _AT_ONCE = timedelta(minutes=10)  # within which servers that leave the SRV leave it together
 _STATES = (*servers.NAMED_STATES, ServerState.LEAVING)
 
@@ -117,6 +123,25 @@ class _Row:
     held: bool  # by an operator
     kept: bool  # it stays in the SRV though it is suspended
     since: datetime  # of its state
+    member_since: datetime
+    prefixes: tuple[str, ...]  # of its published addresses
+
+    @property
+    def candidate(self) -> drawing.Candidate | None:
+        """The server as one that may be drawn; None of one that may not."""
+        records = self.records
+        if not records.listed or not records.addresses:
+            return None
+        place = records.metadata
+        return drawing.Candidate(
+            records.name,
+            records.member,
+            records.weight,
+            networks=() if place is None else place.networks,
+            prefixes=self.prefixes,
+            regions=frozenset() if place is None else regions_of(place.countries),
+            since=self.member_since,
+        )
 
     @property
     def is_excepted(self) -> bool:
@@ -183,6 +208,39 @@ def primary_config(settings: Settings) -> PrimaryConfig:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """What is to be answered, and of what it was made: number of the draw, policy, regions, whether the pool is open."""
+
+    at: datetime
+    reasons: tuple[int, ZonePolicy, frozenset[str], bool]
+    sets: drawing.AnswerSets = field(default_factory=dict)
+    zone: Zone = field(default_factory=dict)  # the SRV RRsets as they should be: the first set of each region
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(name for some in self.sets.values() for names in some for name in names)
+
+
+@dataclass(frozen=True, slots=True)
+class _Answers:
+    """What the sink has: these sets, and the owners that have several of them.
+
+    `draws` are those that count, the newest last: of each its token and everybody who is named in it.
+    """
+
+    sets: drawing.AnswerSets
+    owners: frozenset[str]
+    draws: tuple[tuple[str, frozenset[str]], ...]
+
+    def names(self, server: str) -> bool:
+        return any(server in names for _, names in self.draws)
+
+    def __bool__(self) -> bool:
+        """Whether anything is answered from it, and not from the zone alone."""
+        return bool(self.owners)
+
+
 class Publication:
     """One leader's picture of the pool and of its zone, good for as long as it leads.
 
@@ -200,9 +258,11 @@ class Publication:
         self.is_frozen = False
         self._policy: ZonePolicy | None = None
         self._rows: dict[int, _Row] = {}
-        self._candidates: dict[int, ServerRecords] = {}  # who may be an SRV target
-        self._draw: int | None = None
-        self._service: RRset | None = None  # the SRV as it should be
+        self._candidates: dict[int, drawing.Candidate] = {}  # who may be an SRV target
+        self._drawn: _Drawn | None = None
+        self._lost: set[str] = set()  # names of those who may be none any more, and may be in what was drawn
+        self._answers: _Answers | None = None  # what the sink of answer sets was given last
+        self._has_sink = True  # as far as is known
         self._listed: set[int] = set()  # servers of which the SRV is told
         self._falling: set[int] = set()  # those among them that would leave it, and nobody meant them to
         self._fallen: dict[int, datetime] = {}  # those that left it so, and when
@@ -218,7 +278,7 @@ class Publication:
         self._ripe: dict[int, None] = {}  # those of them that may learn something now, the newest last
         self._unconfirmed = Unconfirmed()
         self._recent: deque[Key] = deque(maxlen=_RECENT)
-        self._shown_service: tuple[RRset | None] | None = None  # the SRV as it was seen everywhere
+        self._shown_services: Zone | None = None  # the SRV as it was seen everywhere
         self._taken: list[int] = []  # rows of the outbox that the picture has and DNS may not have
         self._pending: set[int] = set()  # and their servers
         self._is_full_batch = False
@@ -249,6 +309,7 @@ class Publication:
                 select(ZoneChange.id, ZoneChange.server_id).order_by(ZoneChange.id).limit(_TAKEN)
             )
             changes = found.all()
+            regions = await regional.switched_on(session)
             is_approved = bool(self.question) and await _is_approved(session, self.question.checksum, now)
         self._taken = [change.id for change in changes]
         self._is_full_batch = len(changes) == _TAKEN
@@ -271,17 +332,13 @@ class Publication:
         changed |= await self._keep_those_that_fall(changed, now)
         is_other_choice = self._note_candidates(changed)
         is_open = pool.opened_at is not None or await self._open(now)
-        before = self._service
-        offered = before is not None
+        before, services = self._drawn, self._services
         draw = int(now.timestamp()) // self._settings.dns.srv_ttl
-        if is_other_policy or is_other_choice or draw != self._draw or is_open != offered:
-            listed = list(self._candidates.values())
-            self._service = (
-                await asyncio.to_thread(service_of, listed, policy, draw=draw) if is_open else None
-            )
-            self._draw = draw
-        self._is_plan_due |= is_other_policy or bool(changed) or is_approved or self._service != before
-        everybody = offered != (self._service is not None)
+        if is_other_choice or before is None or (draw, policy, regions, is_open) != before.reasons:
+            self._drawn = await asyncio.to_thread(self._draw, draw, regions, now, is_open=is_open)
+            self._lost.clear()
+        self._is_plan_due |= is_other_policy or bool(changed) or is_approved or self._services != services
+        everybody = bool(services) != bool(self._services)
         for server_id in list(self._rows) if everybody else changed:
             self._judge(server_id)
         return True
@@ -295,6 +352,7 @@ class Publication:
             or self._taken
             or self._is_plan_due
             or self._is_check_due(now)
+            or self._is_hand_over_due
             or (is_new and not self._is_silent)
             or ((self._unconfirmed or self._waiting) and self._may_ask_again(now))
         )
@@ -320,10 +378,13 @@ class Publication:
         is_check = self._is_check_due(now)
         if is_check:
             await self._check(publisher, now)
+        if self._is_closing:
+            # An edge goes on to answer from sets, whatever the zone says of their owner.
+            await self._hand_over(publisher, epoch)
         changes = await self._bring(publisher, epoch, now)
-        if is_check or changes or self._waiting:
-            self._unconfirmed.add([self._service_key])
         assert self._seen is not None
+        if await self._hand_over(publisher, epoch) or is_check or changes or self._waiting:
+            self._unconfirmed.add(self._service_keys(self._seen.zone))
         await self._verify(publisher, self._seen.zone, now, started)
         # What is noted was true when the last nameserver had answered, not when the pass began.
         ended = now + timedelta(seconds=time.monotonic() - started)
@@ -362,8 +423,80 @@ class Publication:
         return self._policy
 
     @property
+    def _services(self) -> Zone:
+        """The SRV RRsets as they should be; none while the pool is not open."""
+        return {} if self._drawn is None else self._drawn.zone
+
+    @property
     def _service_key(self) -> Key:
         return self._the_policy.service, "SRV"
+
+    def _service_keys(self, zone: Zone) -> list[Key]:
+        """That of the pool, and those of its regions that are there or should be."""
+        keys = [(owner, "SRV") for owner in self._the_policy.services]
+        return [key for key in keys if key == self._service_key or key in zone or key in self._services]
+
+    def _draw(self, number: int, regions: frozenset[str], now: datetime, *, is_open: bool) -> "_Drawn":
+        """The answers as they should be: a new draw, or the present one without those who were lost."""
+        policy, before = self._the_policy, self._drawn
+        reasons = (number, policy, regions, is_open)
+        if not is_open:
+            return _Drawn(now, reasons)
+        rules = regional.rules_of(self._settings)
+        draw = drawing.Draw(self._candidates.values(), regions, rules, number, now)
+        is_again = before is not None and (number, regions) == (before.reasons[0], before.reasons[2])
+        if is_again and before is not None and sum(map(len, before.sets.values())) > _FEW_SETS:
+            sets = draw.again(before.sets, self._lost)
+        else:
+            sets = draw.sets()
+        first = {region: some[0] for region, some in sets.items() if some}
+        return _Drawn(now, reasons, sets, services_of(first, policy))
+
+    @property
+    def _several(self) -> dict[str, tuple[drawing.Names, ...]]:
+        """By owner the sets where there is more than one."""
+        policy, sets = self._the_policy, {} if self._drawn is None else self._drawn.sets
+        return {policy.service_at(region): some for region, some in sets.items() if len(set(some)) > 1}
+
+    @property
+    def _is_hand_over_due(self) -> bool:
+        """Whether the sink has other answer sets than are drawn."""
+        if not self._has_sink or self._only_looks or self._drawn is None:
+            return False
+        given = None if self._answers is None else self._answers.sets
+        return given is not self._drawn.sets and (bool(self._several) or bool(self._answers))
+
+    async def _hand_over(self, publisher: Publisher, epoch: int) -> bool:
+        """Give the sink what is drawn, if there is one; whether it was."""
+        if not self._is_hand_over_due or (drawn := self._drawn) is None:
+            return False
+        several = self._several
+        try:
+            token = await subsets.Sink(publisher).publish(several, drawn.reasons[0], epoch)
+        except subsets.NoSink:
+            self._has_sink = False
+            return False
+        before = () if self._answers is None else self._answers.draws[-_DRAWS:]
+        # Those before go on to count while all who are named in them are candidates: an edge that is behind is not wrong.
+        candidates = {one.name for one in self._candidates.values()}
+        kept = [draw for draw in before if draw[1] <= candidates]
+        self._answers = _Answers(drawn.sets, frozenset(several), (*kept, (token, drawn.names)))
+        return True
+
+    @property
+    def _is_closing(self) -> bool:
+        """Whether an owner that has sets is to have no SRV any more."""
+        return self._answers is not None and any(
+            (owner, "SRV") not in self._services for owner in self._answers.owners
+        )
+
+    @property
+    def _counting(self) -> PublisherDraw | None:
+        """The draws that count, for who verifies what the nameservers answer."""
+        if not self._answers:
+            return None
+        tokens = [token for token, _ in self._answers.draws]
+        return subsets.draw_of(self._the_policy, self._answers.owners, tokens)
 
     @staticmethod
     def _has_passed(since: datetime | None, now: datetime, seconds: float) -> bool:
@@ -482,7 +615,10 @@ class Publication:
                     _HELD.label("held"),
                     Server.kept_at.is_not(None).label("kept"),
                     Server.state_since,
-                ).where(
+                    Member.created_at.label("member_since"),
+                )
+                .join(Member, Member.id == Server.member_id)
+                .where(
                     among(Server.id),
                     Server.state.in_(_STATES),
                     true() if self._only_looks else Server.burnt_at.is_not(None),
@@ -498,7 +634,12 @@ class Publication:
                         listed=row.state is ServerState.ACTIVE
                         or (row.state is ServerState.SUSPENDED and self._stays_listed(row)),
                         weight=scoring.sampling_weight(
-                            row.weight, row.traffic_cap, row.traffic, row.ke_cap, row.ke_traffic
+                            row.weight,
+                            row.traffic_cap,
+                            row.traffic,
+                            row.ke_cap,
+                            row.ke_traffic,
+                            score=scoring.best(score for _, score in proved.get(row.id, [])),
                         ),
                         account_uri=_own_account(row.own_account_uri, agentless=row.agentless),
                         methods=self._methods(row, needed=row.id in proofs),
@@ -522,6 +663,8 @@ class Publication:
                     held=row.held,
                     kept=row.kept,
                     since=row.state_since,
+                    member_since=row.member_since,
+                    prefixes=_prefixes(address for address, _ in proved.get(row.id, [])),
                 )
                 for row in found
             }
@@ -605,9 +748,11 @@ class Publication:
         for server_id in changed:
             row = self._rows.get(server_id)
             before = self._candidates.pop(server_id, None)
-            after = None
-            if row is not None and row.records.listed and row.records.addresses:
-                after = self._candidates[server_id] = replace(row.records, addresses=(), metadata=None)
+            after = None if row is None else row.candidate
+            if after is not None:
+                self._candidates[server_id] = after
+            elif before is not None:
+                self._lost.add(before.name)
             is_other |= before != after
         return is_other
 
@@ -627,7 +772,7 @@ class Publication:
     def _judge(self, server_id: int) -> None:
         """Note whether a row has to learn something yet, and what has to be asked for that."""
         row = self._rows.get(server_id)
-        if row is None or not row.waits(is_open=self._service is not None):
+        if row is None or not row.waits(is_open=bool(self._services)):
             self._waiting.discard(server_id)
             return
         self._waiting.add(server_id)
@@ -637,8 +782,9 @@ class Publication:
 
     def _changes(self, zone: Zone) -> tuple[Change, ...]:
         """What `zone` lacks of the picture, as far as the picture has changed since the zone was made."""
-        due: dict[Key, RRset | None] = {self._service_key: self._service}
         policy = self._the_policy
+        due: dict[Key, RRset | None] = {(owner, "SRV"): None for owner in policy.services}
+        due |= self._services
         for name in self._gone:
             due |= dict.fromkeys(policy.keys(name))
         for row in filter(None, map(self._rows.get, self._stale)):
@@ -649,8 +795,7 @@ class Publication:
 
     def whole(self) -> Zone:
         """The managed part of the zone as it should be."""
-        zone = wanted((row.published for row in self._rows.values()), self._the_policy, is_open=False, draw=0)
-        return zone if self._service is None else {**zone, self._service_key: self._service}
+        return wanted((row.published for row in self._rows.values()), self._the_policy) | self._services
 
     async def plan(self, zone: Zone) -> tuple[Change, ...]:
         """What is to be made of a zone that is as given; what has to be asked for first becomes `question`."""
@@ -692,9 +837,9 @@ class Publication:
             self._rows[server_id] = replace(row, records=replace(row.records, listed=False))
         self._let_go |= gone
         self._falling -= gone
-        if gone and self._note_candidates(gone) and self._service is not None:
-            draw = 0 if self._draw is None else self._draw
-            self._service = service_of(self._candidates.values(), self._the_policy, draw=draw)
+        if gone and self._note_candidates(gone) and self._drawn is not None:
+            number, _, regions, is_open = self._drawn.reasons
+            self._drawn = self._draw(number, regions, self._drawn.at, is_open=is_open)
         for server_id in gone:
             self._judge(server_id)
         return bool(gone)
@@ -839,9 +984,12 @@ class Publication:
         asked = set(self._unconfirmed.turn(count, again=is_again))
         if self._service_key in self._unconfirmed:
             asked.add(self._service_key)
-        wrong = await publisher.verify(sorted(asked), zone) if asked else ()
+        wrong = await publisher.verify(sorted(asked), zone, self._counting) if asked else ()
         is_silent = any(mismatch.key is None for mismatch in wrong)
         failed = asked if is_silent else {mismatch.key for mismatch in wrong if mismatch.key is not None}
+        if (subsets.marker(self._the_policy), "TXT") in failed:
+            # What it shows for these is of a draw that does not count.
+            failed = failed | {key for key in asked if key[1] == "SRV"}
         self._unconfirmed.answered(asked, failed)
         ended = now + timedelta(seconds=time.monotonic() - started)
         self._judge_answers(asked, wrong, ended)
@@ -849,11 +997,15 @@ class Publication:
         self._ripe.update(
             dict.fromkeys(one for one in self._waiting if self._rows[one].records.name in names)
         )
-        before, self._shown_service = self._shown_service, None
-        if self._service_key not in self._unconfirmed:
-            self._shown_service = (zone.get(self._service_key),)
-            if self._shown_service != before:
+        before, self._shown_services = self._shown_services, None
+        if self._is_service_shown(zone):
+            self._shown_services = {key: zone[key] for key in self._service_keys(zone) if key in zone}
+            if self._shown_services != before:
                 self._ripe = dict.fromkeys(self._waiting) | self._ripe
+
+    def _is_service_shown(self, zone: Zone) -> bool:
+        """Whether everybody answers for the pool and its regions as the zone and the draws that count have it."""
+        return not self._unconfirmed.covers(self._service_keys(zone))
 
     async def _note(self, zone: Zone, now: datetime) -> None:
         """Tell the rows of some servers, the newest first, what the authoritative servers show."""
@@ -949,10 +1101,10 @@ class Publication:
         owner = self._the_policy.domain(row.records.name)
         is_shown = self._is_shown(row)
         is_named = (owner, "CAA") in zone
-        is_service_right = self._service_key not in self._unconfirmed
+        is_service_right = self._is_service_shown(zone)
         if row.state is ServerState.LEAVING:
             news: dict[str, datetime | None] = {}
-            if not row.withdrawn and is_service_right and not _lists(zone.get(self._service_key), owner):
+            if not row.withdrawn and is_service_right and not self._is_named(zone, row.records.name):
                 news |= {"srv_withdrawn_at": now, "listed_at": None, "kept_at": None}
             kinds = ("A", "AAAA") if row.revoking else ("A", "AAAA", "CAA")
             is_out = all((owner, kind) not in zone for kind in kinds) and self._is_shown(row, *kinds)
@@ -965,11 +1117,17 @@ class Publication:
             news["named_at"] = now
         if row.listed and not row.records.listed:
             news["listed_at"] = None
-        elif row.records.listed and not row.listed and self._service and is_service_right:
+        elif row.records.listed and not row.listed and self._services and is_service_right:
             news["listed_at"] = now
         if row.is_kept_over:
             news["kept_at"] = None
         return news
+
+    def _is_named(self, zone: Zone, name: str) -> bool:
+        """Whether anything that is answered for the pool or a region may name a server."""
+        owner = self._the_policy.domain(name)
+        is_given = self._answers is not None and self._answers.names(name)
+        return is_given or any(_lists(zone[key], owner) for key in self._service_keys(zone) if key in zone)
 
     def _news_of_revocation(self, row: _Row, *, is_named: bool, now: datetime) -> dict[str, datetime | None]:
         """Of a server whose CAA is turned to the registry's accounts, and closed when they need it no more."""
@@ -1077,8 +1235,8 @@ def _batches(some: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (some[start : start + size] for start in range(0, len(some), size))
 
 
-def _lists(service: RRset | None, owner: str) -> bool:
-    return service is not None and any(text.split()[-1] == owner for text in service.rdatas)
+def _lists(service: RRset, owner: str) -> bool:
+    return any(text.split()[-1] == owner for text in service.rdatas)
 
 
 def _tell(mismatches: Sequence[Mismatch]) -> None:
@@ -1092,6 +1250,10 @@ def _issuers(settings: Settings, accounts: Mapping[str, str]) -> list[CaaIssuer]
     """The registry's account at each CA of the settings; one of which there is none yet may not issue."""
     cas = settings.ca.with_rehearsal
     return [CaaIssuer(ca.caa_identity, accounts[ca.name]) for ca in cas if ca.name in accounts]
+
+
+def _prefixes(addresses: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(set(map(prefix_of, addresses))))
 
 
 def zone_policy(settings: Settings, *issuers: CaaIssuer) -> ZonePolicy:

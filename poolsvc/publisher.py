@@ -36,6 +36,7 @@ import dns.update
 
 from poolsvc import zone_transfer
 from poolsvc.primary import (
+    NO_DRAW,
     UNMET,
     Conflict,
     Fenced,
@@ -105,6 +106,18 @@ class Mismatch:
     remedy: str = field(default="", compare=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What is answered in place of the zone's RRsets of these keys: the draws that count, by their tokens.
+
+    `marker` is the owner whose TXT tells from which one a nameserver answers.
+    """
+
+    marker: str
+    tokens: frozenset[str]
+    keys: frozenset[Key]
+
+
 class Publisher:
     """Reads, changes and verifies one pool's zone; it keeps no state between calls."""
 
@@ -113,6 +126,10 @@ class Publisher:
         self._config = config
         self._apex = dns.name.from_text(policy.apex)
         self._tsig = dns.tsig.Key(config.tsig_name, config.tsig_secret, config.tsig_algorithm)
+
+    @property
+    def policy(self) -> ZonePolicy:
+        return self._policy
 
     async def observe(self) -> Observation:
         """The zone by AXFR."""
@@ -163,14 +180,32 @@ class Publisher:
             update.present(self._policy.fence, "TXT", str(epoch))
             for change in chunk:
                 _add_change(update, change)
-            try:
-                await self._exchange(update)
-            except Conflict:
-                if (held := await self.fence()) != epoch:
-                    raise Fenced(f"the zone's epoch is {held}, ours is {epoch}") from None
-                raise
+            await self._send(update, epoch)
             messages += 1
         return messages
+
+    async def hand(self, records: Iterable[tuple[str, int, dns.rdata.Rdata]], epoch: int) -> None:
+        """Add records, each with its owner and TTL, in one message; Fenced when the epoch is no longer ours."""
+        update = self._update()
+        update.present(self._policy.fence, "TXT", str(epoch))
+        for owner, ttl, rdata in records:
+            update.add(owner, ttl, rdata)
+        await self._send(update, epoch)
+
+    async def ask(self, owner: str, rdtype: str, authority: dns.rrset.RRset) -> dns.message.Message:
+        """A signed question to the primary, with what we know already; its answer, whatever it says."""
+        query = dns.message.make_query(owner, rdtype, flags=0)
+        query.authority.append(authority)
+        query.use_tsig(self._tsig)
+        return await self._exchange(query, *dns.rcode.Rcode)
+
+    async def _send(self, update: dns.update.UpdateMessage, epoch: int) -> None:
+        try:
+            await self._exchange(update)
+        except Conflict:
+            if (held := await self.fence()) != epoch:
+                raise Fenced(f"the zone's epoch is {held}, ours is {epoch}") from None
+            raise
 
     async def bring(self, plan: Plan, epoch: int, seen: Observation | None = None) -> Published:
         """Make what `plan` finds to do in the zone, and see it there, until nothing is left to do.
@@ -228,15 +263,19 @@ class Publisher:
                 transport.sendto(wire)
                 transport.close()
 
-    async def verify(self, keys: Iterable[Key], wanted: Mapping[Key, RRset]) -> tuple[Mismatch, ...]:
+    async def verify(
+        self, keys: Iterable[Key], wanted: Mapping[Key, RRset], draw: Draw | None = None
+    ) -> tuple[Mismatch, ...]:
         """Ask every authoritative server for each key: equal and signed, or absent, as `wanted` says.
 
+        One that answers from a `draw` shows other records for the keys of it, signed as well; one that answers from another
+        draw is told by the marker's key. One that answers from none shows the zone's.
         A signature counts if it holds now by the keys that the same server shows; `poolsvc doctor` follows these up.
         The answer is in the order of servers, then keys; a server that falls silent comes first, once.
         """
-        asked = tuple(keys)
+        asked = tuple(key for key in keys if draw is None or key != (draw.marker, "TXT"))
         found = await asyncio.gather(
-            *(self._verify_at(nameserver, asked, wanted) for nameserver in self._config.nameservers)
+            *(self._verify_at(nameserver, asked, wanted, draw) for nameserver in self._config.nameservers)
         )
         return tuple(mismatch for mismatches in found for mismatch in mismatches)
 
@@ -253,6 +292,10 @@ class Publisher:
             (self._policy.fence, ("TXT",)),
         )
         return [await self._trial(*trial) for trial in trials][-1]
+
+    async def rehearse_region(self, region: str) -> None:
+        """Ask for a change of a region's SRV, so that nothing is changed. Raises PublishError."""
+        await self._trial(self._policy.service_at(region), ("SRV",))
 
     async def _trial(self, owner: str, rdtypes: tuple[str, ...]) -> datetime:
         update = self._update()
@@ -294,6 +337,7 @@ class Publisher:
             tsig_secret=to.tsig_secret,
             tsig_algorithm=to.tsig_algorithm,
             owners=policy.owners,
+            names=tuple(policy.services),
             types=MANAGED_TYPES,
             timeout=to.timeout,
         )
@@ -381,19 +425,26 @@ class Publisher:
             return _signed(message, octets)
 
     async def _verify_at(
-        self, nameserver: Nameserver, keys: tuple[Key, ...], wanted: Mapping[Key, RRset]
+        self, nameserver: Nameserver, keys: tuple[Key, ...], wanted: Mapping[Key, RRset], draw: Draw | None
     ) -> list[Mismatch]:
         found: list[Mismatch] = []
-        waiting = iter(keys)
+        waiting, drawn = iter(keys), frozenset[Key]()
 
         async def ask_in_turn() -> None:
             for key in waiting:
                 answer = await self._question(nameserver, key)
-                if (fault := _fault(answer, wanted.get(key), dnskeys)) is not None:
+                if (fault := _fault(answer, wanted.get(key), dnskeys, is_drawn=key in drawn)) is not None:
                     found.append(Mismatch(nameserver, key, *fault))
 
         try:
             dnskeys = self._dnskeys(await self._question(nameserver, (self._policy.apex, "DNSKEY")))
+            if draw is not None:
+                shown = _text(await self._question(nameserver, (draw.marker, "TXT")))
+                drawn = frozenset() if shown in (None, NO_DRAW) else draw.keys
+                if drawn and shown not in draw.tokens:
+                    found.append(
+                        Mismatch(nameserver, (draw.marker, "TXT"), "answers from another draw", _BEHIND)
+                    )
             async with asyncio.TaskGroup() as group:
                 for _ in range(VERIFY_CONCURRENCY):
                     group.create_task(ask_in_turn())
@@ -481,6 +532,12 @@ def _rrset(rdataset: dns.rdataset.Rdataset) -> RRset:
     )
 
 
+def _text(answer: dns.message.Message) -> str | None:
+    """The TXT that was asked for."""
+    rrset = _answered(answer)
+    return None if rrset is None else _fence_text(rrset)
+
+
 def _fence_text(rdataset: dns.rdataset.Rdataset) -> str:
     return " ".join(sorted(rdata.to_text().strip('"') for rdata in rdataset))
 
@@ -495,12 +552,17 @@ _Fault = tuple[str, str]
 """What is wrong with an answer, and what to do."""
 
 _SILENT = "see whether it runs and is reachable from here, or take it out of dns.nameservers"
+_BEHIND = "see whether it gets answer sets: the log of `poolsvc dns edge` there"
 _LATE = "see whether it gets NOTIFY and transfers from the primary"
 _UNSIGNED = "see why the primary does not sign anew: its log, its keys, its clock"
 
 
 def _fault(
-    answer: dns.message.Message, expected: RRset | None, dnskeys: dns.rrset.RRset | None
+    answer: dns.message.Message,
+    expected: RRset | None,
+    dnskeys: dns.rrset.RRset | None,
+    *,
+    is_drawn: bool = False,
 ) -> _Fault | None:
     """What is wrong with an authoritative server's answer, None when nothing is."""
     if answer.rcode() not in {dns.rcode.NOERROR, dns.rcode.NXDOMAIN}:
@@ -512,7 +574,7 @@ def _fault(
         return None if shown is None else ("still shows the records", _LATE)
     if shown is None:
         return "does not show the records", _LATE
-    if _rrset(shown).rdatas != expected.rdatas:
+    if not is_drawn and _rrset(shown).rdatas != expected.rdatas:
         return "shows other records", _LATE
     return _signature_fault(answer, shown, dnskeys)
 

@@ -14,11 +14,11 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from nts_core.control import ProbeResult
+from poolsvc import summaries
 from poolsvc.config import Settings
 from poolsvc.db import Database, UtcDateTime
-from poolsvc.models import INNER, Address, DailyCount, SampleRecord
+from poolsvc.models import Address, DailyCount, SampleRecord
 from poolsvc.pool import count_by_state
-from poolsvc.scoring import Step
 
 _log = structlog.get_logger()
 _AHEAD = 7  # days with a partition before they begin
@@ -29,15 +29,17 @@ _DAY = timedelta(days=1)
 _IMPATIENT = text("SET LOCAL lock_timeout = '1s'")
 
 
-def sample(row: Address, result: ProbeResult, step: Step, now: datetime) -> SampleRecord:
-    """One probe of an address; `row` has its score after the step."""
+def sample(
+    address_id: int, monitor: str, result: ProbeResult, step: float, score: float | None, at: datetime
+) -> SampleRecord:
+    """One probe of an address by a monitor, with that one's score of it after the step."""
     return SampleRecord(
-        address_id=row.id,
-        at=now,
-        monitor=INNER,
+        address_id=address_id,
+        at=at,
+        monitor=monitor,
         failed=result.failed,
-        step=step.value,
-        score=row.score,
+        step=step,
+        score=score,
         offset_ns=result.offset,
         delay_ns=result.delay,
     )
@@ -70,7 +72,17 @@ async def keep_house(database: Database, settings: Settings, now: datetime) -> b
     """Partitions ahead, old samples gone, the day counted; whether there is more to remove at once."""
     async with database.transaction() as session:
         await _count_day(session, now.date())
-    oldest = now.date() - settings.policy.samples_days * _DAY
+    is_more = await summaries.make(database, now)
+    async with database.transaction() as session:
+        done = await summaries.done_until(session)
+    # What is not summed up yet stays, however old it is.
+    done_until = date.min if done is None else done.date()
+    oldest = min(done_until, now.date() - settings.policy.samples_days * _DAY)
+    is_more = await summaries.forget_old(database, settings, now) or is_more
+    return await _remove(database, now, oldest) or is_more
+
+
+async def _remove(database: Database, now: datetime, oldest: date) -> bool:
     if database.engine.dialect.name == "sqlite":
         return await _delete_older(database, "samples", oldest)
     async with database.transaction() as session:

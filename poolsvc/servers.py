@@ -18,7 +18,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import Select, and_, bindparam, exists, func, or_, select, true
+from sqlalchemy import Select, and_, bindparam, delete, exists, func, or_, select, true, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import joinedload, selectinload
 
@@ -43,6 +43,7 @@ from poolsvc.models import (
     Hold,
     HoldKind,
     Member,
+    MonitorView,
     Order,
     OrderStatus,
     Server,
@@ -515,13 +516,28 @@ def soonest_order(settings: Settings, server: Server, now: datetime) -> datetime
     return max(failed) + settings.policy.order_wait(len(failed) - 1) if failed else now
 
 
-def forget_scores(server: Server, now: datetime) -> None:
+async def forget_scores(session: AsyncSession, server: Server, now: datetime) -> None:
     """Only probes raise the server again, from the beginning; a hold for scores that are forgotten is over."""
-    for row in server.addresses:
-        row.score, row.full_probes = None, 0
+    await forget_address_scores(session, server.addresses)
     server.dead_warnings = 0
     if (hold := held(server, HoldKind.SCORE)) is not None:
         hold.lifted_at = now
+
+
+async def forget_address_scores(session: AsyncSession, addresses: Sequence[Address]) -> None:
+    """Let no monitor's view of them be worth anything any more."""
+    for row in addresses:
+        row.score, row.full_probes = None, 0
+    views = update(MonitorView).where(MonitorView.address_id.in_([row.id for row in addresses]))
+    with session.no_autoflush:
+        await session.execute(views.values(score=None, full_probes=0, at=None, silent_since=None))
+
+
+async def delete_address(session: AsyncSession, row: Address) -> None:
+    """An address that the server has no more, with what monitors saw of it."""
+    with session.no_autoflush:
+        await session.execute(delete(MonitorView).where(MonitorView.address_id == row.id))
+    await session.delete(row)
 
 
 async def leave(
@@ -615,8 +631,8 @@ async def cancel_leave(session: AsyncSession, server: Server, *, actor: str, now
     server.leave_by_operator = False
     if (newest := newest_certificate(server)) is not None:
         newest.window_due_at = now  # the CA was asked no more when to renew it
-    forget_scores(server, now)
-    server.probe_due_at = now
+    await forget_scores(session, server, now)
+    server.probe_due_at = server.review_due_at = now
     for row in server.addresses:
         # Nobody looked meanwhile: silence does not count.
         row.confirmed_at = now

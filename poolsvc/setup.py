@@ -9,7 +9,7 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -34,6 +34,7 @@ from poolsvc.config import DomainName, HttpsUrl, HttpUrl, check_origin, check_ro
 from poolsvc.errors import PoolError
 from poolsvc.names import DOMAIN
 from poolsvc.primary import new_secret
+from poolsvc.regions import REGIONS
 from poolsvc.zone import CLOSED
 
 SETTINGS = "poolsvc.toml"
@@ -42,6 +43,8 @@ TSIG_SECRET = "tsig.secret"  # noqa: S105 - a file's name
 ACCOUNT_KEY = "acme-account.pem"
 KNOT_TSIG, BIND_TSIG, POWERDNS_TSIG = "knot-tsig.conf", "bind-tsig.conf", "pdns-tsig.sh"
 TSIG_ALGORITHM = "hmac-sha256"
+EDGE_UNIT = "poolsvc-edge.service"
+KNOT_STORAGE = "/var/lib/knot"  # Debian's
 MAX_NAMESERVERS = 16
 DNS_PORT = 53
 
@@ -53,6 +56,7 @@ _IDENTITIES = {
 _MAILTO = re.compile(r"mailto:[A-Za-z0-9.!#$&'*+/=?^_`{|}~-]+@[A-Za-z0-9.-]+\.[A-Za-z0-9-]+")
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9._/+-]+")
 _PRIVATE = 0o600
+_REGIONS_A_LINE = 6
 
 
 class InvalidAnswer(PoolError):
@@ -272,6 +276,7 @@ def render(answers: Answers, *, directory: Path, program: Path) -> dict[str, byt
         "settings": SETTINGS,
         "directory": directory,
         "program": program,
+        "storage": KNOT_STORAGE,
     }
     secret, transfer_secret, edge_secret = (new_secret() for _ in range(3))
     files = nameserver_files(answers, secret, transfer_secret, edge_secret)
@@ -284,6 +289,7 @@ def render(answers: Answers, *, directory: Path, program: Path) -> dict[str, byt
     return {
         **files,
         "poolsvc.service": Template(_SERVICE).substitute(values).encode(),
+        **({} if answers.own_primary else {EDGE_UNIT: Template(_EDGE_SERVICE).substitute(values).encode()}),
         ACCOUNT_KEY: new_account_key(),
         SETTINGS: Template(_SETTINGS).substitute(values).encode(),  # the last one: with it the pool is set up
     }
@@ -319,6 +325,13 @@ def _dns_section(answers: Answers) -> str:
     )
 
 
+def _region_owners(pool: str) -> Iterator[str]:
+    """Above the SRV of every region, some owners a line."""
+    regions = sorted(REGIONS)
+    for start in range(0, len(regions), _REGIONS_A_LINE):
+        yield ", ".join(f"_tcp.{region}.{pool}." for region in regions[start : start + _REGIONS_A_LINE])
+
+
 def nameserver_files(
     answers: Answers, secret: str, transfer_secret: str, edge_secret: str
 ) -> dict[str, bytes]:
@@ -341,6 +354,8 @@ def nameserver_files(
         "edge_name": answers.edge_name,
         "edge_secret": edge_secret,
         "algorithm": TSIG_ALGORITHM,
+        "sets_file": f"{KNOT_STORAGE}/{answers.pool}-sets.conf",
+        "primary_endpoint": answers.primary.endpoint,
         "knot_tsig": KNOT_TSIG,
         "bind_tsig": BIND_TSIG,
         "powerdns_tsig": POWERDNS_TSIG,
@@ -348,6 +363,9 @@ def nameserver_files(
         "primary_address": answers.primary.address,
         "primary_port": answers.primary.port,
         "knot_remotes": f"remote:\n{remotes}" if remotes else "",
+        "knot_regions": "".join(
+            f"    update-owner-name: [{owners}]\n" for owners in _region_owners(answers.pool)
+        ),
         "knot_notify": f"    notify: [{', '.join(by_name)}]\n" if by_name else "",
         "bind_secondaries": "".join(
             f' {server.address} port {server.port} key "{transfer}";' for server in secondaries
@@ -574,7 +592,8 @@ ${knot_remotes}acl:
     update-owner: name
     update-owner-match: sub-or-equal
     update-owner-name: [servers.$pool., _tcp.$pool., _fence.$pool.]
-policy:
+    # The SRV of regions: Knot 3.2 has no pattern for these.
+${knot_regions}policy:
   - id: $pool-policy
     algorithm: ecdsap256sha256
     single-type-signing: on
@@ -628,7 +647,8 @@ zone:
 _KNOT_EDGE = """\
 # An edge with Knot: it takes the zone from the embedded server, which tells its secondary with `signs = true` nothing of
 # signatures, signs it with the key that `poolsvc dns keys copy-to-knot` brings, and answers. For its knot.conf:
-# include: knot-edge.conf. All edges have the same key, and roll it only together.
+# include: knot-edge.conf. All edges have the same key, and roll it only together. knotd needs the file of mod-geoip to
+# start, if empty; `poolsvc dns edge --config edge.toml` keeps it, as poolsvc-edge.service starts it.
 key:
   - id: $edge_name
     algorithm: $algorithm
@@ -648,6 +668,12 @@ policy:
     single-type-signing: on
     rrsig-lifetime: 14d
     rrsig-refresh: 7d
+# Which of many signed SRV RRsets an answer has, at random; the TTL is dns.srv_ttl of the registry.
+mod-geoip:
+  - id: $pool-sets
+    config-file: $sets_file
+    ttl: 60
+    mode: weighted
 mod-rrl:
   - id: $pool-limit
     rate-limit: 200
@@ -656,12 +682,27 @@ zone:
   - domain: $pool
     master: $pool-primary
     acl: $pool-notify
-    module: mod-rrl/$pool-limit
+    module: [mod-rrl/$pool-limit, mod-geoip/$pool-sets]
     dnssec-signing: on
     dnssec-policy: $pool-edge
     zonefile-sync: -1
     journal-content: all
     zonefile-load: none
+"""
+
+_EDGE = """\
+# What `poolsvc dns edge` on the host of an edge needs to know; docs/dns-servers.md. Relative paths are relative to this file.
+pool = "$pool"
+# The embedded server, and the key by which knotd gets the zone from it.
+source = "$primary_endpoint"
+tsig_name = "$edge_name"
+tsig_secret_file = "edge.secret"
+tsig_algorithm = "$algorithm"
+# As in knot-edge.conf, and where knotd answers.
+sets_file = "$sets_file"
+knot_config = "/etc/knot/knot.conf"
+knotd = "127.0.0.1:53"
+# metrics = "127.0.0.1:9466"
 """
 
 _BIND = """\
@@ -685,6 +726,8 @@ zone "$pool" {
         // TXT for each server and for _acme-challenge below it: BIND has no narrower rule for such names.
         grant "$tsig_name" subdomain servers.$pool. A AAAA CAA TXT;
         grant "$tsig_name" name _ntske._tcp.$pool. SRV;
+        // Of regions, such as _ntske._tcp.de. BIND has no narrower rule for such names either.
+        grant "$tsig_name" wildcard *.$pool. SRV;
         grant "$tsig_name" name _fence.$pool. TXT;
     };
 };
@@ -764,8 +807,21 @@ only-notify=
 _POWERDNS_POLICY = """\
 -- What the publisher's key may change. It holds for all zones of this server: others that take updates need lines too.
 local pool, key = newDN("$pool"), newDN("$tsig_name")
-local servers, service, fence = newDN("servers.$pool"), newDN("_ntske._tcp.$pool"), newDN("_fence.$pool")
+local servers, fence = newDN("servers.$pool"), newDN("_fence.$pool")
 local kinds = { [pdns.A] = true, [pdns.AAAA] = true, [pdns.CAA] = true, [pdns.TXT] = true }
+
+-- The SRV of the pool, and of each of its regions: one label between.
+local function isService(name)
+    local above = newDN(name:toString())
+    for _, label in ipairs({ "_ntske", "_tcp" }) do
+        local rest = newDN(above:toString())
+        if not rest:chopOff() or newDN(label .. "." .. rest:toString()) ~= above then
+            return false
+        end
+        above = rest
+    end
+    return above == pool or (above:chopOff() and above == pool)
+end
 
 function updatepolicy(update)
     local name, kind = update:getQName(), update:getQType()
@@ -773,7 +829,7 @@ function updatepolicy(update)
         return false
     end
     return (name:isPartOf(servers) and kinds[kind] == true)
-        or (name == service and kind == pdns.SRV)
+        or (kind == pdns.SRV and isService(name))
         or (name == fence and kind == pdns.TXT)
 end
 """
@@ -849,15 +905,57 @@ SystemCallFilter=@system-service
 WantedBy=multi-user.target
 """
 
+_EDGE_SERVICE = """\
+# For /etc/systemd/system of an edge, beside Knot's own. edge.toml and edge.secret are in /etc/knot, and the user knot may
+# read them.
+[Unit]
+Description=Answer sets of $pool for Knot DNS
+After=network-online.target
+Wants=network-online.target
+
+[Service]
+User=knot
+ExecStart=$program dns edge --config /etc/knot/edge.toml
+ReadWritePaths=$storage
+Restart=on-failure
+RestartSec=5
+RestartPreventExitStatus=2 3
+UMask=0077
+NoNewPrivileges=yes
+CapabilityBoundingSet=
+PrivateTmp=yes
+PrivateDevices=yes
+ProtectSystem=strict
+ProtectHome=read-only
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectControlGroups=yes
+ProtectProc=invisible
+LockPersonality=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+RemoveIPC=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+
+[Install]
+WantedBy=multi-user.target
+"""
+
 # What the embedded server's secondaries and edges need.
 _SECONDARIES = (
-    *("knot-secondary.conf", "knot-edge.conf"),
+    *("knot-secondary.conf", "knot-edge.conf", "edge.toml"),
     *("bind-secondary.conf", "bind-options.conf", "nsd-secondary.conf"),
 )
 _NAMESERVERS = {
     "knot-pool.conf": _KNOT,
     "knot-secondary.conf": _KNOT_SECONDARY,
     "knot-edge.conf": _KNOT_EDGE,
+    "edge.toml": _EDGE,
     "bind-pool.conf": _BIND,
     "bind-options.conf": _BIND_OPTIONS,
     "bind-secondary.conf": _BIND_SECONDARY,

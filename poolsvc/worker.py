@@ -31,11 +31,14 @@ from poolsvc import (
     leases,
     maintenance,
     monitoring,
+    monitors,
     notices,
     onboarding,
     proofs,
     removal,
     renewals,
+    reports,
+    reviews,
     samples,
     servers,
     sign_in,
@@ -81,6 +84,8 @@ class Kind:
 
 PROOFS = Kind("prove", Address, Address.proof_due_at, batch=64, concurrency=16)
 PROBES = Kind("probe", Server, Server.probe_due_at, batch=192, concurrency=64)
+JUDGEMENTS = Kind("judge", Server, Server.judge_due_at, batch=500, concurrency=16)
+REVIEWS = Kind("review", Server, Server.review_due_at, batch=100, concurrency=4)
 NEW_ORDERS = Kind("begin_orders", Server, Server.order_due_at, batch=200, concurrency=1)
 ORDERS = Kind("advance_orders", Order, Order.due_at, batch=50, concurrency=16)
 WINDOWS = Kind("maintain", MaintenanceWindow, MaintenanceWindow.due_at, batch=50, concurrency=4)
@@ -99,7 +104,20 @@ CALLS = Kind(
 CHALLENGES = Kind("challenge_webhooks", Webhook, Webhook.challenge_due_at, batch=50, concurrency=16)
 ENDS = Kind("watch", Order, Order.ending_due_at, batch=200, concurrency=1)
 RENEWALS = Kind("ask_renewals", Order, Order.window_due_at, batch=50, concurrency=4)
-KINDS = (PROOFS, PROBES, NEW_ORDERS, ORDERS, WINDOWS, REMOVALS, MAILS, CALLS, CHALLENGES, ENDS, RENEWALS)
+KINDS = (
+    PROOFS,
+    PROBES,
+    JUDGEMENTS,
+    NEW_ORDERS,
+    ORDERS,
+    WINDOWS,
+    REMOVALS,
+    MAILS,
+    CALLS,
+    CHALLENGES,
+    ENDS,
+    RENEWALS,
+)
 
 
 async def claim(database: Database, kind: Kind, now: datetime) -> list[int]:
@@ -173,6 +191,7 @@ class Health:
         self.ca_faults: dict[str, str] = {}  # what does not keep them from issuing
         self.queue: str | None = None  # for the CA's limits, when it is too long
         self.mail: str | None = None
+        self.monitors: str | None = None  # too few to say how servers are
         self.not_ordered = 0  # servers that showed a certificate which the pool did not order
         self.work: dict[str, str] = {}  # kinds of work that failed last time, with the error's name
         self.passes: defaultdict[str, Passes] = defaultdict(Passes)
@@ -192,6 +211,7 @@ class Health:
             )
         found += [f"queue: {self.queue}"] if self.queue else []
         found += [f"mail: {self.mail}"] if self.mail else []
+        found += [f"monitors: {self.monitors}"] if self.monitors else []
         return found + [f"worker: {work.strip('_')} failed with {error}" for work, error in self.work.items()]
 
 
@@ -220,6 +240,7 @@ class Worker:
         self._reported: list[str] | None = None
         self._reported_at: datetime | None = None
         self._house_kept_at: datetime | None = None
+        self._key = key
         self._post = Post(database, settings, key, Outbound(settings))
         self._watched_at: datetime | None = None
         self._quick_until = 0.0
@@ -237,6 +258,8 @@ class Worker:
                     self._ask_renewals,
                     self._keep_accounts,
                     self._probe,
+                    self._judge,
+                    self._review,
                     self._remove,
                     self._maintain,
                     self._expire,
@@ -323,10 +346,30 @@ class Worker:
         )
 
     async def _probe(self, now: datetime) -> bool:
+        async with self._database.transaction() as session:
+            if (await monitors.inner(session)).status not in monitors.WORKING:
+                return False
         return await self._take(
             PROBES,
             now,
             lambda row: monitoring.probe_server(self._database, self._settings, self._roots, row, now),
+        )
+
+    async def _judge(self, now: datetime) -> bool:
+        async with hold(self._database, JUDGEMENTS, now) as ids:
+            left = await reports.settle_due(self._database, self._settings, ids, now) if ids else []
+            await self._each(
+                left,
+                lambda row: monitoring.judge_due(self._database, self._settings, row, now),
+                JUDGEMENTS.concurrency,
+            )
+        return len(ids) == JUDGEMENTS.batch
+
+    async def _review(self, now: datetime) -> bool:
+        return await self._take(
+            REVIEWS,
+            now,
+            lambda row: reviews.review_due(self._database, self._settings, self._key, row, now),
         )
 
     async def _begin_orders(self, now: datetime) -> bool:
@@ -441,6 +484,8 @@ class Worker:
                 more_silent = await troubles.tell_silence(session, now)
                 self._health.not_ordered = await troubles.count_not_ordered(session, now)
                 queue = await onboarding.queue(session)
+                await monitors.raise_quorum(session, self._settings, now)
+                self._health.monitors = monitors.alarm(await monitors.council(session, self._settings, now))
             self._health.queue = onboarding.alarm(self._settings, queue, now)
             self._watched_at = None if more_silent else now
         return is_more

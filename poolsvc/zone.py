@@ -8,15 +8,14 @@ The order of `diff` keeps every SRV target resolvable after each single change.
 """
 
 import hashlib
-import heapq
-import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import lru_cache
 from ipaddress import IPv4Address, ip_address
+from types import MappingProxyType
 from urllib.parse import urlsplit
 
 import dns.ipv6
@@ -24,6 +23,7 @@ import dns.rdata
 
 from nts_core.metadata import Metadata
 from nts_core.srv import service_name, targets_that_fit
+from poolsvc.regions import REGIONS, WORLD
 
 LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 CAA_WORD = re.compile(r"[!#-:<-[\]-~]+")  # RFC 8659 section 4.2 without what the quoted form would escape
@@ -33,7 +33,6 @@ _CHALLENGE = "_acme-challenge."
 CLOSED = '0 issue ";"'  # no certification authority may issue (RFC 8659 section 4.2)
 # What may vanish at once without a question: this share, and anything where there are few.
 _SHARE_PERCENT, _LEAST = 30, 10
-_HALVINGS = 50  # of a stretch of time: more than a share needs
 SRV_PRIORITY_AND_WEIGHT = "0 10"  # equal for all: a server's share is given by the sampling alone
 
 
@@ -76,8 +75,17 @@ class ZonePolicy:
 
     @property
     def service(self) -> str:
-        """The owner of the SRV RRset (RFC 2782)."""
-        return service_name(self.pool.lower())
+        """The owner of the pool's SRV RRset (RFC 2782)."""
+        return self.service_at(WORLD)
+
+    def service_at(self, region: str) -> str:
+        """The owner of a region's SRV RRset."""
+        return service_name(f"{region}.{self.pool.lower()}" if region else self.pool.lower())
+
+    @property
+    def services(self) -> Mapping[str, str]:
+        """All owners at which there may be an SRV RRset of ours, with their regions."""
+        return _services(self.pool.lower())
 
     @property
     def fence(self) -> str:
@@ -86,8 +94,8 @@ class ZonePolicy:
 
     @property
     def owners(self) -> tuple[str, ...]:
-        """At or below which everything is that we write."""
-        return self.servers, self.service, self.fence
+        """At or below which everything is that we write, the SRV aside."""
+        return self.servers, self.fence
 
     def domain(self, name: str) -> str:
         """The owner of a server's addresses, CAA and metadata."""
@@ -105,6 +113,11 @@ class ZonePolicy:
     def keys(self, name: str) -> tuple["Key", ...]:
         """All that a server may have in the zone, the SRV aside."""
         return *((self.domain(name), kind) for kind in _SERVER_TYPES), (self.challenge(name), "TXT")
+
+
+@lru_cache(maxsize=16)
+def _services(pool: str) -> Mapping[str, str]:
+    return {service_name(f"{region}.{pool}" if region else pool): region for region in (WORLD, *REGIONS)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,27 +186,26 @@ class Change:
 def managed(owner: str, rdtype: str, policy: ZonePolicy) -> bool:
     """Whether an RRset is ours to change; everything else in the zone is the operator's."""
     if rdtype == "SRV":
-        return owner == policy.service
+        return owner in policy.services
     if rdtype == "TXT":
         name, _, above = owner.removeprefix(_CHALLENGE).partition(".")
         return bool(name) and above == policy.servers
     return rdtype in _SERVER_TYPES and (owner == policy.servers or owner.endswith(f".{policy.servers}"))
 
 
-def wanted(servers: Iterable[ServerRecords], policy: ZonePolicy, *, is_open: bool, draw: int) -> Zone:
+def wanted(
+    servers: Iterable[ServerRecords],
+    policy: ZonePolicy,
+    answers: Mapping[str, Iterable[str]] = MappingProxyType({}),
+) -> Zone:
     """The managed part of the zone.
 
-    `is_open` is whether the pool offers its service; without it no SRV exists. `draw` numbers the choice
-    of SRV targets where more servers are listed than fit: the same draw gives the same choice.
+    `answers` has by region the names of the servers that its SRV RRset lists (`poolsvc.drawing`); without any no SRV exists.
     """
-    present = list(servers)
     zone: Zone = {(policy.servers, "CAA"): RRset.of(policy.address_ttl, "CAA", [CLOSED])}
-    for server in present:
+    for server in servers:
         zone |= records_of(server, policy)
-    listed = (server for server in present if server.listed and server.addresses)
-    if is_open and (service := service_of(listed, policy, draw=draw)) is not None:
-        zone[policy.service, "SRV"] = service
-    return zone
+    return zone | services_of(answers, policy)
 
 
 def records_of(server: ServerRecords, policy: ZonePolicy) -> Zone:
@@ -240,96 +252,17 @@ def _caa_of(issuers: Iterable[CaaIssuer], methods: tuple[str, ...], policy: Zone
     return RRset.of(policy.address_ttl, "CAA", texts or [CLOSED])
 
 
-def service_of(listed: Iterable[ServerRecords], policy: ZonePolicy, *, draw: int) -> RRset | None:
-    """The SRV RRset of an open pool; None when nobody is listed."""
-    texts = [
-        f"{SRV_PRIORITY_AND_WEIGHT} {policy.ke_port} {policy.domain(server.name)}"
-        for server in sample(listed, policy.max_targets, draw=draw)
-    ]
-    return RRset.of(policy.srv_ttl, "SRV", texts) if texts else None
-
-
-def sample(servers: Iterable[ServerRecords], count: int, *, draw: int) -> list[ServerRecords]:
-    """At most `count` servers, by weight and without replacement (Efraimidis and Spirakis 2006).
-
-    Of a member one, while there are others; the places that are left then go to the rest. The random source is a
-    hash of draw and name, so that one server's coming or going displaces at most one other within a draw.
-    """
-
-    def waiting_time(server: ServerRecords) -> float:
-        digest = hashlib.sha256(f"{draw} {server.name}".encode()).digest()
-        uniform = (int.from_bytes(digest[:6], "big") + 0.5) / 2**48
-        return -math.log(uniform) / server.weight
-
-    # A name is one server's only, so servers themselves are never compared.
-    queue = [(waiting_time(server), server.name, server) for server in servers]
-    heapq.heapify(queue)
-    first: dict[int, ServerRecords] = {}
-    rest: list[ServerRecords] = []
-    while queue and len(first) < count:
-        *_, server = heapq.heappop(queue)
-        if first.setdefault(server.member, server) is not server:
-            rest.append(server)
-    return [*first.values(), *rest[: count - len(first)]]
-
-
-@dataclass(frozen=True, slots=True)
-class Odds:
-    """How often `sample` chooses a server, over all draws; what has to be known of the others.
-
-    Its waiting times are exponential, so a server is chosen before a moment with the chance 1 - exp(-weight * moment).
-    The answer is taken for full at the moments until which as many are chosen, on average, as there is room for: `first`
-    for one server of each member, `rest` for the others. Exact among equals, and good to a few percent else.
-    """
-
-    members: Mapping[int, int]  # the weight of all servers of each
-    first: float
-    rest: float
-
-    @classmethod
-    def of(cls, candidates: Iterable[tuple[int, int]], count: int) -> "Odds":
-        """Of all candidates, member and weight of each, for the places of an answer."""
-        weights, members = Counter[int](), Counter[int]()
-        for member, weight in candidates:
-            weights[weight] += 1
-            members[member] += weight
-        of_members = Counter(members.values())
-        room = count - len(members)  # beside one server of each
-        first, rest = math.inf, 0.0
-        if room < 0:
-            first = _moment(lambda moment: _chosen(of_members, moment), count)
-        elif weights.total() <= count:
-            rest = math.inf
-        elif room > 0:
-            rest = _moment(lambda moment: _chosen(weights, moment) - _chosen(of_members, moment), room)
-        return cls(members, first, rest)
-
-    def chance(self, member: int, weight: int) -> float:
-        """The part of the answers, from 0 to 1, that a candidate is in."""
-        of_member = max(self.members.get(member, 0), weight)
-        is_first = weight / of_member  # of its member's servers
-        as_first = is_first * _passed(of_member, self.first)
-        return as_first + _passed(weight, self.rest) - is_first * _passed(of_member, self.rest)
-
-
-def _passed(weight: int, moment: float) -> float:
-    return -math.expm1(-weight * moment)
-
-
-def _chosen(weights: Mapping[int, int], moment: float) -> float:
-    """How many of so many of each weight are chosen until a moment, on average."""
-    return sum(number * _passed(weight, moment) for weight, number in weights.items())
-
-
-def _moment(chosen: Callable[[float], float], wanted: int) -> float:
-    """Until when so many are chosen; `chosen` grows with the moment, beyond that."""
-    low, high = 0.0, 1.0
-    while chosen(high) < wanted:
-        low, high = high, 2 * high
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if chosen(middle) < wanted else (low, middle)
-    return high
+def services_of(answers: Mapping[str, Iterable[str]], policy: ZonePolicy) -> Zone:
+    """The SRV RRsets of an open pool, by region; one that lists nobody does not exist."""
+    target = f"{SRV_PRIORITY_AND_WEIGHT} {policy.ke_port} "
+    found = {
+        region: frozenset(target + policy.domain(name) for name in names) for region, names in answers.items()
+    }
+    return {
+        (policy.service_at(region), "SRV"): RRset(policy.srv_ttl, texts)
+        for region, texts in found.items()
+        if texts
+    }
 
 
 class _Turn(IntEnum):

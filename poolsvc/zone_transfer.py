@@ -59,7 +59,8 @@ _REQUEST_OCTETS = 64 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A zone at its primary, and what of it is wanted: records of `types` at or below `owners` (absolute, lower-case).
+    """A zone at its primary, and what of it is wanted: records of `types` at or below `owners`, and at those of
+    `names` (absolute, lower-case).
 
     `timeout` (seconds) is for a connection and for each message. `tsig_secret` is base64.
     """
@@ -73,6 +74,7 @@ class Source:
     owners: tuple[str, ...]
     types: tuple[str, ...]
     timeout: float
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +143,7 @@ class Inbound:
         self._since = since
         self._tsig = dns.tsig.Key(source.tsig_name, source.tsig_secret, source.tsig_algorithm)
         self._zone = source.zone
-        self._exact = frozenset(source.owners)
+        self._exact = frozenset(source.owners + source.names)
         self._below = tuple(f".{owner}" for owner in source.owners)
         self._types = {int(dns.rdatatype.from_text(text)): text for text in source.types}
         self._question = dns.message.make_query(source.zone, "AXFR" if since is None else "IXFR", flags=0)

@@ -11,8 +11,11 @@ from poolsvc.api import (
     export,
     history,
     members,
+    monitor,
+    monitors,
     notices,
     pool,
+    regions,
     servers,
     settings,
     sign_in,
@@ -30,7 +33,9 @@ ROUTERS = tuple(
     part.router
     for part in (
         agent,
+        monitor,
         pool,
+        monitors,
         sign_in,
         accounts,
         members,
@@ -45,6 +50,7 @@ ROUTERS = tuple(
         transfers,
         staff,
         acme,
+        regions,
         challenges,
         history,
     )

@@ -16,10 +16,11 @@ from poolsvc.auth import Principal
 from poolsvc.config import Settings
 from poolsvc.db import Database, act_as
 from poolsvc.derived import RegistryKey
+from poolsvc.drawing import Odds
 from poolsvc.inspection import Inspector
 from poolsvc.oidc import Provider
 from poolsvc.pool import Census, Kept
-from poolsvc.zone import Odds
+from poolsvc.regional import Atlas, Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,8 @@ class Services:
     limits: Limits
     census: Kept[Census]
     odds: Kept[Odds]
+    atlas: Atlas
+    regions: Kept[dict[str, Place]]
     providers: Mapping[str, Provider]  # of OpenID Connect, by name
     inspector: Inspector
 

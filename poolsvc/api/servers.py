@@ -16,6 +16,7 @@ from poolsvc import (
     issuance,
     onboarding,
     own_account,
+    regional,
     removal,
     samples,
     scoring,
@@ -37,12 +38,14 @@ from poolsvc.api.request import (
     SessionDep,
     TextQuery,
 )
+from poolsvc.api.sights import SightView, sights_of
 from poolsvc.auth import Operation, Principal
 from poolsvc.budget import Place
 from poolsvc.config import Settings
+from poolsvc.drawing import is_young
 from poolsvc.errors import WrongState
 from poolsvc.explain import StageView, expected_at, explain, why_not
-from poolsvc.models import Address, HoldKind, SampleRecord, Server, Token, TokenKind
+from poolsvc.models import Address, HoldKind, Member, SampleRecord, Server, Token, TokenKind
 from poolsvc.pool import count_until_open, the_pool
 from poolsvc.removal import Receipt
 
@@ -83,7 +86,22 @@ class AddressView(Document):
     proved_at: datetime | None
     proof_error: str | None
     proof_ends_at: datetime | None = Field(description="unless probes, or a proof, confirm it until then")
-    score: float | None
+    score: float | None = Field(description="by all its monitors together; null until it is admitted")
+    score_reason: str = Field(description="why its probes are no full steps, if they are not")
+    judged_at: datetime | None = Field(description="when enough monitors last knew it")
+    unknown: str | None = Field(
+        description="why the pool does not know it now: its own fault, for which nothing changes"
+    )
+    monitors: list[SightView] = Field(description="as each monitor sees it, those that have a say first")
+
+
+class WeightView(Document):
+    """Of what a server's share of the answers is made, beside its member's and network's other servers."""
+
+    wanted: int = Field(description="its weight, as its member wants it")
+    score: float = Field(description="the part of it that its score gives, which grows from 10 to 15")
+    capacity: float = Field(description="the part that it answers, by its caps and what comes")
+    young: bool = Field(description="whether its account is young: such share a part of the answers together")
 
 
 class AgentView(Document):
@@ -139,6 +157,7 @@ class ServerView(Document):
     why: str = Field(description="why it is not in DNS: the first stage that is not met; empty when it is")
     stages: list[StageView]
     share: float = Field(description="the part of the pool's answers that name it, from 0 to 1", ge=0, le=1)
+    weight: WeightView = Field(description="of what that is made")
     holds: list[HoldView] = Field(description="why it is suspended")
     queue: QueueView | None = Field(description="empty unless its first order waits for the CA's limits")
     expected_at: datetime | None = Field(
@@ -372,13 +391,17 @@ async def new_join_token(
     return JoinToken(join_token=token, expires_at=expires, command=command)
 
 
-def address_view(settings: Settings, row: Address) -> AddressView:
+def address_view(settings: Settings, row: Address, sights: Sequence[SightView] = ()) -> AddressView:
     return AddressView(
         address=row.address,
         proved_at=row.proved_at,
         proof_error=row.proof_error,
         proof_ends_at=addresses.proof_ends_at(row, settings),
         score=row.score,
+        score_reason=row.step_reason,
+        judged_at=row.judged_at,
+        unknown=row.unknown,
+        monitors=list(sights),
     )
 
 
@@ -399,13 +422,23 @@ async def changed_view(
     return await view_of(session, services, await servers.get(session, server.id), now)
 
 
-async def _share(session: AsyncSession, services: Services, server: Server) -> float:
+async def _share(
+    session: AsyncSession, services: Services, server: Server, member: Member, now: datetime
+) -> float:
     if not is_in_dns(server):
         return 0.0
-    weight = scoring.sampling_weight(
-        server.weight, server.traffic_cap, server.traffic, server.ke_cap, server.ke_traffic
+    odds = await services.odds.get(session)
+    return regional.chance(odds, server, member.created_at, services.settings, now)
+
+
+def _weight(server: Server, member: Member, settings: Settings, now: datetime) -> WeightView:
+    best = scoring.best(row.score for row in servers.publishable(server))
+    return WeightView(
+        wanted=server.weight,
+        score=scoring.share(best),
+        capacity=scoring.capacity(server.traffic_cap, server.traffic, server.ke_cap, server.ke_traffic),
+        young=is_young(member.created_at, regional.rules_of(settings), now),
     )
-    return (await services.odds.get(session)).chance(server.member_id, weight)
 
 
 def _certificate(server: Server) -> CurrentCertificateView | None:
@@ -426,6 +459,8 @@ async def view_of(session: AsyncSession, services: Services, server: Server, now
     settings = services.settings
     place = await onboarding.place_of(session, settings, server)
     views = await stages_of(session, settings, server, place)
+    member = await session.get_one(Member, server.member_id)
+    sights = await sights_of(session, server)
     return ServerView(
         name=server.name,
         domain=settings.domain_of(server.name),
@@ -435,11 +470,12 @@ async def view_of(session: AsyncSession, services: Services, server: Server, now
         in_dns=is_in_dns(server),
         why=why_not(views, server),
         stages=views,
-        share=await _share(session, services, server),
+        share=await _share(session, services, server, member, now),
+        weight=_weight(server, member, settings, now),
         holds=[HoldView.model_validate(hold) for hold in servers.open_holds(server)],
         queue=None if place is None else QueueView.model_validate(place),
         expected_at=expected_at(server, settings, place, now),
-        addresses=[address_view(settings, row) for row in server.addresses],
+        addresses=[address_view(settings, row, sights.get(row.id, ())) for row in server.addresses],
         agent=AgentView(
             seen_at=server.agent_seen_at,
             engine=server.agent_engine,

@@ -1,5 +1,6 @@
 """`poolsvc dns`: the embedded DNS server, and the zone's keys. Rendering only."""
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -9,12 +10,13 @@ from typing import Annotated
 import typer
 
 from nts_core.shell import configure_logging, raise_descriptor_limit
-from poolsvc import embedded_dns
+from poolsvc import edge, embedded_dns
 from poolsvc.cli.common import ConfigOption, ExitStatus, fail, read_settings, refuse
 from poolsvc.embedded_dns import Charge
 from poolsvc.nameserver import rollover
 from poolsvc.nameserver.keys import KeyState
 from poolsvc.nameserver.store import Store, StoreUnusable
+from poolsvc.primary import PublishError
 
 app = typer.Typer(no_args_is_help=True, help="the embedded DNS server")
 keys_app = typer.Typer(no_args_is_help=True, help="the keys of its zone; docs/runbook.md has the rest")
@@ -31,6 +33,30 @@ def serve(config: ConfigOption) -> None:
         embedded_dns.serve(charge)
     except embedded_dns.DnsUnusable as error:
         refuse(ExitStatus.CONFIGURATION, error)
+
+
+@app.command("edge")
+def run_edge(
+    config: Annotated[
+        Path,
+        typer.Option("--config", metavar="FILE", help="the settings of this edge, as `init` writes them"),
+    ],
+    *,
+    once: Annotated[bool, typer.Option("--once", help="fetch what is new, and end")] = False,
+) -> None:
+    """Keep a knotd on this host at the answer sets of the pool; runs knotc."""
+    try:
+        settings = edge.EdgeSettings.read(config)
+        if not once:
+            configure_logging()
+            asyncio.run(edge.serve(settings))
+            return
+        is_new = asyncio.run(edge.once(settings))
+    except edge.EdgeUnusable as error:
+        refuse(ExitStatus.CONFIGURATION, error)
+    except (PublishError, edge.NotServed, OSError) as error:
+        fail(ExitStatus.PEER, str(error), "knotd goes on with the sets that it has; see docs/dns-servers.md")
+    typer.echo("knotd has new answer sets" if is_new else "nothing new")
 
 
 @keys_app.command("list")

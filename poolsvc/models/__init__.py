@@ -25,7 +25,14 @@ from poolsvc.models.accounts import (
     User,
 )
 from poolsvc.models.events import Event, IdempotencyKey, Lease, WorkerReport
-from poolsvc.models.monitors import INNER, DailySummary, HourlySummary, Monitor, MonitorView, ViewRole
+from poolsvc.models.monitors import (
+    INNER,
+    DailySummary,
+    HourlySummary,
+    Monitor,
+    MonitorView,
+    SummaryProgress,
+)
 from poolsvc.models.notices import Channel, Delivery, DeliveryStatus, Notice, SentMail, Webhook
 from poolsvc.models.servers import (
     ENDED_STATES,
@@ -44,6 +51,7 @@ from poolsvc.models.servers import (
     Order,
     OrderStatus,
     Pool,
+    Region,
     RevocationOrder,
     SampleRecord,
     Server,
@@ -52,6 +60,7 @@ from poolsvc.models.servers import (
     ZonePlan,
 )
 from poolsvc.models.zone_changes import ZoneChange
+from poolsvc.vantage import ViewRole
 
 __all__ = [
     "ENDED_STATES",
@@ -91,6 +100,7 @@ __all__ = [
     "Order",
     "OrderStatus",
     "Pool",
+    "Region",
     "RevocationOrder",
     "SampleRecord",
     "Scope",
@@ -100,6 +110,7 @@ __all__ = [
     "SignInKind",
     "StaffRole",
     "StageRecord",
+    "SummaryProgress",
     "Token",
     "TokenKind",
     "Transfer",

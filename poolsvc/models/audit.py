@@ -18,6 +18,7 @@ from sqlalchemy.orm import InstanceState, Session
 from poolsvc.db import Base, RecordedSession
 from poolsvc.models.accounts import Acceptance, Identity, Invitation, Member, Membership, Token, User
 from poolsvc.models.events import Event
+from poolsvc.models.monitors import Monitor
 from poolsvc.models.notices import Webhook
 from poolsvc.models.servers import (
     Address,
@@ -27,6 +28,7 @@ from poolsvc.models.servers import (
     MaintenanceWindow,
     Order,
     Pool,
+    Region,
     RevocationOrder,
     Server,
     Transfer,
@@ -48,8 +50,9 @@ def _rule(noun: str, shown: str, hidden: str = "") -> _Rule:
 
 
 _AUDITED: Mapping[type[Base], _Rule] = {
-    Pool: _rule("pool", "domain opened_at frozen_at"),
+    Pool: _rule("pool", "domain opened_at frozen_at quorum"),
     ZonePlan: _rule("zone-plan", "checksum deleted replaced withdrawn expires_at made_at"),
+    Region: _rule("region", "label"),
     CaAccount: _rule("ca-account", "ca uri"),
     CaLimits: _rule("ca-limits", "certificates orders until note"),
     User: _rule("user", "staff confirmed_at blocked_at blocked_reason erased_at", "email name"),
@@ -58,7 +61,9 @@ _AUDITED: Mapping[type[Base], _Rule] = {
     Invitation: _rule("invitation", "member_id role invited_by expires_at accepted_at revoked_at"),
     Acceptance: _rule("acceptance", "document version"),
     Identity: _rule("identity", "issuer"),
-    Token: _rule("token", "kind label viewer_id member_id server_id scopes expires_at used_at revoked_at"),
+    Token: _rule(
+        "token", "kind label viewer_id member_id server_id monitor_id scopes expires_at used_at revoked_at"
+    ),
     Server: _rule(
         "server",
         "member_id name weight ipv4 ipv6 public agentless own_account_uri validation waive_source short_lived dns_01"
@@ -71,6 +76,7 @@ _AUDITED: Mapping[type[Base], _Rule] = {
     Order: _rule("order", "status ca serial not_after deactivated_at compromised_at revoked_at"),
     RevocationOrder: _rule("revocation-order", "ca proved_at deactivated_at ended_at"),
     Transfer: _rule("transfer", "to_member_id expires_at accepted_at declined_at"),
+    Monitor: _rule("monitor", "member_id name status status_reason"),
     Webhook: _rule("webhook", "member_id generation enabled_at disabled_at deleted_at", "url"),
 }
 _HIDDEN = "(not kept)"

@@ -1,7 +1,6 @@
 """Monitors, what each last said of each address, and what is kept of that for years."""
 
 from datetime import date, datetime
-from enum import StrEnum
 
 from sqlalchemy import BigInteger, Date, ForeignKey, Index, String
 from sqlalchemy.orm import Mapped, mapped_column, relationship
@@ -9,17 +8,9 @@ from sqlalchemy.orm import Mapped, mapped_column, relationship
 from nts_core.control import MonitorStatus, Stage
 from poolsvc.db import Base, UtcDateTime, text_enum
 from poolsvc.models.accounts import Member
+from poolsvc.vantage import ViewRole
 
 INNER = "registry"  # the monitor inside `poolsvc serve`; samples had no other name before there were several
-
-
-class ViewRole(StrEnum):
-    """What a monitor's view of an address is for (`poolsvc.vantage` chooses)."""
-
-    CANDIDATE = "candidate"  # it looks now and then, and has no say
-    TESTING = "testing"  # it looks regularly, and has no say yet
-    ACTIVE = "active"
-    PAUSED = "paused"  # it may not look at this address
 
 
 class Monitor(Base):
@@ -47,6 +38,9 @@ class Monitor(Base):
     ipv6_address: Mapped[str | None] = mapped_column(String(45))
     network: Mapped[int | None] = mapped_column(BigInteger)  # AS number
     country: Mapped[str | None] = mapped_column(String(2))
+    sequence: Mapped[int] = mapped_column(BigInteger, default=0)  # of its last report
+    taken: Mapped[int] = mapped_column(default=0)  # samples of that report
+    samples: Mapped[int] = mapped_column(BigInteger, default=0)  # of all its reports
 
     member: Mapped[Member | None] = relationship(lazy="raise")
 
@@ -69,6 +63,7 @@ class MonitorView(Base):
     )  # by its probes alone; None until it has admitted the address
     shadow_score: Mapped[float | None] = mapped_column()  # the same by the shadow scorer
     full_probes: Mapped[int] = mapped_column(default=0)  # in a row
+    points: Mapped[int] = mapped_column(default=0)  # sound probes since it has its role
     failed: Mapped[Stage | None] = mapped_column(text_enum(Stage, "failed"))
     failed_since: Mapped[datetime | None] = mapped_column(UtcDateTime)
     silent_since: Mapped[datetime | None] = mapped_column(UtcDateTime)  # it had nothing but silence
@@ -77,6 +72,7 @@ class MonitorView(Base):
     step_reason: Mapped[str] = mapped_column(String(200), default="")
     offset_ns: Mapped[int | None] = mapped_column(BigInteger)
     delay_ns: Mapped[int | None] = mapped_column(BigInteger)
+    fingerprint: Mapped[str | None] = mapped_column(String(64))  # of the valid certificate that it saw
     # Moving averages over about a day, by which monitors are chosen.
     mean_step: Mapped[float | None] = mapped_column()
     mean_delay_ns: Mapped[int | None] = mapped_column(BigInteger)
@@ -116,3 +112,13 @@ class DailySummary(Base):
     offset_ns: Mapped[int | None] = mapped_column(BigInteger)
     offset_most_ns: Mapped[int | None] = mapped_column(BigInteger)
     delay_ns: Mapped[int | None] = mapped_column(BigInteger)
+
+
+class SummaryProgress(Base):
+    """How far summaries of one kind are made: all before `until`, and of the span after it those below an address."""
+
+    __tablename__ = "summary_progress"
+
+    kind: Mapped[str] = mapped_column(String(20), primary_key=True)
+    until: Mapped[datetime] = mapped_column(UtcDateTime)
+    address_id: Mapped[int] = mapped_column(default=0)

@@ -90,6 +90,16 @@ class ZonePlan(Base):
     made_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
 
+class Region(Base):
+    """A region that an operator switched on: its name is answered as long as there is a row."""
+
+    __tablename__ = "regions"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    label: Mapped[str] = mapped_column(String(20), unique=True)
+    on_since: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
 class CaLimits(Base):
     """What the CA has granted beyond its usual limits, as the operator says; None where nothing."""
 
@@ -212,6 +222,12 @@ class Server(Base):
     )  # suspended with too many others at once: it stays in the SRV until an operator has looked
 
     probe_due_at: Mapped[datetime | None] = mapped_column(UtcDateTime, index=True)
+    judge_due_at: Mapped[datetime | None] = mapped_column(
+        UtcDateTime, index=True
+    )  # when its scores are reckoned anew: what monitors said gets too old
+    review_due_at: Mapped[datetime | None] = mapped_column(
+        UtcDateTime, index=True
+    )  # when its monitors are chosen anew
     order_due_at: Mapped[datetime | None] = mapped_column(UtcDateTime, index=True)
     order_failures: Mapped[int] = mapped_column(default=0)
     queue_round: Mapped[int | None] = (
@@ -265,6 +281,13 @@ class Address(Base):
             "server_id",
             sqlite_where=text("score < 10"),
             postgresql_where=text("score < 10"),
+        ),
+        # Those that too few monitors know, which are none while the pool is well.
+        Index(
+            "ix_addresses_unknown",
+            "server_id",
+            sqlite_where=text("unknown IS NOT NULL"),
+            postgresql_where=text("unknown IS NOT NULL"),
         ),
     )
 

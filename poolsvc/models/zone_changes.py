@@ -97,9 +97,15 @@ def _share_changed(row: Server) -> bool:
 
 
 def _crossed(row: Address) -> bool:
-    """Whether the score went over or under the cutoff; below it, an address is left out beside a good one."""
+    """Whether the score went over or under the cutoff, or makes another share.
+
+    Below the cutoff an address is left out beside a good one.
+    """
     history = inspect(row).attrs["score"].history
     if not history.has_changes():
         return False
     before = history.deleted[0] if history.deleted else None
-    return scoring.is_good(before) != scoring.is_good(row.score)
+    return (scoring.is_good(before), scoring.tenths(before)) != (
+        scoring.is_good(row.score),
+        scoring.tenths(row.score),
+    )

@@ -6,7 +6,7 @@ Without a key that the settings name nothing of it is done. What a key may do is
 import asyncio
 import sqlite3
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -22,7 +22,7 @@ import dns.tsig
 import dns.update
 import structlog
 
-from poolsvc.nameserver import records, tsig
+from poolsvc.nameserver import records, sets, tsig
 from poolsvc.nameserver.primary import Primary
 from poolsvc.nameserver.responder import UDP_PAYLOAD, Malformed, Other, Responder
 from poolsvc.nameserver.store import Step
@@ -118,6 +118,9 @@ class Exchange:
             ):
                 async for reply in replies:
                     yield reply, True
+        elif len(message.question) == 1 and message.question[0].rdtype == records.SETS and not over_udp:
+            for reply in self._sets(message, peer):
+                yield reply, True
         else:
             yield self._question(message, address, over_udp=over_udp), False
 
@@ -183,6 +186,14 @@ class Exchange:
         for reply in head.messages(listed):
             yield reply
 
+    def _sets(self, message: dns.message.Message, peer: Peer) -> Iterator[bytes]:
+        """The answer sets, for an edge that answers with them; the head of those that it has is in its authority section."""
+        if Right.TRANSFER not in peer.rights:
+            yield self._refuse(message, dns.rcode.REFUSED)
+            return
+        self._count("sets")
+        yield from _Head.of(message).messages(self._primary.draws.listed(_known_draw(message)))
+
     def _whole(self, peer: Peer) -> Iterator[bytes]:
         self._count("axfr")
         zone = self._primary.zone
@@ -233,6 +244,15 @@ def _known_serial(message: dns.message.Message) -> int | None:
         if rrset.rdtype == dns.rdatatype.SOA and rrset.name == message.question[0].name:
             serial: int = rrset[0].serial
             return serial
+    return None
+
+
+def _known_draw(message: dns.message.Message) -> str | None:
+    """The token of the answer sets that an edge has."""
+    for rrset in message.authority:
+        if rrset.rdtype == records.SETS:
+            with suppress(sets.Malformed):
+                return sets.Head.decode(records.canonical(rrset[0])).token
     return None
 
 

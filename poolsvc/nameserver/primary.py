@@ -23,6 +23,7 @@ from dns.dnssectypes import DSDigest
 
 from poolsvc.nameserver import records, rollover
 from poolsvc.nameserver.answers import Answers
+from poolsvc.nameserver.draws import Draws
 from poolsvc.nameserver.keys import Keyring, KeyState
 from poolsvc.nameserver.records import Key, Name, RRset
 from poolsvc.nameserver.rollover import Waits
@@ -87,9 +88,10 @@ def rrset(ttl: int, kind: str, *texts: str) -> RRset:
 class Primary:
     """`now` is Unix time in whole seconds."""
 
-    def __init__(self, apex: Apex, store: Store, rows: Sequence[KeyRow], zone: SignedZone) -> None:
+    def __init__(self, apex: Apex, store: Store, rows: Sequence[KeyRow], zone: SignedZone, now: int) -> None:
         self.zone = zone
         self.answers = Answers(zone)
+        self.draws = Draws(zone, self.answers, now)
         self._changed = asyncio.Condition()  # told of each edition
         self._apex = apex
         self._store = store
@@ -98,6 +100,7 @@ class Primary:
         self._signed_since: int | None = None  # since when nothing is signed by another key than it should be
         self._now = 0
         self._lock = asyncio.Lock()
+        self._drawing = asyncio.Lock()  # of the answer sets, which wait for no edition, nor the reverse
         self._thread = ThreadPoolExecutor(1, "zone-store")
 
     @classmethod
@@ -116,7 +119,7 @@ class Primary:
                     "not exactly one key is active; restore the directory from a copy"
                 ) from None
             zone = SignedZone(keyring, store.content(), SystemRandom(), now)
-            primary = cls(apex, store, rows, zone)
+            primary = cls(apex, store, rows, zone, now)
             await primary._settle(now)
             while zone.is_expired(now):  # before anybody sees it
                 await primary._change({}, now, renewed=zone.due(now, _RENEWED))
@@ -131,9 +134,16 @@ class Primary:
             self._store.close()
 
     async def update(self, message: dns.update.UpdateMessage, now: int) -> None:
-        """Make an update; it is on the disk and in answers when this returns. Raises Refused."""
+        """Make an update; it is on the disk and in answers when this returns. Raises Refused.
+
+        A part of a draw is signed then, and in answers with the last one.
+        """
         async with self._lock:
-            await self._change(evaluate(message, self.zone), now)
+            changed, part = evaluate(message, self.zone), self.draws.read(message)
+            await self._change(changed, now)
+        if part is not None:
+            async with self._drawing:
+                await _in_turns(self.draws.take(part, now))
 
     async def steps(self, serial: int, most: int) -> list[Step] | None:
         """The way from an edition to the newest one, as `Store.steps`."""
@@ -151,7 +161,7 @@ class Primary:
                 self.zone.survey(now)
             self._now = now
             await self._read_keys()
-            if self.zone.due(now, 1):
+            if self.zone.due(now, 1) or self.draws.is_due(now):
                 self._signed_since = None
             elif self._signed_since is None:
                 self._signed_since = now
@@ -161,7 +171,10 @@ class Primary:
             aging = self.zone.due(now, _RENEWED)
             if aging:
                 await self._change({}, now, renewed=aging)
-            return len(aging) == _RENEWED
+        async with self._drawing:
+            if self.draws.is_due(now):
+                await _in_turns(self.draws.renew(now))
+        return len(aging) == _RENEWED
 
     async def note_ds(self, now: int) -> None:
         """The parent names the active key, and no other."""
@@ -242,6 +255,7 @@ class Primary:
         await self._in_thread(self._store.commit, edition, states)
         self.zone.adopt(edition)
         self.answers.renew(edition)
+        self.draws.drop(edition)
         async with self._changed:
             self._changed.notify_all()
 

@@ -20,6 +20,7 @@ Key = tuple[Name, int]
 A, NS, CNAME, SOA, MX, TXT, AAAA = 1, 2, 5, 6, 15, 16, 28
 SRV, DNAME, OPT, DS, RRSIG, NSEC, DNSKEY = 33, 39, 41, 43, 46, 47, 48
 NSEC3, NSEC3PARAM, CDS, CDNSKEY, TSIG, IXFR, AXFR, ANY = 50, 51, 59, 60, 250, 251, 252, 255
+SETS = 65_400  # private use: `poolsvc.nameserver.sets`
 IN = 1
 # What DNSSEC adds to a zone; a secondary that signs itself does not want it.
 SIGNER_TYPES = frozenset({RRSIG, NSEC, DNSKEY, CDS, CDNSKEY})

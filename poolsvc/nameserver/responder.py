@@ -15,6 +15,7 @@ Rules for UDP, where the source of a question may be forged:
 import hmac
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ import dns.rcode
 
 from nts_core.ratelimit import RateLimiter
 from poolsvc.nameserver import records
-from poolsvc.nameserver.answers import Answers
+from poolsvc.nameserver.answers import Answer, Answers, Found
 
 UDP_PAYLOAD = 1232
 _LEAST_PAYLOAD = 512
@@ -94,7 +95,7 @@ def _parse(message: bytes) -> Question:
     if rdtype in (records.AXFR, records.IXFR):
         raise Other
     if message[8:10] != _NONE:
-        raise Malformed
+        raise Other if rdtype == records.SETS else Malformed
     additional, edns = message[10:12], None
     if additional != _NONE:
         if additional != _ONE or message[end] or message[end + 1 : end + 3] != _OPT:
@@ -168,8 +169,32 @@ class Cookies:
         return blake2b(octets, digest_size=8, key=self._secret).digest()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Frame:
+    """All of the replies to one message that is the same whichever answer is drawn."""
+
+    flags: bytes
+    question: bytes  # with the number of additional records before it
+    opt: bytes
+
+    @property
+    def octets(self) -> int:
+        """Of a reply, without the answer's body."""
+        return 2 + len(self.flags) + 4 + len(self.question) + len(self.opt)
+
+    def filled(self, answer: Answer) -> bytes:
+        """The reply without its identifier."""
+        return b"".join((self.flags, answer.counts, self.question, answer.body, self.opt))
+
+
+_BAD_VERSION = Found.of(
+    Answer(_QR | 0x10000, bytes(4), b"", b"?")
+)  # BADVERS is 16: the upper bits go into OPT
+_NOT_OURS = Found.of(Answer(_QR | dns.rcode.REFUSED, bytes(4), b"", b"?"))
+
+
 class Responder:
-    """Answers plain questions about the zones that `answers` finds."""
+    """Answers plain questions about the zones that `answers` finds; where it finds several, each gets one at random."""
 
     def __init__(
         self,
@@ -178,15 +203,18 @@ class Responder:
         *,
         responses_per_second: float,
         responses_at_once: int,
+        uniform: Callable[[], float],
     ) -> None:
-        """Both are of one kind of answer to one IPv4 /24 or IPv6 /56."""
+        """Both are of one kind of answer to one IPv4 /24 or IPv6 /56. `uniform` draws from [0, 1)."""
         self.counters: Counter[str] = Counter()
         self._answers = answers
         self._cookies = Cookies(random)
         self._limiter = RateLimiter(round(1e9 / responses_per_second), responses_at_once, random)
+        self._uniform = uniform
         self._slips = 0
-        # What a question without a cookie got, and its kind, by all of it but the identifier.
-        self._replies: dict[bytes, tuple[bytes, bytes]] = {}
+        # What a question without a cookie gets, by all of it but the identifier: the frame and the answers, of which one is
+        # drawn, or the reply itself where there is one answer only.
+        self._replies: dict[bytes, tuple[bytes, bytes | _Frame, tuple[Answer, ...]]] = {}
         self._edition = answers.edition
 
     def over_udp(self, message: bytes, address: bytes, now: int, monotonic: int) -> bytes | None:
@@ -195,8 +223,9 @@ class Responder:
             self._edition = self._answers.edition
             self._replies.clear()
         kept = self._replies.get(message[2:])
-        if kept is not None and self._limiter.take_key(_network(address) + kept[1], monotonic):
-            return message[:2] + kept[0]
+        if kept is not None and self._limiter.take_key(_network(address) + kept[0], monotonic):
+            _, reply, answers = kept
+            return message[:2] + (reply if isinstance(reply, bytes) else reply.filled(self._drawn(answers)))
         if len(message) < _HEADER or message[2] & 0x80:
             self.counters["ignored"] += 1
             return None
@@ -216,15 +245,22 @@ class Responder:
         has_cookie = edns is not None and bool(edns.cookie)
         if edns is not None and has_cookie and self._cookies.is_ours(edns.cookie, address, now):
             return self._reply(question, address, now, _limit_of(edns))
-        head, counts, body, kind = self._content(question)
-        if not self._limiter.take_key(_network(address) + kind, monotonic):
+        found, limit = self._found(question), _limit_of(edns)
+        answer = self._drawn(found.answers)
+        if not self._limiter.take_key(_network(address) + answer.kind, monotonic):
             return self._slip(question, address, now)
-        reply = self._assemble(question, head, counts, body, address, now, _limit_of(edns))
+        reply = self._assemble(question, answer, address, now, limit)
         if not has_cookie and len(message) <= _LONGEST_KEPT:
             if len(self._replies) >= _MOST_REPLIES:
                 self._replies.clear()
-            self._replies[message[2:]] = reply[2:], kind
+            if len(found.answers) == 1:
+                self._replies[message[2:]] = answer.kind, reply[2:], ()
+            elif (frame := self._frame(question, answer.head, address, now)).octets + found.longest <= limit:
+                self._replies[message[2:]] = answer.kind, frame, found.answers
         return reply
+
+    def _drawn(self, answers: tuple[Answer, ...]) -> Answer:
+        return answers[0] if len(answers) == 1 else answers[int(self._uniform() * len(answers))]
 
     def reply(self, message: bytes, address: bytes, now: int, limit: int = 65_535) -> bytes:
         """The reply to somebody who is where it says, of at most `limit` octets. Raises Other, Malformed."""
@@ -243,21 +279,20 @@ class Responder:
         return message[:2] + flags.to_bytes(2, "big") + bytes(8)
 
     def _reply(self, question: Question, address: bytes, now: int, limit: int) -> bytes:
-        head, counts, body, _ = self._content(question)
-        return self._assemble(question, head, counts, body, address, now, limit)
+        answer = self._drawn(self._found(question).answers)
+        return self._assemble(question, answer, address, now, limit)
 
-    def _content(self, question: Question) -> tuple[int, bytes, bytes, bytes]:
-        """Flags with the rcode, counts, and all that follows the question; and what kind of answer it is."""
+    def _found(self, question: Question) -> Found:
         edns = question.edns
         if edns is not None and edns.version:
-            return _QR | 0x10000, bytes(4), b"", b"?"  # BADVERS is 16: the upper bits go into OPT
+            return _BAD_VERSION
         if question.rdclass == records.IN:
             found = self._answers.find(
                 question.name, question.rdtype, dnssec=edns is not None and edns.dnssec
             )
             if found is not None:
-                return found.head, found.counts, found.body, found.kind
-        return _QR | dns.rcode.REFUSED, bytes(4), b"", b"?"
+                return found
+        return _NOT_OURS
 
     def _slip(self, question: Question, address: bytes, now: int) -> bytes | None:
         self.counters["limited"] += 1
@@ -268,37 +303,23 @@ class Responder:
         head = _QR | _TC
         if question.edns is not None and question.edns.cookie:
             head = _QR | 0x10000 | 7  # BADCOOKIE is 23
-        return self._assemble(question, head, bytes(4), b"", address, now, UDP_PAYLOAD)
+        return self._assemble(question, Answer(head, bytes(4), b"", b""), address, now, UDP_PAYLOAD)
 
-    def _assemble(
-        self,
-        question: Question,
-        head: int,
-        counts: bytes,
-        body: bytes,
-        address: bytes,
-        now: int,
-        limit: int,
-    ) -> bytes:
+    def _assemble(self, question: Question, answer: Answer, address: bytes, now: int, limit: int) -> bytes:
+        frame = self._frame(question, answer.head, address, now)
+        reply = question.identifier + frame.filled(answer)
+        if len(reply) <= limit:
+            return reply
+        self.counters["truncated"] += 1
+        frame = self._frame(question, answer.head | _TC, address, now)
+        return question.identifier + frame.filled(Answer(0, bytes(4), b"", b""))
+
+    def _frame(self, question: Question, head: int, address: bytes, now: int) -> _Frame:
         edns, opt, additional = question.edns, b"", _NONE
         if edns is not None:
             opt, additional = self._opt(edns, head >> 16, address, now), _ONE
-        if _HEADER + len(question.octets) + len(body) + len(opt) > limit:
-            self.counters["truncated"] += 1
-            head, counts, body = head | _TC, bytes(4), b""
         flags = head & 0xFFFF | question.flags & _ECHOED
-        return b"".join(
-            (
-                question.identifier,
-                flags.to_bytes(2, "big"),
-                _ONE,
-                counts,
-                additional,
-                question.octets,
-                body,
-                opt,
-            )
-        )
+        return _Frame(flags.to_bytes(2, "big") + _ONE, additional + question.octets, opt)
 
     def _opt(self, edns: Edns, upper_rcode: int, address: bytes, now: int) -> bytes:
         options = b""

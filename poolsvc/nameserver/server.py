@@ -1,6 +1,7 @@
 """The sockets of the embedded server: datagrams in batches, connections under deadlines, news to the secondaries."""
 
 import asyncio
+import random
 import secrets
 import socket
 import sqlite3
@@ -81,6 +82,7 @@ class NameServer:
             secrets.token_bytes,
             responses_per_second=terms.responses_per_second,
             responses_at_once=terms.responses_at_once,
+            uniform=random.random,
         )
         self._exchange = Exchange(primary, self.responder, terms.peers, time.time)
         self._slots = Slots(

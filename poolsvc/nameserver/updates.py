@@ -42,7 +42,7 @@ class Refused(Exception):
 def evaluate(message: dns.update.UpdateMessage, zone: SignedZone) -> dict[Key, RRset | None]:
     """The RRsets that the update changes as they will be, None for those that go. Raises Refused.
 
-    The message was read with each record apart, in its order.
+    The message was read with each record apart, in its order. Answer sets are none of the zone (`draws`).
     """
     if len(message.zone) != 1 or message.zone[0].rdtype != dns.rdatatype.SOA:
         raise Refused(dns.rcode.FORMERR, "the zone section is not one SOA")
@@ -51,7 +51,8 @@ def evaluate(message: dns.update.UpdateMessage, zone: SignedZone) -> dict[Key, R
     _require(message.prerequisite, zone)
     draft = _Draft(zone)
     for rrset in message.update:
-        draft.take(rrset)
+        if rrset.rdtype != records.SETS:
+            draft.take(rrset)
     return draft.changed()
 
 

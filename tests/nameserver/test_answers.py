@@ -1,5 +1,6 @@
 """What is answered to every kind of question, as a resolver reads it."""
 
+import random
 import secrets
 
 import dns.flags
@@ -19,9 +20,9 @@ from tests.nameserver.conftest import NOW, ORIGIN, make, name, new_zone, rrset
 HERE = b"\x7f\0\0\1"
 
 
-def responder_of(zone, **limits):
-    limits = {"responses_per_second": 1000, "responses_at_once": 1000} | limits
-    return Responder(Answers(zone), secrets.token_bytes, **limits)
+def responder_of(zone, answers=None, **limits):
+    limits = {"responses_per_second": 1000, "responses_at_once": 1000, "uniform": random.random} | limits
+    return Responder(answers or Answers(zone), secrets.token_bytes, **limits)
 
 
 @pytest.fixture
@@ -163,11 +164,8 @@ def test_an_unknown_version_of_edns_is_told_ours(ask):
 def test_answers_follow_the_zone():
     zone = new_zone()
     answers = Answers(zone)
-    ask = asker(
-        responder := Responder(
-            answers, secrets.token_bytes, responses_per_second=1000, responses_at_once=1000
-        )
-    )
+    responder = responder_of(zone, answers)
+    ask = asker(responder)
     assert ask("new", "A").rcode() == dns.rcode.NXDOMAIN
     assert ask("ns1", "MX").rcode() == dns.rcode.NOERROR
 

@@ -1,5 +1,6 @@
 """Keys that change hands while everybody looks: a validating resolver never sees a bogus moment."""
 
+import asyncio
 import re
 import threading
 from contextlib import contextmanager
@@ -19,6 +20,10 @@ from lab.knot import Knot, KnotEdge
 from lab.nsd import Nsd
 from lab.processes import wait_until
 from lab.unbound import Unbound
+from poolsvc.primary import PrimaryConfig
+from poolsvc.publisher import Publisher
+from poolsvc.subsets import Sink
+from poolsvc.zone import ZonePolicy
 
 SERVERS = [f"m{number}.servers" for number in range(8)]
 DELEGATION = ["pool NS ns1.pool", "ns1.pool A 127.0.0.1"]
@@ -36,8 +41,25 @@ def fill(embedded):
     def change(update):
         for number, owner in enumerate(SERVERS):
             update.add(owner, 1, "A", f"198.51.100.{number}")
+        update.add("_ntske._tcp", 1, "SRV", "0 10 4460 m0.servers")
 
     send(embedded, change)
+    asyncio.run(draw(embedded))
+
+
+async def draw(embedded):
+    policy = ZonePolicy(embedded.zone, srv_ttl=1, address_ttl=1, ke_port=4460, caa=())
+    config = PrimaryConfig(
+        address=embedded.address,
+        port=embedded.port,
+        tsig_name=embedded.tsig_name,
+        tsig_secret=embedded.tsig_secret,
+        nameservers=(),
+    )
+    publisher = Publisher(policy, config)
+    await publisher.take_fence(1)
+    sets = [[f"m{number}", f"m{(number + 1) % 8}"] for number in range(8)]
+    await Sink(publisher).publish({policy.service: sets}, 1, 1)
 
 
 def ask(server, name, kind="A"):
@@ -74,11 +96,12 @@ class Watcher:
         for number in count():
             if self._end.is_set():
                 return
-            kind = ("A", "MX")[number % 2]
-            for name in (
-                f"{SERVERS[number % 8]}.pool.example",
-                f"x{number}.servers.pool.example",
-                "pool.example",
+            either = ("A", "MX")[number % 2]
+            for name, kind in (
+                (f"{SERVERS[number % 8]}.pool.example", either),
+                (f"x{number}.servers.pool.example", either),
+                ("pool.example", either),
+                ("_ntske._tcp.pool.example", "SRV"),
             ):
                 answer = ask(self.resolver, name, kind)
                 if answer.rcode() in {dns.rcode.NOERROR, dns.rcode.NXDOMAIN} and answer.flags & dns.flags.AD:
@@ -133,9 +156,9 @@ def tags(server):
     }
 
 
-def signer(server, name):
-    """The tag of the key that signed a name's address."""
-    signatures = (one for one in ask(server, name).answer if one.rdtype == dns.rdatatype.RRSIG)
+def signer(server, name, kind="A"):
+    """The tag of the key that signed a name's records."""
+    signatures = (one for one in ask(server, name, kind).answer if one.rdtype == dns.rdatatype.RRSIG)
     return next((rrset[0].key_tag for rrset in signatures), None)
 
 
@@ -159,6 +182,10 @@ def test_a_roll_over_is_never_a_bogus_moment(tmp_path, asks):
             lambda: states(embedded) == {str(old): "retiring", str(new): "active"}, "the new key signs"
         )
         wait_until(lambda: signer(embedded, "m1.servers.pool.example") == new, "the data are signed anew")
+        wait_until(
+            lambda: {signer(embedded, "_ntske._tcp.pool.example", "SRV") for _ in range(50)} == {new},
+            "the sets are signed anew",
+        )
         assert states(embedded) == {str(old): "retiring", str(new): "active"}, (
             "until the parent names the new one"
         )

@@ -1,5 +1,6 @@
 """What a forged source gets, and what a cookie is good for."""
 
+import random
 from itertools import count
 
 import dns.edns
@@ -25,7 +26,11 @@ def responder(zone):
     """Three answers of a kind at once, one a second."""
     counter = count(1)
     return Responder(
-        Answers(zone), lambda size: bytes([next(counter)]) * size, responses_per_second=1, responses_at_once=3
+        Answers(zone),
+        lambda size: bytes([next(counter)]) * size,
+        responses_per_second=1,
+        responses_at_once=3,
+        uniform=random.random,
     )
 
 

@@ -13,6 +13,9 @@ import dns.name
 import dns.opcode
 import dns.query
 import dns.rcode
+import dns.rdata
+import dns.rdataclass
+import dns.rdatatype
 import dns.tsig
 import dns.update
 import dns.xfr
@@ -24,6 +27,7 @@ from poolsvc.nameserver.exchange import Peer, Right
 from poolsvc.nameserver.keys import KeyState
 from poolsvc.nameserver.primary import Apex, Primary
 from poolsvc.nameserver.server import NameServer, Secondary, Terms
+from poolsvc.nameserver.sets import NO_DRAW, Head
 from poolsvc.nameserver.store import Store, StoreUnusable
 from tests.nameserver.conftest import APEX, ORIGIN
 
@@ -257,6 +261,35 @@ async def test_signed_questions_get_signed_answers(served):
     answer = await served.ask("ns1", by=EDGE)
     assert answer.had_tsig
     assert answer.answer[0][0].address == "192.0.2.53"
+
+
+async def test_answer_sets_are_for_who_gets_the_zone(served):
+    def question(by=None):
+        query = dns.message.make_query(ORIGIN, records.SETS, want_dnssec=True)
+        if by is not None:
+            query.use_tsig(by)
+        return query
+
+    for by in (EDGE, PUBLISHER):
+        (head,) = (await served.tcp(question(by))).answer
+        assert Head.decode(records.canonical(head[0])).token == NO_DRAW
+    plain = await served.tcp(question())
+    assert (plain.rcode(), plain.answer) == (dns.rcode.NOERROR, []), "to all others there is no such type"
+    assert any(rrset.rdtype == dns.rdatatype.NSEC for rrset in plain.authority)
+    forged = question()
+    forged.authority.append(head)
+    assert (await served.tcp(forged)).rcode() == dns.rcode.REFUSED
+
+
+async def test_answer_sets_are_from_who_may_change_the_zone(served):
+    def draw(update):
+        head = Head(0, 1, "1-a").encode()
+        update.add("_draw", 0, dns.rdata.GenericRdata(dns.rdataclass.IN, records.SETS, head))
+
+    assert await served.update(draw, by=EDGE) == dns.rcode.REFUSED
+    assert served.primary.draws.token == NO_DRAW
+    assert await served.update(draw) == dns.rcode.NOERROR
+    assert served.primary.draws.token == "1-a"
 
 
 async def test_other_operations_are_not_implemented(served):

@@ -41,11 +41,12 @@ from lab.pebble import Pebble
 from lab.postgres import Postgres
 from lab.primaries import PRIMARIES, SECONDARIES
 from lab.processes import Process, free_port, require, wait_until
+from lab.zones import wanted
 from member_agent.challenges import Responder
 from nts_core.acme import AcmeAccount, AcmeConfig, OrderState
-from nts_core.control import ACME_PATH, ServerState
+from nts_core.control import ACME_PATH, MonitorStatus, ServerState
 from nts_core.tls import new_key_and_csr
-from poolsvc import auth, issuance, members, servers
+from poolsvc import auth, issuance, members, monitors, servers
 from poolsvc.app import create_app
 from poolsvc.cli import app as poolsvc_app
 from poolsvc.cli import configure_logging
@@ -54,19 +55,22 @@ from poolsvc.db import Database
 from poolsvc.delegation import NoReply, parent_records
 from poolsvc.derived import Purpose, RegistryKey
 from poolsvc.models import (
+    Address,
     CaAccount,
     Delivery,
     HoldKind,
     MemberRole,
     Membership,
+    MonitorView,
     Notice,
     OrderStatus,
     TokenKind,
+    ViewRole,
 )
 from poolsvc.primary import Nameserver, PrimaryConfig
 from poolsvc.publisher import Publisher
 from poolsvc.servers import EventKind
-from poolsvc.zone import CaaIssuer, ServerRecords, ZonePolicy, diff, wanted
+from poolsvc.zone import CaaIssuer, ServerRecords, ZonePolicy, diff
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 NAME = "alice.servers.pool.example"
@@ -228,6 +232,33 @@ class Registry:
                 session.add(Membership(member_id=member, user_id=user.id, role=role, created_at=NOW))
             _, token = await auth.issue(session, TokenKind.SESSION, now=NOW, user_id=user.id)
             return Person(user.id, token)
+
+    async def monitor(self, name="frankfurt", member=None, status=MonitorStatus.ACTIVE):
+        """A monitor in a status, and its token."""
+        async with self.database.transaction("test") as session:
+            row, token = await monitors.register(session, self.settings, name, member, self.now)
+            row.status, row.sound, row.seen_at = status, True, self.now
+            return row.id, token
+
+    async def look(self, monitor_id, server_id, role=ViewRole.ACTIVE):
+        """Let a monitor look at all addresses of a server from now on; the addresses' ids, which are its targets."""
+        async with self.database.transaction("test") as session:
+            found = await session.scalars(
+                select(Address.id).where(Address.server_id == server_id).order_by(Address.id)
+            )
+            ids = list(found)
+            for row in ids:
+                session.add(
+                    MonitorView(
+                        address_id=row,
+                        monitor_id=monitor_id,
+                        role=role,
+                        role_since=self.now,
+                        due_at=self.now,
+                        full_probes=0,
+                    )
+                )
+            return ids
 
     async def server(
         self, name="alice", *addresses, state=ServerState.REGISTERED, member=None, agentless=False

@@ -66,9 +66,16 @@ ROLES = {
     "invite": "operator",
     "appoint-staff": "operator",
     "set-ca-limits": "operator",
+    "set-regions": "operator",
+    "judge-monitor": "operator",
+    "read-monitor": "operator support owner technician",
+    "register-monitor": "operator owner",
+    "change-monitor": "operator owner",
     "join": "join",
     "agent": "agent",
+    "monitor": "monitor",
 }
+PROGRAMS = (Role.JOIN, Role.AGENT, Role.MONITOR)
 WHEN_BLOCKED = {
     "read-self",
     "change-self",
@@ -81,6 +88,7 @@ WHEN_BLOCKED = {
     "read-server-details",
     "leave-server",
     "remove-server",
+    "read-monitor",
 }
 MINE, OTHER = 1, 2
 
@@ -90,6 +98,8 @@ def bearer(role, **options):
     match role:
         case Role.JOIN | Role.AGENT:
             return Principal(1, TokenKind(role.value), server_id=1)
+        case Role.MONITOR:
+            return Principal(1, TokenKind.MONITOR, monitor_id=1)
         case Role.OPERATOR | Role.SUPPORT:
             return Principal(1, TokenKind.SESSION, user_id=1, staff=StaffRole(role.value), **options)
         case Role.USER:
@@ -111,7 +121,7 @@ def may(principal, operation, member=MINE):
 @pytest.mark.parametrize("role", Role)
 def test_each_role_may_do_what_the_table_says(role, operation):
     allowed = set(ROLES[operation].split())
-    own = {role.value} if role in (Role.JOIN, Role.AGENT) else {role.value, "user"}
+    own = {role.value} if role in PROGRAMS else {role.value, "user"}
     assert may(bearer(role), operation) == bool(own & allowed)
     # Towards another member, the role in one's own is worth nothing.
     if role in (Role.OWNER, Role.TECHNICIAN):
@@ -196,6 +206,7 @@ async def world(registry):
     foreign = await registry.owner_token(foreigner)
     bob = await registry.server("bob", "198.18.6.6", state=ServerState.ACTIVE, member=owner)
     await registry.server("erin", "198.18.0.1", state=ServerState.VERIFIED, member=owner, agentless=True)
+    eyes, _ = await registry.monitor("eyes", member=owner)
     colleague = await registry.person(owner, MemberRole.TECHNICIAN)
     numbers = await offers(registry, owner, foreigner, colleague.id)
     async with registry.database.transaction() as session:
@@ -209,6 +220,7 @@ async def world(registry):
             (Role.USER, {"user_id": nobody.id}),
             (Role.JOIN, {"server_id": server}),
             (Role.AGENT, {"server_id": server}),
+            (Role.MONITOR, {"monitor_id": eyes}),
         ):
             kind = TokenKind.SESSION if "user_id" in options else TokenKind(role.value)
             _, tokens[role] = await auth.issue(session, kind, now=NOW, **options)
@@ -223,7 +235,11 @@ async def world(registry):
     def path(template):
         """An endpoint's path with what the world has for it."""
         own = numbers.get(template.partition("?")[0], {})
-        return template.format(**{"name": "alice", "member": owner, "user": colleague.id} | GONE | own)
+        return template.format(
+            **{"name": "alice", "member": owner, "user": colleague.id, "monitor": "eyes", "region": "de"}
+            | GONE
+            | own
+        )
 
     def bearer(role, template):
         """A token of that role; an agent's is that of the server in the endpoint's path."""
@@ -231,7 +247,7 @@ async def world(registry):
         return {"Authorization": f"Bearer {agent_of_bob if is_bobs else tokens[role]}"}
 
     return SimpleNamespace(
-        tokens=tokens, foreign=foreign, server=server, owner=owner, path=path, bearer=bearer
+        tokens=tokens, foreign=foreign, server=server, owner=owner, path=path, bearer=bearer, eyes=eyes
     )
 
 
@@ -340,6 +356,7 @@ ENDPOINTS = [
     ("GET", "/v1/acme/budget", None, Operation.READ_POOL),
     ("GET", "/v1/acme/limits", None, Operation.READ_POOL),
     ("PUT", "/v1/acme/limits", {"certificates": 300}, Operation.SET_CA_LIMITS),
+    ("DELETE", "/v1/regions/{region}", None, Operation.SET_REGIONS),
     ("GET", "/v1/events", None, Operation.READ_POOL),
     ("GET", "/v1/servers", None, Operation.READ_SELF),
     (
@@ -374,6 +391,14 @@ ENDPOINTS = [
     ("GET", MEMBER + "/transfers", None, Operation.READ_MEMBER),
     ("POST", "/v1/transfers/{transfer}/accept", None, Operation.TAKE_SERVER),
     ("POST", "/v1/transfers/{transfer}/decline", None, Operation.TAKE_SERVER),
+    ("GET", "/v1/monitors", None, Operation.READ_SELF),
+    ("POST", "/v1/monitors", {"name": "ears", "member": 1}, Operation.REGISTER_MONITOR),
+    ("GET", "/v1/monitors/{monitor}", None, Operation.READ_MONITOR),
+    ("GET", "/v1/monitor/work", None, Operation.MONITOR),
+    ("POST", "/v1/monitor/report", {"sequence": 1, "sound": True}, Operation.MONITOR),
+    ("PATCH", "/v1/monitors/{monitor}", {"status": "paused", **REASON}, Operation.CHANGE_MONITOR),
+    ("POST", "/v1/monitors/{monitor}/token", None, Operation.CHANGE_MONITOR),
+    ("PUT", "/v1/pool/quorum", {"quorum": 1, **REASON}, Operation.JUDGE_MONITOR),
     ("POST", "/v1/agent/proof", {"address": "198.18.0.1"}, Operation.AGENT),
     ("POST", "/v1/agent/sync", {"engine": "builtin"}, Operation.AGENT),
     ("DELETE", "/v1/servers/{name}", None, Operation.REMOVE_SERVER),
@@ -385,6 +410,7 @@ ENDPOINTS = [
 GONE = dict.fromkeys(("session_id", "token_id", "identity_id"), 999_999)
 BACK = {"state": "1.x", "code": "x", "binding": "x"}
 IN_VAIN = [
+    ("PUT", "/v1/regions/{region}", None, Operation.SET_REGIONS, 409),  # there is no server
     ("DELETE", "/v1/me/sessions/{session_id}", None, Operation.CHANGE_SELF, 404),
     ("POST", "/v1/servers/{name}/certificate/compromised", None, Operation.CHANGE_SERVER, 409),
     ("POST", "/v1/servers/{name}/renewal", None, Operation.TEND_SERVER, 409),
@@ -405,6 +431,8 @@ PUBLIC = {
     ("GET", "/v1/pool"),
     ("GET", "/v1/pool/servers"),
     ("GET", "/v1/pool/history"),
+    ("GET", "/v1/regions"),
+    ("GET", "/v1/pool/monitors"),
     ("POST", "/v1/agent/rejoin-challenge"),
     ("POST", "/v1/agent/rejoin"),
     ("GET", "/v1/sign-up"),
@@ -419,7 +447,7 @@ PUBLIC = {
 
 @pytest.mark.parametrize("role", Role)
 async def test_every_endpoint_by_role(world, client, role):
-    own = {role.value} if role in (Role.JOIN, Role.AGENT) else {role.value, "user"}
+    own = {role.value} if role in PROGRAMS else {role.value, "user"}
     async with client(source="198.18.0.1") as http:
         for method, path, body, operation in ENDPOINTS:
             answer = await http.request(method, world.path(path), json=body, headers=world.bearer(role, path))
@@ -434,7 +462,7 @@ async def test_every_endpoint_that_finds_nothing_by_role(world, client, role):
     async with client(world.tokens[role]) as http:
         for method, path, body, operation, found in IN_VAIN:
             answer = await http.request(method, world.path(path), json=body)
-            own = {role.value} if role in (Role.JOIN, Role.AGENT) else {role.value, "user"}
+            own = {role.value} if role in PROGRAMS else {role.value, "user"}
             allowed = own & set(ROLES[operation].split())
             assert answer.status_code == (found if allowed else 403), path
 
@@ -447,7 +475,7 @@ async def test_every_endpoint_that_ends_the_token_by_role(
     await registry.person(staff=StaffRole.OPERATOR)  # the last one could not go
     async with client(world.tokens[role]) as http:
         answer = await http.request(method, path, json=body)
-        if role in (Role.JOIN, Role.AGENT):
+        if role in PROGRAMS:
             assert (answer.status_code, answer.json()["code"]) == (403, "forbidden")
             return
         assert "user" in ROLES[operation].split()
@@ -516,8 +544,9 @@ async def authenticated(registry, secret, now=NOW):
 @pytest.mark.parametrize("role", Role)
 async def test_a_token_names_its_bearer(world, registry, role):
     principal = await authenticated(registry, world.tokens[role])
-    if role in (Role.JOIN, Role.AGENT):
-        assert (principal.server_id, principal.actor) == (world.server, f"{role} {world.server}")
+    if role in PROGRAMS:
+        whose = world.eyes if role is Role.MONITOR else world.server
+        assert (principal.monitor_id or principal.server_id, principal.actor) == (whose, f"{role} {whose}")
         assert principal.roles() == {role}
         return
     assert principal.actor == f"user {principal.user_id}"

@@ -10,8 +10,9 @@ from pydantic import TypeAdapter
 from sqlalchemy import select, update
 
 from lab.processes import free_port
+from member_agent.commands import lines_of
 from nts_core.client import load_roots
-from nts_core.control import CheckAnswer, CheckStatus, ServerState, ServerStatus
+from nts_core.control import CheckAnswer, CheckStatus, ServerState, ServerStatus, Stage
 from poolsvc import auth, inspection, members, onboarding, servers
 from poolsvc.app import create_app
 from poolsvc.derived import RegistryKey
@@ -23,10 +24,13 @@ from poolsvc.models import (
     HoldKind,
     Member,
     MemberStatus,
+    Monitor,
+    MonitorView,
     Order,
     OrderStatus,
     Server,
     TokenKind,
+    ViewRole,
 )
 
 S = ServerState
@@ -270,6 +274,7 @@ async def test_the_share_is_the_part_of_the_answers_that_name_a_server(agent, po
         await agent.registry.server(f"s{number}", f"198.18.1.{number}", state=S.ACTIVE)
     async with agent.registry.database.transaction("test") as session:
         await session.execute(update(Server).values(listed_at=agent.now))
+        await session.execute(update(Address).values(score=20.0))
     assert (await agent("GET")).json()["share"] == pytest.approx(share, abs=1e-6)
     await agent.change(traffic_cap=50.0, traffic=100.0)
     less = (await agent("GET")).json()["share"]
@@ -330,3 +335,42 @@ async def test_few_servers_are_checked_at_a_time(agent, app):
     assert int(refused.headers["Retry-After"]) > 0
     async with agent.registry.database.transaction() as session:
         assert list(await session.scalars(select(Command))) == []
+
+
+async def test_a_status_has_what_each_monitor_sees_and_of_what_the_share_is_made(agent):
+    """The agent's document reads all of it; an older registry's answer, without, is read as well."""
+    bob, _ = await agent.registry.monitor("frankfurt")
+    async with agent.registry.change(agent.server) as (session, server):
+        (await session.get_one(Monitor, bob)).country = "DE"
+        (address,) = server.addresses
+        address.score, address.unknown = 12.0, "1 of the 3 monitors that it takes know it"
+        session.add(
+            MonitorView(
+                address_id=address.id,
+                monitor_id=bob,
+                role=ViewRole.ACTIVE,
+                role_since=agent.now,
+                at=agent.now - HOUR,
+                failed=Stage.NTP_KE_COOKIE,
+                failed_since=agent.now - 2 * HOUR,
+                detail="no answer",
+                score=3.5,
+                step=-5.0,
+            )
+        )
+        server.listed_at, server.traffic_cap, server.traffic = agent.now, 50.0, 100.0
+    body = (await agent("GET")).json()
+    seen = STATUS.validate_python(body)
+    assert (seen.weight.wanted, seen.weight.score, seen.weight.capacity) == (1, pytest.approx(0.4), 0.5)
+    (address,) = seen.addresses
+    (sight,) = [sight for sight in address.monitors if sight.monitor == "frankfurt"]
+    assert (sight.country, sight.counts, sight.failed, sight.score) == ("DE", True, "ntp-ke-cookie", 3.5)
+    said = "\n".join(lines_of(seen, agent.now))
+    assert "share      less than its weight: 40% by its score" in said
+    assert "50% by its traffic caps" in said
+    assert "unknown to the pool, which is the pool's fault: 1 of the 3" in said
+    assert "frankfurt (DE): score 3.5, looked 60 min ago; ntp-ke-cookie since" in said
+    older = STATUS.validate_python(
+        {key: body[key] for key in ("name", "domain", "state", "state_since", "in_dns")}
+    )
+    assert (older.weight.score, older.stages, older.addresses) == (1.0, (), ())

@@ -285,6 +285,23 @@ async def test_a_restart_loses_nothing(zone):
     await zone.shown({}, *wanted)
 
 
+async def test_regions_are_written_and_nothing_else_with_such_names(zone):
+    some = RRset.of(60, "SRV", [f"0 10 4460 {ALICE}"])
+    regions = {(f"_ntske._tcp.{label}.pool.example.", "SRV"): some for label in ("aq", "europe", "zw")}
+    wanted = zone.pool("alice") | regions
+    for label in ("aq", "europe", "zw"):
+        await zone.publisher.rehearse_region(label)
+    await zone.publish(wanted)
+    await zone.shown(wanted)
+    if isinstance(zone.primary, Knot | PowerDns):
+        other = "_ntske._udp.de.pool.example."
+        with suppress(Rejected):
+            await zone.publisher.apply([Change(other, "SRV", None, some)], zone.epoch)
+        assert not ask(zone.primary, other, "SRV").answer
+    await zone.publish({})
+    await zone.shown({}, *regions)
+
+
 @pytest.mark.parametrize(
     ("kind", "name"),
     [("knot", "knot-pool.conf"), ("bind", "bind-pool.conf"), ("powerdns", "pdns-pool.lua")],

@@ -23,12 +23,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from lab.knot import Knot
 from lab.processes import free_port
 from lab.unbound import Unbound
+from lab.zones import wanted
 from nts_core.metadata import Metadata
 from poolsvc import publisher as production
 from poolsvc import setup
 from poolsvc.primary import Conflict, Fenced, Nameserver, PrimaryConfig, Rejected, Unreachable
 from poolsvc.publisher import Mismatch
-from poolsvc.zone import CaaIssuer, Change, RRset, ServerRecords, ZonePolicy, diff, wanted
+from poolsvc.zone import CaaIssuer, Change, RRset, ServerRecords, ZonePolicy, diff
 
 POLICY = ZonePolicy(
     pool="pool.example",

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nts_core.control import ProbeResult, Stage
-from poolsvc.scoring import ADMITTED, CUTOFF, MAX_SCORE, Step, advance, sampling_weight, step
+from poolsvc.scoring import ADMITTED, CUTOFF, MAX_SCORE, Step, advance, sampling_weight, share, step
 
 MS = 1_000_000
 SECOND = 1000 * MS
@@ -182,3 +182,15 @@ def test_who_cannot_answer_all_that_comes_has_a_smaller_share(weight, cap, traff
 @pytest.mark.parametrize(("ntp", "ke", "share"), [(200.0, 400.0, 25), (400.0, 200.0, 25), (50.0, 200.0, 50)])
 def test_the_worse_of_both_protocols_counts(ntp, ke, share):
     assert sampling_weight(10, 100.0, ntp, 100.0, ke) == share
+
+
+@pytest.mark.parametrize(("score", "part"), [(-100, 0), (10, 0), (11, 0.2), (12.5, 0.5), (15, 1), (20, 1)])
+def test_the_share_grows_between_the_cutoff_and_fifteen(score, part):
+    assert share(score) == pytest.approx(part)
+
+
+@pytest.mark.parametrize(
+    ("score", "tenths"), [(20, 70), (15, 70), (12.5, 35), (12.4, 35), (11, 14), (10, 1), (9, 1)]
+)
+def test_who_was_just_bad_has_a_smaller_share_of_what_its_member_wants(score, tenths):
+    assert sampling_weight(7, None, None, score=score) == tenths

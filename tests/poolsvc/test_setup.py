@@ -16,6 +16,7 @@ from poolsvc import files, setup
 from poolsvc.cli import ExitStatus, app
 from poolsvc.config import load_settings
 from poolsvc.delegation import parent_records
+from poolsvc.edge import EdgeSettings, Source
 from poolsvc.publication import primary_config, zone_policy
 from poolsvc.publisher import Publisher
 
@@ -24,13 +25,14 @@ URL = "https://registry.example.net"
 SOME = ("ns2.example.net=2001:db8::53", "ns2.example.net=192.0.2.53:5353", "ns3.example.net=192.0.2.54")
 NAMES = {
     *("poolsvc.toml", "tsig.secret", "acme-account.pem", "poolsvc.service"),
-    *("knot-pool.conf", "knot-tsig.conf", "knot-secondary.conf", "knot-edge.conf"),
+    *("knot-pool.conf", "knot-tsig.conf", "knot-secondary.conf", "knot-edge.conf", "edge.toml"),
     *("bind-pool.conf", "bind-tsig.conf", "bind-options.conf", "bind-secondary.conf", "nsd-secondary.conf"),
     *("pdns-pool.conf", "pdns-pool.lua", "pdns-pool.sh", "pdns-tsig.sh", "pool.zone"),
 }
 
 EMBEDDED_NAMES = {
     *("poolsvc.toml", "transfer.secret", "edge.secret", "acme-account.pem", "poolsvc.service"),
+    *("edge.toml", "poolsvc-edge.service"),
     *(
         "knot-secondary.conf",
         "knot-edge.conf",
@@ -89,8 +91,15 @@ def test_without_a_primary_of_ones_own_the_registry_serves_the_zone(init, tmp_pa
     edge = (directory / "knot-edge.conf").read_text()
     assert secret not in edge, "who gets the zone unsigned has another key"
     assert (directory / "edge.secret").read_text().strip() in edge
+    at_edge = EdgeSettings.read(directory / "edge.toml")
+    assert at_edge.tsig_secret_file == directory / "edge.secret"
+    assert f"config-file: {at_edge.sets_file}" in edge
+    assert f"ttl: {settings.dns.srv_ttl}" in edge
+    Source(at_edge)
+    (directory / "sets.conf").touch()
+    (directory / "here.conf").write_text(edge.replace(str(at_edge.sets_file), str(directory / "sets.conf")))
     checked = subprocess.run(
-        [require("knotc"), "-c", "knot-edge.conf", "conf-check"],
+        [require("knotc"), "-c", "here.conf", "conf-check"],
         cwd=directory,
         capture_output=True,
         text=True,

@@ -1,6 +1,5 @@
 """The wanted zone and the way to it, as properties over many pools."""
 
-from collections import Counter
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
 
@@ -12,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lab.zones import wanted
 from nts_core.metadata import Metadata, parse
 from nts_core.srv import ANSWER_OCTETS, MAX_LABEL, MAX_TARGETS, MIN_TARGETS, targets_that_fit
 from poolsvc.zone import (
     CaaIssuer,
     Change,
-    Odds,
     RRset,
     ServerRecords,
     Zone,
@@ -26,8 +25,6 @@ from poolsvc.zone import (
     guard,
     managed,
     of_settings_alone,
-    sample,
-    wanted,
 )
 
 POLICY = ZonePolicy(
@@ -352,71 +349,6 @@ def target(name, member, *, weight=1):
     return ServerRecords(name, member, ("192.0.2.1",), listed=True, weight=weight)
 
 
-def test_the_share_of_a_server_follows_its_weight():
-    """One of many small servers is drawn about in proportion: weights 1, 2 and 4 for one place of one."""
-    three = [target(f"s{weight}", weight, weight=weight) for weight in (1, 2, 4)]
-    share = Counter(server.weight for draw in range(7000) for server in sample(three, 1, draw=draw))
-    for weight in (1, 2, 4):
-        # The standard deviation is at most sqrt(7000 * 4/7 * 3/7), about 41.
-        assert abs(share[weight] - 1000 * weight) < 205
-
-
-def test_a_draw_repeats_and_another_rotates():
-    many = [target(f"s{number}", number) for number in range(40)]
-    chosen = [targets(wanted(many, POLICY, is_open=True, draw=draw)) for draw in range(60)]
-    assert targets(wanted(many[::-1], POLICY, is_open=True, draw=7)) == targets(
-        wanted(many, POLICY, is_open=True, draw=7)
-    )
-    assert all(len(set(some)) == 8 for some in chosen)
-    assert len({target for some in chosen for target in some}) == 40
-
-
-pools = st.lists(
-    st.tuples(labels, st.integers(1, 20), st.integers(1, 5)),
-    max_size=40,
-    unique_by=lambda server: server[0],
-).map(lambda rows: [target(name, member, weight=weight) for name, member, weight in rows])
-
-
-@given(pools, st.integers(0, 1000))
-def test_a_member_has_one_target_while_other_members_have_none(some, draw):
-    chosen = sample(some, 8, draw=draw)
-    assert len({server.name for server in chosen}) == len(chosen) == min(8, len(some))
-    assert set(chosen) <= set(some)
-    members = {server.member for server in some}
-    by_member = Counter(server.member for server in chosen)
-    assert len(by_member) == min(8, len(members))
-    if len(members) >= 8:
-        assert set(by_member.values()) == {1}
-
-
-@given(pools, st.integers(0, 1000), st.randoms(use_true_random=False))
-def test_a_choice_does_not_depend_on_the_order_of_the_servers(some, draw, random):
-    shuffled = random.sample(some, len(some))
-    assert sample(shuffled, 8, draw=draw) == sample(some, 8, draw=draw)
-
-
-def test_a_pool_of_one_member_has_as_many_targets_as_any_other():
-    alone = [target(f"s{number}", 1) for number in range(12)]
-    assert [len(sample(alone[:size], 8, draw=3)) for size in (0, 1, 7, 8, 12)] == [0, 1, 7, 8, 8]
-
-
-def test_many_servers_give_a_member_no_more_than_one_place_and_its_servers_take_turns():
-    big = [target(f"big{number}", 1) for number in range(30)]
-    small = [target(f"s{number}", number + 2) for number in range(10)]
-    chosen = [[one for one in sample(big + small, 8, draw=draw) if one.member == 1] for draw in range(400)]
-    assert max(map(len, chosen)) == 1
-    assert {server for some in chosen for server in some} == set(big)
-
-
-@given(pools.filter(len), st.integers(0, 100))
-def test_a_servers_coming_or_going_displaces_at_most_one_other(some, draw):
-    gone, *others = some
-    with_it, without = (set(sample(each, 8, draw=draw)) for each in (some, others))
-    assert len(without - with_it) <= 1
-    assert len(with_it - {gone} - without) == 0
-
-
 def crowd(count: int, **options) -> list[ServerRecords]:
     """Servers with an address and a CAA each: with the closing CAA, 2 * count + 1 records."""
     return [
@@ -599,45 +531,3 @@ def test_what_is_made_and_what_is_asked_are_the_whole_plan_and_the_checksum_is_o
 )
 def test_whose_an_owner_is(owner, name):
     assert POLICY.name_of(owner) == name
-
-
-def lot(*members_with_weights):
-    """Candidates: for each member the weights of its servers."""
-    return [
-        ServerRecords(f"s{member}-{place}", member, ("192.0.2.1",), listed=True, weight=weight)
-        for member, weights in enumerate(members_with_weights)
-        for place, weight in enumerate(weights)
-    ]
-
-
-DRAWS = 3000
-
-
-@pytest.mark.parametrize(
-    "candidates",
-    [
-        lot(),
-        lot(*[[10]] * 5),
-        lot(*[[10]] * 8),
-        lot(*[[10]] * 20),
-        lot(*[[1]] * 5, *[[10]] * 10, [50]),
-        lot([10] * 12, *[[10]] * 11),
-        lot([10] * 3, [10] * 4, [10] * 5),
-        lot([10] * 9, [1, 10, 30]),
-        lot([1, 2, 3], *[[5]] * 7),
-        lot([10] * 30),
-    ],
-)
-def test_the_odds_are_those_of_the_sampling(candidates):
-    """Counted over many draws; among equals the figure is exact, else it is off by a few percent of an answer."""
-    odds = Odds.of(((one.member, one.weight) for one in candidates), 8)
-    counted = Counter(one.name for draw in range(DRAWS) for one in sample(candidates, 8, draw=draw))
-    figures = {one.name: odds.chance(one.member, one.weight) for one in candidates}
-    for name, figure in figures.items():
-        assert figure == pytest.approx(counted[name] / DRAWS, abs=0.05), name
-    assert sum(figures.values()) == pytest.approx(min(len(candidates), 8), abs=1e-6)
-
-
-def test_who_came_since_the_odds_were_reckoned_has_a_share_all_the_same():
-    odds = Odds.of([(1, 10)] * 20, 8)
-    assert 0 < odds.chance(2, 10) <= 1

@@ -1,0 +1,803 @@
+"""A pool over weeks, by the registry's own pure rules: `python -m lab.world`.
+
+    python -m lab.world                     the situations of thirty days as a table, with 10,000 servers
+    python -m lab.world --docs              writes the tables and charts of docs/scoring.md
+    python -m lab.world --servers 500 --days 20
+
+Time goes in rounds of nine minutes, in which every active monitor probes each of its servers once. What decides is
+`poolsvc.scoring`, `poolsvc.verdicts` and `poolsvc.vantage`, called for every probe and server with something going on. A view
+that is at full score and sees a full probe is left as it is, since that is what the rules would do with it; so is one within a
+tenth of full score. A server all of whose views are heard and worth a whole share is in the answer by any scorer; only of
+the others is a verdict asked for. Monitors are chosen anew when some are lost: for the rest a review changes nothing.
+Losses fall on any probe, one in a thousand, and the first probes of an outage are told as the servers' silence, one in three,
+until the monitor's own check finds the fault.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from ipaddress import IPv4Address
+from pathlib import Path
+from random import Random
+
+from lab import course
+from lab.charts import chart
+from lab.course import DENIAL, FULL, QUORUM, SILENCE, START, follow, off
+from nts_core.control import ProbeResult
+from poolsvc.scoring import (
+    CUTOFF,
+    FULL_SHARE,
+    FULL_STEP,
+    HOPELESS,
+    MAX_SCORE,
+    Step,
+    advance,
+    is_good,
+    share,
+    step,
+)
+from poolsvc.vantage import (
+    ACTIVE,
+    POINTS,
+    Candidate,
+    Disagreement,
+    Glance,
+    Target,
+    ViewRole,
+    disagreement,
+    review,
+)
+from poolsvc.verdicts import (
+    MEDIAN,
+    QUARTILE,
+    SCORERS,
+    Difference,
+    Scorer,
+    View,
+    compare,
+    first_score,
+    is_silent,
+    overall,
+)
+
+DOCS = Path(__file__).parent.parent / "docs"
+ROUND = timedelta(minutes=9)
+A_DAY = 160  # rounds
+_HOUR = A_DAY // 24
+_LOSS = 0.001
+_MISTOLD = 1 / 3
+_ALMOST = MAX_SCORE - 0.1
+_HOPELESS_ROUNDS = 13
+_LOST_ROUNDS = 7
+_GLANCE_ROUNDS = 53
+_LEAST_LISTED = 4
+
+# Regions around a ring, with their parts of servers and monitors; the islands have one server and no monitor.
+REGIONS = ("Europe", "North America", "Asia", "Oceania", "South America", "Africa", "the islands")
+_SERVERS = (0.50, 0.22, 0.15, 0.05, 0.04, 0.04)
+_MONITORS = (14, 10, 7, 3, 3, 3)
+_DELAYS = (20, 90, 160, 230, 290)  # ms, by regions between
+ISLANDS = REGIONS.index("the islands")
+_HOSTILE = 10  # monitors of ten members in one AS, all in Europe
+_LIARS = (10, 11, 12)  # three others there
+
+
+@dataclass(slots=True)
+class Monitor:
+    """A vantage point of a member of its own."""
+
+    number: int
+    region: int
+    network: int
+    address: IPv4Address
+    heard: int = 0  # the last round in which it was sound
+
+
+@dataclass(slots=True)
+class Server:
+    """One address; `scores` are those of its active monitors that are not full."""
+
+    number: int
+    region: int
+    kind: str
+    target: Target
+    delays: Sequence[int]
+    roles: dict[int, ViewRole] = field(default_factory=dict)
+    active: tuple[int, ...] = ()
+    scores: dict[int, float] = field(default_factory=dict)
+    new: set[int] = field(default_factory=set)  # active monitors that have not probed it yet
+    since: dict[int, int] = field(default_factory=dict)  # the round in which a view began
+    silent: dict[int, int] = field(default_factory=dict)
+    score: float | None = MAX_SCORE
+    is_listed: bool = True
+    bad_until: int = -(10**9)  # the last round in which something was really wrong with it
+    settled: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """Something that happens from round `first` to before `last`.
+
+    `lying` say of all their servers that they are silent; `away` are monitors that find that out themselves; `unheard` are
+    sound, and their reports do not arrive; between the regions `cut` nothing passes; the servers of `fault` are wrong.
+    """
+
+    name: str
+    first: int
+    last: int
+    lying: frozenset[int] = frozenset()
+    away: frozenset[int] = frozenset()
+    unheard: frozenset[int] = frozenset()
+    cut: tuple[int, int] | None = None
+    fault: ProbeResult | None = None
+    part: range = range(0)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What came of a situation. `wrong` is for each good server that lost its place the part of its monitors that erred."""
+
+    concerned: int = 0
+    wrong: list[float] = field(default_factory=list)
+    out: list[float] = field(default_factory=list)  # minutes until bad ones were out
+    back: list[float] = field(default_factory=list)  # hours until they were back, from the end of the fault
+    missed: int = 0  # bad ones that stayed
+    unknown: float = 0.0  # hours of servers without a verdict
+    trial: Difference | None = None  # what the quartile would have made of its last round
+
+
+def situations(servers: int, days: int) -> list[Situation]:
+    """What happens in the month, one thing after the other; what does not fit into so many days is left out."""
+    part = max(1, servers // 50)
+
+    def at(day: float, hours: float) -> tuple[int, int]:
+        return round(day * A_DAY), round(day * A_DAY + hours * _HOUR)
+
+    away = frozenset(number for number in range(40) if number % 8 < 5)
+    every = [
+        Situation("three monitors of one region lie", *at(1, 8), lying=frozenset(_LIARS)),
+        Situation("ten monitors in one AS lie", *at(3, 8), lying=frozenset(range(_HOSTILE))),
+        Situation("25 of 40 monitors lose their network", *at(5, 6), away=away),
+        Situation("35 of 40 monitors do not reach the registry", *at(7, 6), unheard=frozenset(range(35))),
+        Situation("Europe and North America do not reach each other", *at(9, 6), cut=(0, 1)),
+        Situation("clocks 5 s off", *at(11, 6), fault=off(5), part=range(part, 2 * part)),
+        Situation("clocks 1 s off", *at(13, 6), fault=off(1), part=range(2 * part, 3 * part)),
+        Situation("clocks 200 ms off", *at(15, 6), fault=off(0.2), part=range(3 * part, 4 * part)),
+        Situation("silent servers", *at(17, 3), fault=SILENCE, part=range(4 * part, 5 * part)),
+        Situation("servers that say DENY", *at(19, 3), fault=DENIAL, part=range(5 * part, 6 * part)),
+        Situation("silence of 9 minutes", *at(21, 0.15), fault=SILENCE, part=range(6 * part, 7 * part)),
+        Situation(
+            "a third of all servers is silent",
+            *at(23, 3),
+            fault=SILENCE,
+            part=range(7 * part, 7 * part + servers // 3),
+        ),
+    ]
+    return [one for one in every if one.last + A_DAY <= days * A_DAY]
+
+
+# Some servers are as they are all the time.
+FLAPPING, DRIFTING, LOSSY, FALSE = "flapping", "drifting", "lossy", "good for its monitors only"
+_ALWAYS = frozenset((FLAPPING, DRIFTING, LOSSY))
+_DRIFT = 0.020  # seconds a day
+# The same whichever scorer rules.
+_USUAL: Mapping[int, Step] = {id(result): step(result) for result in (FULL, SILENCE)}
+
+
+class World:
+    """Servers, monitors, and what each makes of the other; `run` lets it live."""
+
+    def __init__(self, servers: int = 10_000, days: int = 30, seed: int = 1, scorer: Scorer = MEDIAN) -> None:
+        self._random = Random(seed)
+        self._scorer = scorer
+        self.rounds = days * A_DAY
+        self.monitors = list(self._make_monitors())
+        self.servers = list(self._make_servers(servers))
+        self._looked_at: dict[int, set[int]] = defaultdict(set)
+        for server in self.servers:
+            self._settle(server, 0)
+        self._busy: set[int] = {one.number for one in self.servers if one.kind in _ALWAYS}
+        self.situations = situations(servers, days)
+        self.outcomes = {one.name: Outcome() for one in self.situations}
+        self.outcomes["otherwise, losses only"] = Outcome(concerned=servers)
+        self.changes: dict[int, list[tuple[int, bool]]] = defaultdict(list)
+        self.listed = [(0, servers)]
+        self.unknown = [(0, 0)]
+        self.shares: dict[str, float] = defaultdict(float)  # of all of a kind, over all rounds
+        self.flags: dict[int, tuple[int, Disagreement]] = {}
+        self.probes = self.verdicts = self._moved = 0
+        self._lost_probes: set[tuple[int, int]] = set()
+
+    def _make_monitors(self) -> Iterator[Monitor]:
+        regions = [region for region, count in enumerate(_MONITORS) for _ in range(count)]
+        for number, region in enumerate(regions):
+            network = 64512 if number < _HOSTILE else 64600 + number
+            yield Monitor(number, region, network, IPv4Address((10 << 24) + (number << 16) + 1))
+
+    def _make_servers(self, count: int) -> Iterator[Server]:
+        some = max(1, count // 200)
+        kinds = [kind for kind in (FLAPPING, DRIFTING, LOSSY, FALSE) for _ in range(some)]
+        for number in range(count):
+            is_island = number == count - 1 - len(kinds)
+            drawn = self._random.choices(range(len(_SERVERS)), _SERVERS)[0]
+            region = ISLANDS if is_island else drawn
+            kind = kinds[number - count] if count - number <= len(kinds) else ""
+            address = IPv4Address((20 << 24) + (number << 8) + 1)
+            delays = [round(1e6 * self._delay(region, monitor.region)) for monitor in self.monitors]
+            yield Server(number, region, kind, Target(address, 1000 + number, (address,)), delays)
+
+    def _delay(self, one: int, other: int) -> float:
+        around = abs(one - other)
+        apart = 4 if ISLANDS in (one, other) else min(around, ISLANDS - around)
+        return _DELAYS[apart] * self._random.uniform(0.6, 1.5)
+
+    def run(self) -> "World":
+        """Live through all rounds."""
+        for number in range(self.rounds):
+            self._live(number)
+        for one in self.situations:
+            self._tell(one)
+        return self
+
+    # Which monitors look at a server.
+
+    def _settle(self, server: Server, number: int) -> None:
+        while self._review(server, number):
+            pass
+
+    def _review(self, server: Server, number: int) -> bool:
+        """One review of a server's monitors; whether it changed anything."""
+        lost = self._lost(number)
+        since = START + ROUND * number - timedelta(hours=2)
+        choices = review(
+            server.target,
+            [
+                Candidate(
+                    monitor.number,
+                    monitor.number,
+                    addresses=(monitor.address,),
+                    network=monitor.network,
+                    lost_since=since if monitor.number in lost else None,
+                    role=server.roles.get(monitor.number, ViewRole.CANDIDATE),
+                    points=POINTS,
+                    mean_step=1.0,
+                    mean_delay_ns=server.delays[monitor.number],
+                )
+                for monitor in self.monitors
+            ],
+            START + ROUND * number,
+        )
+        before = set(server.active)
+        server.roles = {choice.monitor: choice.role for choice in choices}
+        server.active = tuple(choice.monitor for choice in choices if choice.role is ViewRole.ACTIVE)
+        for monitor in before - set(server.active):
+            server.scores.pop(monitor, None)
+            server.new.discard(monitor)
+            self._looked_at[monitor].discard(server.number)
+        for monitor in set(server.active) - before:
+            self._looked_at[monitor].add(server.number)
+            server.since[monitor] = number
+            if number:
+                server.new.add(monitor)
+                self._busy.add(server.number)
+        return any(choice.is_change for choice in choices)
+
+    def _lost(self, number: int) -> frozenset[int]:
+        return frozenset(one.number for one in self.monitors if number - one.heard >= _LOST_ROUNDS)
+
+    # One round.
+
+    def _live(self, number: int) -> None:
+        now = [one for one in self.situations if one.first <= number < one.last]
+        for one in now:
+            if number == one.first:
+                everybody = one.away or one.unheard
+                self.outcomes[one.name].concerned = len(self.servers if everybody else self._concerned(one))
+        unheard = self._listen(number, now)
+        self._lose()
+        self._review_all(number)
+        is_known = {True: 0, False: 0}
+        for each in sorted(self._touched(number, now)):
+            server = self.servers[each]
+            self._probe(server, number, now, unheard)
+            is_known[self._judge(server, number, now)] += 1
+            if server.kind in _ALWAYS and server.is_listed and server.score is not None:
+                self.shares[server.kind] += share(server.score)
+        for one in now:
+            if number == one.last - 1:
+                self.outcomes[one.name].trial = self._try(QUARTILE, number)
+            self.outcomes[one.name].unknown += is_known[False] * ROUND / timedelta(hours=1)
+        if number % _HOUR == 0:
+            self._glance(number)
+        self.unknown.append((number, is_known[False]))
+        self.listed.append((number, self.listed[-1][1] + self._moved))
+        self._moved = 0
+
+    def _listen(self, number: int, now: Sequence[Situation]) -> set[int]:
+        """The monitors from which nothing comes in this round; all others are heard."""
+        away = {monitor for one in now for monitor in one.away if number > one.first}
+        unheard = {monitor for one in now for monitor in one.unheard} | away
+        for monitor in self.monitors:
+            if monitor.number not in unheard:
+                monitor.heard = number
+        return unheard
+
+    def _touched(self, number: int, now: Sequence[Situation]) -> set[int]:
+        """Servers with something going on."""
+        found = set(self._busy)
+        for one in now:
+            found |= self._concerned(one)
+        for monitor in self.monitors:
+            if number - monitor.heard > 1:
+                found |= self._looked_at[monitor.number]
+        return found
+
+    def _review_all(self, number: int) -> None:
+        """Every second round, until nothing changes any more: when monitors were lost or are back."""
+        lost = self._lost(number)
+        if number % 2:
+            return
+        for server in self.servers:
+            if server.settled != lost and not self._review(server, number):
+                server.settled = lost
+
+    def _lose(self) -> None:
+        """One probe in a thousand comes to nothing, of all that are made in this round."""
+        total, at = len(self.servers) * ACTIVE, -1
+        self._lost_probes = set()
+        while True:
+            at += 1 + int(math.log(1 - self._random.random()) / math.log(1 - _LOSS))
+            if at >= total:
+                return
+            server = self.servers[at // ACTIVE]
+            if at % ACTIVE < len(server.active):
+                self._lost_probes.add((server.number, server.active[at % ACTIVE]))
+                self._busy.add(server.number)
+
+    def _concerned(self, one: Situation) -> set[int]:
+        found: set[int] = set()
+        for monitor in one.lying:
+            found |= self._looked_at[monitor]
+        for monitor in one.away:
+            found |= self._looked_at[monitor]
+        if one.cut is not None:
+            found |= {server.number for server in self.servers if server.region in one.cut}
+        found |= set(one.part)
+        return found
+
+    def _result(self, server: Server, monitor: int, number: int, now: Sequence[Situation]) -> ProbeResult:
+        """What a monitor tells of a server."""
+        for one in now:
+            if monitor in one.lying:
+                return SILENCE
+            if monitor in one.away and self._random.random() < _MISTOLD:
+                return SILENCE
+            if one.cut is not None and {server.region, self.monitors[monitor].region} == set(one.cut):
+                return SILENCE
+        if (server.number, monitor) in self._lost_probes:
+            return SILENCE
+        return self._truth(server, number, now)
+
+    def _truth(self, server: Server, number: int, now: Sequence[Situation]) -> ProbeResult:
+        """What there is to see of it."""
+        for one in now:
+            if one.fault is not None and server.number in one.part:
+                return one.fault
+        if server.kind == FLAPPING and (number + server.number) % 20 < 2:
+            return SILENCE
+        if server.kind == DRIFTING:
+            return off(round(_DRIFT * number / A_DAY, 3))
+        if server.kind == LOSSY and self._random.random() < 0.03:
+            return SILENCE
+        return FULL
+
+    def _probe(self, server: Server, number: int, now: Sequence[Situation], unheard: Collection[int]) -> None:
+        if self._truth_is_bad(server, now):
+            server.bad_until = number
+        monitors: Iterable[int] = server.active
+        if not now and server.kind not in _ALWAYS:
+            monitors = [
+                one
+                for one in server.active
+                if one in server.scores or one in server.new or (server.number, one) in self._lost_probes
+            ]
+        for monitor in monitors:
+            if monitor not in unheard:
+                self._look(server, monitor, number, now)
+        if server.scores or server.new or server.kind in _ALWAYS:
+            self._busy.add(server.number)
+        else:
+            self._busy.discard(server.number)
+
+    def _look(self, server: Server, monitor: int, number: int, now: Sequence[Situation]) -> None:
+        """One probe, if it is time for one."""
+        score = server.scores.get(monitor, MAX_SCORE)
+        if score <= HOPELESS and (number + monitor) % _HOPELESS_ROUNDS:
+            return
+        result = self._result(server, monitor, number, now)
+        self.probes += 1
+        if result is SILENCE:
+            server.silent.setdefault(monitor, number)
+        else:
+            server.silent.pop(monitor, None)
+        is_new = monitor in server.new
+        if score == MAX_SCORE and result is FULL and not is_new:
+            return
+        found = _USUAL.get(id(result)) or step(result, rule=self._scorer.rule)
+        if is_new:
+            server.new.discard(monitor)
+            full = int(found.value >= FULL_STEP)
+            score = first_score(View(monitor, monitor, is_active=True, score=None, full_probes=full, at=None))
+        score = advance(score, found, self._scorer.rule)
+        if score >= _ALMOST:
+            server.scores.pop(monitor, None)
+        else:
+            server.scores[monitor] = score
+
+    def _truth_is_bad(self, server: Server, now: Sequence[Situation]) -> bool:
+        if server.kind in _ALWAYS:
+            return True
+        return any(one.fault is not None and server.number in one.part for one in now)
+
+    def views(self, server: Server) -> list[View]:
+        """What its active monitors last said, as a registry has it."""
+        return [
+            View(
+                monitor,
+                monitor,
+                is_active=True,
+                score=None if monitor in server.new else server.scores.get(monitor, MAX_SCORE),
+                full_probes=0,
+                at=START + ROUND * max(self.monitors[monitor].heard, server.since.get(monitor, 0)),
+                silent_since=START + ROUND * server.silent[monitor] if monitor in server.silent else None,
+            )
+            for monitor in server.active
+        ]
+
+    def _judge(self, server: Server, number: int, now: Sequence[Situation]) -> bool:
+        """Let the verdict on a server take effect; whether it is known."""
+        is_heard = all(number - self.monitors[monitor].heard <= 1 for monitor in server.active)
+        if (
+            is_heard
+            and not server.new
+            and all(score >= FULL_SHARE for score in server.scores.values())
+            and server.is_listed
+        ):
+            server.score = MAX_SCORE
+            return True
+        self.verdicts += 1
+        moment = START + ROUND * number
+        views = self.views(server)
+        verdict = overall(views, QUORUM, moment, self._scorer)
+        if verdict.score is None:
+            if server.is_listed and is_silent(views, moment) and self.listed[-1][1] > _LEAST_LISTED:
+                self._move(server, number, now, into=False)
+            return False
+        server.score = verdict.score
+        if is_good(verdict.score) is not server.is_listed:
+            self._move(server, number, now, into=not server.is_listed)
+        return True
+
+    def _move(self, server: Server, number: int, now: Sequence[Situation], *, into: bool) -> None:
+        server.is_listed = into
+        self._moved += 1 if into else -1
+        self.changes[server.number].append((number, into))
+        if not into and number - server.bad_until > A_DAY:
+            causes = [one for one in now if server.number in self._concerned(one)]
+            name = causes[0].name if causes else "otherwise, losses only"
+            erring = sum(not is_good(server.scores.get(monitor, MAX_SCORE)) for monitor in server.active)
+            self.outcomes[name].wrong.append(erring / len(server.active))
+
+    def _glance(self, number: int) -> None:
+        """What unlisted monitors see of servers that are good for the listed ones only, and of as many good ones.
+
+        Each glances every eight hours; sampled, since all good servers look alike to them.
+        """
+        some = [one for one in self.servers if one.kind == FALSE]
+        for server in [*some, *self.servers[: len(some)]]:
+            if server.number in self.flags:
+                continue
+            seen = []
+            for monitor in self.monitors:
+                if server.roles[monitor.number] is not ViewRole.CANDIDATE:
+                    continue
+                ago = (number - 7 * monitor.number) % _GLANCE_ROUNDS
+                if ago <= number:
+                    found = step(SILENCE if server.kind == FALSE else FULL)
+                    seen.append(Glance(monitor.number, found.value, START + ROUND * (number - ago)))
+            if (what := disagreement(server.score, seen, START + ROUND * number)).is_flagged:
+                self.flags[server.number] = (number, what)
+
+    def _try(self, scorer: Scorer, number: int) -> Difference:
+        """What another way to count the votes would make of the pool."""
+        now = START + ROUND * number
+        each = ((f"{one.number}", self.views(one)) for one in self.servers)
+        return compare(
+            (name, overall(views, QUORUM, now, MEDIAN).score, overall(views, QUORUM, now, scorer).score)
+            for name, views in each
+        )
+
+    # What came of it.
+
+    def _tell(self, one: Situation) -> None:
+        found = self.outcomes[one.name]
+        for number in one.part:
+            if number >= len(self.servers) or self.servers[number].kind:
+                continue
+            moves = self.changes.get(number, [])
+            out = next((at for at, into in moves if not into and one.first <= at < one.last + _HOUR), None)
+            if out is None:
+                found.missed += 1
+                continue
+            found.out.append((out - one.first + 1) * ROUND / timedelta(minutes=1))
+            back = next((at for at, into in moves if into and at >= one.last), None)
+            if back is not None:
+                found.back.append((back - one.last + 1) * ROUND / timedelta(hours=1))
+
+    def liars(self, count: int, *, by: str) -> int:
+        """How many servers lose their place when so many monitors say that everything is silent, for long.
+
+        `by` says which: "far apart" takes them from all regions alike, "one region" from Europe, "one AS" from there.
+        """
+        numbers = {
+            "far apart": [number * 7 % 40 for number in range(40)],
+            "one region": [*range(_HOSTILE, 14), *range(_HOSTILE)],
+            "one AS": list(range(_HOSTILE)),
+        }[by][:count]
+        moment = START
+        lost = 0
+        for server in self.servers:
+            views = [
+                View(
+                    one,
+                    one,
+                    is_active=True,
+                    score=-100.0 if one in numbers else MAX_SCORE,
+                    full_probes=0,
+                    at=moment,
+                )
+                for one in server.active
+            ]
+            verdict = overall(views, QUORUM, moment, self._scorer)
+            lost += verdict.is_known and not is_good(verdict.score)
+        return lost
+
+
+# What is told of it.
+
+
+def table(world: World) -> Iterator[str]:
+    """Each situation's outcome, as the lines of a Markdown table."""
+    yield "| situation | servers concerned | good ones that lost their place | bad ones: out after | back after | no verdict |"
+    yield "|---|---|---|---|---|---|"
+    for name, found in world.outcomes.items():
+        out = (
+            f"{_spread(found.out, 'min')}{f'; {found.missed} stay' if found.missed else ''}"
+            if found.out
+            else ""
+        )
+        erring = f" ({min(found.wrong):.0%} or more of their monitors erred)" if found.wrong else ""
+        unknown = f"{found.unknown / max(1, found.concerned):.1f} h a server" if found.unknown else ""
+        cells = (
+            name,
+            f"{found.concerned:,}",
+            f"{len(found.wrong)}{erring}",
+            out,
+            _spread(found.back, "h"),
+            unknown,
+        )
+        yield f"| {' | '.join(cells)} |"
+
+
+def _spread(found: Sequence[float], unit: str) -> str:
+    if not found:
+        return ""
+    digits = 0 if unit == "min" else 1
+    return f"{statistics.median(found):.{digits}f} {unit} (at most {max(found):.{digits}f})"
+
+
+def always(world: World) -> Iterator[str]:
+    """What became of servers that are all the time as they are, as the lines of a Markdown table."""
+    yield "| servers | how many | changes a server and week | mean share | in the answer at the end | what else |"
+    yield "|---|---|---|---|---|---|"
+    weeks = world.rounds / A_DAY / 7
+    for kind in (FLAPPING, LOSSY, DRIFTING, FALSE):
+        those = [one for one in world.servers if one.kind == kind]
+        moves = sum(len(world.changes.get(one.number, ())) for one in those)
+        listed = sum(one.is_listed for one in those)
+        mean = f"{world.shares[kind] / len(those) / world.rounds:.0%}" if kind in _ALWAYS else ""
+        cells = (
+            f"{len(those)}",
+            f"{moves / len(those) / weeks:.1f}",
+            mean,
+            f"{listed}",
+            _else(world, kind, those),
+        )
+        yield f"| {_KINDS[kind]} | {' | '.join(cells)} |"
+    island = next((one for one in world.servers if one.region == ISLANDS), None)
+    if island is not None:
+        moves = len(world.changes.get(island.number, ()))
+        yield f"| the only one of its region, which has no monitor | 1 | {moves / weeks:.1f} | | {int(island.is_listed)} | |"
+
+
+_KINDS = {
+    FLAPPING: "silent for 18 minutes every three hours",
+    LOSSY: "3 % of probes are lost",
+    DRIFTING: "a clock that drifts 20 ms a day",
+    FALSE: "good for those that probe it regularly, silent for others",
+}
+
+
+def _else(world: World, kind: str, those: Sequence[Server]) -> str:
+    if kind == DRIFTING:
+        out = [world.changes[one.number][0][0] for one in those if world.changes.get(one.number)]
+        if out:
+            return f"out at {1000 * _DRIFT * statistics.median(out) / A_DAY:.0f} ms, after {statistics.median(out) / A_DAY:.1f} days"
+    if kind == FALSE:
+        flagged = [world.flags[one.number][0] for one in those if one.number in world.flags]
+        wrong = sum(not world.servers[number].kind for number in world.flags)
+        if flagged:
+            hours = max(flagged) * ROUND / timedelta(hours=1)
+            return f"{len(flagged)} flagged within {hours:.0f} hours, and {wrong} of as many good ones"
+    return ""
+
+
+_WAYS = ("far apart", "one region", "one AS")
+
+
+def lies(world: World, most: int = 20) -> dict[str, list[tuple[float, float]]]:
+    """Per cent of servers that so many monitors bring down by lying, for each way to choose those."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for way in _WAYS:
+        counts = range(min(most, _HOSTILE if way == "one AS" else most) + 1)
+        found[way] = [(count, 100 * world.liars(count, by=way) / len(world.servers)) for count in counts]
+    return found
+
+
+def lies_table(found: Mapping[str, Sequence[tuple[float, float]]]) -> Iterator[str]:
+    """The same, as the lines of a Markdown table."""
+    shown = [3, 4, 6, 8, 10, 12, 16, 20]
+    yield f"| monitors of 40 that lie | {' | '.join(map(str, shown))} |"
+    yield f"|---|{'---|' * len(shown)}"
+    for way, points in found.items():
+        values = dict(points)
+        cells = [f"{values[count]:.2f} %" if count in values else "" for count in shown]
+        yield f"| {way} | {' | '.join(cells)} |"
+
+
+def trial(world: World) -> Iterator[str]:
+    """What the quartile would have made of each situation, as the lines of a Markdown table."""
+    yield "| at the end of the situation | the quartile |"
+    yield "|---|---|"
+    for name, found in world.outcomes.items():
+        if found.trial is not None:
+            yield f"| {name} | {found.trial} |"
+
+
+_PAGE = DOCS / "scoring.md"
+_SERVERS_SHOWN, _DAYS_SHOWN = 10_000, 30
+
+
+def fill(page: str, parts: Mapping[str, Iterable[str]]) -> str:
+    """The page with its generated parts, each between two lines of its name; LookupError if it has no place for one."""
+    for name, lines in parts.items():
+        opening, closing = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
+        if opening not in page or closing not in page:
+            raise LookupError(f"{_PAGE.name} has no lines {opening.strip()} and {closing.strip()}")
+        before, rest = page.split(opening, 1)
+        after = rest.split(closing, 1)[1]
+        page = before + opening + "".join(f"{line}\n" for line in lines) + closing + after
+    return page
+
+
+def rules_parts() -> dict[str, Iterable[str]]:
+    """What of the page needs no world."""
+    return {"times": course.table()}
+
+
+def world_parts(world: World) -> dict[str, Iterable[str]]:
+    """What of the page is a world's."""
+    return {
+        "situations": table(world),
+        "always": always(world),
+        "lies": lies_table(lies(world)),
+        "trial": trial(world),
+    }
+
+
+def rule_charts() -> dict[str, str]:
+    """Charts by file name: a fault of six hours, and a link that flaps."""
+    lasts, cut = timedelta(hours=18), ("in the answer from 10", CUTOFF)
+    faults = {
+        name: course.FAULTS[name]
+        for name in ("clock 5 s off", "silence", "clock 1 s off", "clock 200 ms off")
+    }
+
+    def scores(name: str) -> list[tuple[float, float]]:
+        until = timedelta(hours=course.FAULT_HOURS)
+        found = follow(lambda since, _: faults[name] if since < until else FULL, lasts)
+        return [(at, score) for at, score in found.scores if score is not None]
+
+    def flaps(since: timedelta, _: int) -> ProbeResult:
+        return SILENCE if since % timedelta(hours=3) >= timedelta(hours=2, minutes=42) else FULL
+
+    flapping = {
+        name: [
+            (at, score)
+            for at, score in follow(flaps, timedelta(hours=24), scorer=SCORERS[name]).scores
+            if score is not None
+        ]
+        for name in ("median", "brisk")
+    }
+    return {
+        "scoring-faults.svg": chart(
+            "A fault of six hours, from full score",
+            {name: scores(name) for name in faults},
+            x=("hours", 0, 18),
+            y=("score", -100, 20),
+            marks=dict([cut]),
+        ),
+        "scoring-flapping.svg": chart(
+            "Silent for 18 minutes every three hours",
+            flapping,
+            x=("hours", 0, 24),
+            y=("score", -10, 20),
+            marks={cut[0]: cut[1], "whole share from 15": FULL_SHARE},
+        ),
+    }
+
+
+def world_charts(world: World) -> dict[str, str]:
+    """Charts by file name: the month, and liars."""
+    days = world.rounds / A_DAY
+    count = len(world.servers)
+
+    def parts(points: Sequence[tuple[int, int]]) -> list[tuple[float, float]]:
+        return [(number / A_DAY, 100 * some / count) for number, some in points]
+
+    return {
+        "scoring-month.svg": chart(
+            f"{count:,} servers over {days:.0f} days",
+            {"in the answer": parts(world.listed), "without a verdict": parts(world.unknown)},
+            x=("days", 0, days),
+            y=("per cent of servers", 0, 100),
+        ),
+        "scoring-lies.svg": chart(
+            "Servers that lying monitors bring down",
+            lies(world),
+            x=("lying monitors of 40", 0, 20),
+            y=("per cent of servers", 0, 100),
+        ),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m lab.world", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--servers", type=int, default=_SERVERS_SHOWN)
+    parser.add_argument("--days", type=int, default=_DAYS_SHOWN)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--docs", action="store_true", help="write the tables and charts of docs/")
+    given = parser.parse_args()
+    if not 100 <= given.servers <= 50_000 or not 1 <= given.days <= 60:
+        parser.error("from 100 to 50,000 servers, from 1 to 60 days")
+    world = World(given.servers, given.days, given.seed).run()
+    parts = world_parts(world)
+    if given.docs:
+        _PAGE.write_text(fill(_PAGE.read_text(), rules_parts() | parts))
+        for name, drawing in (rule_charts() | world_charts(world)).items():
+            (DOCS / name).write_text(drawing)
+        return 0
+    for lines in parts.values():
+        print("\n".join(lines), end="\n\n")
+    print(json.dumps({"probes": world.probes, "verdicts": world.verdicts}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

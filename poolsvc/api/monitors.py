@@ -1,0 +1,187 @@
+"""Monitors as operators, their members and everybody see them, and what is decided about them."""
+
+from datetime import datetime
+
+from fastapi import APIRouter
+from pydantic import Field
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from nts_core.control import MonitorStatus
+from poolsvc import monitors
+from poolsvc.api.idempotent import idempotent
+from poolsvc.api.paging import Page, PagingDep
+from poolsvc.api.request import (
+    Document,
+    Line,
+    NamePath,
+    NowDep,
+    PrincipalDep,
+    ReasonText,
+    ServicesDep,
+    SessionDep,
+)
+from poolsvc.auth import Operation, Principal
+from poolsvc.models import Monitor
+
+router = APIRouter(prefix="/v1")
+
+
+class MonitorRequest(Document):
+    name: Line = Field(
+        max_length=64, description="a host label of at most 36 characters, such as frankfurt-1"
+    )
+    member: int | None = Field(
+        None, description="whose it is to be; an operator's without one is the pool's own"
+    )
+
+
+class MonitorChange(Document):
+    """What it is to be from now on, and why."""
+
+    status: MonitorStatus
+    reason: ReasonText = Field(min_length=1)
+
+
+class MonitorView(Document):
+    name: str
+    member: int | None = Field(description="None: the pool's own")
+    status: MonitorStatus
+    status_reason: str
+    status_since: datetime
+    created_at: datetime
+    program: str
+    seen_at: datetime | None
+    sound: bool | None = Field(description="by its own check of clock and network; None without one")
+    sound_since: datetime | None
+    sound_detail: str
+    ipv4: bool
+    ipv6: bool
+    ipv4_address: str | None
+    ipv6_address: str | None
+    network: int | None = Field(description="AS number, as far as it is known")
+    country: str | None
+    samples: int = Field(description="that counted since it was registered")
+
+    @classmethod
+    def of(cls, row: Monitor) -> "MonitorView":
+        values = {name: getattr(row, name) for name in cls.model_fields if name != "member"}
+        return cls(member=row.member_id, **values)
+
+
+class MonitorCreated(MonitorView):
+    token: str = Field(description="shown only now; for `token` in the monitor's file of settings")
+
+
+class PublicMonitorView(Document):
+    """A monitor as everybody may see it."""
+
+    name: str
+    status: MonitorStatus
+    status_since: datetime
+    sound: bool | None
+    country: str | None
+
+
+class QuorumRequest(Document):
+    quorum: int = Field(ge=1, le=3, description="how many monitors have to agree; it rises again by itself")
+    reason: ReasonText = Field(min_length=1)
+
+
+class QuorumView(Document):
+    quorum: int
+    heard: int = Field(description="parties with a say that are heard now")
+
+
+@router.get("/pool/monitors")
+async def list_public_monitors(session: SessionDep, paging: PagingDep) -> Page[PublicMonitorView]:
+    """The monitors that work for the pool, without their addresses; needs no token."""
+    shown = select(Monitor).where(Monitor.status.in_(monitors.WORKING))
+    rows, further = await paging.rows(session, shown, Monitor.id)
+    return Page(items=[PublicMonitorView.model_validate(row) for row in rows], next=further)
+
+
+@router.get("/monitors")
+async def list_monitors(principal: PrincipalDep, session: SessionDep, paging: PagingDep) -> Page[MonitorView]:
+    """All monitors for the pool's staff, those of one's members for others."""
+    principal.may(Operation.READ_SELF)
+    found = select(Monitor)
+    if not principal.reads_pool:
+        found = found.where(Monitor.member_id.in_(principal.acts_for))
+    rows, further = await paging.rows(session, found, Monitor.id)
+    return Page(items=[MonitorView.of(row) for row in rows], next=further)
+
+
+@router.post("/monitors", status_code=201)
+@idempotent
+async def register_monitor(
+    body: MonitorRequest,
+    principal: PrincipalDep,
+    services: ServicesDep,
+    session: SessionDep,
+    now: NowDep,
+) -> MonitorCreated:
+    """A new monitor, with its token. An operator has to approve it."""
+    if body.member is None and not principal.reads_pool and principal.acts_for:
+        member: int | None = principal.member_for(Operation.REGISTER_MONITOR, None)
+    else:
+        member = body.member
+        principal.may(Operation.REGISTER_MONITOR, member=member)
+    row, token = await monitors.register(session, services.settings, body.name, member, now)
+    return MonitorCreated(**MonitorView.of(row).model_dump(), token=token)
+
+
+@router.get("/monitors/{monitor}")
+async def read_monitor(monitor: NamePath, principal: PrincipalDep, session: SessionDep) -> MonitorView:
+    """One monitor."""
+    return MonitorView.of(await _monitor(session, principal, monitor, Operation.READ_MONITOR))
+
+
+@router.patch("/monitors/{monitor}")
+async def change_monitor(
+    monitor: NamePath, body: MonitorChange, principal: PrincipalDep, session: SessionDep, now: NowDep
+) -> MonitorView:
+    """Approve, pause or end a monitor. Its member may pause and end it; what lets it have a say is an operator's."""
+    row = await _monitor(session, principal, monitor, Operation.CHANGE_MONITOR, lock=True)
+    if body.status not in monitors.BY_OWNERS:
+        principal.may(Operation.JUDGE_MONITOR)
+    await monitors.set_status(session, row, body.status, body.reason, now)
+    return MonitorView.of(row)
+
+
+@router.post("/monitors/{monitor}/token", status_code=201)
+@idempotent
+async def renew_monitor_token(
+    monitor: NamePath, principal: PrincipalDep, session: SessionDep, now: NowDep
+) -> MonitorCreated:
+    """A new token for a monitor; the one before is worth nothing from now on."""
+    row = await _monitor(session, principal, monitor, Operation.CHANGE_MONITOR, lock=True)
+    token = await monitors.renew_token(session, row, now)
+    return MonitorCreated(**MonitorView.of(row).model_dump(), token=token)
+
+
+@router.put("/pool/quorum")
+async def set_quorum(
+    body: QuorumRequest,
+    principal: PrincipalDep,
+    services: ServicesDep,
+    session: SessionDep,
+    now: NowDep,
+) -> QuorumView:
+    """Let fewer monitors have to agree, when too few are left; it rises by itself when there are more."""
+    principal.may(Operation.JUDGE_MONITOR)
+    settings = services.settings
+    pool = await monitors.set_quorum(
+        session, settings, body.quorum, body.reason, actor=principal.actor, now=now
+    )
+    standing = await monitors.council(session, settings, now)
+    return QuorumView(quorum=pool.quorum, heard=standing.heard)
+
+
+async def _monitor(
+    session: AsyncSession, principal: Principal, name: str, operation: Operation, *, lock: bool = False
+) -> Monitor:
+    """Raises NotFound, Forbidden."""
+    row = await monitors.find(session, name, lock=lock)
+    principal.may(operation, member=row.member_id)
+    return row

@@ -1,0 +1,457 @@
+"""Monitors: who may probe for the pool, who has a say, how many have to agree, and what each is to look at.
+
+Rules:
+
+1. `TRANSITIONS` is the only way a status changes; each change has a reason, and the audit log has it.
+2. A monitor has a say while it is active, sound by its own check, and its member is not blocked. One that has no references
+   to check itself by is believed only if it is the pool's own.
+3. The monitors of one member are one party, with one vote. Each of the pool's own is a party of its own: nobody can lie by
+   them but the operator, who need not.
+4. What a probe sees of certificates counts only when one of the pool's own has seen it: it ends proofs, lets agents forget
+   keys and revokes, which a member's monitor must not be able to do to others. So one of them is always active.
+5. The quorum rises by itself, and falls by an operator's word alone.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from ipaddress import ip_address
+from types import MappingProxyType
+from typing import Any
+
+import structlog
+from sqlalchemy import Select, func, or_, select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from nts_core.control import MonitorStatus, MonitorTask, MonitorWork, ServerState
+from nts_core.errors import printable
+from poolsvc import auth, members, servers, verdicts
+from poolsvc.config import Settings
+from poolsvc.errors import InvalidDocument, InvalidName, LimitReached, NameTaken, NotFound, WrongState
+from poolsvc.models import (
+    INNER,
+    Address,
+    Event,
+    Member,
+    MemberStatus,
+    Monitor,
+    MonitorView,
+    Pool,
+    Server,
+    Token,
+    TokenKind,
+    ViewRole,
+)
+from poolsvc.names import is_label
+from poolsvc.pool import the_pool
+from poolsvc.verdicts import Quorum, Scorer, View
+from poolsvc.views import Measure
+
+_log = structlog.get_logger()
+_S = MonitorStatus
+TRANSITIONS: Mapping[MonitorStatus, frozenset[MonitorStatus]] = MappingProxyType(
+    {
+        _S.PENDING: frozenset({_S.TESTING, _S.ENDED}),
+        _S.TESTING: frozenset({_S.ACTIVE, _S.PAUSED, _S.ENDED}),
+        _S.ACTIVE: frozenset({_S.TESTING, _S.PAUSED, _S.ENDED}),
+        _S.PAUSED: frozenset({_S.TESTING, _S.ACTIVE, _S.ENDED}),
+        _S.ENDED: frozenset(),
+    }
+)
+# What a member may do to its own without an operator.
+BY_OWNERS = frozenset({_S.PAUSED, _S.ENDED})
+WORKING = frozenset({_S.TESTING, _S.ACTIVE})
+SPEAKING = frozenset({_S.ACTIVE})
+MAX_TASKS = 500  # of one answer
+MAX_SAMPLES = 500  # of one report
+LATE = timedelta(minutes=5)  # without a word, after which a monitor is no reason to raise the quorum
+# How long what was handed out is the monitor's: until its report is here, or it has ended.
+_LEASE = timedelta(minutes=2)
+_NOT_YET = timedelta(minutes=5)  # until a view is looked at again whose server is not to be probed now
+_TRIED = 200  # addresses by which it is found out whether a higher quorum would know the servers
+_KNOWN_SHARE = 0.9
+_MAX_MONITORS = 1000
+
+
+def is_sound(monitor: Monitor) -> bool:
+    """Whether what it sees may be the servers' doing."""
+    return monitor.sound is True or (monitor.sound is None and monitor.member_id is None)
+
+
+def party_of(monitor: Monitor) -> int:
+    """Who speaks by it."""
+    return -monitor.id if monitor.member_id is None else monitor.member_id
+
+
+@dataclass(frozen=True, slots=True)
+class Council:
+    """Who has a say, how many have to agree, and how what they say becomes one score."""
+
+    quorum: Quorum
+    parties: Mapping[int, int]  # of the monitors that have a say, by id
+    own: frozenset[int]  # those of the pool's own that work, by whom certificates are known
+    heard: int  # parties that have spoken of late
+    scorer: Scorer
+    shadow: Scorer | None
+    measure: Measure
+
+    @property
+    def is_met(self) -> bool:
+        return self.heard >= self.quorum.number
+
+    def view(self, row: Any) -> View:
+        """A row of `MonitorView`, or what has its columns, as the rules read it; of a monitor without a say, it is none that counts."""
+        return View(
+            monitor=row.monitor_id,
+            party=self.parties.get(row.monitor_id, 0),
+            is_active=row.role is ViewRole.ACTIVE and row.monitor_id in self.parties,
+            score=row.score,
+            full_probes=row.full_probes,
+            at=row.at,
+            silent_since=row.silent_since,
+        )
+
+
+_WITH_A_SAY: Select[Monitor] = (
+    select(Monitor)
+    .outerjoin(Member, Member.id == Monitor.member_id)
+    .where(
+        Monitor.status.in_(WORKING), or_(Monitor.member_id.is_(None), Member.status == MemberStatus.ACTIVE)
+    )
+    .limit(_MAX_MONITORS)
+)
+
+
+async def council(session: AsyncSession, settings: Settings, now: datetime) -> Council:
+    """As it stands now."""
+    policy = settings.policy
+    found = [monitor for monitor in await session.scalars(_WITH_A_SAY) if is_sound(monitor)]
+    speaking = [monitor for monitor in found if monitor.status is MonitorStatus.ACTIVE]
+    least = await session.scalar(select(Pool.quorum).where(Pool.id == 1)) or 1
+    scorer = verdicts.SCORERS[policy.scorer]
+    shadow = None if policy.shadow_scorer is None else verdicts.SCORERS[policy.shadow_scorer]
+    return Council(
+        quorum=verdicts.quorum(0, least, policy.admission_probes),
+        parties={monitor.id: party_of(monitor) for monitor in speaking},
+        own=frozenset(monitor.id for monitor in found if monitor.member_id is None),
+        heard=_heard(speaking, now),
+        scorer=scorer,
+        shadow=shadow,
+        measure=Measure(policy.max_stratum, scorer.rule, None if shadow is None else shadow.rule),
+    )
+
+
+def _heard(speaking: Sequence[Monitor], now: datetime) -> int:
+    """How many parties have given a sign of life; the registry's own monitor gives one by living."""
+    return len(
+        {
+            party_of(monitor)
+            for monitor in speaking
+            if monitor.name == INNER or (monitor.seen_at is not None and now - monitor.seen_at <= LATE)
+        }
+    )
+
+
+def alarm(standing: Council) -> str | None:
+    """What everybody may know of a pool that has too few monitors."""
+    if standing.is_met:
+        return None
+    return (
+        f"{standing.heard} of the {standing.quorum.number} monitors that have to agree are heard:"
+        " no server rises or falls meanwhile, and that is the pool's fault"
+    )
+
+
+async def raise_quorum(session: AsyncSession, settings: Settings, now: datetime) -> int:
+    """Let as many have to agree as can, and never fewer than before; how many that is.
+
+    Only once most servers are known by as many: approval alone must not make the whole pool unknown.
+    """
+    standing = await council(session, settings, now)
+    wanted = verdicts.quorum(standing.heard, standing.quorum.number, settings.policy.admission_probes)
+    if wanted.number > standing.quorum.number and await _would_be_known(session, standing, wanted, now):
+        pool = await the_pool(session, settings, lock=True)
+        pool.quorum = max(pool.quorum, wanted.number)
+        _log.info("quorum_raised", quorum=pool.quorum)
+        return pool.quorum
+    return standing.quorum.number
+
+
+async def _would_be_known(session: AsyncSession, standing: Council, wanted: Quorum, now: datetime) -> bool:
+    tried = (
+        select(Address.id)
+        .join(Server, Server.id == Address.server_id)
+        .where(Address.score.is_not(None), Server.state == ServerState.ACTIVE)
+        .order_by(Address.id.desc())
+        .limit(_TRIED)
+    )
+    ids = list(await session.scalars(tried))
+    views: dict[int, list[View]] = {identifier: [] for identifier in ids}
+    for row in await session.scalars(select(MonitorView).where(MonitorView.address_id.in_(ids))):
+        views[row.address_id].append(standing.view(row))
+    known = sum(
+        len({view.party for view in some if view.is_active and view.score is not None and view.is_fresh(now)})
+        >= wanted.number
+        for some in views.values()
+    )
+    return known >= _KNOWN_SHARE * len(ids)
+
+
+async def set_quorum(
+    session: AsyncSession, settings: Settings, number: int, reason: str, *, actor: str, now: datetime
+) -> Pool:
+    """An operator's word for how many have to agree, with a reason for the log. Raises InvalidDocument."""
+    if not 1 <= number <= verdicts.FULL_QUORUM:
+        raise InvalidDocument(
+            f"the quorum is 1 to {verdicts.FULL_QUORUM}", remedy="more never have to agree", field="quorum"
+        )
+    pool = await the_pool(session, settings, lock=True)
+    event = Event(
+        at=now,
+        actor=actor,
+        kind="quorum-set",
+        subject="pool 1",
+        before={"quorum": pool.quorum},
+        after={"quorum": number},
+        reason=reason[:300],
+    )
+    session.add(event)
+    pool.quorum = number
+    await session.flush()
+    return pool
+
+
+async def inner(session: AsyncSession) -> Monitor:
+    """The monitor inside the registry, which is there from the first start."""
+    found = await session.scalar(select(Monitor).where(Monitor.name == INNER))
+    assert found is not None, "the migration made it"
+    return found
+
+
+async def find(session: AsyncSession, name: str, *, lock: bool = False) -> Monitor:
+    """Raises NotFound."""
+    query = select(Monitor).where(Monitor.name == name.lower()[:40])
+    found = await session.scalar(query.with_for_update() if lock else query)
+    if found is None:
+        raise NotFound(f"there is no monitor named {name[:40]!r}", remedy="check the name")
+    return found
+
+
+async def register(
+    session: AsyncSession,
+    settings: Settings,
+    name: str,
+    member_id: int | None,
+    now: datetime,
+) -> tuple[Monitor, str]:
+    """A new monitor with its token, which exists nowhere afterwards; an operator has to approve it.
+
+    Raises InvalidName, NameTaken, LimitReached, WrongState.
+    """
+    label = name.strip().lower()
+    if not is_label(label):
+        raise InvalidName(
+            "the name is not a host label of at most 36 characters",
+            remedy="use letters, digits and hyphens, such as `frankfurt-1`",
+            field="name",
+        )
+    if member_id is not None:
+        member = await members.lock(session, member_id)
+        members.must_be_active(member)
+        await _check_room(session, settings, member)
+    if await session.scalar(select(Monitor.id).where(Monitor.name == label)) is not None:
+        raise NameTaken(f"there is a monitor named {label!r}", remedy="choose another name", field="name")
+    monitor = Monitor(
+        name=label,
+        member_id=member_id,
+        status=MonitorStatus.PENDING,
+        status_reason="an operator has to approve it",
+        status_since=now,
+        created_at=now,
+    )
+    session.add(monitor)
+    await session.flush()
+    return monitor, await _issue(session, monitor, now)
+
+
+async def _check_room(session: AsyncSession, settings: Settings, member: Member) -> None:
+    limit = settings.policy.monitors_per_member
+    living = select(func.count()).where(Monitor.member_id == member.id, Monitor.status != MonitorStatus.ENDED)
+    if (await session.scalar(living) or 0) >= limit:
+        raise LimitReached(
+            f"a member has at most {limit} monitors, which are one vote", remedy="end one of them"
+        )
+
+
+async def _issue(session: AsyncSession, monitor: Monitor, now: datetime) -> str:
+    _, text = await auth.issue(
+        session, TokenKind.MONITOR, now=now, monitor_id=monitor.id, member_id=monitor.member_id
+    )
+    return text
+
+
+async def renew_token(session: AsyncSession, monitor: Monitor, now: datetime) -> str:
+    """A new token; those before it are useless from now on. Raises WrongState."""
+    if monitor.status is MonitorStatus.ENDED or monitor.name == INNER:
+        raise WrongState(f"{monitor.name} needs no token", remedy="register another monitor, if you want one")
+    await auth.revoke(session, now, Token.monitor_id == monitor.id)
+    monitor.sequence = 0
+    return await _issue(session, monitor, now)
+
+
+async def set_status(
+    session: AsyncSession, monitor: Monitor, status: MonitorStatus, reason: str, now: datetime
+) -> None:
+    """Move a monitor, which is locked, along the table. The same status again changes the reason. Raises WrongState."""
+    if status is not monitor.status:
+        if status not in TRANSITIONS[monitor.status]:
+            ways = " or ".join(sorted(TRANSITIONS[monitor.status])) or "nothing else"
+            raise WrongState(
+                f"{monitor.name} is {monitor.status}, and can become {ways}", remedy="choose one of these"
+            )
+        if monitor.name == INNER and status is MonitorStatus.ENDED:
+            raise WrongState("the registry's own monitor does not end", remedy="pause it")
+        if monitor.member_id is None and monitor.status is MonitorStatus.ACTIVE:
+            await _leave_another(session, monitor)
+        monitor.status, monitor.status_since = status, now
+        if status is MonitorStatus.ENDED:
+            await auth.revoke(session, now, Token.monitor_id == monitor.id)
+            await session.execute(
+                update(MonitorView).where(MonitorView.monitor_id == monitor.id).values(due_at=None)
+            )
+    monitor.status_reason = reason[:300]
+    await session.flush()
+
+
+async def _leave_another(session: AsyncSession, monitor: Monitor) -> None:
+    """Raise WrongState unless another one of the pool's own is active: nobody else is believed about certificates."""
+    others = select(Monitor.id).where(
+        Monitor.member_id.is_(None), Monitor.status == MonitorStatus.ACTIVE, Monitor.id != monitor.id
+    )
+    if await session.scalar(others.limit(1)) is None:
+        raise WrongState(
+            f"{monitor.name} is the last active one of the pool's own",
+            remedy="make another one of the pool's own active first",
+        )
+
+
+async def reporting(session: AsyncSession, monitor_id: int) -> Monitor:
+    """A monitor that asks or reports, locked: it does one thing at a time."""
+    return await session.get_one(Monitor, monitor_id, with_for_update=True, populate_existing=True)
+
+
+def note_source(monitor: Monitor, source: str, now: datetime) -> None:
+    """Where it called from, for each family: it looks at no server beside it."""
+    monitor.seen_at = now
+    try:
+        address = ip_address(source)
+    except ValueError:
+        return  # no address: a socket of this host
+    text = str(address)
+    if address.version == 4 and monitor.ipv4_address != text:
+        monitor.ipv4_address, monitor.network = text, None
+    elif address.version == 6 and monitor.ipv6_address != text:
+        monitor.ipv6_address, monitor.network = text, None
+
+
+def note_soundness(
+    monitor: Monitor,
+    *,
+    is_sound: bool | None,
+    detail: str,
+    has_ipv4: bool,
+    has_ipv6: bool,
+    now: datetime,
+) -> None:
+    """What its own check of clock and network says."""
+    if monitor.sound is not is_sound or monitor.sound_since is None:
+        monitor.sound, monitor.sound_since = is_sound, now
+    monitor.sound_detail = printable(detail)[:300]
+    monitor.ipv4, monitor.ipv6 = has_ipv4, has_ipv6
+
+
+def why_idle(monitor: Monitor) -> str:
+    """Why it has nothing to do; empty when it works."""
+    if monitor.status in WORKING:
+        return ""
+    return f"{monitor.status}: {monitor.status_reason}"
+
+
+async def work(session: AsyncSession, settings: Settings, monitor: Monitor, now: datetime) -> MonitorWork:
+    """What the monitor, which is locked, is to do until it asks again: what is due until then, and is its own for a while."""
+    tasks = await _tasks(session, settings, monitor, now) if monitor.status in WORKING else []
+    return MonitorWork(
+        pool=settings.pool,
+        monitor=monitor.name,
+        status=monitor.status,
+        ke_port=settings.ports.ke,
+        poll_after=settings.policy.monitor_poll,
+        nameservers=tuple(settings.dns.nameservers),
+        tasks=tuple(tasks),
+        reason=why_idle(monitor),
+        max_samples=MAX_SAMPLES,
+    )
+
+
+async def _tasks(
+    session: AsyncSession, settings: Settings, monitor: Monitor, now: datetime
+) -> list[MonitorTask]:
+    horizon = now + timedelta(seconds=settings.policy.monitor_poll)
+    mine = (MonitorView.monitor_id == monitor.id, MonitorView.role != ViewRole.PAUSED)
+    due = await session.execute(
+        select(MonitorView.address_id, MonitorView.due_at, Address.address, Server)
+        .join(Address, Address.id == MonitorView.address_id)
+        .join(Server, Server.id == Address.server_id)
+        .where(*mine, MonitorView.due_at <= horizon, *_to_be_probed())
+        .order_by(MonitorView.due_at)
+        .limit(MAX_TASKS)
+    )
+    found = [
+        (row, row.Server)
+        for row in due
+        if servers.is_wanted(row.address, ipv4=row.Server.ipv4, ipv6=row.Server.ipv6)
+        and (monitor.ipv6 if ":" in row.address else monitor.ipv4)
+    ]
+    everywhere = await _addresses_of(session, [server.id for _, server in found])
+    ids = [row.address_id for row, _ in found]
+    leased = update(MonitorView).where(MonitorView.monitor_id == monitor.id, MonitorView.address_id.in_(ids))
+    await session.execute(leased.values(due_at=horizon + _LEASE))
+    if len(found) < MAX_TASKS:
+        # What is due and was not handed out would be found again each time.
+        late = update(MonitorView).where(*mine, MonitorView.due_at <= now)
+        await session.execute(late.values(due_at=now + _NOT_YET))
+    return [
+        MonitorTask(
+            target=row.address_id,
+            domain=settings.domain_of(server.name),
+            address=row.address,
+            after=max(0.0, (row.due_at - now).total_seconds()),
+            own_addresses=everywhere[server.id],
+            own_account=server.agentless or server.own_account_uri is not None,
+            spacing=settings.policy.exchange_spacing,
+        )
+        for row, server in found
+    ]
+
+
+def _to_be_probed() -> Sequence[Any]:
+    """Of servers that have a certificate, or may have one by now."""
+    return (
+        Address.proved_at.is_not(None),
+        Server.state.in_(servers.NAMED_STATES),
+        or_(Server.state != ServerState.VERIFIED, Server.probe_due_at.is_not(None)),
+    )
+
+
+async def _addresses_of(session: AsyncSession, server_ids: Sequence[int]) -> dict[int, tuple[str, ...]]:
+    """The addresses in DNS of each server, where its key establishment may send clients."""
+    found = await session.execute(
+        select(Address.server_id, Address.address, Server.ipv4, Server.ipv6)
+        .join(Server, Server.id == Address.server_id)
+        .where(Address.server_id.in_(server_ids), Address.proved_at.is_not(None))
+    )
+    addresses: dict[int, tuple[str, ...]] = {}
+    for row in found:
+        if servers.is_wanted(row.address, ipv4=row.ipv4, ipv6=row.ipv6):
+            addresses[row.server_id] = (*addresses.get(row.server_id, ()), row.address)
+    return addresses
