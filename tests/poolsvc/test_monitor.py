@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import time
 from contextlib import asynccontextmanager
 
 import pytest
@@ -60,6 +61,9 @@ class Lab:
         await self.registry.__aexit__()
         for server in (*self.references, self.alice):
             await server.stop()
+        for _ in range(5):
+            # Transports that were given up close their sockets in the loop.
+            await asyncio.sleep(0)
 
     def hand_out(self, *tasks, **values):
         whole = {"domain": NAME, "after": 0, "spacing": 0, "own_addresses": ["127.0.0.1"]}
@@ -185,6 +189,23 @@ async def test_where_no_reference_is_reached_by_ipv6_nothing_is_said_of_it(lab):
         report = await lab.reported(has_samples)
         assert monitor._schedule.skipped["unsound"] > 0
     assert {sample["target"] for sample in report["samples"]} == {7}
+
+
+async def test_what_fails_while_this_host_has_too_much_to_do_says_nothing(lab):
+    lab.hand_out({"target": 7, "address": "127.0.0.9"})
+    async with lab.running() as monitor:
+        await until(lambda: monitor._ended["tcp"])
+        begin = monitor._begin
+
+        def blocked(task):
+            begun = begin(task)
+            time.sleep(0.8)
+            return begun
+
+        monitor._begin = blocked
+        await until(lambda: monitor._ended["overloaded"])
+        monitor._begin = begin
+        assert monitor._lost >= 1
 
 
 async def test_a_registry_that_is_down_stops_nothing(lab):
