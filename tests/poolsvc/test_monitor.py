@@ -58,10 +58,14 @@ class Lab:
         self.write()
 
     async def stop(self):
+        # Whoever was accepted last is still to be served.
+        for _ in range(50):
+            await asyncio.sleep(0)
+        await until(lambda: not self.registry._connections)
         await self.registry.__aexit__()
         for server in (*self.references, self.alice):
             await server.stop()
-        for _ in range(5):
+        for _ in range(50):
             # Transports that were given up close their sockets in the loop.
             await asyncio.sleep(0)
 
@@ -221,7 +225,7 @@ async def test_a_registry_that_is_down_stops_nothing(lab):
 
 
 async def test_a_report_that_is_refused_for_good_is_not_sent_for_ever(lab):
-    refused = b"HTTP/1.1 422 No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    refused = b"HTTP/1.1 422 No\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
     async with lab.running() as monitor:
         await lab.reported(has_samples)
         async with lab.registry.failing(saying(refused)):
