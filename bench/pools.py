@@ -114,8 +114,8 @@ def _fillings(servers: int, now: datetime) -> Iterator[_Filling]:
 
     yield table(
         "pool",
-        "id domain opened_at epoch",
-        iter([(1, POOL, then, 1)]),
+        "id domain opened_at epoch quorum",
+        iter([(1, POOL, then, 1, 3)]),
     )
     yield table("ca_accounts", "ca uri profiles", iter([(CA, ACCOUNT, "[]")]))
     yield table("users", "id name staff created_at", iter([(1, "", StaffRole.OPERATOR.value, then)]))
@@ -152,11 +152,11 @@ def _fillings(servers: int, now: datetime) -> Iterator[_Filling]:
     )
     yield table(
         "orders",
-        "id server_id status created_at attempts chain fingerprint serial not_before not_after issued_at",
+        "id server_id status created_at attempts chain fingerprint serial not_before not_after issued_at seen_at",
         (
             (
                 *(n, n, OrderStatus.ISSUED.value, then, 0, _CHAIN, sha256(f"certificate {n}")),
-                *(f"{n:x}", then, later, then),
+                *(f"{n:x}", then, later, then, then),
             )
             for n in numbers
         ),
@@ -172,6 +172,11 @@ def _fillings(servers: int, now: datetime) -> Iterator[_Filling]:
             )
         ),
     )
+
+
+def certificate(number: int) -> str:
+    """The fingerprint of a server's certificate."""
+    return hashlib.sha256(f"certificate {number}".encode()).hexdigest()
 
 
 def _derive(connection: sa.Connection, now: datetime) -> None:

@@ -81,7 +81,7 @@ def create_app(
     """The application with its worker, or one of both. `roots` are what the prober trusts."""
     health = Health()
     readiness = Readiness(database, health, has_worker=part is not Part.API)
-    metrics = Metrics(database, health)
+    metrics = Metrics(database, settings, health)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -124,6 +124,7 @@ def create_app(
         odds=Kept(partial(odds_of, settings=settings)),
         atlas=atlas,
         regions=Kept(atlas.look),
+        concentration=Kept(atlas.concentration),
         providers=providers,
         inspector=Inspector(settings, roots),
     )

@@ -175,12 +175,12 @@ def _weights(candidates: Sequence[Candidate], young: Sequence[bool], rules: Rule
     return [one.weight * (factor if is_new else 1.0) for one, is_new in zip(candidates, young, strict=True)]
 
 
-def young_factor(servers: Iterable[tuple[int, int, bool]], rules: Rules) -> float:
+def young_factor(servers: Iterable[tuple[int, float, bool]], rules: Rules) -> float:
     """What part of their weight servers of young accounts have; of each its member, its weight and whether it is one.
 
     Older servers suffice when those of so many members as there are places need nobody else to fill a set.
     """
-    sums, members = {True: 0, False: 0}, set[int]()
+    sums, members = {True: 0.0, False: 0.0}, set[int]()
     for member, weight, is_new in servers:
         sums[is_new] += weight
         if not is_new:
@@ -259,6 +259,10 @@ class Draw:
             young_given=_part(sum(given for _, given in young), sum(urn.weights)),
         )
 
+    def weights(self, region: str) -> Sequence[tuple[Candidate, float]]:
+        """A region's own servers, or those around one, with the weight by which each is drawn."""
+        return [(one, weight) for one, weight, _ in self._urns[region].shares()]
+
     def is_thin(self, region: str) -> bool:
         """Whether a region takes servers from around it: too few of its own, or of too few members."""
         urn = self._urns[region]
@@ -325,7 +329,7 @@ class Odds:
     young: float = 1.0  # the part of its weight by which the server of a young account is drawn
 
     @classmethod
-    def of(cls, candidates: Iterable[tuple[int, int, bool]], rules: Rules) -> "Odds":
+    def of(cls, candidates: Iterable[tuple[int, float, bool]], rules: Rules) -> "Odds":
         """Of all candidates: member and weight of each, and whether its account is young."""
         servers, count = list(candidates), rules.places
         young = young_factor(servers, rules)

@@ -1,6 +1,6 @@
 """All that Prometheus can read of the registry: counted here for requests, read from their owners for the rest."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -11,10 +11,12 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from nts_core.control import ServerState
 from nts_core.exposition import Collected
-from poolsvc import onboarding
+from poolsvc import monitors, onboarding
+from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.listener import Listeners
-from poolsvc.models import Server
+from poolsvc.models import Monitor, Server
+from poolsvc.monitors import Council
 from poolsvc.pool import count_by_state
 from poolsvc.readiness import Look
 from poolsvc.worker import KINDS, Health
@@ -30,19 +32,24 @@ _DUE = {kind.name: (kind.due, kind.only) for kind in KINDS} | {"journal": (Serve
 class _Figures:
     """What the database says.
 
-    For each kind of work how many rows are due and since when; who waits for the CA's limits; servers by state.
+    For each kind of work how many rows are due and since when; who waits for the CA's limits; servers by state; monitors,
+    who of them has a say, and addresses that they do not know.
     """
 
     due: dict[str, tuple[int, datetime | None]]
     queue: onboarding.Queue
     servers: dict[ServerState, int]
+    monitors: Sequence[Monitor]
+    standing: Council
+    unknown: int
 
 
 class Metrics:
     """The figures of one process."""
 
-    def __init__(self, database: Database, health: Health) -> None:
+    def __init__(self, database: Database, settings: Settings, health: Health) -> None:
         self.health = health
+        self._settings = settings
         self._listeners: dict[str, Listeners] = {}
         self._database = database
         self._registry = CollectorRegistry(auto_describe=False)
@@ -91,7 +98,14 @@ class Metrics:
                 found = select(func.count(), func.min(column)).where(column <= now, only)
                 rows, oldest = (await session.execute(found)).one()
                 due[kind] = (rows, oldest)
-            return _Figures(due, await onboarding.queue(session), await count_by_state(session))
+            return _Figures(
+                due,
+                await onboarding.queue(session),
+                await count_by_state(session),
+                await monitors.living(session),
+                await monitors.council(session, self._settings, now),
+                await monitors.count_unknown(session),
+            )
 
     def _families(self) -> Iterable[Metric]:
         now = datetime.now(UTC)
@@ -151,12 +165,38 @@ class Metrics:
         for state in ServerState:
             states.add_metric([state], self._figures.servers.get(state, 0))
         yield from (rows, age, states)
+        yield from self._of_monitors(self._figures, now)
         queue = self._figures.queue
         yield GaugeMetricFamily("poolsvc_queue", "Servers that wait for the CA's limits.", queue.waiting)
         yield GaugeMetricFamily(
             "poolsvc_queue_wait_seconds",
             "Until the last of them has its turn, as things stand.",
             queue.wait(now).total_seconds(),
+        )
+
+    @staticmethod
+    def _of_monitors(figures: _Figures, now: datetime) -> Iterable[Metric]:
+        seen = GaugeMetricFamily(
+            "poolsvc_monitor_seen_age_seconds", "Since a monitor was last heard of.", labels=["monitor"]
+        )
+        sound = GaugeMetricFamily(
+            "poolsvc_monitor_sound", "1 if its own check of clock and network is good.", labels=["monitor"]
+        )
+        taken = CounterMetricFamily("poolsvc_monitor_samples", "Samples that counted.", labels=["monitor"])
+        for monitor in figures.monitors:
+            if monitor.seen_at is not None:
+                seen.add_metric([monitor.name], (now - monitor.seen_at).total_seconds())
+            sound.add_metric([monitor.name], monitors.is_sound(monitor))
+            taken.add_metric([monitor.name], monitor.samples)
+        yield from (seen, sound, taken)
+        yield GaugeMetricFamily(
+            "poolsvc_quorum", "Monitors that have to agree.", figures.standing.quorum.number
+        )
+        yield GaugeMetricFamily(
+            "poolsvc_monitors_heard", "Monitors with a say that are heard.", figures.standing.heard
+        )
+        yield GaugeMetricFamily(
+            "poolsvc_unknown_addresses", "Addresses that too few monitors know.", figures.unknown
         )
 
     def _of_listeners(self) -> Iterable[Metric]:

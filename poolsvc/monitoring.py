@@ -214,7 +214,7 @@ class Judged:
     verdict: Verdict
     shadow: float | None
     is_heard: bool  # enough parties have looked at it
-    is_admitted: bool  # and would let it in
+    is_admitted: bool  # it is new, and they would let it in
     is_silent: bool
     full_probes: int
     speaking: Sequence[Any]
@@ -248,7 +248,7 @@ def judged(row: Any, found: Iterable[Any], standing: Council, now: datetime) -> 
         verdict=verdicts.overall(said, standing.quorum, now, standing.scorer),
         shadow=None if shadow is None else _by_shadow(speaking, said, standing, shadow, now),
         is_heard=is_heard,
-        is_admitted=_is_admitted(said, standing, now),
+        is_admitted=row.score is None and _is_admitted(said, standing, now),
         is_silent=verdicts.is_silent(said, now),
         full_probes=sorted(full.values(), reverse=True)[number - 1] if is_heard else 0,
         speaking=[view for view, _ in speaking],

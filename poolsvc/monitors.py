@@ -12,22 +12,27 @@ Rules:
 5. The quorum rises by itself, and falls by an operator's word alone.
 """
 
+import asyncio
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from types import MappingProxyType
 from typing import Any
 
 import structlog
 from sqlalchemy import Select, func, or_, select, update
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from nts_core.control import MonitorStatus, MonitorTask, MonitorWork, ServerState
 from nts_core.errors import printable
 from poolsvc import auth, members, servers, verdicts
 from poolsvc.config import Settings
+from poolsvc.db import Database
 from poolsvc.errors import InvalidDocument, InvalidName, LimitReached, NameTaken, NotFound, WrongState
+from poolsvc.geo import Geo, Place
 from poolsvc.models import (
     INNER,
     Address,
@@ -44,7 +49,7 @@ from poolsvc.models import (
 )
 from poolsvc.names import is_label
 from poolsvc.pool import the_pool
-from poolsvc.verdicts import Quorum, Scorer, View
+from poolsvc.verdicts import Difference, Quorum, Scorer, View
 from poolsvc.views import Measure
 
 _log = structlog.get_logger()
@@ -125,7 +130,10 @@ _WITH_A_SAY: Select[Monitor] = (
 async def council(session: AsyncSession, settings: Settings, now: datetime) -> Council:
     """As it stands now."""
     policy = settings.policy
-    found = [monitor for monitor in await session.scalars(_WITH_A_SAY) if is_sound(monitor)]
+    working = (await session.scalars(_WITH_A_SAY)).all()
+    if not working and (first := await inner(session)).status in WORKING:
+        working = [first]
+    found = [monitor for monitor in working if is_sound(monitor)]
     speaking = [monitor for monitor in found if monitor.status is MonitorStatus.ACTIVE]
     least = await session.scalar(select(Pool.quorum).where(Pool.id == 1)) or 1
     scorer = verdicts.SCORERS[policy.scorer]
@@ -221,11 +229,77 @@ async def set_quorum(
     return pool
 
 
+async def compare(session: AsyncSession) -> Difference:
+    """What the scorer on trial would change in the pool."""
+    found = await session.execute(
+        select(Server.name, Address.score, Address.shadow_score)
+        .join(Address, Address.server_id == Server.id)
+        .where(Server.state.in_((ServerState.ACTIVE, ServerState.SUSPENDED)), Address.proved_at.is_not(None))
+    )
+    return verdicts.compare((row.name, row.score, row.shadow_score) for row in found)
+
+
+async def count_unknown(session: AsyncSession) -> int:
+    """Addresses that too few monitors know now."""
+    unknown = select(func.count()).select_from(Address).where(Address.unknown.is_not(None))
+    return await session.scalar(unknown) or 0
+
+
+async def living(session: AsyncSession) -> Sequence[Monitor]:
+    """All that have not ended, by name."""
+    found = await session.scalars(
+        select(Monitor)
+        .where(Monitor.status != MonitorStatus.ENDED)
+        .order_by(Monitor.name)
+        .limit(_MAX_MONITORS)
+    )
+    return found.all()
+
+
+async def place(database: Database, geo: Geo) -> None:
+    """Find out in which networks and countries monitors are whose place is not known."""
+    async with database.transaction() as session:
+        nowhere = {
+            monitor.id: address
+            for monitor in await living(session)
+            if monitor.network is None
+            and (address := monitor.ipv4_address or monitor.ipv6_address) is not None
+        }
+    if not nowhere:
+        return
+    places = await asyncio.to_thread(_look_up, geo, tuple(nowhere.values()))
+    async with database.transaction() as session:
+        for monitor_id, address in nowhere.items():
+            found = places[address]
+            if found.network is not None or found.country is not None:
+                monitor = await session.get_one(Monitor, monitor_id, with_for_update=True)
+                monitor.network, monitor.country = found.network, found.country
+
+
+def _look_up(geo: Geo, addresses: Sequence[str]) -> Mapping[str, Place]:
+    geo.refresh()
+    return geo.places(addresses)
+
+
 async def inner(session: AsyncSession) -> Monitor:
-    """The monitor inside the registry, which is there from the first start."""
-    found = await session.scalar(select(Monitor).where(Monitor.name == INNER))
-    assert found is not None, "the migration made it"
-    return found
+    """The monitor inside the registry, made on first use."""
+    query = select(Monitor).where(Monitor.name == INNER)
+    if (found := await session.scalar(query)) is not None:
+        return found
+    now = datetime.now(UTC)
+    # Another process may make it at the same moment; then its row it is.
+    with suppress(IntegrityError):
+        async with session.begin_nested():
+            session.add(
+                Monitor(
+                    name=INNER,
+                    status=MonitorStatus.ACTIVE,
+                    status_reason="the pool's own, in the registry",
+                    status_since=now,
+                    created_at=now,
+                )
+            )
+    return (await session.scalars(query)).one()
 
 
 async def find(session: AsyncSession, name: str, *, lock: bool = False) -> Monitor:
@@ -325,6 +399,7 @@ async def set_status(
 
 async def _leave_another(session: AsyncSession, monitor: Monitor) -> None:
     """Raise WrongState unless another one of the pool's own is active: nobody else is believed about certificates."""
+    await inner(session)
     others = select(Monitor.id).where(
         Monitor.member_id.is_(None), Monitor.status == MonitorStatus.ACTIVE, Monitor.id != monitor.id
     )
@@ -349,9 +424,9 @@ def note_source(monitor: Monitor, source: str, now: datetime) -> None:
         return  # no address: a socket of this host
     text = str(address)
     if address.version == 4 and monitor.ipv4_address != text:
-        monitor.ipv4_address, monitor.network = text, None
+        monitor.ipv4_address, monitor.network, monitor.country = text, None, None
     elif address.version == 6 and monitor.ipv6_address != text:
-        monitor.ipv6_address, monitor.network = text, None
+        monitor.ipv6_address, monitor.network, monitor.country = text, None, None
 
 
 def note_soundness(

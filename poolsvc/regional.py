@@ -1,7 +1,7 @@
 """Which regions the pool answers for, and how they came out: switched on by an operator, once they have the servers."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -10,8 +10,10 @@ from sqlalchemy import Select, and_, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from nts_core.control import ServerState
+from nts_core.independence import prefix_of
 from nts_core.srv import targets_that_fit
-from poolsvc import scoring, servers
+from poolsvc import concentration, scoring, servers
+from poolsvc.concentration import Concentration
 from poolsvc.config import Settings
 from poolsvc.drawing import Candidate, Draw, Odds, Rules, Standing, is_young
 from poolsvc.errors import InvalidRegion, WrongState
@@ -113,6 +115,16 @@ class Atlas:
 
         return await asyncio.to_thread(come_out)
 
+    async def concentration(self, session: AsyncSession) -> dict[str, Concentration]:
+        """In how few hands the world is, and each region that is switched on."""
+        on, candidates, now = await switched_on(session), await self._candidates(session), datetime.now(UTC)
+
+        def look() -> dict[str, Concentration]:
+            draw = Draw(candidates, on, self._rules, 0, now)
+            return concentration.look(draw, draw.sets(), self._rules)
+
+        return await asyncio.to_thread(look)
+
     async def check(self, session: AsyncSession, label: str) -> Place:
         """A region that is switched on, or has all that it needs for that. Raises InvalidRegion, WrongState."""
         place = (await self.look(session)).get(_known(label))
@@ -144,7 +156,7 @@ class Atlas:
             await session.delete(row)
 
     async def _candidates(self, session: AsyncSession) -> list[Candidate]:
-        """As `poolsvc.publication` has them, but for what two of one answer may not have in common."""
+        """As `poolsvc.publication` has them."""
         proved: dict[int, list[tuple[str, float | None]]] = {}
         for server_id, address, score, ipv4, ipv6 in await session.execute(
             select(Address.server_id, Address.address, Address.score, Server.ipv4, Server.ipv6)
@@ -158,22 +170,26 @@ class Atlas:
         async with self._one_at_a_time:
             everywhere = [text for some in proved.values() for text, _ in some]
             places = await asyncio.to_thread(self._find, everywhere)
-        return [
-            Candidate(
-                row.name,
-                row.member_id,
-                _weight(row, (score for _, score in proved[row.id])),
-                regions=regions_of(
-                    place.country for text, _ in proved[row.id] if (place := places[text]).country is not None
-                ),
-                since=row.created_at,
-            )
-            for row in found
-        ]
+        return [_candidate(row, proved[row.id], places) for row in found]
 
     def _find(self, addresses: Iterable[str]) -> dict[str, Location]:
         self._geo.refresh()
         return self._geo.places(addresses)
+
+
+def _candidate(
+    row: Any, proved: Sequence[tuple[str, float | None]], places: Mapping[str, Location]
+) -> Candidate:
+    here = [places[text] for text, _ in proved]
+    return Candidate(
+        row.name,
+        row.member_id,
+        _weight(row, (score for _, score in proved)),
+        networks=tuple(sorted({place.network for place in here if place.network is not None})),
+        prefixes=tuple(sorted({prefix_of(text) for text, _ in proved})),
+        regions=regions_of(place.country for place in here if place.country is not None),
+        since=row.created_at,
+    )
 
 
 def _known(label: str) -> str:

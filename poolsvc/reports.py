@@ -7,12 +7,12 @@ report at once (`settle`). Whatever may change more than a number is left to `mo
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import bindparam, func, insert, select, update
+from sqlalchemy import bindparam, func, insert, select, true, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from nts_core.control import MonitorReport, MonitorSample, ProbeResult, ServerState, Stage, StageStatus
@@ -55,7 +55,7 @@ _MAX_SECONDS = 253_370_764_800  # of the year 9999
 
 @dataclass(slots=True)
 class _View:
-    """A row of `MonitorView` that is read and written in bulk."""
+    """A row of `MonitorView` that is read and written in bulk; of others than the reporting monitor only what is judged."""
 
     address_id: int
     monitor_id: int
@@ -65,19 +65,22 @@ class _View:
     score: float | None
     shadow_score: float | None
     full_probes: int
-    points: int
     failed: Stage | None
-    failed_since: datetime | None
     silent_since: datetime | None
     detail: str
-    step: float | None
     step_reason: str
     fingerprint: str | None
-    mean_step: float | None
-    mean_delay_ns: int | None
+    failed_since: datetime | None = None
+    points: int = 0
+    step: float | None = None
+    mean_step: float | None = None
+    mean_delay_ns: int | None = None
 
 
-_VIEW = select(*(getattr(MonitorView, field.name) for field in fields(_View)))
+_OWN = ("failed_since", "points", "mean_step", "mean_delay_ns")
+_JUDGED = tuple(
+    getattr(MonitorView, field.name) for field in fields(_View) if field.name not in (*_OWN, "step")
+)
 
 
 @dataclass(slots=True)
@@ -152,7 +155,9 @@ async def _take(
     believable = sorted(
         (sample for sample in samples if _is_believable(sample)), key=lambda sample: -sample.age
     )
-    batch = await _batch_of(session, await _servers_of(session, monitor, believable))
+    targets = {sample.target for sample in believable if 0 < sample.target < _MAX_ID}
+    batch = await _batch_of(session, await _servers_of(session, monitor, targets), targets)
+    await _complete(session, monitor, batch)
     standing = await monitors.council(session, settings, now)
     windows = await _windows(session, batch, now)
     rows: list[dict[str, Any]] = []
@@ -244,11 +249,8 @@ def _is_believable(sample: MonitorSample) -> bool:
     )
 
 
-async def _servers_of(
-    session: AsyncSession, monitor: Monitor, samples: Sequence[MonitorSample]
-) -> Sequence[int]:
+async def _servers_of(session: AsyncSession, monitor: Monitor, targets: Collection[int]) -> Sequence[int]:
     """The servers that a report is about, as far as they are the monitor's."""
-    targets = {sample.target for sample in samples if 0 < sample.target < _MAX_ID}
     found = await session.scalars(
         select(Address.server_id)
         .join(MonitorView, MonitorView.address_id == Address.id)
@@ -258,8 +260,10 @@ async def _servers_of(
     return found.all()
 
 
-async def _batch_of(session: AsyncSession, server_ids: Sequence[int]) -> _Batch:
-    """Lock these servers, and read what there is of them."""
+async def _batch_of(
+    session: AsyncSession, server_ids: Sequence[int], targets: Collection[int] | None = None
+) -> _Batch:
+    """Lock these servers, and read what there is of them, or of these addresses of theirs."""
     columns = (
         Server.id,
         Server.state,
@@ -282,14 +286,32 @@ async def _batch_of(session: AsyncSession, server_ids: Sequence[int]) -> _Batch:
             Address.score,
             Address.unknown,
             Address.confirmed_at,
-        ).where(Address.server_id.in_(batch))
+        ).where(Address.server_id.in_(batch), true() if targets is None else Address.id.in_(targets))
     )
     addresses = {row.id: row for row in found}
     by_address: dict[int, list[_View]] = {identifier: [] for identifier in addresses}
-    for values in await session.execute(_VIEW.where(MonitorView.address_id.in_(addresses))):
+    for values in await session.execute(select(*_JUDGED).where(MonitorView.address_id.in_(addresses))):
         view = _View(*values)
         by_address[view.address_id].append(view)
     return _Batch(batch, addresses, by_address)
+
+
+async def _complete(session: AsyncSession, monitor: Monitor, batch: _Batch) -> None:
+    """Read what else there is of the monitor's own views."""
+    mine = {
+        view.address_id: view
+        for some in batch.views.values()
+        for view in some
+        if view.monitor_id == monitor.id
+    }
+    found = await session.execute(
+        select(MonitorView.address_id, *(getattr(MonitorView, name) for name in _OWN)).where(
+            MonitorView.monitor_id == monitor.id, MonitorView.address_id.in_(mine)
+        )
+    )
+    for address_id, *values in found:
+        for name, value in zip(_OWN, values, strict=True):
+            setattr(mine[address_id], name, value)
 
 
 async def _windows(

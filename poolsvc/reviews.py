@@ -30,14 +30,13 @@ _NEW_STATES = frozenset({ServerState.VERIFIED, ServerState.CERTIFIED, ServerStat
 
 @dataclass(frozen=True, slots=True)
 class Explained:
-    """What a monitor is to be for an address, what it is now, and why."""
+    """What a monitor is for an address, or is to be, and why."""
 
     address: str
     monitor: str
-    now: ViewRole | None
     role: ViewRole
     reason: str
-    is_change: bool
+    is_change: bool = False
 
 
 def lot_of(key: RegistryKey) -> bytes:
@@ -102,6 +101,18 @@ def _give(settings: Settings, view: MonitorView, choice: Choice, now: datetime) 
         view.due_at = soon if view.due_at is None else min(view.due_at, soon)
 
 
+async def present(session: AsyncSession, server: Server) -> Sequence[Explained]:
+    """What each monitor is now for each address of a server."""
+    found = await session.execute(
+        select(Address.address, Monitor.name, MonitorView.role, MonitorView.role_reason)
+        .join(MonitorView, MonitorView.address_id == Address.id)
+        .join(Monitor, Monitor.id == MonitorView.monitor_id)
+        .where(Address.server_id == server.id)
+        .order_by(Address.id, Monitor.name)
+    )
+    return [Explained(row.address, row.name, row.role, row.role_reason) for row in found]
+
+
 async def explain(session: AsyncSession, server: Server, lot: bytes, now: datetime) -> Sequence[Explained]:
     """What a review would choose now, address by address; changes nothing."""
     present = await _views_of(session, server)
@@ -116,7 +127,6 @@ async def explain(session: AsyncSession, server: Server, lot: bytes, now: dateti
                 Explained(
                     row.address,
                     names[choice.monitor],
-                    None if view is None else view.role,
                     choice.role,
                     choice.reason,
                     choice.is_change or view is None,
@@ -135,6 +145,7 @@ async def _views_of(session: AsyncSession, server: Server) -> Mapping[int, Mappi
 
 async def _monitors(session: AsyncSession) -> Sequence[Monitor]:
     """Those that work and whose members are not blocked."""
+    await monitors.inner(session)
     found = await session.scalars(
         select(Monitor)
         .outerjoin(Member, Member.id == Monitor.member_id)

@@ -49,6 +49,7 @@ from poolsvc.config import Settings
 from poolsvc.db import LEASE, Database
 from poolsvc.deliveries import Post
 from poolsvc.derived import RegistryKey
+from poolsvc.geo import Geo
 from poolsvc.leader import Leader
 from poolsvc.models import Address, Channel, Delivery, MaintenanceWindow, Order, Server, Webhook
 from poolsvc.outbound import Outbound
@@ -241,6 +242,7 @@ class Worker:
         self._reported_at: datetime | None = None
         self._house_kept_at: datetime | None = None
         self._key = key
+        self._geo = Geo(settings.geo.database)
         self._post = Post(database, settings, key, Outbound(settings))
         self._watched_at: datetime | None = None
         self._quick_until = 0.0
@@ -486,6 +488,8 @@ class Worker:
                 queue = await onboarding.queue(session)
                 await monitors.raise_quorum(session, self._settings, now)
                 self._health.monitors = monitors.alarm(await monitors.council(session, self._settings, now))
+            if self._settings.geo.database:
+                await monitors.place(self._database, self._geo)
             self._health.queue = onboarding.alarm(self._settings, queue, now)
             self._watched_at = None if more_silent else now
         return is_more

@@ -187,6 +187,8 @@ def _keep_scores() -> None:
     if op.get_context().as_sql:
         return
     connection, now = op.get_bind(), datetime.now(UTC)
+    if connection.execute(sa.text("SELECT 1 FROM servers LIMIT 1")).first() is None:
+        return  # an empty database stays one, into which a backup may go
     monitors = sa.table(
         "monitors",
         *map(sa.column, ("id", "name", "status", "status_reason", "sound_detail", "program")),

@@ -1,15 +1,17 @@
 """Monitors as operators, their members and everybody see them, and what is decided about them."""
 
 from datetime import datetime
+from typing import Annotated
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from pydantic import Field
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from nts_core.control import MonitorStatus
-from poolsvc import monitors
+from poolsvc import monitors, reviews
 from poolsvc.api.idempotent import idempotent
+from poolsvc.api.lookup import server_to_read
 from poolsvc.api.paging import Page, PagingDep
 from poolsvc.api.request import (
     Document,
@@ -22,7 +24,7 @@ from poolsvc.api.request import (
     SessionDep,
 )
 from poolsvc.auth import Operation, Principal
-from poolsvc.models import Monitor
+from poolsvc.models import Monitor, ViewRole
 
 router = APIRouter(prefix="/v1")
 
@@ -81,6 +83,27 @@ class PublicMonitorView(Document):
     status_since: datetime
     sound: bool | None
     country: str | None
+
+
+class GivenView(Document):
+    """What one monitor is for one address of a server."""
+
+    address: str
+    monitor: str
+    role: ViewRole | None = Field(description="active ones have a say; None before the first review")
+    reason: str
+    next: ViewRole | None = Field(None, description="what a review would make of it now; only with `dry_run`")
+    next_reason: str | None = None
+
+
+class ScorersView(Document):
+    """The scorer that rules, and one on trial, with what would become of the pool by it."""
+
+    scorer: str
+    shadow: str | None
+    difference: str | None = Field(description='such as "would drop 3, add 1"')
+    dropped: list[str] = Field(description="servers that would not be good any more")
+    added: list[str]
 
 
 class QuorumRequest(Document):
@@ -160,7 +183,7 @@ async def renew_monitor_token(
     return MonitorCreated(**MonitorView.of(row).model_dump(), token=token)
 
 
-@router.put("/pool/quorum")
+@router.put("/quorum")
 async def set_quorum(
     body: QuorumRequest,
     principal: PrincipalDep,
@@ -176,6 +199,56 @@ async def set_quorum(
     )
     standing = await monitors.council(session, settings, now)
     return QuorumView(quorum=pool.quorum, heard=standing.heard)
+
+
+@router.get("/servers/{name}/monitors")
+async def list_monitors_of_server(
+    name: NamePath,
+    principal: PrincipalDep,
+    services: ServicesDep,
+    session: SessionDep,
+    now: NowDep,
+    dry_run: Annotated[bool | None, Query(description="also what a review would choose now")] = None,
+) -> list[GivenView]:
+    """The monitors of a server's addresses, each with its role and why it has it."""
+    server = await server_to_read(session, principal, name)
+    present = await reviews.present(session, server)
+    if not dry_run:
+        return [
+            GivenView(address=each.address, monitor=each.monitor, role=each.role, reason=each.reason)
+            for each in present
+        ]
+    before = {(each.address, each.monitor): each for each in present}
+    chosen = await reviews.explain(session, server, reviews.lot_of(services.key), now)
+    found = []
+    for each in chosen:
+        was = before.get((each.address, each.monitor))
+        found.append(
+            GivenView(
+                address=each.address,
+                monitor=each.monitor,
+                role=None if was is None else was.role,
+                reason="" if was is None else was.reason,
+                next=each.role,
+                next_reason=each.reason,
+            )
+        )
+    return found
+
+
+@router.get("/scorers")
+async def compare_scorers(principal: PrincipalDep, services: ServicesDep, session: SessionDep) -> ScorersView:
+    """What the scorer on trial would change, beside the one that rules."""
+    principal.may(Operation.READ_POOL)
+    policy = services.settings.policy
+    found = None if policy.shadow_scorer is None else await monitors.compare(session)
+    return ScorersView(
+        scorer=policy.scorer,
+        shadow=policy.shadow_scorer,
+        difference=None if found is None else str(found),
+        dropped=[] if found is None else list(found.dropped),
+        added=[] if found is None else list(found.added),
+    )
 
 
 async def _monitor(

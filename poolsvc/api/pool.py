@@ -9,7 +9,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import selectinload
 
 from nts_core.control import ServerState
-from poolsvc import alarms, samples, servers
+from poolsvc import alarms, monitors, samples, servers
 from poolsvc.api.paging import Page, PagingDep
 from poolsvc.api.request import Document, NowDep, ServicesDep, SessionDep
 from poolsvc.api.servers import is_in_dns
@@ -28,7 +28,13 @@ class PoolView(Document):
     ke_port: int
     opened_at: datetime | None
     active_servers: int
-    quorum: str
+    quorum: str = Field(
+        description='how many monitors have to agree; "bootstrap" while one or two are all that there are'
+    )
+    monitors: int = Field(description="that have a say and are heard; those of one member are one")
+    unknown_addresses: int = Field(
+        description="of servers, that too few monitors know: that is the pool's fault, and nothing changes"
+    )
     allow_private_addresses: bool
     alarms: list[str]
 
@@ -40,6 +46,8 @@ async def read_pool(services: ServicesDep, session: SessionDep, now: NowDep) -> 
     pool = await the_pool(session, settings)
     census = await services.census.get(session)
     found = await alarms.current(session, now)
+    standing = await monitors.council(session, settings, now)
+    unknown = await monitors.count_unknown(session)
     if census.kept_low:
         found.append(
             f"scores: {census.kept_low} failing servers are kept listed, since too few others are active"
@@ -50,7 +58,9 @@ async def read_pool(services: ServicesDep, session: SessionDep, now: NowDep) -> 
         ke_port=settings.ports.ke,
         opened_at=pool.opened_at,
         active_servers=census.active,
-        quorum="bootstrap",
+        quorum="bootstrap" if standing.quorum.is_bootstrap else str(standing.quorum.number),
+        monitors=standing.heard,
+        unknown_addresses=unknown,
         allow_private_addresses=settings.allow_private_addresses,
         alarms=found,
     )

@@ -9,6 +9,7 @@ from pydantic import Field
 from poolsvc import plans
 from poolsvc.api.request import CallerDep, Document, NowDep, PrincipalDep, ServicesDep, SessionDep
 from poolsvc.auth import Operation
+from poolsvc.concentration import Concentration
 from poolsvc.config import Settings
 from poolsvc.regional import Place
 from poolsvc.regions import WORLD
@@ -57,6 +58,60 @@ async def list_regions(services: ServicesDep, session: SessionDep) -> list[Regio
     """The world, all regions that are switched on, and all that have a server; needs no token."""
     found = await services.regions.get(session)
     return [_view(services.settings, label, place) for label, place in found.items()]
+
+
+class VariedView(Document):
+    """Parts of the answers, from 0 to 1, with four different ones, so that a client finds independent sources in each."""
+
+    operators: float
+    networks: float = Field(description="AS")
+    prefixes: float = Field(description="/24 and /48")
+    all: float = Field(description="of all three kinds at once")
+
+
+class IndependenceView(Document):
+    """In how few hands the pool or a region is. Operators are not named here."""
+
+    region: str
+    servers: int
+    members: int
+    answers: VariedView | None = Field(description="empty while there are none")
+    largest_operator_share: float | None = Field(description="of the weight, from 0 to 1")
+    largest_network: int | None = Field(description="AS number; empty without a file that knows networks")
+    largest_network_share: float | None
+    largest_country: str | None
+    largest_country_share: float | None
+    hostile_to_add: int | None = Field(
+        description="servers of typical weight, of as many accounts, networks and prefixes, with which every second client"
+        " that takes four of an answer would have a hostile majority"
+    )
+    hostile_members: int | None = Field(
+        description="present members, the heaviest first, with whom it would be so; empty if all are too few"
+    )
+
+
+@router.get("/pool/independence")
+async def read_independence(services: ServicesDep, session: SessionDep) -> list[IndependenceView]:
+    """In how few hands the world is, and each region that has a name; needs no token."""
+    found = await services.concentration.get(session)
+    return [_independence(one) for one in found.values()]
+
+
+def _independence(one: Concentration) -> IndependenceView:
+    network, country = one.network, one.country
+    return IndependenceView(
+        region=one.region or "world",
+        servers=one.servers,
+        members=one.members,
+        answers=None if one.varied is None else VariedView.model_validate(one.varied),
+        largest_operator_share=None if one.operator is None else one.operator.share,
+        largest_network=None if network is None else int(str(network.what)),
+        largest_network_share=None if network is None else network.share,
+        largest_country=None if country is None else str(country.what),
+        largest_country_share=None if country is None else country.share,
+        hostile_to_add=one.to_add,
+        hostile_members=one.to_take,
+    )
 
 
 @router.put("/regions/{region}")

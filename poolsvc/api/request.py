@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from poolsvc import auth
 from poolsvc.api.limits import Limits
 from poolsvc.auth import Principal
+from poolsvc.concentration import Concentration
 from poolsvc.config import Settings
 from poolsvc.db import Database, act_as
 from poolsvc.derived import RegistryKey
@@ -35,6 +36,7 @@ class Services:
     odds: Kept[Odds]
     atlas: Atlas
     regions: Kept[dict[str, Place]]
+    concentration: Kept[dict[str, Concentration]]
     providers: Mapping[str, Provider]  # of OpenID Connect, by name
     inspector: Inspector
 

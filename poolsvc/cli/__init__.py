@@ -15,7 +15,7 @@ from nts_core.client import load_roots
 from nts_core.shell import configure_logging, raise_descriptor_limit
 from poolsvc import embedded_dns, schema
 from poolsvc.app import Part, create_app
-from poolsvc.cli import accounts, acme, data, dayone, dns, keys, monitor, regions, zone
+from poolsvc.cli import accounts, acme, data, dayone, dns, keys, monitor, monitors, regions, zone
 from poolsvc.cli.common import ConfigOption, ExitStatus, fail, read_registry_key, read_settings, refuse
 from poolsvc.config import Settings, split_endpoint
 from poolsvc.db import Database
@@ -35,6 +35,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(dns.app, name="dns")
 app.add_typer(keys.app, name="key")
 app.add_typer(regions.app, name="regions")
+app.add_typer(monitors.app, name="monitors")
 app.add_typer(zone.app, name="zone")
 app.command("init")(dayone.init)
 app.command("parent-records")(dayone.show_parent_records)

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -9,6 +11,7 @@ import typer
 
 from poolsvc import plans
 from poolsvc.cli.common import ConfigOption, ExitStatus, in_transaction, read_settings, refuse
+from poolsvc.concentration import Concentration
 from poolsvc.errors import PoolError
 from poolsvc.regional import Atlas, Place
 
@@ -43,6 +46,38 @@ def show(
         f"a region needs {settings.policy.region_size} servers; young: of its weight, what accounts younger than"
         f" {settings.policy.young_days:g} days would have, and what they have"
     )
+
+
+@app.command()
+def independence(
+    config: ConfigOption,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document")] = False,
+) -> None:
+    """Print in how few hands the pool and its regions are: answers, the largest, and what a hostile majority takes."""
+    found = in_transaction(settings := read_settings(config), Atlas(settings).concentration)
+    if as_json:
+        typer.echo(json.dumps([asdict(one) for one in found.values()], indent=2))
+        return
+    for one in found.values():
+        typer.echo(f"{one.region or 'world'}: {one.servers} servers of {one.members} members")
+        for line in _lines(one):
+            typer.echo(f"  {line}")
+
+
+def _lines(one: Concentration) -> Iterator[str]:
+    if one.varied is not None:
+        yield (
+            f"answers with four different operators {one.varied.operators:.0%}, networks {one.varied.networks:.0%},"
+            f" prefixes {one.varied.prefixes:.0%}, all of that {one.varied.all:.0%}"
+        )
+    for what, found in (("member", one.operator), ("AS", one.network), ("country", one.country)):
+        if found is not None:
+            yield f"the largest {what}, {found.what}, has {found.share:.0%} of the weight"
+    if one.to_add is not None:
+        yield f"a hostile majority of a client's four takes {one.to_add} more servers of as many accounts and networks"
+    if one.to_take is not None:
+        yield f"or {one.to_take} of the present members together, the heaviest first"
 
 
 @app.command()

@@ -10,7 +10,7 @@ import dns.resolver
 
 from nts_core.verdict import Verdict
 from poolsvc.config import ConfigError
-from poolsvc.doctor import ca, host, mail, zone
+from poolsvc.doctor import ca, host, mail, monitors, zone
 from poolsvc.doctor.report import DEADLINE, Check, Examination, Result, Unknowable, fail, skipped
 from poolsvc.errors import PoolError
 from poolsvc.primary import Nameserver
@@ -37,6 +37,7 @@ CHECKS = (
     Check("ca", ca.directory),
     Check("ca-socket", ca.sockets),
     Check("mail", mail.server),
+    Check("monitors", monitors.enough),
 )
 
 

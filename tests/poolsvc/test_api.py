@@ -97,6 +97,8 @@ async def test_everybody_may_see_the_pool_and_nothing_of_its_members(alice):
         "opened_at": None,
         "active_servers": 0,
         "quorum": "bootstrap",
+        "monitors": 1,
+        "unknown_addresses": 0,
         "allow_private_addresses": True,
         "alarms": ["worker: none has been seen for 60 s"],
     }

@@ -594,7 +594,7 @@ def test_settings_with_a_password_that_others_can_read(site, tmp_path):
 
 def test_a_database_that_is_not_there(site, tmp_path):
     found = faulty(site, database=f"sqlite+aiosqlite:///{tmp_path / 'none.db'}")
-    assert {*found} == {"database"}
+    assert {*found} == {"database", "monitors"}
     failed(found["database"], "poolsvc migrate")
     assert not (tmp_path / "none.db").exists()
 

@@ -82,9 +82,10 @@ async def world(registry):
     alice = await registry.server("alice", ADDRESS, state=ServerState.ACTIVE, member=member)
     await registry.server("erin", "198.18.0.2", member=member, agentless=True)
     moving = await registry.server("moving", "198.18.0.3", member=other)
+    _, eyes = await registry.monitor("eyes", member)
     colleague = await registry.person(member, MemberRole.TECHNICIAN)
     owner = await registry.person(member)
-    tokens = {"nobody": None, "owner": owner.token}
+    tokens = {"nobody": None, "owner": owner.token, "monitor": eyes}
     async with registry.database.transaction("test") as session:
         _, tokens["operator"] = await members.create_operator(session, now)
         support = await members.create_user(session, now, staff=StaffRole.SUPPORT)
@@ -126,6 +127,7 @@ async def world(registry):
         "identity_id": identity.id,
         "invitation": invited[0].id,
         "address": "198.18.0.2",
+        "monitor": "eyes",
     }
     special = {
         "/v1/servers/{name}/proofs": {"name": "erin"},
@@ -255,11 +257,15 @@ def parameters(entry, document, where):
 async def test_no_text_with_control_characters_comes_further_than_its_document(world, app, client, text):
     """PostgreSQL stores no NUL and refuses even to compare with one. Agents' words are cleaned, not refused."""
     document, asked = app.openapi(), 0
-    async with client(world.tokens["operator"]) as http, client(world.tokens["agent"]) as agent:
+    async with (
+        client(world.tokens["operator"]) as http,
+        client(world.tokens["agent"]) as agent,
+        client(world.tokens["monitor"]) as monitor,
+    ):
 
         async def refuses(method, template, *, ids=None, strict=True, **options):
             path = template.format(**{"name": "lab"} | world.ids(template) | (ids or {}))
-            sender = agent if template.startswith("/v1/agent/") else http
+            sender = {"agent": agent, "monitor": monitor}.get(template.split("/")[2], http)
             answer = await sender.request(method, path, **options)
             assert answer.status_code < 500, (method, path, options)
             assert not strict or answer.status_code == 422, (method, path, options, answer.text)

@@ -193,3 +193,19 @@ async def test_the_share_follows_the_best_address(pool):
         server.addresses[0].score = 19.5
         await session.flush()
         assert len(list(await session.scalars(select(ZoneChange.server_id)))) == 1
+
+
+async def test_in_how_few_hands_the_pool_is(places, pool, client):
+    """Of eight equal servers five share a network; no member is named to everybody."""
+    app = create_app(pool.settings, pool.database, None, RegistryKey(bytes(32)))
+    async with pool.database.transaction() as session:
+        session.add(Region(label="de", on_since=pool.now))
+    async with client(app=app) as anybody:
+        world, germany = (await anybody.get("/v1/pool/independence")).json()
+    assert (world["region"], world["servers"], world["members"]) == ("world", 8, 8)
+    assert (world["largest_network"], world["largest_network_share"]) == (64500, 5 / 8)
+    assert (world["largest_country"], world["largest_operator_share"]) == ("de", 1 / 8)
+    assert world["answers"]["operators"] == 1.0
+    assert world["answers"]["networks"] < 1.0
+    assert (world["hostile_to_add"], world["hostile_members"]) == (13, 5)
+    assert (germany["region"], germany["largest_network_share"]) == ("de", 1.0)

@@ -72,10 +72,10 @@ async def test_a_dry_run_explains_each_choice_and_changes_nothing(registry):
     server = await registry.server(state=S.ACTIVE)
     async with registry.change(server) as (session, row):
         found = await reviews.explain(session, row, LOT, NOW)
-    assert [(each.address, each.monitor, each.now, each.role, each.is_change) for each in found] == [
-        ("198.18.0.1", INNER, None, R.ACTIVE, True),
-        ("198.18.0.1", "frankfurt", None, R.ACTIVE, True),
-    ]
+    assert {(each.address, each.monitor, each.role, each.is_change) for each in found} == {
+        ("198.18.0.1", INNER, R.ACTIVE, True),
+        ("198.18.0.1", "frankfurt", R.ACTIVE, True),
+    }
     async with registry.database.transaction() as session:
         assert (await session.scalars(select(MonitorView))).all() == []
 

@@ -122,9 +122,12 @@ async def test_a_validating_resolver_sees_every_set_and_a_new_draw(embedded, tmp
     assert await publisher.verify([(SERVICE, "SRV")], zone, draw_of(POLICY, [SERVICE], [other])) == ()
 
 
-async def test_a_draw_that_is_in_place_costs_nothing_and_one_is_lost_with_the_server(embedded):
+async def test_a_draw_is_its_leaders_comes_again_for_nothing_and_is_lost_with_the_server(embedded):
     publisher, zone = await filled(embedded)
     sink, sets = Sink(publisher), {SERVICE: drawn(1)}
+    with pytest.raises(Fenced):
+        await sink.publish(sets, 1, EPOCH - 1)
+    assert token_at(embedded) in (None, NO_DRAW)
     token = await sink.publish(sets, 1, EPOCH)
     draw = draw_of(POLICY, sets, [token])
     assert await sink.publish(sets, 1, EPOCH) == token
@@ -136,6 +139,7 @@ async def test_a_draw_that_is_in_place_costs_nothing_and_one_is_lost_with_the_se
     assert await publisher.verify([(SERVICE, "SRV")], zone, draw) == ()
 
 
+@pytest.mark.long
 async def test_large_draws_come_in_parts(embedded):
     publisher, _ = await filled(embedded)
     sets = drawn(3, count=1500)
@@ -159,13 +163,7 @@ async def test_an_address_leaves_with_the_sets_that_name_it(embedded):
     assert seen(embedded, 50) <= all_of(left), "a draw that is refused changes nothing"
 
 
-async def test_a_leader_of_another_epoch_draws_nothing(embedded):
-    publisher, _ = await filled(embedded)
-    with pytest.raises(Fenced):
-        await Sink(publisher).publish({SERVICE: drawn(1)}, 1, EPOCH - 1)
-    assert token_at(embedded) in (None, NO_DRAW)
-
-
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [kind for kind in PRIMARIES if PRIMARIES[kind] is not Embedded])
 async def test_other_primaries_have_no_place_for_sets(tmp_path, kind):
     with PRIMARIES[kind](tmp_path / "primary", ttl=1) as primary:
@@ -204,6 +202,7 @@ def edge(tmp_path):
             yield edge
 
 
+@pytest.mark.long
 async def test_an_edge_answers_from_the_draw_and_goes_on_without_its_source(edge, tmp_path):
     publisher, zone = await filled(edge.embedded, edge.knot)
     sink, sets = Sink(publisher), drawn(1)

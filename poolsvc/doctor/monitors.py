@@ -1,0 +1,47 @@
+"""Whether enough monitors are there to say how servers are."""
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from nts_core.control import MonitorStatus
+from poolsvc import monitors
+from poolsvc.db import Database
+from poolsvc.doctor.report import Examination, Finding, Unknowable, fail, ok, warn
+
+
+async def enough(at: Examination) -> Finding:
+    """As many as have to agree are heard, and each of them is sound."""
+    file = at.settings.database_file
+    if file is not None and not file.exists():
+        raise Unknowable("needs the database")
+    opened = Database(at.settings.database)
+    try:
+        async with opened.transaction() as session:
+            standing = await monitors.council(session, at.settings, at.now)
+            eyes = await monitors.living(session)
+            unknown = await monitors.count_unknown(session)
+    except (SQLAlchemyError, OSError):
+        raise Unknowable("needs the database") from None
+    finally:
+        await opened.close()
+    if not standing.is_met:
+        return fail(
+            monitors.alarm(standing) or "",
+            "see `poolsvc monitors list`; `poolsvc monitors quorum N --reason TEXT` lets fewer agree",
+        )
+    bad = [
+        f"{each.name} is not sound ({each.sound_detail or 'it has no check of its clock'})"
+        for each in eyes
+        if each.status in monitors.WORKING and not monitors.is_sound(each)
+    ]
+    if bad:
+        return warn("; ".join(bad), "correct the clock and network of their hosts")
+    waiting = [each.name for each in eyes if each.status is MonitorStatus.PENDING]
+    if waiting:
+        return warn(f"{', '.join(waiting)} wait for approval", "poolsvc monitors approve NAME")
+    kind = ", bootstrap" if standing.quorum.is_bootstrap else ""
+    text = f"{standing.heard} are heard, {standing.quorum.number} have to agree{kind}"
+    if unknown:
+        return warn(
+            f"{text}; {unknown} addresses are known by too few", "see which monitors are paused or late"
+        )
+    return ok(text)
