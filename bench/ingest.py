@@ -23,11 +23,7 @@ from bench import pools
 from lab.postgres import Postgres
 from lab.processes import LabError
 from nts_core.control import MonitorReport, MonitorSample, MonitorStatus, ProbeResult
-<<<<<<< HEAD
-from poolsvc import monitors, reports, reviews, schema
-=======
-from poolsvc import disagreements, monitors, reports, schema
->>>>>>> why
+from poolsvc import disagreements, monitors, reports, reviews, schema
 from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.derived import RegistryKey
@@ -37,11 +33,8 @@ _MONITORS, _ACTIVE = 12, 7
 _TOLD = 500  # samples of a report
 _AT_ONCE = 4  # reports
 _BATCH = 500  # servers
-<<<<<<< HEAD
 _REVIEWED, _TOGETHER = 400, 20  # servers; those of one transaction
-=======
 _DISPUTED = 100  # one address of so many is bad for the monitors on trial
->>>>>>> why
 _DOCUMENT = TypeAdapter(MonitorReport)
 
 
@@ -56,12 +49,9 @@ class Figures:
     inserts_per_second: float
     rescored_addresses: int
     rescoring_s: float
-<<<<<<< HEAD
     reviews_per_second: float  # servers whose monitors are chosen anew
-=======
     comparing_s: float  # what monitors with a say and others see, once
     disagreements: int
->>>>>>> why
 
 
 def _settings(database: str) -> Settings:
@@ -191,14 +181,11 @@ async def _measure(settings: Settings, servers: int, count: int) -> Figures:
         spent = time.process_time() - began
         inserting = await _all([insert(number) for number in rest])
         rescoring, left = await _rescore(database, settings, servers)
-<<<<<<< HEAD
         reviewing = await _review(database, settings)
-=======
         began = time.monotonic()
         async with database.transaction("bench") as session:
             found = await disagreements.look(session, settings, datetime.now(UTC))
         comparing = time.monotonic() - began
->>>>>>> why
     finally:
         await database.close()
     if left > servers / 100:
@@ -212,12 +199,9 @@ async def _measure(settings: Settings, servers: int, count: int) -> Figures:
         inserts_per_second=samples / inserting,
         rescored_addresses=2 * servers,
         rescoring_s=rescoring,
-<<<<<<< HEAD
         reviews_per_second=_REVIEWED / reviewing,
-=======
         comparing_s=comparing,
         disagreements=len(found),
->>>>>>> why
     )
 
 
@@ -262,11 +246,8 @@ def main() -> int:
     print(f"  processor time:    {figures.cpu_us_per_sample:8.0f} us a sample")
     print(f"the insert alone:    {figures.inserts_per_second:8.0f} samples a second")
     print(f"all scores anew:     {figures.rescoring_s:8.1f} s")
-<<<<<<< HEAD
     print(f"monitors chosen:     {figures.reviews_per_second:8.0f} servers a second")
-=======
     print(f"views compared:      {figures.comparing_s:8.2f} s; {figures.disagreements} addresses disputed")
->>>>>>> why
     return 0
 
 
