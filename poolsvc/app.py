@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from enum import StrEnum
 from functools import partial
 from http import HTTPStatus
@@ -17,9 +18,11 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.exceptions import HTTPException
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
+from poolsvc import disagreements
 from poolsvc.api import ROUTERS, Limits, Services
 from poolsvc.api.openapi import describe, refuse_unknown_parameters
 from poolsvc.config import Settings
@@ -69,6 +72,10 @@ class _Registry(FastAPI):
 
     def openapi(self) -> dict[str, Any]:
         return describe(self)
+
+
+async def _disagreements(settings: Settings, session: AsyncSession) -> Sequence[disagreements.Found]:
+    return await disagreements.look(session, settings, datetime.now(UTC))
 
 
 def create_app(
@@ -125,6 +132,7 @@ def create_app(
         atlas=atlas,
         regions=Kept(atlas.look),
         concentration=Kept(atlas.concentration),
+        disagreements=Kept(partial(_disagreements, settings)),
         providers=providers,
         inspector=Inspector(settings, roots),
     )

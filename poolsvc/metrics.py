@@ -110,6 +110,7 @@ class Metrics:
     def _families(self) -> Iterable[Metric]:
         now = datetime.now(UTC)
         yield from self._of_worker()
+        yield self._of_vigil()
         yield from self._of_database(now)
         yield from self._of_listeners()
         health = self.health
@@ -137,6 +138,16 @@ class Metrics:
         ):
             if moment is not None:
                 yield GaugeMetricFamily(f"poolsvc_{name}_seconds", text, (now - moment).total_seconds())
+
+    def _of_vigil(self) -> Metric:
+        apart = GaugeMetricFamily(
+            "poolsvc_disagreements",
+            "Servers that are so for monitors with a say, and the contrary for others.",
+            labels=["verdict"],
+        )
+        apart.add_metric(["good"], self.health.vigil.count(is_good=True))
+        apart.add_metric(["bad"], self.health.vigil.count(is_good=False))
+        return apart
 
     def _of_worker(self) -> Iterable[Metric]:
         passes = CounterMetricFamily("poolsvc_passes", "Passes of the worker.", labels=["kind"])

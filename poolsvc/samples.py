@@ -17,7 +17,7 @@ from nts_core.control import ProbeResult
 from poolsvc import summaries
 from poolsvc.config import Settings
 from poolsvc.db import Database, UtcDateTime
-from poolsvc.models import Address, DailyCount, SampleRecord
+from poolsvc.models import DailyCount, SampleRecord
 from poolsvc.pool import count_by_state
 
 _log = structlog.get_logger()
@@ -43,29 +43,6 @@ def sample(
         offset_ns=result.offset,
         delay_ns=result.delay,
     )
-
-
-async def read(
-    session: AsyncSession,
-    server_id: int,
-    *,
-    since: datetime | None,
-    until: datetime | None,
-    limit: int,
-) -> Sequence[tuple[str, SampleRecord]]:
-    """The newest samples of a server's addresses with their addresses, newest first."""
-    query = (
-        select(Address.address, SampleRecord)
-        .join(Address, Address.id == SampleRecord.address_id)
-        .where(Address.server_id == server_id)
-        .order_by(SampleRecord.at.desc(), SampleRecord.address_id)
-        .limit(limit)
-    )
-    if since is not None:
-        query = query.where(SampleRecord.at >= since)
-    if until is not None:
-        query = query.where(SampleRecord.at < until)
-    return [(address, record) for address, record in await session.execute(query)]
 
 
 async def keep_house(database: Database, settings: Settings, now: datetime) -> bool:

@@ -374,9 +374,10 @@ def next_probe(
 
 
 # Glances of so long ago still say something: nobody glances less often.
-_REMEMBERED = timedelta(seconds=2 * max(_EVERY_GLANCE))
+REMEMBERED = timedelta(seconds=2 * max(_EVERY_GLANCE))
 _LEAST_GLANCES = 3
-_GOOD_STEP = CUTOFF / MAX_SCORE
+LEAST_AGAINST = _LEAST_GLANCES // 2 + 1
+GOOD_STEP = CUTOFF / MAX_SCORE
 
 
 @dataclass(frozen=True, slots=True)
@@ -405,8 +406,8 @@ def disagreement(score: float | None, glances: Iterable[Glance], now: datetime) 
     """Unlisted monitors beside the listed ones, whose verdict is `score`; an unknown one nobody contradicts."""
     by_party: dict[int, Counter[bool]] = {}
     for glance in glances:
-        if now - glance.at <= _REMEMBERED:
-            by_party.setdefault(glance.party, Counter())[glance.step >= _GOOD_STEP] += 1
+        if now - glance.at <= REMEMBERED:
+            by_party.setdefault(glance.party, Counter())[glance.step >= GOOD_STEP] += 1
     if score is None:
         return Disagreement(len(by_party), 0)
     found = is_good(score)

@@ -25,6 +25,7 @@ from poolsvc import (
     addresses,
     alarms,
     authorities,
+    disagreements,
     idempotency,
     issuance,
     journal,
@@ -63,8 +64,11 @@ _FAREWELL = 2.0
 _QUICK, _YOUNG = 0.01, 10.0
 # How often silent agents are looked for.
 _WATCH = timedelta(minutes=1)
+# How often it is compared what monitors with a say and others see.
+_COMPARE = timedelta(minutes=5)
 # How often the outbox of the zone is looked at, in seconds.
 _GLANCE = 0.1
+_REVIEWED = 20  # servers at once
 _T = TypeVar("_T")
 
 
@@ -86,7 +90,7 @@ class Kind:
 PROOFS = Kind("prove", Address, Address.proof_due_at, batch=64, concurrency=16)
 PROBES = Kind("probe", Server, Server.probe_due_at, batch=192, concurrency=64)
 JUDGEMENTS = Kind("judge", Server, Server.judge_due_at, batch=500, concurrency=16)
-REVIEWS = Kind("review", Server, Server.review_due_at, batch=100, concurrency=4)
+REVIEWS = Kind("review", Server, Server.review_due_at, batch=200, concurrency=2)
 NEW_ORDERS = Kind("begin_orders", Server, Server.order_due_at, batch=200, concurrency=1)
 ORDERS = Kind("advance_orders", Order, Order.due_at, batch=50, concurrency=16)
 WINDOWS = Kind("maintain", MaintenanceWindow, MaintenanceWindow.due_at, batch=50, concurrency=4)
@@ -193,6 +197,8 @@ class Health:
         self.queue: str | None = None  # for the CA's limits, when it is too long
         self.mail: str | None = None
         self.monitors: str | None = None  # too few to say how servers are
+        self.vigil = disagreements.Vigil()  # what monitors with a say and others see differently
+        self.apart: list[str] = []  # of that what has lasted
         self.not_ordered = 0  # servers that showed a certificate which the pool did not order
         self.work: dict[str, str] = {}  # kinds of work that failed last time, with the error's name
         self.passes: defaultdict[str, Passes] = defaultdict(Passes)
@@ -213,6 +219,7 @@ class Health:
         found += [f"queue: {self.queue}"] if self.queue else []
         found += [f"mail: {self.mail}"] if self.mail else []
         found += [f"monitors: {self.monitors}"] if self.monitors else []
+        found += [f"monitors: {text}" for text in self.apart]
         return found + [f"worker: {work.strip('_')} failed with {error}" for work, error in self.work.items()]
 
 
@@ -245,6 +252,7 @@ class Worker:
         self._geo = Geo(settings.geo.database)
         self._post = Post(database, settings, key, Outbound(settings))
         self._watched_at: datetime | None = None
+        self._compared_at: datetime | None = None
         self._quick_until = 0.0
         self._queue_seen_at: datetime | None = None
 
@@ -368,11 +376,13 @@ class Worker:
         return len(ids) == JUDGEMENTS.batch
 
     async def _review(self, now: datetime) -> bool:
-        return await self._take(
-            REVIEWS,
-            now,
-            lambda row: reviews.review_due(self._database, self._settings, self._key, row, now),
-        )
+        async with hold(self._database, REVIEWS, now) as ids:
+            await self._each(
+                [sorted(ids)[first : first + _REVIEWED] for first in range(0, len(ids), _REVIEWED)],
+                lambda some: reviews.review_due(self._database, self._settings, self._key, some, now),
+                REVIEWS.concurrency,
+            )
+        return len(ids) == REVIEWS.batch
 
     async def _begin_orders(self, now: datetime) -> bool:
         is_look = self._queue_seen_at is None or now - self._queue_seen_at >= onboarding.LOOK
@@ -487,11 +497,19 @@ class Worker:
                 self._health.not_ordered = await troubles.count_not_ordered(session, now)
                 queue = await onboarding.queue(session)
                 await monitors.raise_quorum(session, self._settings, now)
-                self._health.monitors = monitors.alarm(await monitors.council(session, self._settings, now))
+                self._health.monitors = monitors.alarm(
+                    await monitors.council(session, self._settings, now),
+                    await monitors.count_unknown(session),
+                )
             if self._settings.geo.database:
                 await monitors.place(self._database, self._geo)
             self._health.queue = onboarding.alarm(self._settings, queue, now)
             self._watched_at = None if more_silent else now
+        if self._compared_at is None or now - self._compared_at >= _COMPARE:
+            async with self._database.transaction() as session:
+                self._health.vigil.note(await disagreements.look(session, self._settings, now), now)
+            self._health.apart = self._health.vigil.alarms(now)
+            self._compared_at = now
         return is_more
 
     async def _reconcile(self, now: datetime) -> bool:

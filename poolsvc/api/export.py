@@ -42,7 +42,7 @@ _OF_SERVERS: dict[str, tuple[Any, InstrumentedAttribute[int]]] = {
 async def export_member(member: IdPath, principal: PrincipalDep, session: SessionDep) -> dict[str, Any]:
     """All that is kept about a member and its servers, without secrets; of each list the newest 10,000.
 
-    What probes measured is not in it: GET /v1/servers/NAME/samples.
+    What probes measured is not in it: GET /v1/servers/NAME/history.
     """
     principal.may(Operation.EXPORT_MEMBER, member=member)
     own = await members.get(session, member)

@@ -106,6 +106,26 @@ class ScorersView(Document):
     added: list[str]
 
 
+class WitnessView(Document):
+    """A monitor without a say that saw the contrary of those with one."""
+
+    monitor: str
+    at: datetime
+    step: float = Field(description="of its last probe; 0.5 and more is good")
+    reason: str = Field(description="why that was not a full step")
+
+
+class DisagreementView(Document):
+    """An address of which most monitors without a say see the contrary of what those with a say found."""
+
+    server: str
+    address: str
+    score: float = Field(description="by those with a say; 10 and more is good")
+    asked: int = Field(description="parties without a say that have looked of late")
+    against: int = Field(description="of them, that saw the contrary")
+    witnesses: list[WitnessView] = Field(description="the monitors of these, at most 20")
+
+
 class QuorumRequest(Document):
     quorum: int = Field(ge=1, le=3, description="how many monitors have to agree; it rises again by itself")
     reason: ReasonText = Field(min_length=1)
@@ -234,6 +254,16 @@ async def list_monitors_of_server(
             )
         )
     return found
+
+
+@router.get("/pool/disagreements")
+async def list_disagreements(
+    principal: PrincipalDep, services: ServicesDep, session: SessionDep
+) -> list[DisagreementView]:
+    """Servers that are good only for the monitors that they have, or bad only for them; at most 200 addresses."""
+    principal.may(Operation.READ_POOL)
+    found = await services.disagreements.get(session)
+    return [DisagreementView.model_validate(each) for each in found]
 
 
 @router.get("/scorers")

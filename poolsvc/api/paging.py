@@ -8,7 +8,6 @@ import base64
 import binascii
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Generic, TypeVar
 
 from fastapi import Depends, Query
@@ -21,7 +20,6 @@ from poolsvc.errors import InvalidCursor
 
 T = TypeVar("T")
 DEFAULT_LIMIT, MAX_LIMIT = 50, 200
-_EPOCH, _TICK = datetime(1970, 1, 1, tzinfo=UTC), timedelta(microseconds=1)
 _MAX_DIGITS = 18  # what both engines can compare with an id
 
 
@@ -53,39 +51,34 @@ class Paging:
         found = found.order_by(key.desc() if newest_first else key).limit(self.limit + 1)
         rows: list[Any] = list(await session.scalars(found))
         more = len(rows) > self.limit
-        return rows[: self.limit], _cursor(getattr(rows[self.limit - 1], key.key)) if more else None
-
-    @property
-    def before(self) -> datetime | None:
-        """The moment that is the cursor of a list by time."""
-        if self.after is None:
-            return None
-        try:
-            return _EPOCH + self.after * _TICK
-        except OverflowError:
-            raise _no_cursor() from None
+        return rows[: self.limit], cursor_of(str(getattr(rows[self.limit - 1], key.key))) if more else None
 
 
-def cursor_of(at: datetime) -> str:
-    """The cursor of a list by time: the page after has what was before this moment."""
-    return _cursor((at - _EPOCH) // _TICK)
+def cursor_of(key: str) -> str:
+    """The cursor of the page after the row with this key."""
+    return base64.urlsafe_b64encode(key.encode()).decode().rstrip("=")
 
 
-def _cursor(key: int) -> str:
-    return base64.urlsafe_b64encode(str(key).encode()).decode().rstrip("=")
+def key_of(cursor: str) -> str:
+    """The key of which it was made. Raises InvalidCursor."""
+    try:
+        return base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode()
+    except (binascii.Error, ValueError):
+        raise no_cursor() from None
 
 
 def _read(cursor: str) -> int:
-    try:
-        text = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
-    except (binascii.Error, ValueError):
-        text = b""
-    if not text.isdigit() or len(text) > _MAX_DIGITS or _cursor(int(text)) != cursor:
-        raise _no_cursor()
+    text = key_of(cursor)
+    if (
+        not (text.isascii() and text.isdigit())
+        or len(text) > _MAX_DIGITS
+        or cursor_of(str(int(text))) != cursor
+    ):
+        raise no_cursor()
     return int(text)
 
 
-def _no_cursor() -> InvalidCursor:
+def no_cursor() -> InvalidCursor:
     return InvalidCursor(
         "the cursor is none of this registry's",
         remedy="give `next` of the page before, or none for the first page",
@@ -93,9 +86,12 @@ def _no_cursor() -> InvalidCursor:
     )
 
 
+CursorQuery = Annotated[Line | None, Query(max_length=120, description="`next` of the page before")]
+
+
 def _paging(
     limit: Annotated[int, Query(ge=1, le=MAX_LIMIT, description="rows in a page")] = DEFAULT_LIMIT,
-    cursor: Annotated[Line | None, Query(max_length=40, description="`next` of the page before")] = None,
+    cursor: CursorQuery = None,
 ) -> Paging:
     return Paging(limit, None if cursor is None else _read(cursor))
 

@@ -1,6 +1,6 @@
 """What every endpoint stands on: the application's services, one transaction, one moment, and who is asking."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import MAXYEAR, MINYEAR, UTC, datetime
 from typing import Annotated
@@ -17,6 +17,7 @@ from poolsvc.concentration import Concentration
 from poolsvc.config import Settings
 from poolsvc.db import Database, act_as
 from poolsvc.derived import RegistryKey
+from poolsvc.disagreements import Found
 from poolsvc.drawing import Odds
 from poolsvc.inspection import Inspector
 from poolsvc.oidc import Provider
@@ -37,6 +38,7 @@ class Services:
     atlas: Atlas
     regions: Kept[dict[str, Place]]
     concentration: Kept[dict[str, Concentration]]
+    disagreements: Kept[Sequence[Found]]
     providers: Mapping[str, Provider]  # of OpenID Connect, by name
     inspector: Inspector
 

@@ -1,7 +1,7 @@
 """Servers of the pool as their members and the operators see them, and what these may do with them."""
 
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Annotated
 
 from fastapi import APIRouter, Query
@@ -18,18 +18,16 @@ from poolsvc import (
     own_account,
     regional,
     removal,
-    samples,
     scoring,
     servers,
     terms,
 )
 from poolsvc.api.idempotent import idempotent
 from poolsvc.api.lookup import server_for, server_to_read
-from poolsvc.api.paging import MAX_LIMIT, Page, PagingDep, cursor_of
+from poolsvc.api.paging import Page, PagingDep
 from poolsvc.api.request import (
     Document,
     Line,
-    Moment,
     NamePath,
     NowDep,
     PrincipalDep,
@@ -45,7 +43,7 @@ from poolsvc.config import Settings
 from poolsvc.drawing import is_young
 from poolsvc.errors import WrongState
 from poolsvc.explain import StageView, expected_at, explain, why_not
-from poolsvc.models import Address, HoldKind, Member, SampleRecord, Server, Token, TokenKind
+from poolsvc.models import Address, HoldKind, Member, Server, Token, TokenKind
 from poolsvc.pool import count_until_open, the_pool
 from poolsvc.removal import Receipt
 
@@ -317,65 +315,6 @@ async def revoke_compromised(
     server = await server_for(session, principal, name, Operation.CHANGE_SERVER)
     issuance.revoke_compromised(server, now)
     return await changed_view(session, services, server, now)
-
-
-class SampleView(Document):
-    """What one probe of one address measured."""
-
-    address: str
-    at: datetime
-    monitor: str
-    failed: str | None = Field(description="the stage that failed; null for a full probe")
-    step: float
-    score: float | None = Field(description="after the step; null until the server is admitted")
-    offset_ns: int | None
-    delay_ns: int | None
-
-
-@router.get("/servers/{name}/samples")
-async def read_samples(
-    name: NamePath,
-    principal: PrincipalDep,
-    session: SessionDep,
-    paging: PagingDep,
-    since: Moment | None = None,
-    until: Moment | None = None,
-) -> Page[SampleView]:
-    """What the last probes of a server measured, the newest first, within `since` and before `until`.
-
-    A page is longer than `limit` by what was measured at its last moment: a cursor of this list names a moment.
-    """
-    server = await server_to_read(session, principal, name)
-    before = min((end for end in (until, paging.before) if end is not None), default=None)
-    rows, further = await _samples(session, server, since, before, paging.limit)
-    items = [
-        SampleView(
-            address=address,
-            at=row.at,
-            monitor=row.monitor,
-            failed=row.failed,
-            step=row.step,
-            score=row.score,
-            offset_ns=row.offset_ns,
-            delay_ns=row.delay_ns,
-        )
-        for address, row in rows
-    ]
-    return Page(items=items, next=further)
-
-
-async def _samples(
-    session: AsyncSession, server: Server, since: datetime | None, until: datetime | None, limit: int
-) -> tuple[Sequence[tuple[str, SampleRecord]], str | None]:
-    """A page that ends with a whole moment, and the cursor of the next."""
-    rows = await samples.read(session, server.id, since=since, until=until, limit=limit + 1)
-    if len(rows) <= limit:
-        return rows, None
-    last = rows[limit - 1][1].at
-    moment = await samples.read(
-        session, server.id, since=last, until=last + timedelta(microseconds=1), limit=MAX_LIMIT
-    )
-    return [*(entry for entry in rows if entry[1].at > last), *moment], cursor_of(last)
 
 
 def is_in_dns(server: Server) -> bool:

@@ -10,7 +10,7 @@ import typer
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from nts_core.control import MonitorStatus
-from poolsvc import monitors, reviews, servers
+from poolsvc import disagreements, monitors, reviews, servers
 from poolsvc.cli.common import (
     ConfigOption,
     ExitStatus,
@@ -166,6 +166,23 @@ def shadow(
     for sign, some in (("-", found.dropped), ("+", found.added)):
         for name in some if names else ():
             typer.echo(f"{sign} {name}")
+
+
+@app.command("disagreements")
+def list_disagreements(config: ConfigOption) -> None:
+    """Print servers of which most monitors without a say see the contrary of those with one."""
+    settings = read_settings(config)
+    found = in_transaction(settings, lambda session: disagreements.look(session, settings, datetime.now(UTC)))
+    for each in found:
+        verdict, contrary = ("good", "bad") if each.is_good else ("bad", "good")
+        typer.echo(
+            f"{each.server} {each.address}: {verdict} to those with a say (score {each.score:.1f}), {contrary} to"
+            f" {each.against} of {each.asked} others"
+        )
+        for witness in each.witnesses:
+            typer.echo(
+                f"    {witness.monitor:<20} {witness.at:%Y-%m-%d %H:%M} UTC  {witness.reason or 'good'}"
+            )
 
 
 def _become(config: Path, name: str, status: MonitorStatus, reason: str) -> None:

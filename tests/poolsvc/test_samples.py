@@ -1,16 +1,16 @@
 """What probes measured, how long it is kept, and the pool day by day; on both engines."""
 
 import asyncio
-import base64
 from datetime import UTC, date, datetime, timedelta
 
 import pytest
 from sqlalchemy import func, select, text
 
 from nts_core.control import ProbeResult, ServerState, Stage
-from poolsvc import members, monitoring, samples
+from poolsvc import monitoring, samples, series, servers
 from poolsvc.db import Database
 from poolsvc.models import Address, DailyCount, SampleRecord
+from poolsvc.series import Span, Stretch
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -36,6 +36,13 @@ async def put(registry, address_id, *times):
         )
 
 
+async def read(registry, server_id):
+    async with registry.database.transaction() as session:
+        server = await servers.get(session, server_id)
+        found, _ = await series.read(session, Span.SAMPLES, Stretch(server.addresses), limit=10)
+    return found
+
+
 async def count(registry):
     async with registry.database.transaction() as session:
         return await session.scalar(select(func.count()).select_from(SampleRecord))
@@ -57,32 +64,19 @@ async def test_each_probed_address_leaves_one_sample_with_the_score_after_it(reg
     server = await registry.server("alice", ONE, OTHER, state=S.ACTIVE)
     await probe(registry, server, NOW, good(), ProbeResult(OTHER, Stage.TCP, "no answer"))
     await probe(registry, server, NOW + DAY, good())
+    found = await read(registry, server)
     async with registry.database.transaction() as session:
-        found = await samples.read(session, server, since=None, until=None, limit=10)
         scores = {row.address: row.score for row in await session.scalars(select(Address))}
-    assert [(address, row.at, row.failed) for address, row in found] == [
+    assert [(point.address, point.mark.at, point.failed) for point in found] == [
         (ONE, NOW + DAY, None),
-        (ONE, NOW, None),
         (OTHER, NOW, "tcp"),
+        (ONE, NOW, None),
     ]
-    assert [(row.step, row.offset_ns, row.delay_ns) for _, row in found[1:]] == [
-        (1.0, -1500, 9_000_000_000),
+    assert [(point.step, point.offset_ns, point.delay_ns) for point in found[1:]] == [
         (-5.0, None, None),
+        (1.0, -1500, 9_000_000_000),
     ]
-    assert [found[0][1].score, found[2][1].score] == [scores[ONE], scores[OTHER]]
-
-
-async def test_samples_are_read_in_a_span_and_no_more_than_asked_for(registry):
-    server = await registry.server("alice", ONE, state=S.ACTIVE)
-    other = await registry.server("bob", "198.18.0.2", state=S.ACTIVE)
-    for number in range(5):
-        await probe(registry, server, NOW + number * DAY, good())
-    await probe(registry, other, NOW, good("198.18.0.2"))
-    async with registry.database.transaction() as session:
-        span = await samples.read(session, server, since=NOW + DAY, until=NOW + 3 * DAY, limit=10)
-        newest = await samples.read(session, server, since=None, until=None, limit=2)
-    assert [row.at for _, row in span] == [NOW + 2 * DAY, NOW + DAY]
-    assert [row.at for _, row in newest] == [NOW + 4 * DAY, NOW + 3 * DAY]
+    assert [found[0].score, found[1].score] == [scores[ONE], scores[OTHER]]
 
 
 async def test_old_samples_go_and_those_of_the_days_that_are_kept_stay(registry):
@@ -183,64 +177,6 @@ class TestPartitions:
 
 
 class TestApi:
-    @pytest.fixture
-    async def http(self, registry, client):
-        async with registry.database.transaction() as session:
-            _, token = await members.create_operator(session, datetime.now(UTC))
-        async with client(token) as http:
-            yield http
-
-    async def test_samples_of_a_server(self, registry, http):
-        server = await registry.server("alice", ONE, state=S.ACTIVE)
-        await probe(registry, server, NOW, good())
-        await probe(registry, server, NOW + DAY, good())
-        answer = await http.get("/v1/servers/alice/samples", params={"until": (NOW + DAY).isoformat()})
-        (sample,) = answer.json()["items"]
-        assert sample["address"] == ONE
-        assert datetime.fromisoformat(sample["at"]) == NOW
-        assert (
-            sample.items() >= {"monitor": "registry", "failed": None, "step": 1.0, "offset_ns": -1500}.items()
-        )
-
-    async def test_pages_of_samples_hold_every_one_once_and_moments_whole(self, registry, http):
-        server = await registry.server("alice", ONE, OTHER, state=S.ACTIVE)
-        for days in range(3):
-            for address in (ONE, OTHER):
-                await probe(registry, server, NOW + days * DAY, good(address))
-        pages, cursor = [], {}
-        while cursor is not None:
-            answer = (await http.get("/v1/servers/alice/samples", params={"limit": 1, **cursor})).json()
-            pages.append([(sample["at"], sample["address"]) for sample in answer["items"]])
-            cursor = answer["next"] and {"cursor": answer["next"]}
-        assert [len(page) for page in pages] == [2, 2, 2, 0]
-        seen = [entry for page in pages for entry in page]
-        assert len(set(seen)) == 6
-        assert seen == sorted(seen, key=lambda entry: entry[0], reverse=True)
-        far = base64.urlsafe_b64encode(b"9" * 18).decode().rstrip("=")
-        answer = await http.get("/v1/servers/alice/samples", params={"cursor": far})
-        assert (answer.status_code, answer.json()["code"]) == (422, "invalid-cursor")
-
-    @pytest.mark.parametrize(
-        "query",
-        [
-            "limit=0",
-            "limit=201",
-            "limit=x",
-            "since=yesterday",
-            "since=2026-03-01T12:00:00",
-            "since=0001-01-01T00:00:00%2B23:59",
-            "until=9999-12-31T23:59:59-23:59",
-            "until=" + "9" * 99,
-        ],
-    )
-    async def test_a_span_that_is_none_is_refused(self, registry, http, query):
-        await registry.server("alice", ONE)
-        answer = await http.get(f"/v1/servers/alice/samples?{query}")
-        assert (answer.status_code, answer.json()["code"]) == (422, "invalid-document")
-
-    async def test_samples_of_a_server_that_nobody_has_are_not_found(self, http):
-        assert (await http.get("/v1/servers/nobody/samples")).status_code == 404
-
     async def test_the_history_is_public_and_bounded(self, registry, client):
         async with registry.database.transaction() as session:
             session.add_all(
