@@ -61,6 +61,7 @@ bench: setup
 	$(BIN)/python -m bench.workers
 	$(BIN)/python -m bench.idle
 	$(BIN)/python -m bench.dns
+	$(BIN)/python -m bench.drawing
 	$(BIN)/python -m bench.sets
 	$(BIN)/python -m bench.client
 	$(BIN)/python -m bench.issue

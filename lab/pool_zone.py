@@ -34,14 +34,20 @@ class PoolZone:
                 update.delete(f"{name}.servers", rdtype)
         self._send(update)
 
-    def list(self, names: Iterable[str], *, first: Iterable[str] = (), port: int = 4460) -> None:
-        """The SRV answer from now on, with those before all others that are to be tried `first`; nobody is no answer."""
+    def list(
+        self, names: Iterable[str], *, first: Iterable[str] = (), port: int = 4460, region: str = ""
+    ) -> None:
+        """The SRV answer from now on, with those before all others that are to be tried `first`; nobody is no answer.
+
+        That of the pool, or of a region of it.
+        """
         update = self._update()
-        update.delete("_ntske._tcp", "SRV")
+        owner = f"_ntske._tcp.{region}" if region else "_ntske._tcp"
+        update.delete(owner, "SRV")
         for priority, several in enumerate((first, names)):
             for name in several:
                 target = f"{name}.servers.{self._primary.zone}."
-                update.add("_ntske._tcp", self._ttl, "SRV", f"{priority} 10 {port} {target}")
+                update.add(owner, self._ttl, "SRV", f"{priority} 10 {port} {target}")
         self._send(update)
 
     def _update(self) -> dns.update.UpdateMessage:

@@ -20,7 +20,7 @@ from nts_core.errors import printable
 from nts_core.independence import Bond, Candidate, choose, given_up
 from nts_core.packet import HEADER_LENGTH
 from nts_core.resolve import ResolveError
-from nts_core.srv import is_own
+from nts_core.srv import is_own, is_own_around
 from nts_core.tls import dns_names
 from nts_core.verdict import Verdict
 
@@ -211,7 +211,7 @@ def _srv(pool: str, seen: MembersSeen, wanted: int) -> Step:
 
 
 def _targets(pool: str, names: Sequence[str]) -> Step:
-    outside = [name for name in names if not is_own(name, pool)]
+    outside = [name for name in names if not is_own_around(name, pool)]
     if outside:
         return Step(
             Part.TARGETS,
@@ -221,7 +221,10 @@ def _targets(pool: str, names: Sequence[str]) -> Step:
             "the pool cannot take such a name away from a server: ask its operator whether that is meant",
             "targets-outside",
         )
-    return _ok(Part.TARGETS, pool, f"all below servers.{pool}")
+    if all(is_own(name, pool) for name in names):
+        return _ok(Part.TARGETS, pool, f"all below servers.{pool}")
+    around = pool.partition(".")[2]
+    return _ok(Part.TARGETS, pool, f"all below servers.{around}: a region of the pool {around}")
 
 
 def _addresses(pool: str, seen: MembersSeen) -> Step:

@@ -23,7 +23,7 @@ from nts_core.independence import Candidate
 from nts_core.ke import host_of
 from nts_core.metadata import Metadata
 from nts_core.resolve import Answer, Lookup, Moment, Proof, ResolveError, addresses, listing, metadata
-from nts_core.srv import is_own, targets_that_fit
+from nts_core.srv import is_own_around, targets_that_fit
 
 # Seconds between two looks, whatever the TTL; and after failures, twice as long each time.
 MIN_LOOK, MAX_LOOK = 30.0, 3600.0
@@ -93,7 +93,7 @@ class Membership:
             ]
             others = [mine[name] for name in mine.keys() - {target.name for target in targets}]
             if targets and look.proof is not Proof.UNPROVEN and len(targets) < targets_that_fit(self.pool):
-                delisted = {other.name for other in others if is_own(other.name, self.pool)}
+                delisted = {other.name for other in others if is_own_around(other.name, self.pool)}
                 look.gone |= delisted
                 others = [other for other in others if other.name not in delisted]
             checked = await asyncio.gather(

@@ -66,7 +66,7 @@ _REMEDIES = {
     "anchor": "give the zone's DS or DNSKEY records, one a line",
     "bogus": "check the trust anchor and try another resolver; answers may be altered on the way",
     "cname": "tell the pool's operator: a target must not be an alias (RFC 2782)",
-    "foreign": "validate the pool's answer (--dnssec require), or tell the pool's operator",
+    "foreign": "validate the answer (--dnssec require), as the name of a region needs; or tell the pool's operator",
     "expired": "your clock may be wrong: set it to within a day, then try again",
     "name": "check the name",
     "no-address": "tell the pool's operator: a target has no addresses",

@@ -134,25 +134,25 @@ class _Urn:
         for leniency in _Leniency:
             if leniency < _Leniency.MEMBER and self.members <= drawn.members:
                 continue
+            rest: Sequence[int] | None = None  # those that may follow, once they had to be looked for
             while len(drawn.names) < places:
-                found = self._next(drawn, leniency, chance)
-                if found is None:
-                    break
-                drawn.add(found)
+                one = self._by_chance(drawn, leniency, chance) if rest is None else None
+                if one is None:
+                    some = range(len(self.candidates)) if rest is None else rest
+                    rest = [at for at in some if drawn.takes(self.candidates[at], leniency)]
+                    if not rest:
+                        break
+                    sums = list(accumulate(self.weights[at] for at in rest))
+                    one = self.candidates[rest[self._at(sums, chance() * sums[-1])]]
+                drawn.add(one)
 
-    def _next(self, drawn: _Set, leniency: _Leniency, chance: Callable[[], float]) -> Candidate | None:
-        if not self.candidates:
-            return None
-        total = self._sums[-1]
-        for _ in range(_TRIES):
-            one = self.candidates[self._at(self._sums, chance() * total)]
+    def _by_chance(self, drawn: _Set, leniency: _Leniency, chance: Callable[[], float]) -> Candidate | None:
+        """One that may follow, if a few drawings find any."""
+        for _ in range(_TRIES if self.candidates else 0):
+            one = self.candidates[self._at(self._sums, chance() * self._sums[-1])]
             if drawn.takes(one, leniency):
                 return one
-        rest = [at for at, one in enumerate(self.candidates) if drawn.takes(one, leniency)]
-        if not rest:
-            return None
-        sums = list(accumulate(self.weights[at] for at in rest))
-        return self.candidates[rest[self._at(sums, chance() * sums[-1])]]
+        return None
 
     @staticmethod
     def _at(sums: Sequence[float], value: float) -> int:
@@ -272,7 +272,7 @@ class Draw:
     def sets(self) -> dict[str, tuple[Names, ...]]:
         """All of it."""
         return {
-            region: tuple(self._set(region, index) for index in range(self._count(region)))
+            region: tuple(self.set_at(region, index) for index in range(self._count(region)))
             for region in self._regions
         }
 
@@ -284,7 +284,7 @@ class Draw:
         out = frozenset(gone)
         return {
             region: tuple(
-                names if out.isdisjoint(names) else self._set(region, index)
+                names if out.isdisjoint(names) else self.set_at(region, index)
                 for index, names in enumerate(some)
             )
             for region, some in sets.items()
@@ -295,7 +295,8 @@ class Draw:
         sets = sets_for(servers, places)
         return sets if region == WORLD else min(sets, self._rules.region_sets)
 
-    def _set(self, region: str, index: int) -> Names:
+    def set_at(self, region: str, index: int) -> Names:
+        """One of the sets, of which there may be as many as anybody wants."""
         seed = blake2b(f"{self.number} {region} {index}".encode(), digest_size=8).digest()
         chance = random.Random(int.from_bytes(seed, "big")).random  # noqa: S311 - a draw is no secret
         drawn = _Set()

@@ -22,6 +22,7 @@ from sqlalchemy import select
 from poolsvc import leases
 from poolsvc.config import Settings
 from poolsvc.db import Database
+from poolsvc.drawing import Standing
 from poolsvc.leases import Held, LeaseLost
 from poolsvc.models import ZoneChange
 from poolsvc.pool import the_pool
@@ -102,6 +103,8 @@ class Leader:
         """What an operator should look at while DNS is as it should be otherwise."""
         if question := self.question:
             yield _asked(question)
+        if self._publication is not None:
+            yield from map(_thin, self._publication.thin_regions)
         if self._drift_alarm is not None and now - self._drift_alarm[0] < _DRIFT_SHOWN:
             yield self._drift_alarm[1]
 
@@ -201,6 +204,15 @@ class Leader:
         epoch: int = pool.epoch
         await publisher.take_fence(epoch)
         return epoch
+
+
+def _thin(region: Standing) -> str:
+    """A region that has shrunk, as an operator reads of it."""
+    around = " and ".join(label or "the world" for label in region.filled_from)
+    return (
+        f"the region {region.region} has {region.servers} servers of {region.members} members, too few: its answers"
+        f" are filled from {around}; see `poolsvc regions list`"
+    )
 
 
 def _asked(question: Question) -> str:

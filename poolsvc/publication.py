@@ -216,6 +216,7 @@ class _Drawn:
     reasons: tuple[int, ZonePolicy, frozenset[str], bool]
     sets: drawing.AnswerSets = field(default_factory=dict)
     zone: Zone = field(default_factory=dict)  # the SRV RRsets as they should be: the first set of each region
+    thin: tuple[drawing.Standing, ...] = ()  # regions that have too few servers of their own
 
     @property
     def names(self) -> frozenset[str]:
@@ -363,6 +364,11 @@ class Publication:
         return self._geo.trouble
 
     @property
+    def thin_regions(self) -> tuple[drawing.Standing, ...]:
+        """Regions that are switched on and have too few servers of their own."""
+        return () if self._drawn is None else self._drawn.thin
+
+    @property
     def publisher(self) -> Publisher:
         """The zone's writer under the present policy."""
         return Publisher(self._the_policy, primary_config(self._settings))
@@ -450,7 +456,8 @@ class Publication:
         else:
             sets = draw.sets()
         first = {region: some[0] for region, some in sets.items() if some}
-        return _Drawn(now, reasons, sets, services_of(first, policy))
+        thin = tuple(draw.standing(region) for region in sorted(regions) if draw.is_thin(region))
+        return _Drawn(now, reasons, sets, services_of(first, policy), thin)
 
     @property
     def _several(self) -> dict[str, tuple[drawing.Names, ...]]:

@@ -53,6 +53,12 @@ def test_what_a_pools_zone_may_lack():
     }
 
 
+def test_a_region_is_told_by_where_its_servers_are():
+    steps = judge_members(f"europe.{POOL}", MembersSeen(FOUR, ttl=300), 4)
+    (step,) = [step for step in steps if step.part is Part.TARGETS]
+    assert (step.code, step.found) == ("", f"all below servers.{POOL}: a region of the pool {POOL}")
+
+
 def test_a_list_of_which_no_server_can_be_used_is_a_fault_of_dns():
     steps = judge_members(POOL, MembersSeen(unusable={"x.servers.pool.example": "x is an alias"}), 4)
     (step,) = [step for step in steps if step.verdict is Verdict.FAIL]

@@ -21,7 +21,7 @@ from nts_core.independence import Candidate
 from nts_core.membership import MAX_RETRY, MIN_LOOK, Membership
 from nts_core.metadata import Metadata
 from nts_core.resolve import ResolveError, Resolver, TrustAnchors
-from nts_core.srv import MAX_TARGETS, is_own, targets_that_fit
+from nts_core.srv import MAX_TARGETS, is_own, is_own_around, targets_that_fit
 
 POOL = "pool.example"
 OPERATOR = "abcdefghij234"
@@ -87,6 +87,12 @@ def test_the_pools_own_names():
         ".servers.pool.example",
     ):
         assert not is_own(name, POOL)
+        assert not is_own_around(name, f"europe.{POOL}")
+    assert not is_own("alice.servers.pool.example", f"europe.{POOL}"), (
+        "anybody could have the name around a pool's"
+    )
+    for name in ("alice.servers.pool.example", "alice.servers.europe.pool.example"):
+        assert is_own_around(name, f"europe.{POOL}")
 
 
 async def test_a_look_finds_the_listed_with_what_the_zone_says_of_them(zone, knot):
@@ -125,6 +131,19 @@ async def test_a_server_that_an_answer_has_room_for_and_does_not_name_is_a_membe
     look = await Membership(POOL, asked(knot), NobodyKnows()).look(servers("here", "delisted"), time.time())
     assert look.gone == {f"delisted.servers.{POOL}"}
     assert look.problem is None
+
+
+async def test_a_region_is_a_pool_with_the_servers_of_the_pool_around_it(zone, knot):
+    """What is proved leads to them, and away from those that it does not name."""
+    region = f"europe.{POOL}"
+    zone.add(*added("alice", "bob"))
+    zone.list(["alice", "bob"], region="europe")
+    membership = Membership(region, asked(knot), Denies())
+    look = await membership.look([], time.time())
+    assert (labels(look.listed), look.unusable) == (["alice", "bob"], {})
+    zone.list(["alice"], region="europe")
+    look = await Membership(region, asked(knot), NobodyKnows()).look(servers("alice", "bob"), time.time())
+    assert look.gone == {f"bob.servers.{POOL}"}
 
 
 async def test_a_pool_that_lists_nobody_keeps_those_whose_names_are_there(zone, knot):

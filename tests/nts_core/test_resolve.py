@@ -629,6 +629,8 @@ async def test_an_unproven_answer_leads_to_no_servers_but_the_pools_own(knot, ha
             assert set(found.refused) == {"evil.example", "servers.pool.example.evil.example"}
         else:
             assert (await failure(listing(resolver, "pool.example", time.time()))).code == "foreign"
+        # Nor does a region's name, of which nobody can tell by itself that it is one.
+        assert (await failure(listing(resolver, "europe.pool.example", time.time()))).code == "foreign"
         # Validated here, the same answer is worth nothing at all.
         resolver.dnssec = Dnssec.REQUIRE
         assert (await failure(listing(resolver, "pool.example", time.time()))).code in {"bogus", "unsigned"}

@@ -92,7 +92,7 @@ def test_files_of_networks_are_one_or_several(file, tmp_path):
         load_settings(file('geo = { database = ["a", "b", "c", "d", "e"] }\n'))
 
 
-@pytest.mark.parametrize(("length", "fits"), [(134, True), (135, False), (240, False)])
+@pytest.mark.parametrize(("length", "fits"), [(132, True), (133, False), (240, False)])
 def test_a_pool_whose_name_leaves_no_room_for_servers_is_refused(file, length, fits):
     pool = ("a" * 50 + ".") * 5
     path = file(pool=f'"{pool[-length - 1 : -1]}"')

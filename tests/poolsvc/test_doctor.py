@@ -153,7 +153,7 @@ def test_a_file_of_networks_that_is_missing(site, tmp_path):
 
 
 def test_a_name_that_leaves_little_room():
-    settings = SimpleNamespace(pool=f"{'a' * 60}.example")
+    settings = SimpleNamespace(pool=f"{'a' * 55}.example")
     found = asyncio.run(zone.answer_size(SimpleNamespace(settings=settings)))
     assert found.verdict is Verdict.WARN
     assert "holds 7 servers" in found.found

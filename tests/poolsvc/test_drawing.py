@@ -268,3 +268,26 @@ def test_the_odds_are_those_of_the_drawing(candidates):
 def test_who_came_since_the_odds_were_reckoned_has_a_share_all_the_same():
     odds = Odds.of([(1, 10, False)] * 20, Rules(8))
     assert 0 < odds.chance(2, 10) <= 1
+
+
+def test_the_odds_of_young_accounts_are_those_of_the_drawing():
+    candidates = [*crowd(30, since=OLD), *crowd(60, first=100, weights=(5, 20), since=YOUNG)]
+    odds = Odds.of(((one.member, one.weight, one.since == YOUNG) for one in candidates), RULES)
+    names, total = counted(candidates, 3_000)
+    figures = {
+        one.name: odds.chance(one.member, one.weight, is_young=one.since == YOUNG) for one in candidates
+    }
+    for name, figure in figures.items():
+        assert figure == pytest.approx(names[name] / total, abs=0.03), name
+    assert sum(figures.values()) == pytest.approx(8, abs=1e-6)
+
+
+def test_how_a_region_came_out_is_told():
+    here = [*crowd(30, since=OLD, countries=("DE",)), *crowd(30, first=100, since=YOUNG, countries=("DE",))]
+    found = draw([*here, *crowd(2, first=200, countries=("LU",))], regions=["de", "lu"])
+    whole, small = found.standing("de"), found.standing("lu")
+    assert (whole.servers, whole.members, whole.filled_from, whole.is_thin) == (60, 60, (), False)
+    assert (whole.young_wanted, whole.young_given) == (pytest.approx(0.5), pytest.approx(0.2))
+    assert (small.servers, small.filled_from, small.young_given) == (2, ("europe",), 0)
+    assert found.standing("europe").servers == 62
+    assert draw([], regions=["fj"]).standing("fj").filled_from == ("oceania", WORLD)

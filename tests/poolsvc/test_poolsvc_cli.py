@@ -384,7 +384,7 @@ def test_config_check_names_a_file_of_networks_that_serve_can_do_without(config,
 
 def test_config_check_tells_of_a_name_that_leaves_little_room(config):
     path = config()
-    path.write_text(path.read_text().replace("pool.example", f"{'a' * 60}.example"))
+    path.write_text(path.read_text().replace("pool.example", f"{'a' * 55}.example"))
     done = poolsvc("config", "check", "--config", path)
     assert (done.status, done.stdout.splitlines()[-1]) == (ExitStatus.OK, "ok")
     assert "holds 7 servers" in done.stdout

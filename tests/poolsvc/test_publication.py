@@ -19,7 +19,7 @@ from nts_core.control import ServerState
 from poolsvc import own_account, plans, publication, servers
 from poolsvc.config import GeoSettings
 from poolsvc.derived import RegistryKey
-from poolsvc.models import Address, Event, HoldKind, Server, ZoneChange, ZonePlan
+from poolsvc.models import Address, Event, HoldKind, Region, Server, ZoneChange, ZonePlan
 from poolsvc.primary import Unreachable
 from poolsvc.publication import Publication, primary_config
 from poolsvc.publisher import Publisher
@@ -139,6 +139,43 @@ async def test_whose_a_server_is_and_where_is_in_dns(world, tmp_path):
     await world.passes()
     assert world.ask(owner("alice"), "TXT") == [f'"v=truechimer1 op={members[0]} as=64501"']
     assert world.publication.geo_trouble.startswith("geo.mmdb")
+
+
+async def test_a_region_has_its_own_servers_in_dns_and_one_that_is_thin_is_told(world, tmp_path):
+    file = mmdb.write(
+        tmp_path / "geo.mmdb",
+        {f"{net}.0/24": {"country_code": code} for net, code in (("192.0.2", "DE"), ("198.51.100", "JP"))},
+    )
+    world.registry.settings = world.registry.settings.model_copy(
+        update={
+            "geo": GeoSettings(database=(file,)),
+            "policy": world.registry.settings.policy.model_copy(update={"region_size": 4}),
+        }
+    )
+    for number in range(1, 9):
+        await world.server(f"de{number}", f"192.0.2.{number}", S.ACTIVE)
+    jp = await world.server("jp", "198.51.100.1", S.ACTIVE)
+    async with world.database.transaction() as session:
+        session.add_all(Region(label=label, on_since=NOW) for label in ("europe", "jp"))
+    world.begin()
+    assert await world.passes()
+    names = {
+        label: {text.split()[-1] for text in world.ask(f"_ntske._tcp.{label}pool.example.", "SRV")}
+        for label in ("", "europe.", "jp.", "de.")
+    }
+    assert names["europe."] == {owner(f"de{number}") for number in range(1, 9)}
+    assert owner("jp") in names["jp."]
+    assert [len(some) for some in names.values()] == [8, 8, 8, 0]
+    (thin,) = world.publication.thin_regions
+    assert (thin.region, thin.servers, thin.filled_from) == ("jp", 1, ("asia", ""))
+    # Who leaves is out of the SRV only when no region lists it any more.
+    async with world.registry.change(jp) as (session, server):
+        await servers.leave(session, server, actor="test", reason="", now=NOW, emergency=True)
+    await world.passes(2)
+    assert (await world.registry.get(jp)).srv_withdrawn_at is not None
+    found = world.ask("_ntske._tcp.jp.pool.example.", "SRV")
+    assert len(found) == 8
+    assert owner("jp") not in {text.split()[-1] for text in found}
 
 
 async def test_servers_of_one_member_have_one_operator(world):
@@ -834,15 +871,20 @@ class TestOutbox:
     @pytest.mark.parametrize(
         ("before", "after", "is_noted"),
         [
-            (12.0, 20.0, False),
+            (15.0, 20.0, False),
+            (12.0, 12.2, False),
+            (12.0, 15.0, True),
             (12.0, 9.9, True),
             (9.9, 10.0, True),
             (3.0, -100.0, False),
             (None, 12.0, True),
-            (None, 9.9, False),
+            (None, 9.9, True),
+            (None, 20.0, True),
         ],
     )
-    async def test_a_score_counts_when_it_crosses_the_cutoff(self, registry, before, after, is_noted):
+    async def test_a_score_counts_when_it_crosses_the_cutoff_or_makes_another_share(
+        self, registry, before, after, is_noted
+    ):
         alice = await registry.server(state=S.ACTIVE)
         async with registry.change(alice) as (_, server):
             server.addresses[0].score = before

@@ -1,14 +1,19 @@
 """Regions that an operator switches on and off, by the API and the command line, on a real Knot."""
 
+import asyncio
+import json
 from datetime import timedelta
 
 import pytest
 from sqlalchemy import select, update
+from typer.testing import CliRunner
 
 from lab import mmdb
 from nts_core.control import ServerState
 from poolsvc import regional, setup
 from poolsvc.app import create_app
+from poolsvc.cli import ExitStatus
+from poolsvc.cli import app as poolsvc_app
 from poolsvc.config import GeoSettings
 from poolsvc.derived import RegistryKey
 from poolsvc.drawing import young_factor
@@ -193,6 +198,59 @@ async def test_the_share_follows_the_best_address(pool):
         server.addresses[0].score = 19.5
         await session.flush()
         assert len(list(await session.scalars(select(ZoneChange.server_id)))) == 1
+
+
+CONFIG = """\
+pool = "pool.example"
+database = "{database}"
+allow_private_addresses = true
+[dns]
+primary = "{dns}"
+tsig_name = "{tsig_name}"
+tsig_secret_file = "tsig.secret"
+nameservers = ["{dns}"]
+[ca]
+directory_url = "https://ca.example/dir"
+caa_identity = "ca.example"
+account_key_file = "account.pem"
+[geo]
+database = "geo.mmdb"
+[policy]
+region_size = 4
+"""
+
+
+async def test_by_the_command_line(places, pool, knot, database_url, tmp_path):
+    path = tmp_path / "poolsvc.toml"
+    here = f"{knot.address}:{knot.port}"
+    path.write_text(CONFIG.format(database=database_url, dns=here, tsig_name=knot.tsig_name))
+
+    async def run(*arguments):
+        done = await asyncio.to_thread(
+            CliRunner().invoke, poolsvc_app, ["regions", *arguments, "--config", str(path)]
+        )
+        assert done.exception is None or isinstance(done.exception, SystemExit)
+        return done
+
+    table = (await run("list")).stdout.splitlines()
+    assert [line.split()[:4] for line in table[1:5]] == [
+        ["world", "on", "8", "8"],
+        ["de", "off", "5", "5"],
+        ["europe", "off", "7", "7"],
+        ["fr", "off", "2", "2"],
+    ]
+    refused = await run("on", "fr")
+    assert refused.exit_code == ExitStatus.USAGE
+    assert "fr has 2 servers of 2 members in DNS, and needs 4" in refused.stderr
+    for _ in range(2):
+        assert (await run("on", "de")).stdout == "de is on: clients may be given the pool de.pool.example\n"
+    found = {one["region"]: one for one in json.loads((await run("list", "--json")).stdout)}
+    assert found["de"]["on_since"] is not None
+    assert (await run("off", "de")).stdout == "de is off\n"
+    knot.stop()
+    unreachable = await run("on", "de")
+    assert unreachable.exit_code == ExitStatus.PEER
+    assert "the primary would not take the SRV of de" in unreachable.stderr
 
 
 async def test_in_how_few_hands_the_pool_is(places, pool, client):
