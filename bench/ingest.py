@@ -23,15 +23,17 @@ from bench import pools
 from lab.postgres import Postgres
 from lab.processes import LabError
 from nts_core.control import MonitorReport, MonitorSample, MonitorStatus, ProbeResult
-from poolsvc import disagreements, monitors, reports, schema
+from poolsvc import disagreements, monitors, reports, reviews, schema
 from poolsvc.config import Settings
 from poolsvc.db import Database
+from poolsvc.derived import RegistryKey
 from poolsvc.models import Monitor, SampleRecord, ViewRole
 
 _MONITORS, _ACTIVE = 12, 7
 _TOLD = 500  # samples of a report
 _AT_ONCE = 4  # reports
 _BATCH = 500  # servers
+_REVIEWED, _TOGETHER = 400, 20  # servers; those of one transaction
 _DISPUTED = 100  # one address of so many is bad for the monitors on trial
 _DOCUMENT = TypeAdapter(MonitorReport)
 
@@ -47,6 +49,7 @@ class Figures:
     inserts_per_second: float
     rescored_addresses: int
     rescoring_s: float
+    reviews_per_second: float  # servers whose monitors are chosen anew
     comparing_s: float  # what monitors with a say and others see, once
     disagreements: int
 
@@ -78,7 +81,6 @@ def _look(database: str, now: datetime) -> None:
         for number in range(1, _MONITORS + 1):
             connection.execute(
                 sa.insert(Monitor).values(
-                    id=number,
                     name=f"m{number}",
                     status=MonitorStatus.ACTIVE,
                     status_since=now,
@@ -179,6 +181,7 @@ async def _measure(settings: Settings, servers: int, count: int) -> Figures:
         spent = time.process_time() - began
         inserting = await _all([insert(number) for number in rest])
         rescoring, left = await _rescore(database, settings, servers)
+        reviewing = await _review(database, settings)
         began = time.monotonic()
         async with database.transaction("bench") as session:
             found = await disagreements.look(session, settings, datetime.now(UTC))
@@ -196,6 +199,7 @@ async def _measure(settings: Settings, servers: int, count: int) -> Figures:
         inserts_per_second=samples / inserting,
         rescored_addresses=2 * servers,
         rescoring_s=rescoring,
+        reviews_per_second=_REVIEWED / reviewing,
         comparing_s=comparing,
         disagreements=len(found),
     )
@@ -209,6 +213,16 @@ async def _rescore(database: Database, settings: Settings, servers: int) -> tupl
         ids = range(first, min(first + _BATCH, servers + 1))
         left += len(await reports.settle_due(database, settings, ids, datetime.now(UTC)))
     return time.monotonic() - began, left
+
+
+async def _review(database: Database, settings: Settings) -> float:
+    """Seconds for some servers, as the worker does it."""
+    key = RegistryKey(bytes(32))
+    began = time.monotonic()
+    for first in range(1, _REVIEWED + 1, _TOGETHER):
+        ids = range(first, first + _TOGETHER)
+        await reviews.review_due(database, settings, key, ids, datetime.now(UTC))
+    return time.monotonic() - began
 
 
 def main() -> int:
@@ -232,6 +246,7 @@ def main() -> int:
     print(f"  processor time:    {figures.cpu_us_per_sample:8.0f} us a sample")
     print(f"the insert alone:    {figures.inserts_per_second:8.0f} samples a second")
     print(f"all scores anew:     {figures.rescoring_s:8.1f} s")
+    print(f"monitors chosen:     {figures.reviews_per_second:8.0f} servers a second")
     print(f"views compared:      {figures.comparing_s:8.2f} s; {figures.disagreements} addresses disputed")
     return 0
 

@@ -6,10 +6,11 @@ hold back, since not every kernel has netem: NTP packets only, and by IPv4.
 """
 
 import asyncio
+import shlex
 import shutil
 import socket
 import subprocess
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,32 +31,39 @@ def _run(*command: str, text: str | None = None) -> None:
 
 
 class Host:
-    """A network with one host in it, number `index` from 1; programs run there by `inside`."""
+    """A network with one host in it, number `index` from 1; programs run there by `inside`.
 
-    def __init__(self, name: str, index: int, directory: Path) -> None:
+    `known` is a file of host names that it has in place of /etc/hosts.
+    """
+
+    def __init__(self, name: str, index: int, directory: Path, known: Path) -> None:
         self.name = name
         self.index = index
-        self.address = f"198.51.{index}.2"
-        self.gateway = f"198.51.{index}.1"
-        self.ipv6_address = f"2001:db8:{index:x}::2"
+        # No two are in one /20 or /44: a pool wants to be seen from different places.
+        self._prefix = f"2001:db8:{16 * index:x}"
+        self.address = f"10.{index}.1.2"
+        self.gateway = f"10.{index}.1.1"
+        self.ipv6_address = f"{self._prefix}::2"
         self.cable = f"lab{index}"
         # It does nothing, and the network ends with it.
-        self._holder = Process(
-            f"host-{name}", ["unshare", "--net", "--", "sleep", "infinity"], directory / "hosts"
-        )
+        resting = f"mount --bind {shlex.quote(str(known))} /etc/hosts && exec sleep infinity"
+        argv = ["unshare", "--net", "--mount", "--", "sh", "-c", resting]
+        self._holder = Process(f"host-{name}", argv, directory / "hosts")
 
     def inside(self) -> Sequence[str]:
         """The beginning of a command line that runs on this host."""
-        return ("nsenter", f"--net=/proc/{self._holder.pid}/ns/net", "--")
+        return ("nsenter", "--net", "--mount", f"--target={self._holder.pid}", "--")
 
     def start(self) -> None:
         ours = Path("/proc/thread-self/ns/net").readlink()
-        self._holder.start(lambda: Path(f"/proc/{self._holder.pid}/ns/net").readlink() != ours)
+        holder = self._holder
+        holder.start(lambda: Path(f"/proc/{holder.pid}/comm").read_text() == "sleep\n")
+        assert Path(f"/proc/{holder.pid}/ns/net").readlink() != ours
         far = f"far{self.index}"
         here = [
             f"link add {self.cable} type veth peer name {far} netns {self._holder.pid}",
             f"addr add {self.gateway}/24 dev {self.cable}",
-            f"addr add 2001:db8:{self.index:x}::1/48 dev {self.cable} nodad",
+            f"addr add {self._prefix}::1/48 dev {self.cable} nodad",
             f"link set {self.cable} up",
         ]
         there = [
@@ -64,7 +72,7 @@ class Host:
             f"addr add {self.ipv6_address}/48 dev {far} nodad",
             f"link set {far} up",
             f"route add default via {self.gateway}",
-            f"-6 route add default via 2001:db8:{self.index:x}::1",
+            f"-6 route add default via {self._prefix}::1",
         ]
         for command in here:
             _run("ip", *command.split())
@@ -139,9 +147,13 @@ class _Late(InThread):
 
 @dataclass
 class Internet:
-    """A context manager, to be entered in the thread of `lab.namespaces.in_namespace`."""
+    """A context manager, to be entered in the thread of `lab.namespaces.in_namespace`.
+
+    `names` are addresses by the names that all hosts know.
+    """
 
     directory: Path
+    names: Mapping[str, Sequence[str]] = field(default_factory=dict)
     hosts: list[Host] = field(default_factory=list)
     faults: set[Fault] = field(default_factory=set)
     _late: dict[tuple[str, str, int], int] = field(default_factory=dict)
@@ -150,6 +162,9 @@ class Internet:
     def __enter__(self) -> Self:
         for setting in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
             Path(f"/proc/sys/net/{setting}").write_text("1")
+        lines = ["127.0.0.1 localhost", "::1 localhost"]
+        lines += [f"{address} {name}" for name, some in self.names.items() for address in some]
+        (self.directory / "hosts-file").write_text("\n".join([*lines, ""]))
         if shutil.which("nft", path="/usr/sbin:/usr/bin") is None:
             raise LabError("nft is not installed; run `make setup`")
         return self
@@ -159,7 +174,7 @@ class Internet:
 
     def host(self, name: str) -> Host:
         """Another host, which is reached at once."""
-        host = Host(name, len(self.hosts) + 1, self.directory)
+        host = Host(name, len(self.hosts) + 1, self.directory, self.directory / "hosts-file")
         host.start()
         self._stack.callback(host.stop)
         self.hosts.append(host)

@@ -3,6 +3,7 @@
 Every member has an address of its own in 127.77.0.0/16, each in another /24, as members on the Internet would.
 """
 
+import json
 import ssl
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -32,7 +33,7 @@ HAS_IPV6 = is_local("::1")
 _CONFIG = """\
 pool = "{pool}"
 database = "{database}"
-listen = ["{listen}"]
+listen = {listen}
 public_url = "{url}"
 tls_certificate = "{tls.cert}"
 tls_key = "{tls.key}"
@@ -193,6 +194,8 @@ class LabPool:
         nonce_reject: int = 5,
         addresses: int = 6,
         registry_address: str = "127.0.0.1",
+        registry_name: str | None = None,
+        more_addresses: Sequence[str] = (),
         opening_size: int = 4,
         validity: int = SIX_DAYS,
         leaving_margin: float = 1,
@@ -206,18 +209,22 @@ class LabPool:
 
         `fronted` puts before Pebble what obeys CAA as a real CA does: `ca` is where everybody orders.
         `staged` adds a CA at which orders are rehearsed, `staging`. `closed`: the CA finds port 80 of every member
-        closed. `knot` is the primary instead of the server that the registry embeds.
+        closed. `knot` is the primary instead of the server that the registry embeds. Members know the registry by
+        `registry_name`, if one is given, at its address and at `more_addresses`.
         """
         self.directory = directory.resolve()
         self.directory.mkdir(parents=True, exist_ok=True)
         everywhere = [member_address(index) for index in range(1, addresses + 1)]
         ports = (free_port(*everywhere) for _ in range(4))
         self.http_port, self.tls_port, self.ke_port, self.ntp_port = ports
-        self._listen = f"{registry_address}:{free_port()}"
-        self.url = f"https://{self._listen}"
+        port = free_port()
+        self._listen = [f"{address}:{port}" for address in (registry_address, *more_addresses)]
+        self.url = f"https://{self._listen[0]}"
+        self.public_url = f"https://{registry_name}:{port}" if registry_name else self.url
         authority = Authority(self.directory / "tls")
         host = registry_address.strip("[]")
-        self._tls = authority.issue(*{"127.0.0.1", "::1", "localhost", host}, file="registry")
+        names = {"127.0.0.1", "::1", "localhost", host, registry_name or "localhost"}
+        self._tls = authority.issue(*names, file="registry")
         self.registry_root = authority.root
         self.primary: Knot | RegistryDns
         if knot:
@@ -297,8 +304,8 @@ class LabPool:
             _CONFIG.format(
                 pool=POOL,
                 database=self._database,
-                listen=self._listen,
-                url=self.url,
+                listen=json.dumps(self._listen),
+                url=self.public_url,
                 tls=self._tls,
                 roots=self.roots,
                 http_port=self.http_port,
@@ -344,7 +351,7 @@ class LabPool:
     def join(self, token: str, state: Path) -> Finished:
         """`pool-agent join` with a token, into a state directory; `run` proves the addresses."""
         options = ["--token", token, "--state", str(state), "--ca", str(self.registry_root), "--wait", "0"]
-        return run("pool-agent", "join", self.url, *options)
+        return run("pool-agent", "join", self.public_url, *options)
 
     def start_registry(self) -> None:
         public = self.api()

@@ -42,10 +42,10 @@ class Finished:
         return parsed
 
 
-def run(name: str, *arguments: str, deadline: float = RUN_DEADLINE) -> Finished:
-    """Run one of our programs to its end."""
+def run(name: str, *arguments: str, deadline: float = RUN_DEADLINE, inside: Sequence[str] = ()) -> Finished:
+    """Run one of our programs to its end, after the words of `inside`, which say where."""
     done = subprocess.run(
-        [script(name), *arguments], capture_output=True, text=True, timeout=deadline, check=False
+        [*inside, script(name), *arguments], capture_output=True, text=True, timeout=deadline, check=False
     )
     return Finished(done.returncode, done.stdout, done.stderr)
 

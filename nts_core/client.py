@@ -14,7 +14,7 @@ import ssl
 import time
 import warnings
 from asyncio.staggered import staggered_race
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -263,8 +263,10 @@ def _family(address: str) -> socket.AddressFamily:
 async def _connect(addresses: list[str], port: int) -> tuple[str, asyncio.StreamReader, asyncio.StreamWriter]:
     """The first connection that stands; its address and those that failed are taken out. Raises ClientError."""
     order = _by_turns(addresses)
-    winner, index, faults = await staggered_race(
-        [partial(asyncio.open_connection, address, port) for address in order], _CONNECTION_DELAY
+    opening = [partial(asyncio.open_connection, address, port) for address in order]
+    # A race that is cancelled may leave a connection open, so one address runs none.
+    winner, index, faults = await (
+        staggered_race(opening, _CONNECTION_DELAY) if len(opening) > 1 else _alone(opening[0])
     )
     failed = {order[number]: fault for number, fault in enumerate(faults) if isinstance(fault, OSError)}
     if winner is None or index is None:
@@ -274,6 +276,19 @@ async def _connect(addresses: list[str], port: int) -> tuple[str, asyncio.Stream
         raise ClientError(Failure.LOCAL if is_ours else Failure.TCP, f"no connection to {told}")
     addresses[:] = [address for address in addresses if address not in {*failed, order[index]}]
     return order[index], *winner
+
+
+_Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+async def _alone(
+    opening: Callable[[], Awaitable[_Streams]],
+) -> tuple[_Streams | None, int | None, list[Exception | None]]:
+    """What `staggered_race` gives for one."""
+    try:
+        return await opening(), 0, [None]
+    except OSError as error:
+        return None, None, [error]
 
 
 def _by_turns(addresses: Sequence[str]) -> list[str]:

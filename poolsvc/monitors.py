@@ -165,14 +165,19 @@ def _heard(speaking: Sequence[Monitor], now: datetime) -> int:
     )
 
 
-def alarm(standing: Council) -> str | None:
-    """What everybody may know of a pool that has too few monitors."""
-    if standing.is_met:
-        return None
-    return (
-        f"{standing.heard} of the {standing.quorum.number} monitors that have to agree are heard:"
-        " no server rises or falls meanwhile, and that is the pool's fault"
-    )
+def alarm(standing: Council, unknown: int) -> str | None:
+    """What everybody may know of a pool that has too few monitors, for all servers or for some addresses."""
+    if not standing.is_met:
+        return (
+            f"{standing.heard} of the {standing.quorum.number} monitors that have to agree are heard:"
+            " no server rises or falls meanwhile, and that is the pool's fault"
+        )
+    if unknown:
+        return (
+            f"too few say the same of {unknown} addresses: these neither rise nor fall meanwhile,"
+            " and that is the pool's fault"
+        )
+    return None
 
 
 async def raise_quorum(session: AsyncSession, settings: Settings, now: datetime) -> int:
@@ -400,6 +405,18 @@ async def set_status(
             )
     monitor.status_reason = reason[:300]
     await session.flush()
+
+
+async def end_all(session: AsyncSession, member_id: int, reason: str, now: datetime) -> None:
+    """End the monitors of a member. Before its servers are locked: that is the order of locks."""
+    found = await session.scalars(
+        select(Monitor)
+        .where(Monitor.member_id == member_id, Monitor.status != MonitorStatus.ENDED)
+        .order_by(Monitor.id)
+        .with_for_update()
+    )
+    for monitor in found.all():
+        await set_status(session, monitor, MonitorStatus.ENDED, reason, now)
 
 
 async def _leave_another(session: AsyncSession, monitor: Monitor) -> None:

@@ -5,7 +5,7 @@ view of every address that it may look at, if only to glance: by that the neares
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from ipaddress import ip_address
@@ -13,6 +13,7 @@ from typing import Any
 
 from sqlalchemy import or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import selectinload
 
 from nts_core.control import MonitorStatus, ServerState
 from poolsvc import monitors, servers, vantage
@@ -45,44 +46,62 @@ def lot_of(key: RegistryKey) -> bytes:
 
 
 async def review_due(
-    database: Database, settings: Settings, key: RegistryKey, server_id: int, now: datetime
+    database: Database, settings: Settings, key: RegistryKey, server_ids: Sequence[int], now: datetime
 ) -> None:
-    """Choose the monitors of a server anew."""
+    """Choose the monitors of some servers anew."""
     async with database.transaction() as session:
-        server = await servers.get(session, server_id)
-        await review(session, settings, server, lot_of(key), now)
+        found = await session.scalars(
+            select(Server)
+            .where(Server.id.in_(server_ids))
+            .order_by(Server.id)
+            .options(selectinload(Server.addresses))
+            .with_for_update(of=Server)
+        )
+        await review(session, settings, found.all(), lot_of(key), now)
 
 
 async def review(
-    session: AsyncSession, settings: Settings, server: Server, lot: bytes, now: datetime
+    session: AsyncSession, settings: Settings, some: Sequence[Server], lot: bytes, now: datetime
 ) -> None:
-    """Choose the monitors of a server, which is locked, anew."""
-    if server.state not in servers.NAMED_STATES:
-        server.review_due_at = None
-        return
-    present = await _views_of(session, server)
+    """Choose the monitors of servers, which are locked, anew."""
+    found = await _views_of(session, some)
     eyes = await _monitors(session)
-    working = {monitor.id for monitor in eyes}
-    inner = next((monitor.id for monitor in eyes if monitor.name == INNER), None)
-    for row in servers.publishable(server):
-        mine = present.get(row.id, {})
-        for choice in _choose(server, row, eyes, mine, lot, now):
-            view = mine.get(choice.monitor)
-            if view is None:
-                view = MonitorView(
-                    address_id=row.id, monitor_id=choice.monitor, full_probes=0, points=0, role_since=now
-                )
-                session.add(view)
-            _give(settings, view, choice, now)
-            if choice.monitor == inner:
-                view.due_at = None  # its rounds are `Server.probe_due_at`
-        for monitor_id, view in mine.items():
-            if monitor_id not in working and view.role is not ViewRole.CANDIDATE:
-                view.role, view.role_since, view.role_reason = ViewRole.CANDIDATE, now, "it does not work now"
-                view.due_at = None
-    server.review_due_at = now + timedelta(
-        seconds=settings.policy.review_interval * random.uniform(0.9, 1.1)  # noqa: S311 - spreads the work
-    )
+    for server in some:
+        if server.state not in servers.NAMED_STATES:
+            server.review_due_at = None
+            continue
+        for row in servers.publishable(server):
+            session.add_all(_review(settings, server, row, eyes, found.get(row.id, {}), lot, now))
+        server.review_due_at = now + timedelta(
+            seconds=settings.policy.review_interval * random.uniform(0.9, 1.1)  # noqa: S311 - spreads the work
+        )
+
+
+def _review(
+    settings: Settings,
+    server: Server,
+    row: Address,
+    eyes: Sequence[Monitor],
+    mine: Mapping[int, MonitorView],
+    lot: bytes,
+    now: datetime,
+) -> Iterator[MonitorView]:
+    """Bring the views of an address in step with what is chosen now; the new ones."""
+    working = {monitor.id: monitor.name for monitor in eyes}
+    for choice in _choose(server, row, eyes, mine, lot, now):
+        view = mine.get(choice.monitor)
+        if view is None:
+            view = MonitorView(
+                address_id=row.id, monitor_id=choice.monitor, full_probes=0, points=0, role_since=now
+            )
+            yield view
+        _give(settings, view, choice, now)
+        if working[choice.monitor] == INNER:
+            view.due_at = None  # its rounds are `Server.probe_due_at`
+    for monitor_id, view in mine.items():
+        if monitor_id not in working and view.role is not ViewRole.CANDIDATE:
+            view.role, view.role_since, view.role_reason = ViewRole.CANDIDATE, now, "it does not work now"
+            view.due_at = None
 
 
 def _give(settings: Settings, view: MonitorView, choice: Choice, now: datetime) -> None:
@@ -115,7 +134,7 @@ async def present(session: AsyncSession, server: Server) -> Sequence[Explained]:
 
 async def explain(session: AsyncSession, server: Server, lot: bytes, now: datetime) -> Sequence[Explained]:
     """What a review would choose now, address by address; changes nothing."""
-    present = await _views_of(session, server)
+    present = await _views_of(session, [server])
     eyes = await _monitors(session)
     names = {monitor.id: monitor.name for monitor in eyes}
     found = []
@@ -135,9 +154,10 @@ async def explain(session: AsyncSession, server: Server, lot: bytes, now: dateti
     return found
 
 
-async def _views_of(session: AsyncSession, server: Server) -> Mapping[int, Mapping[int, MonitorView]]:
+async def _views_of(session: AsyncSession, some: Sequence[Server]) -> Mapping[int, Mapping[int, MonitorView]]:
+    """By address and monitor."""
     found: dict[int, dict[int, MonitorView]] = {}
-    ids = [row.id for row in server.addresses]
+    ids = [row.id for server in some for row in server.addresses]
     for view in await session.scalars(select(MonitorView).where(MonitorView.address_id.in_(ids))):
         found.setdefault(view.address_id, {})[view.monitor_id] = view
     return found

@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from poolsvc import auth, members, servers, teams, transfers
+from poolsvc import auth, members, monitors, servers, teams, transfers
 from poolsvc.errors import LastOwner, NotFound, WrongState
 from poolsvc.models import HoldKind, Member, MemberStatus, Scope, Server, StaffRole, Token, TokenKind, User
 from poolsvc.notices import NoticeKind, announce
@@ -89,6 +89,7 @@ async def close(
     member = await members.lock(session, member_id)
     if member.status is MemberStatus.CLOSED:
         return member
+    await monitors.end_all(session, member.id, "its member was closed", now)
     living = await _living(session, member)
     if living and not remove_servers:
         raise WrongState(

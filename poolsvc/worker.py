@@ -68,6 +68,7 @@ _WATCH = timedelta(minutes=1)
 _COMPARE = timedelta(minutes=5)
 # How often the outbox of the zone is looked at, in seconds.
 _GLANCE = 0.1
+_REVIEWED = 20  # servers at once
 _T = TypeVar("_T")
 
 
@@ -89,7 +90,7 @@ class Kind:
 PROOFS = Kind("prove", Address, Address.proof_due_at, batch=64, concurrency=16)
 PROBES = Kind("probe", Server, Server.probe_due_at, batch=192, concurrency=64)
 JUDGEMENTS = Kind("judge", Server, Server.judge_due_at, batch=500, concurrency=16)
-REVIEWS = Kind("review", Server, Server.review_due_at, batch=100, concurrency=4)
+REVIEWS = Kind("review", Server, Server.review_due_at, batch=200, concurrency=2)
 NEW_ORDERS = Kind("begin_orders", Server, Server.order_due_at, batch=200, concurrency=1)
 ORDERS = Kind("advance_orders", Order, Order.due_at, batch=50, concurrency=16)
 WINDOWS = Kind("maintain", MaintenanceWindow, MaintenanceWindow.due_at, batch=50, concurrency=4)
@@ -375,11 +376,13 @@ class Worker:
         return len(ids) == JUDGEMENTS.batch
 
     async def _review(self, now: datetime) -> bool:
-        return await self._take(
-            REVIEWS,
-            now,
-            lambda row: reviews.review_due(self._database, self._settings, self._key, row, now),
-        )
+        async with hold(self._database, REVIEWS, now) as ids:
+            await self._each(
+                [sorted(ids)[first : first + _REVIEWED] for first in range(0, len(ids), _REVIEWED)],
+                lambda some: reviews.review_due(self._database, self._settings, self._key, some, now),
+                REVIEWS.concurrency,
+            )
+        return len(ids) == REVIEWS.batch
 
     async def _begin_orders(self, now: datetime) -> bool:
         is_look = self._queue_seen_at is None or now - self._queue_seen_at >= onboarding.LOOK
@@ -494,7 +497,10 @@ class Worker:
                 self._health.not_ordered = await troubles.count_not_ordered(session, now)
                 queue = await onboarding.queue(session)
                 await monitors.raise_quorum(session, self._settings, now)
-                self._health.monitors = monitors.alarm(await monitors.council(session, self._settings, now))
+                self._health.monitors = monitors.alarm(
+                    await monitors.council(session, self._settings, now),
+                    await monitors.count_unknown(session),
+                )
             if self._settings.geo.database:
                 await monitors.place(self._database, self._geo)
             self._health.queue = onboarding.alarm(self._settings, queue, now)

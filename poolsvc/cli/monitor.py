@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from nts_core.exposition import expose
 from nts_core.shell import configure_logging, raise_descriptor_limit
 from poolsvc.cli.common import ExitStatus, fail
 from poolsvc.config import ConfigError, EndpointText, split_endpoint
-from poolsvc.monitor import program
+from poolsvc.monitor import program, unit
 from poolsvc.monitor.settings import MonitorSettings, load_settings
 from poolsvc.monitor.soundness import Reading
 from poolsvc.monitor.uplink import Uplink, read_token
@@ -35,12 +36,15 @@ def run(
         bool,
         typer.Option("--show", help="print the effective settings, and end; secrets are only named by file"),
     ] = False,
+    print_unit: Annotated[bool, typer.Option("--unit", help="print a systemd unit for it, and end")] = False,
 ) -> None:
     """Probe servers from here for a registry, until SIGTERM."""
     try:
         settings = load_settings(config, metrics=metrics)
         if show:
             typer.echo(json.dumps(settings.model_dump(mode="json"), indent=2))
+        elif print_unit:
+            typer.echo(unit.render(config.absolute(), Path(sys.executable).with_name("poolsvc")), nl=False)
         elif check:
             _check(settings)
         else:

@@ -25,7 +25,7 @@ async def enough(at: Examination) -> Finding:
         await opened.close()
     if not standing.is_met:
         return fail(
-            monitors.alarm(standing) or "",
+            monitors.alarm(standing, unknown) or "",
             "see `poolsvc monitors list`; `poolsvc monitors quorum N --reason TEXT` lets fewer agree",
         )
     bad = [

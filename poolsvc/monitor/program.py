@@ -1,4 +1,4 @@
-"""A monitor at work (I/O): four loops that never wait for each other, and no more than one registry.
+"""A monitor at work (I/O): loops that never wait for each other, and one registry.
 
 The local check says whether anything counts; work is asked for; probes begin when they are due; what was found is told. A
 registry that is down stops none of the others.
@@ -48,6 +48,8 @@ _HEARTBEAT = 60.0
 # While the local check fails, it is made as often at least.
 _RECHECK = 15.0
 _LAST_WORDS = 5.0
+# A loop that was late by so much may have missed answers: what failed meanwhile says nothing.
+_PULSE, _LAG = 0.1, 0.5
 _MAX_NAMESERVERS = 32
 _MAX_SAMPLES = 2000
 _MAX_OWN = 64
@@ -87,13 +89,14 @@ class Monitor:
         self._requests: Counter[tuple[str, str]] = Counter()
         self._sequence = time.time_ns() // 1000
         self._told = 0
+        self._lagged_at = -math.inf
         self._is_planned = asyncio.Event()
         self._is_judged = asyncio.Event()
         self.soundness: Soundness | None = None
 
     async def run(self, stop: asyncio.Event, ready: Callable[[], None] = lambda: None) -> None:
         """Until `stop`. What is known to be good by then is told, if the registry takes it at once."""
-        loops = (self._check(), self._ask(), self._probe_all(), self._tell())
+        loops = (self._check(), self._ask(), self._probe_all(), self._tell(), self._feel_pulse())
         tasks = [asyncio.create_task(loop) for loop in loops]
         stopped = asyncio.create_task(stop.wait())
         ready()
@@ -234,10 +237,22 @@ class Monitor:
             self._ended["impossible"] += 1
             _log.error("probe_impossible", domain=task.domain, detail=str(error))
         else:
+            if result.failed is not None and self._lagged_at >= begun.at:
+                self._ended["overloaded"] += 1
+                return
             self._ended[_outcome(result)] += 1
             self._outbox.add(begun, result, time.monotonic())
         finally:
             self._schedule.end(task)
+
+    async def _feel_pulse(self) -> None:
+        """Notice when this process, or the host, has too much to do."""
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(_PULSE)
+            now = time.monotonic()
+            if now - before > _PULSE + _LAG:
+                self._lagged_at = now
 
     # Reports
 
@@ -306,6 +321,7 @@ class Monitor:
             sum(self._schedule.skipped.values())
             + sum(self._outbox.dropped.values())
             + self._ended["impossible"]
+            + self._ended["overloaded"]
         )
 
     # Metrics
@@ -313,7 +329,7 @@ class Monitor:
     def families(self) -> Iterable[Metric]:
         """What Prometheus reads, in another thread."""
         for name, text, counts in (
-            ("probes", "Probes by the stage that failed first, ok, or impossible.", self._ended),
+            ("probes", "Probes by the stage that failed first, or ok, impossible, overloaded.", self._ended),
             ("skipped", "Probes that did not begin, by reason.", self._schedule.skipped),
             ("dropped", "Results of which nothing is told, by reason.", self._outbox.dropped),
         ):

@@ -5,6 +5,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import time
 from contextlib import asynccontextmanager
 
 import pytest
@@ -12,7 +14,7 @@ from typer.testing import CliRunner
 
 from lab.certificates import Authority
 from lab.nts_server import NtsServer
-from lab.processes import Process, free_port
+from lab.processes import Process, free_port, require
 from lab.programs import scrape, script
 from lab.stand_in import StandIn, saying
 from nts_core.client import load_roots
@@ -57,9 +59,16 @@ class Lab:
         self.write()
 
     async def stop(self):
+        # Whoever was accepted last is still to be served.
+        for _ in range(50):
+            await asyncio.sleep(0)
+        await until(lambda: not self.registry._connections)
         await self.registry.__aexit__()
         for server in (*self.references, self.alice):
             await server.stop()
+        for _ in range(50):
+            # Transports that were given up close their sockets in the loop.
+            await asyncio.sleep(0)
 
     def hand_out(self, *tasks, **values):
         whole = {"domain": NAME, "after": 0, "spacing": 0, "own_addresses": ["127.0.0.1"]}
@@ -187,6 +196,23 @@ async def test_where_no_reference_is_reached_by_ipv6_nothing_is_said_of_it(lab):
     assert {sample["target"] for sample in report["samples"]} == {7}
 
 
+async def test_what_fails_while_this_host_has_too_much_to_do_says_nothing(lab):
+    lab.hand_out({"target": 7, "address": "127.0.0.9"})
+    async with lab.running() as monitor:
+        await until(lambda: monitor._ended["tcp"])
+        begin = monitor._begin
+
+        def blocked(task):
+            begun = begin(task)
+            time.sleep(0.8)
+            return begun
+
+        monitor._begin = blocked
+        await until(lambda: monitor._ended["overloaded"])
+        monitor._begin = begin
+        assert monitor._lost >= 1
+
+
 async def test_a_registry_that_is_down_stops_nothing(lab):
     async with lab.running() as monitor:
         await lab.reported(has_samples)
@@ -200,13 +226,22 @@ async def test_a_registry_that_is_down_stops_nothing(lab):
 
 
 async def test_a_report_that_is_refused_for_good_is_not_sent_for_ever(lab):
-    refused = b"HTTP/1.1 422 No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    refused = b"HTTP/1.1 422 No\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    say = saying(refused)
+
+    async def once(writer):
+        lab.registry.fault = None
+        await say(writer)
+
+    async def refuse_reports(path, _said):
+        if path == REPORT:
+            lab.registry.fault = once
+
+    lab.registry.heed = refuse_reports
     async with lab.running() as monitor:
-        await lab.reported(has_samples)
-        async with lab.registry.failing(saying(refused)):
-            await until(lambda: monitor._outbox.dropped["refused"])
-        # The registry is left alone for some seconds then.
-        assert monitor._requests["report", "failed"] >= 1
+        await until(lambda: monitor._outbox.dropped["refused"])
+        assert monitor._requests["work", "failed"] == 0
+        assert not monitor._outbox.is_repeating
 
 
 @pytest.mark.parametrize(
@@ -297,3 +332,20 @@ def test_what_cannot_be_used_is_named(tmp_path):
     assert json.loads(done.stdout)["token_file"] == str(tmp_path / "none")
     done = CliRunner().invoke(app, ["monitor", "--config", str(tmp_path / "missing.toml")])
     assert done.exit_code == ExitStatus.CONFIGURATION
+
+
+def test_its_unit_is_one_that_systemd_reads(tmp_path):
+    config = tmp_path / "m.toml"
+    config.write_text(
+        'registry = "https://registry.example.net"\ntoken_file = "none"\n'
+        'references = ["ntp:a.example", "ntp:b.example", "ntp:c.example"]\n'
+    )
+    done = CliRunner().invoke(app, ["monitor", "--unit", "--config", str(config)])
+    assert done.exit_code == 0, done.output
+    unit = tmp_path / "pool-monitor.service"
+    unit.write_text(done.stdout)
+    checked = subprocess.run(
+        [require("systemd-analyze"), "verify", "--man=no", unit], capture_output=True, text=True, check=False
+    )
+    assert (checked.returncode, str(unit) in checked.stderr) == (0, False), checked.stderr
+    assert f"monitor --config {config}" in done.stdout

@@ -8,7 +8,7 @@ from sqlalchemy import select, update
 from typer.testing import CliRunner
 
 from nts_core.control import MonitorStatus, ServerState
-from poolsvc import auth, monitors
+from poolsvc import auth, monitors, standing
 from poolsvc.cli import app as poolsvc_app
 from poolsvc.errors import LimitReached, NameTaken, PoolError, Unauthenticated, WrongState
 from poolsvc.gate import MAX_BODY, MAX_REPORT
@@ -109,6 +109,14 @@ async def test_a_member_has_a_few_monitors_and_ended_ones_do_not_count(registry)
         await registry.monitor("m3", member)
     await become(registry, "m0", M.ENDED)
     await registry.monitor("m3", member)
+
+
+async def test_the_monitors_of_a_closed_member_end(registry):
+    member = await registry.member()
+    await registry.monitor(member=member)
+    async with registry.database.transaction() as session:
+        await standing.close(session, member, NOW, actor="user 1", by="owner", remove_servers=False)
+    assert await status(registry, "frankfurt") is M.ENDED
 
 
 async def test_an_owner_registers_pauses_and_ends_its_own_and_an_operator_approves(registry, call):

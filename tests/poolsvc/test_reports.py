@@ -333,7 +333,7 @@ async def test_below_the_quorum_nothing_rises_or_falls_and_it_is_the_pools_fault
     async with pool.registry.database.transaction() as session:
         standing = await monitors.council(session, pool.registry.settings, pool.now + 6 * MINUTE)
         assert (standing.heard, standing.is_met) == (0, False)
-        assert "0 of the 3" in monitors.alarm(standing)
+        assert "0 of the 3" in monitors.alarm(standing, 0)
 
 
 async def test_a_server_that_was_silent_to_all_for_long_goes_below_the_quorum_too(pool):

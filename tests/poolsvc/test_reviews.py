@@ -19,7 +19,7 @@ LOT = bytes(32)
 async def review(registry, server_id, now=NOW):
     """The role of each monitor by its name after a review; one address alone."""
     async with registry.change(server_id) as (session, server):
-        await reviews.review(session, registry.settings, server, LOT, now)
+        await reviews.review(session, registry.settings, [server], LOT, now)
     async with registry.database.transaction() as session:
         found = await session.execute(
             select(Monitor.name, MonitorView).join(MonitorView, MonitorView.monitor_id == Monitor.id)
