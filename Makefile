@@ -64,6 +64,7 @@ bench: setup
 	$(BIN)/python -m bench.drawing
 	$(BIN)/python -m bench.sets
 	$(BIN)/python -m bench.client
+	$(BIN)/python -m bench.probes
 	$(BIN)/python -m bench.issue
 	$(BIN)/python -m bench.registry --zone-servers 2000
 	$(BIN)/python -m bench.zone

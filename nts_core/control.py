@@ -249,7 +249,8 @@ class ProbeResult:
 
     `offset` (server minus prober), `delay` and `root_distance` are nanoseconds, of the exchange with the least delay; None
     while unknown. `asked` and `cookies` count the cookies asked for by NTP and those that came. Of `exchanges` by NTP,
-    `lost` had no authentic answer. What ends in `_took` are nanoseconds from the stage before.
+    `lost` had no authentic answer; those that a filter took are not among them. What ends in `_took` are nanoseconds from
+    the stage before.
     """
 
     address: str

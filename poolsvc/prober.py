@@ -343,7 +343,7 @@ def _counted(found: ProbeResult, course: _Course, filtered: _Lost | None) -> Pro
     return replace(
         found,
         exchanges=len(course.samples) + len(course.lost),
-        lost=len(course.lost),
+        lost=sum(filtered is None or each.octets < filtered.octets for each in course.lost),
         longest=course.longest,
         filtered=None if filtered is None else filtered.octets,
     )

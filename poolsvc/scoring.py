@@ -86,6 +86,8 @@ def step(result: ProbeResult, *, max_stratum: int = 7, rule: Rule = RULE) -> Ste
     return min(_faults(result, max_stratum, rule), key=lambda found: found.value)
 
 
+# With one exchange of a probe lost, and with more.
+_LOSSES = (0.75, 0.25)
 _KISSES = {"RATE": (-3.5, MAX_SCORE), "DENY": (-10.0, -50.0), "RSTR": (-10.0, -50.0)}
 
 
@@ -99,6 +101,10 @@ def _faults(result: ProbeResult, max_stratum: int, rule: Rule) -> list[Step]:
         found.append(Step(-4, reason="the server is not synchronised"))
     if result.root_distance > MAX_DISTANCE:
         found.append(Step(-4, reason=f"a root distance of {result.root_distance / _SECOND:.1f} s"))
+    if result.lost > 0:
+        # Losses alone settle at a third of all round trips: a server that loses more is out.
+        value = _LOSSES[min(result.lost, len(_LOSSES)) - 1]
+        found.append(Step(value, reason=f"{result.lost} of {result.exchanges} exchanges lost"))
     if result.cookies < result.asked:
         found.append(Step(-1, reason=f"{result.cookies} of {result.asked} cookies"))
     return found

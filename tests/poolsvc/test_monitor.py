@@ -317,7 +317,7 @@ async def test_the_local_check_alone(lab):
     lab.references[0].offset = lab.references[1].offset = 50 * MS
     done = await check()
     assert done.exit_code == ExitStatus.DOCTOR
-    assert "-50." in done.stdout
+    assert done.stdout.count("fail") == 2
     assert "1 of 3" in done.stderr
 
 

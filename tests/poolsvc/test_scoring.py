@@ -25,6 +25,22 @@ def test_a_probe_without_a_fault_is_a_full_step():
     assert worth(GOOD) == (1, 20)
 
 
+@pytest.mark.parametrize(("lost", "value"), [(0, 1), (1, 0.75), (2, 0.25), (5, 0.25)])
+def test_lost_exchanges_lower_a_step_a_little(lost, value):
+    assert worth(replace(GOOD, exchanges=5, lost=lost)) == (value, 20)
+    assert worth(replace(GOOD, exchanges=5, lost=lost, offset=751 * MS)) == (-2, 20), (
+        "the lowest step applies"
+    )
+
+
+@pytest.mark.parametrize(("share_lost", "is_in"), [(0.05, True), (0.3, True), (0.35, False)])
+def test_a_third_of_round_trips_is_what_a_server_may_lose(share_lost, is_in):
+    """Of three exchanges, each lost by itself: the score settles at twenty times the mean step."""
+    q = share_lost
+    mean = (1 - q) ** 3 + 0.75 * 3 * q * (1 - q) ** 2 + 0.25 * 3 * q**2 * (1 - q) - 5 * q**3
+    assert (20 * mean >= CUTOFF) is is_in
+
+
 # Facts: pool-operators, section 2. Up to 25 ms full, then lines to 750 ms, then -2, from 3 s on -4 and a cap.
 @pytest.mark.parametrize(
     ("offset", "value", "cap"),
