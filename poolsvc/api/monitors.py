@@ -256,7 +256,7 @@ async def list_monitors_of_server(
     return found
 
 
-@router.get("/pool/disagreements")
+@router.get("/disagreements")
 async def list_disagreements(
     principal: PrincipalDep, services: ServicesDep, session: SessionDep
 ) -> list[DisagreementView]:

@@ -85,6 +85,9 @@ class AddressView(Document):
     proof_error: str | None
     proof_ends_at: datetime | None = Field(description="unless probes, or a proof, confirm it until then")
     score: float | None = Field(description="by all its monitors together; null until it is admitted")
+    shadow_score: float | None = Field(
+        description="the same by the scorer on trial, of which nothing follows; null without one"
+    )
     score_reason: str = Field(description="why its probes are no full steps, if they are not")
     judged_at: datetime | None = Field(description="when enough monitors last knew it")
     unknown: str | None = Field(
@@ -337,6 +340,7 @@ def address_view(settings: Settings, row: Address, sights: Sequence[SightView] =
         proof_error=row.proof_error,
         proof_ends_at=addresses.proof_ends_at(row, settings),
         score=row.score,
+        shadow_score=row.shadow_score,
         score_reason=row.step_reason,
         judged_at=row.judged_at,
         unknown=row.unknown,

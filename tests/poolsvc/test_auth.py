@@ -370,7 +370,7 @@ ENDPOINTS = [
     ("GET", "/v1/servers/{name}/history", None, Operation.READ_SERVER_DETAILS),
     ("GET", "/v1/servers/{name}/monitors?dry_run=true", None, Operation.READ_SERVER_DETAILS),
     ("GET", "/v1/scorers", None, Operation.READ_POOL),
-    ("GET", "/v1/pool/disagreements", None, Operation.READ_POOL),
+    ("GET", "/v1/disagreements", None, Operation.READ_POOL),
     ("GET", "/v1/servers/{name}/settings", None, Operation.READ_SERVER_DETAILS),
     ("PATCH", "/v1/servers/{name}/settings", {"weight": 2}, Operation.CHANGE_SERVER),
     ("GET", "/v1/servers/{name}/maintenance", None, Operation.READ_SERVER),

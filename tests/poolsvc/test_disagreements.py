@@ -121,7 +121,7 @@ async def test_operators_read_it(registry, call, told):
     await told(20.0, (1.0, 1.0), (-5.0, -5.0, -5.0), at=datetime.now(UTC))
     async with registry.database.transaction() as session:
         _, token = await members.create_operator(session, datetime.now(UTC))
-    (found,) = (await call(token, "GET", "/v1/pool/disagreements")).json()
+    (found,) = (await call(token, "GET", "/v1/disagreements")).json()
     assert (found["server"], found["asked"], found["against"]) == ("alice", 3, 3)
     assert [each["monitor"] for each in found["witnesses"]] == ["m2", "m3", "m4"]
 
