@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Protocol
 
-from nts_core.control import ProbeResult, Stage
+from nts_core.control import NameFinding, ProbeResult, Stage
 from nts_core.errors import printable
 from poolsvc import scoring
 from poolsvc.scoring import RULE, Rule, Step
@@ -47,8 +47,9 @@ class Seen(Protocol):
 
 
 def is_full(result: ProbeResult, step: Step) -> bool:
-    """Whether nothing was found wrong."""
-    return step.value >= scoring.FULL_STEP and result.failed is None
+    """Whether nothing was found wrong. A name that clients cannot use is the pool's fault and no step; it admits nobody."""
+    is_found = result.names not in {NameFinding.ALIAS, NameFinding.ABSENT}
+    return step.value >= scoring.FULL_STEP and result.failed is None and is_found
 
 
 def is_silence(result: ProbeResult) -> bool:

@@ -21,7 +21,7 @@ from nts_core.client import is_own_fault
 from nts_core.control import NameFinding, Stage
 from nts_core.packet import FieldType, Packet
 from nts_core.tls import Trust
-from poolsvc import prober, scoring
+from poolsvc import prober, scoring, views
 from poolsvc.lookups import Named, Nameservers, judge
 from poolsvc.outbound import Guard
 from poolsvc.prober import EXCHANGES, probe
@@ -285,6 +285,15 @@ async def test_what_is_wrong_with_the_name_is_the_pools(probed):
     result = await probed(names=Zone("192.0.2.1"))
     assert (result.failed, result.names) == (None, NameFinding.ELSEWHERE)
     assert "192.0.2.1" in result.names_detail
+    assert views.is_full(result, scoring.step(result))
+
+
+@pytest.mark.parametrize("zone", [Zone(is_alias=True), Zone()])
+async def test_an_alias_is_refused_and_so_is_a_name_without_addresses(probed, zone):
+    """Not by a step, since the zone is the pool's: but nobody is admitted by such a probe."""
+    result = await probed(names=zone)
+    assert scoring.step(result).value == scoring.FULL_STEP
+    assert not views.is_full(result, scoring.step(result))
 
 
 @pytest.fixture(scope="module")
