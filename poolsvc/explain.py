@@ -8,6 +8,7 @@ from poolsvc import own_account, servers
 from poolsvc.budget import Place
 from poolsvc.config import Settings
 from poolsvc.models import ENDED_STATES, Order, Pool, Server
+from poolsvc.verdicts import Quorum, quorum
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ def explain(
             views.append(_view(stage, StageStatus.WAITING, None, "not probed yet"))
         else:
             views.append(_view(stage, record.status, record.since, record.detail))
-    views.append(_score(server, settings))
+    views.append(_score(server, pool, settings))
     views.append(_pool(server, pool, settings, active))
     return [_by_hand(view) for view in views] if server.agentless else views
 
@@ -85,7 +86,9 @@ def explain(
 _NAMING, _ISSUING = timedelta(minutes=2), timedelta(minutes=1)
 
 
-def expected_at(server: Server, settings: Settings, place: Place | None, now: datetime) -> datetime | None:
+def expected_at(
+    server: Server, pool: Pool, settings: Settings, place: Place | None, now: datetime
+) -> datetime | None:
     """When a server on its way into the pool can be in the answer if nothing fails; None of every other one."""
     if server.state not in _ON_THE_WAY or (server.joined_at is None and not server.agentless):
         return None
@@ -94,7 +97,7 @@ def expected_at(server: Server, settings: Settings, place: Place | None, now: da
         begins = server.order_due_at or now + _NAMING
         at = max(now, begins if place is None else place.turn_at) + _ISSUING
     done = min((row.full_probes for row in servers.publishable(server)), default=0)
-    probes = max(0, settings.policy.admission_probes - done)
+    probes = max(0, _needed(pool, settings).probes - done)
     return at + probes * timedelta(seconds=settings.policy.probe_interval)
 
 
@@ -187,7 +190,12 @@ def _own_order(server: Server) -> str:
     return "on the way into DNS" if begin is None else f"your account may order from {begin.isoformat()} on"
 
 
-def _score(server: Server, settings: Settings) -> StageView:
+def _needed(pool: Pool, settings: Settings) -> Quorum:
+    """Who has to admit it, by how many probes each."""
+    return quorum(0, pool.quorum, settings.policy.admission_probes)
+
+
+def _score(server: Server, pool: Pool, settings: Settings) -> StageView:
     if holds := servers.open_holds(server):
         reasons = "; ".join(f"{hold.kind}: {hold.reason}" for hold in holds)
         return _view(Stage.SCORE, StageStatus.FAILED, holds[0].set_at, reasons)
@@ -195,7 +203,9 @@ def _score(server: Server, settings: Settings) -> StageView:
         return _view(Stage.SCORE, StageStatus.MET, server.state_since)
     proved = servers.publishable(server)
     probes = min((row.full_probes for row in proved), default=0)
-    detail = f"{probes} of {settings.policy.admission_probes} full probes in a row"
+    needed = _needed(pool, settings)
+    detail = f"{probes} of {needed.probes} full probes in a row"
+    detail += f" by each of {needed.number} monitors" if needed.number > 1 else ""
     reasons = "; ".join(f"{row.address}: {row.step_reason}" for row in proved if row.step_reason)
     return _view(Stage.SCORE, StageStatus.WAITING, None, f"{detail}; {reasons}" if reasons else detail)
 

@@ -417,7 +417,7 @@ async def view_of(session: AsyncSession, services: Services, server: Server, now
         weight=_weight(server, member, settings, now),
         holds=[HoldView.model_validate(hold) for hold in servers.open_holds(server)],
         queue=None if place is None else QueueView.model_validate(place),
-        expected_at=expected_at(server, settings, place, now),
+        expected_at=expected_at(server, await the_pool(session, settings), settings, place, now),
         addresses=[address_view(settings, row, sights.get(row.id, ())) for row in server.addresses],
         agent=AgentView(
             seen_at=server.agent_seen_at,

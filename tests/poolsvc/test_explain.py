@@ -18,8 +18,8 @@ def at(minutes):
     return NOW + timedelta(minutes=minutes)
 
 
-def make_pool(*, opened=True):
-    return Pool(id=1, domain="pool.example", epoch=1, opened_at=NOW if opened else None)
+def make_pool(*, opened=True, quorum=1):
+    return Pool(id=1, domain="pool.example", epoch=1, opened_at=NOW if opened else None, quorum=quorum)
 
 
 def make_server(state=S.REGISTERED, *, addresses=1, **values):
@@ -226,11 +226,20 @@ def test_who_is_on_the_way_knows_when_it_can_be_there(settings, state, values, p
     server, now = make_server(state), at(10)
     for name, value in values.items():
         setattr(server, name, value)
-    found = expected_at(server, settings, place, now)
+    found = expected_at(server, make_pool(), settings, place, now)
     assert found == (None if minutes is None else now + timedelta(minutes=minutes))
 
 
 def test_probes_that_were_passed_are_not_waited_for_again(settings):
     server = make_server(S.CERTIFIED, addresses=2)
     server.addresses[0].full_probes, server.addresses[1].full_probes = 3, 2
-    assert expected_at(server, settings, None, at(10)) == at(11)
+    assert expected_at(server, make_pool(), settings, None, at(10)) == at(11)
+
+
+def test_a_quorum_of_several_takes_fewer_probes_of_each(settings):
+    server = make_server(S.CERTIFIED, addresses=1)
+    server.addresses[0].full_probes = 1
+    assert expected_at(server, make_pool(quorum=3), settings, None, at(10)) == at(11)
+    views = explain(server, make_pool(quorum=3), settings, active=5)
+    (score,) = (view for view in views if view.stage is Stage.SCORE)
+    assert score.detail == "1 of 2 full probes in a row by each of 3 monitors"
