@@ -448,10 +448,13 @@ class Publication:
         reasons = (number, policy, regions, is_open)
         if not is_open:
             return _Drawn(now, reasons)
+        is_many = before is not None and sum(map(len, before.sets.values())) > _FEW_SETS
+        if before is not None and is_many and before.reasons == reasons and not self._lost:
+            # Who came, or weighs something else, waits for the next draw.
+            return before
         rules = regional.rules_of(self._settings)
         draw = drawing.Draw(self._candidates.values(), regions, rules, number, now)
-        is_again = before is not None and (number, regions) == (before.reasons[0], before.reasons[2])
-        if is_again and before is not None and sum(map(len, before.sets.values())) > _FEW_SETS:
+        if before is not None and is_many and (number, regions) == (before.reasons[0], before.reasons[2]):
             sets = draw.again(before.sets, self._lost)
         else:
             sets = draw.sets()
