@@ -83,6 +83,11 @@ def is_sound(monitor: Monitor) -> bool:
     return monitor.sound is True or (monitor.sound is None and monitor.member_id is None)
 
 
+def has_family(monitor: Monitor, version: int) -> bool:
+    """Whether it reaches others by IPv4, or IPv6."""
+    return monitor.ipv6 if version == 6 else monitor.ipv4
+
+
 def party_of(monitor: Monitor) -> int:
     """Who speaks by it."""
     return -monitor.id if monitor.member_id is None else monitor.member_id
@@ -99,6 +104,15 @@ class Council:
     scorer: Scorer
     shadow: Scorer | None
     measure: Measure
+    seeing: Mapping[int, int]  # parties that have a say and reach others by IPv4, by IPv6
+    own_families: frozenset[int]  # by which the pool's own reach others
+
+    def why_unseen(self, address: str) -> str | None:
+        """Why no quorum can look at an address: too few have its family."""
+        version = ip_address(address).version
+        if (seeing := self.seeing[version]) >= self.quorum.number:
+            return None
+        return f"{seeing} of the {self.quorum.number} monitors that it takes have IPv{version}"
 
     @property
     def is_met(self) -> bool:
@@ -140,17 +154,25 @@ async def council(session: AsyncSession, settings: Settings, now: datetime) -> C
     policy = settings.policy
     found = await believed(session)
     speaking = [monitor for monitor in found if monitor.status is MonitorStatus.ACTIVE]
+    own = [monitor for monitor in found if monitor.member_id is None]
     least = await session.scalar(select(Pool.quorum).where(Pool.id == 1)) or 1
     scorer = verdicts.SCORERS[policy.scorer]
     shadow = None if policy.shadow_scorer is None else verdicts.SCORERS[policy.shadow_scorer]
     return Council(
         quorum=verdicts.quorum(0, least, policy.admission_probes),
         parties={monitor.id: party_of(monitor) for monitor in speaking},
-        own=frozenset(monitor.id for monitor in found if monitor.member_id is None),
+        own=frozenset(monitor.id for monitor in own),
         heard=_heard(speaking, now),
         scorer=scorer,
         shadow=shadow,
         measure=Measure(policy.max_stratum, scorer.rule, None if shadow is None else shadow.rule),
+        seeing={
+            version: len({party_of(monitor) for monitor in speaking if has_family(monitor, version)})
+            for version in (4, 6)
+        },
+        own_families=frozenset(
+            version for version in (4, 6) if any(has_family(monitor, version) for monitor in own)
+        ),
     )
 
 
@@ -250,8 +272,12 @@ async def compare(session: AsyncSession) -> Difference:
 
 
 async def count_unknown(session: AsyncSession) -> int:
-    """Addresses that too few monitors know now."""
-    unknown = select(func.count()).select_from(Address).where(Address.unknown.is_not(None))
+    """Addresses with a score that too few monitors know now."""
+    unknown = (
+        select(func.count())
+        .select_from(Address)
+        .where(Address.unknown.is_not(None), Address.score.is_not(None))
+    )
     return await session.scalar(unknown) or 0
 
 
