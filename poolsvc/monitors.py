@@ -207,7 +207,7 @@ def _heard(speaking: Sequence[Monitor], now: datetime) -> int:
     )
 
 
-def alarm(standing: Council, unknown: int) -> str | None:
+def alarm(standing: Council, unknown: int, amiss: int = 0) -> str | None:
     """What everybody may know of a pool that has too few monitors, for all servers or for some addresses."""
     if not standing.is_met:
         return (
@@ -218,6 +218,11 @@ def alarm(standing: Council, unknown: int) -> str | None:
         return (
             f"too few say the same of {unknown} addresses: these neither rise nor fall meanwhile,"
             " and that is the pool's fault"
+        )
+    if amiss:
+        return (
+            f"of {amiss} addresses monitors see the name wrong in DNS: an alias, no address, or one that is not the server's;"
+            " that is the pool's fault"
         )
     return None
 
@@ -301,6 +306,22 @@ async def count_unknown(session: AsyncSession) -> int:
     """Addresses that too few monitors know now."""
     unknown = select(func.count()).select_from(Address).where(Address.unknown.is_not(None))
     return await session.scalar(unknown) or 0
+
+
+async def count_amiss(session: AsyncSession, standing: Council, now: datetime) -> int:
+    """Addresses whose names monitors with a say have of late seen to be wrong in DNS: two of them, where there are more."""
+    seen = (
+        select(MonitorView.address_id)
+        .where(
+            MonitorView.names.is_not(None),
+            MonitorView.at > now - verdicts.FRESH,
+            MonitorView.monitor_id.in_(standing.parties),
+        )
+        .group_by(MonitorView.address_id)
+        .having(func.count() >= min(_FEWEST, len(standing.parties)))
+        .subquery()
+    )
+    return await session.scalar(select(func.count()).select_from(seen)) or 0
 
 
 async def living(session: AsyncSession) -> Sequence[Monitor]:
