@@ -114,6 +114,7 @@ KINDS = (
     PROOFS,
     PROBES,
     JUDGEMENTS,
+    REVIEWS,
     NEW_ORDERS,
     ORDERS,
     WINDOWS,
@@ -515,9 +516,11 @@ class Worker:
                 self._health.not_ordered = await troubles.count_not_ordered(session, now)
                 queue = await onboarding.queue(session)
                 await monitors.raise_quorum(session, self._settings, now)
+                standing = await monitors.council(session, self._settings, now)
                 self._health.monitors = monitors.alarm(
-                    await monitors.council(session, self._settings, now),
+                    standing,
                     await monitors.count_unknown(session),
+                    await monitors.count_amiss(session, standing, now),
                 )
             if self._settings.geo.database:
                 await monitors.place(self._database, self._geo)
