@@ -75,7 +75,9 @@ class LocalCheck:
     async def _note(self, found: Soundness | None, families: tuple[bool, bool], now: datetime) -> None:
         async with self._database.transaction() as session:
             first = await monitors.inner(session)
-            monitor = await monitors.reporting(session, first.id)
+            monitor = await session.get_one(
+                Monitor, first.id, with_for_update={"key_share": True}, populate_existing=True
+            )
             if found is not None and not found.is_sound and self._is_another_sound(monitor, now):
                 return
             monitors.note_soundness(

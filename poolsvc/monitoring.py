@@ -144,17 +144,19 @@ async def settle(database: Database, settings: Settings, rounds: Rounds, now: fl
     """Record the rounds that have waited long enough; one that cannot be recorded keeps no other back."""
     ready, failures = rounds.ready(now), []
     for first in range(0, len(ready), _AT_ONCE):
-        some = (_take(database, settings, one) for one in ready[first : first + _AT_ONCE])
+        some = (_take(database, settings, one, now) for one in ready[first : first + _AT_ONCE])
         outcomes = await asyncio.gather(*some, return_exceptions=True)
         failures += [outcome for outcome in outcomes if isinstance(outcome, Exception)]
     if failures:
         raise ExceptionGroup("rounds were not recorded", failures)
 
 
-async def _take(database: Database, settings: Settings, one: Round) -> None:
+async def _take(database: Database, settings: Settings, one: Round, now: float) -> None:
+    begun = one.begun
+    moment = begun.at + timedelta(seconds=now - begun.began)
     async with database.transaction() as session:
-        server = await servers.get(session, one.begun.server_id)
-        await record(session, settings, server, one.results, one.begun.at)
+        server = await servers.get(session, begun.server_id)
+        await record(session, settings, server, one.results, moment, at=begun.at)
 
 
 async def _come_back(
@@ -184,8 +186,13 @@ async def record(
     results: Sequence[ProbeResult],
     now: datetime,
     monitor: Monitor | None = None,
+    at: datetime | None = None,
 ) -> None:
-    """Let one round of probes of a server by one monitor, the registry's own if none is named, take effect."""
+    """Let one round of probes of a server by one monitor, the registry's own if none is named, take effect.
+
+    `at` is when it began, if that is not now.
+    """
+    at = at or now
     if server.state not in servers.NAMED_STATES or not results:
         return
     by = monitor or await monitors.inner(session)
@@ -195,7 +202,7 @@ async def record(
     found = await views_of(session, server)
     # A probe that was on its way when the maintenance began does not end it.
     hold = servers.held(server, HoldKind.MAINTENANCE)
-    began = now if hold is None else max(now, hold.set_at)
+    began = at if hold is None else max(at, hold.set_at)
     is_exempt = await maintenance.is_under_way(session, server, began)
     by_address = {row.address: row for row in server.addresses}
     for result in results:
@@ -214,17 +221,17 @@ async def record(
             )
             session.add(view)
             found[row.id].append(view)
-        if view.at is not None and not views.is_later(view.at, now, _MOMENT, now):
+        if view.at is not None and not views.is_later(view.at, at, _MOMENT, now):
             continue
-        after = views.after(view, result, now, standing.measure, begins_with=row.score, is_exempt=is_exempt)
+        after = views.after(view, result, at, standing.measure, begins_with=row.score, is_exempt=is_exempt)
         for name, value in after.items():
             setattr(view, name, value)
-        session.add(samples.sample(row.id, by.name, result, after["step"], view.score, now))
+        session.add(samples.sample(row.id, by.name, result, after["step"], view.score, at))
     if by.id in standing.own:
         await note_certificates(session, server, results, now)
     await judge(session, settings, server, standing, found, now)
     if by.name == INNER:
-        server.probe_due_at = _next_round(settings, server, found, by, now)
+        server.probe_due_at = _next_round(settings, server, found, by, at, now)
 
 
 def _next_round(
@@ -232,13 +239,14 @@ def _next_round(
     server: Server,
     found: Mapping[int, Sequence[MonitorView]],
     by: Monitor,
+    at: datetime,
     now: datetime,
 ) -> datetime:
     """When the registry's own monitor looks again: as the policy says while it is alone, or a server waits for it."""
     everything = [view for some in found.values() for view in some]
     alone = {view.monitor_id for view in everything if view.role is ViewRole.ACTIVE} <= {by.id}
     if alone or server.state in (ServerState.VERIFIED, ServerState.CERTIFIED):
-        return now + timedelta(seconds=settings.policy.probe_interval)
+        return at + timedelta(seconds=settings.policy.probe_interval)
     server.probe_due_at = None
     return reviews.next_due(settings, by.id, server, everything, now) or now + _NEVER_MIND
 
