@@ -74,14 +74,12 @@ async def probe_server(
     roots: Sequence[x509.Certificate],
     server_id: int,
     now: datetime,
-    rounds: Rounds | None = None,
+    rounds: Rounds,
 ) -> None:
     """Probe every proved address of a server once, as the registry's own monitor, and record what was found.
 
     What has to wait is left in `rounds`.
     """
-    if rounds is None:
-        rounds = Rounds(settings.policy.probe_interval)
     async with database.transaction() as session:
         server = await servers.get(session, server_id)
         rows = servers.publishable(server)

@@ -142,10 +142,8 @@ class Rounds:
     def _must_wait(self, one: Round, now: float) -> bool:
         if self._is_checked and (self._checked_at is None or self._checked_at < one.ended):
             return True
-        is_open = now < one.ended + self._window
-        return is_open and any(
-            one.silent(version) and len(self._looks[version]) >= MASS for version in VERSIONS
-        )
+        # However few others are known yet: a process that begins in an outage does not know them.
+        return now < one.ended + self._window and any(map(one.silent, VERSIONS))
 
     def _counts(self, result: ProbeResult, begun: Begun, mute: Mapping[int, str]) -> bool:
         version = version_of(result.address)

@@ -115,10 +115,21 @@ def test_it_takes_more_than_half_and_at_least_three(silent, total, is_ours):
     assert len(counted) == (total - silent if is_ours else total)
 
 
-def test_a_few_servers_need_not_wait():
+def test_a_process_that_begins_in_an_outage_waits_before_it_blames_the_first():
     rounds = Rounds(WINDOW)
     add(rounds, 1, 0.0, silence(v4(1)))
-    assert set(ready(rounds, 5.0)) == {1}
+    assert ready(rounds, 5.0) == {}
+    for number in range(2, 5):
+        add(rounds, number, number * 10.0, silence(v4(number)))
+    assert ready(rounds, 5 + WINDOW) == {}
+    assert 1 not in rounds
+
+
+def test_of_two_servers_it_is_said_that_they_are_silent():
+    rounds = Rounds(WINDOW)
+    for number in (1, 2):
+        add(rounds, number, 0.0, silence(v4(number)))
+    assert set(ready(rounds, 5 + WINDOW)) == {1, 2}
 
 
 def test_each_family_is_judged_by_itself():
