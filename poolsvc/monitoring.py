@@ -658,7 +658,7 @@ async def _hold_or_lift(
         # An address proved after the server's admission is admitted by itself.
         if each.row.score is None and each.is_admitted:
             _admit_address(each, found[each.row.id], standing, now)
-    seen = [each for each in current if each.is_seen]
+    seen = [each for each in current if each.is_seen or each.speaking]
     is_silent = bool(seen) and all(each.is_silent for each in seen)
     if not is_silent and not is_known:
         return

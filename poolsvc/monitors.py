@@ -122,9 +122,10 @@ class Council:
     own_families: frozenset[int]  # by which the pool's own reach others
 
     def why_unseen(self, address: str) -> str | None:
-        """Why no quorum can look at an address: too few have its family."""
+        """Why no quorum can look at an address, where more could if they had its family."""
         version = ip_address(address).version
-        if (seeing := self.seeing[version]) >= self.quorum.number:
+        could = min(self.quorum.number, len(set(self.parties.values())))
+        if (seeing := self.seeing[version]) >= could:
             return None
         return f"{seeing} of the {self.quorum.number} monitors that it takes have IPv{version}"
 

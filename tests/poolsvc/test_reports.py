@@ -378,6 +378,14 @@ async def test_a_server_that_was_silent_to_all_for_long_goes_below_the_quorum_to
     assert hold.reason == "silent for 30 minutes to every monitor that looks"
 
 
+async def test_silence_to_one_alone_takes_nobody_out_where_more_have_to_agree(pool):
+    """An outage of the registry's own uplink: no other monitor can report."""
+    await crowd(pool)
+    await pool.begin(2, 3)
+    server = await pool.server("alice", "198.18.0.1")
+    assert [await pool.round(server, bad(), None, minutes=10) for _ in range(6)] == [S.ACTIVE] * 6
+
+
 async def test_a_monitor_of_a_blocked_member_has_no_say(pool):
     await crowd(pool)
     member = await pool.registry.member()
