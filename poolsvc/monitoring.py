@@ -151,7 +151,7 @@ async def record(
             )
             session.add(view)
             found[row.id].append(view)
-        if view.at is not None and now <= view.at:
+        if view.at is not None and not views.is_later(view.at, now, _MOMENT, now):
             continue
         after = views.after(view, result, now, standing.measure, begins_with=row.score, is_exempt=is_exempt)
         for name, value in after.items():
@@ -229,8 +229,10 @@ class Judged:
 
 def judged(row: Any, found: Iterable[Any], standing: Council, now: datetime) -> Judged:
     """Pure: changes nothing."""
+    everything = list(found)
+    standing = standing.at(everything)
     seen = sorted(
-        (view for view in found if view.at is not None), key=lambda view: (view.at, view.monitor_id)
+        (view for view in everything if view.at is not None), key=lambda view: (view.at, view.monitor_id)
     )
     pairs = [(view, standing.view(view)) for view in seen]
     said = [each for _, each in pairs if each.is_active]
@@ -515,7 +517,9 @@ async def _admit(
 
 def _admit_address(each: Judged, found: Iterable[MonitorView], standing: Council, now: datetime) -> None:
     """Let every monitor's score of it begin."""
-    for view in found:
+    everything = list(found)
+    standing = standing.at(everything)
+    for view in everything:
         if view.score is None and view.at is not None:
             view.score = verdicts.first_score(standing.view(view))
     said = [standing.view(view) for view in each.speaking]

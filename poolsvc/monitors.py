@@ -13,9 +13,9 @@ Rules:
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from types import MappingProxyType
@@ -31,7 +31,15 @@ from nts_core.errors import printable
 from poolsvc import auth, members, servers, verdicts
 from poolsvc.config import Settings
 from poolsvc.db import Database
-from poolsvc.errors import InvalidDocument, InvalidName, LimitReached, NameTaken, NotFound, WrongState
+from poolsvc.errors import (
+    InvalidDocument,
+    InvalidName,
+    LimitReached,
+    NameTaken,
+    NotFound,
+    TooManyRequests,
+    WrongState,
+)
 from poolsvc.geo import Geo, Place
 from poolsvc.models import (
     INNER,
@@ -72,6 +80,11 @@ MAX_SAMPLES = 500  # of one report
 LATE = timedelta(minutes=5)  # without a word, after which a monitor is no reason to raise the quorum
 # How long what was handed out is the monitor's: until its report is here, or it has ended.
 _LEASE = timedelta(minutes=2)
+_SOON = 1.0  # seconds, when there is more to do than one answer holds
+_PUT_OFF = 5_000  # views that one question puts off
+_ONE_AT_A_TIME = timedelta(seconds=1)  # after which a monitor that was answered 429 asks again
+_FEWEST = 2  # who have to agree where others may not look
+WORD = timedelta(days=1)  # for which an operator's word on the quorum holds; then it rises by itself again
 _NOT_YET = timedelta(minutes=5)  # until a view is looked at again whose server is not to be probed now
 _TRIED = 200  # addresses by which it is found out whether a higher quorum would know the servers
 _KNOWN_SHARE = 0.9
@@ -93,7 +106,8 @@ class Council:
     """Who has a say, how many have to agree, and how what they say becomes one score."""
 
     quorum: Quorum
-    parties: Mapping[int, int]  # of the monitors that have a say, by id
+    approved: Mapping[int, int]  # parties of the monitors that are active, sound or not, by id
+    parties: Mapping[int, int]  # of those that have a say
     own: frozenset[int]  # those of the pool's own that work, by whom certificates are known
     heard: int  # parties that have spoken of late
     scorer: Scorer
@@ -103,6 +117,28 @@ class Council:
     @property
     def is_met(self) -> bool:
         return self.heard >= self.quorum.number
+
+    def quorum_for(self, rows: Iterable[Any]) -> Quorum:
+        """The quorum for an address of which these are all views: smaller by those who may never look at it, but two at least.
+
+        Else no server of a member that runs monitors could come in while the pool has few of them. Who is not heard, or not
+        sound, counts: for that the quorum falls by an operator's word alone.
+        """
+        if self.quorum.number <= _FEWEST:
+            return self.quorum
+        barred = {row.monitor_id for row in rows if row.role is ViewRole.PAUSED} & self.approved.keys()
+        if not barred:
+            return self.quorum
+        everybody = set(self.approved.values())
+        able = {party for monitor, party in self.approved.items() if monitor not in barred}
+        spare = max(0, len(everybody) - self.quorum.number)
+        missing = max(0, len(everybody) - len(able) - spare)
+        return replace(self.quorum, number=max(_FEWEST, self.quorum.number - missing))
+
+    def at(self, rows: Iterable[Any]) -> "Council":
+        """As it stands for an address of which these are all views."""
+        quorum = self.quorum_for(rows)
+        return self if quorum is self.quorum else replace(self, quorum=quorum)
 
     def view(self, row: Any) -> View:
         """A row of `MonitorView`, or what has its columns, as the rules read it; of a monitor without a say, it is none that counts."""
@@ -129,22 +165,28 @@ _WORKING: Select[Monitor] = (
 
 async def believed(session: AsyncSession) -> Sequence[Monitor]:
     """Those that work, with a say or on trial, and are sound, of members that are not blocked."""
+    return [monitor for monitor in await _working(session) if is_sound(monitor)]
+
+
+async def _working(session: AsyncSession) -> Sequence[Monitor]:
     working = (await session.scalars(_WORKING)).all()
     if not working and (first := await inner(session)).status in WORKING:
-        working = [first]
-    return [monitor for monitor in working if is_sound(monitor)]
+        return [first]
+    return working
 
 
 async def council(session: AsyncSession, settings: Settings, now: datetime) -> Council:
     """As it stands now."""
     policy = settings.policy
-    found = await believed(session)
+    working = await _working(session)
+    found = [monitor for monitor in working if is_sound(monitor)]
     speaking = [monitor for monitor in found if monitor.status is MonitorStatus.ACTIVE]
     least = await session.scalar(select(Pool.quorum).where(Pool.id == 1)) or 1
     scorer = verdicts.SCORERS[policy.scorer]
     shadow = None if policy.shadow_scorer is None else verdicts.SCORERS[policy.shadow_scorer]
     return Council(
         quorum=verdicts.quorum(0, least, policy.admission_probes),
+        approved={one.id: party_of(one) for one in working if one.status is MonitorStatus.ACTIVE},
         parties={monitor.id: party_of(monitor) for monitor in speaking},
         own=frozenset(monitor.id for monitor in found if monitor.member_id is None),
         heard=_heard(speaking, now),
@@ -186,6 +228,9 @@ async def raise_quorum(session: AsyncSession, settings: Settings, now: datetime)
     Only once most servers are known by as many: approval alone must not make the whole pool unknown.
     """
     standing = await council(session, settings, now)
+    pool = await the_pool(session, settings)
+    if pool.quorum_set_at is not None and now - pool.quorum_set_at < WORD:
+        return standing.quorum.number
     wanted = verdicts.quorum(standing.heard, standing.quorum.number, settings.policy.admission_probes)
     if wanted.number > standing.quorum.number and await _would_be_known(session, standing, wanted, now):
         pool = await the_pool(session, settings, lock=True)
@@ -204,14 +249,17 @@ async def _would_be_known(session: AsyncSession, standing: Council, wanted: Quor
         .limit(_TRIED)
     )
     ids = list(await session.scalars(tried))
-    views: dict[int, list[View]] = {identifier: [] for identifier in ids}
+    rows: dict[int, list[MonitorView]] = {identifier: [] for identifier in ids}
     for row in await session.scalars(select(MonitorView).where(MonitorView.address_id.in_(ids))):
-        views[row.address_id].append(standing.view(row))
-    known = sum(
-        len({view.party for view in some if view.is_active and view.score is not None and view.is_fresh(now)})
-        >= wanted.number
-        for some in views.values()
-    )
+        rows[row.address_id].append(row)
+    rising = replace(standing, quorum=wanted)
+    known = 0
+    for some in rows.values():
+        said = map(standing.view, some)
+        votes = {
+            view.party for view in said if view.is_active and view.score is not None and view.is_fresh(now)
+        }
+        known += len(votes) >= rising.quorum_for(some).number
     return known >= _KNOWN_SHARE * len(ids)
 
 
@@ -234,7 +282,7 @@ async def set_quorum(
         reason=reason[:300],
     )
     session.add(event)
-    pool.quorum = number
+    pool.quorum, pool.quorum_set_at = number, now
     await session.flush()
     return pool
 
@@ -267,13 +315,13 @@ async def living(session: AsyncSession) -> Sequence[Monitor]:
 
 
 async def place(database: Database, geo: Geo) -> None:
-    """Find out in which networks and countries monitors are whose place is not known."""
+    """Find out in which networks and countries monitors are that call from elsewhere; until then they are where they were."""
     async with database.transaction() as session:
         nowhere = {
             monitor.id: address
             for monitor in await living(session)
-            if monitor.network is None
-            and (address := monitor.ipv4_address or monitor.ipv6_address) is not None
+            if (address := monitor.ipv4_address or monitor.ipv6_address) is not None
+            and address != monitor.placed_for
         }
     if not nowhere:
         return
@@ -281,9 +329,8 @@ async def place(database: Database, geo: Geo) -> None:
     async with database.transaction() as session:
         for monitor_id, address in nowhere.items():
             found = places[address]
-            if found.network is not None or found.country is not None:
-                monitor = await session.get_one(Monitor, monitor_id, with_for_update=True)
-                monitor.network, monitor.country = found.network, found.country
+            monitor = await session.get_one(Monitor, monitor_id, with_for_update={"key_share": True})
+            monitor.network, monitor.country, monitor.placed_for = found.network, found.country, address
 
 
 def _look_up(geo: Geo, addresses: Sequence[str]) -> Mapping[str, Place]:
@@ -315,7 +362,7 @@ async def inner(session: AsyncSession) -> Monitor:
 async def find(session: AsyncSession, name: str, *, lock: bool = False) -> Monitor:
     """Raises NotFound."""
     query = select(Monitor).where(Monitor.name == name.lower()[:40])
-    found = await session.scalar(query.with_for_update() if lock else query)
+    found = await session.scalar(query.with_for_update(key_share=True) if lock else query)
     if found is None:
         raise NotFound(f"there is no monitor named {name[:40]!r}", remedy="check the name")
     return found
@@ -413,7 +460,7 @@ async def end_all(session: AsyncSession, member_id: int, reason: str, now: datet
         select(Monitor)
         .where(Monitor.member_id == member_id, Monitor.status != MonitorStatus.ENDED)
         .order_by(Monitor.id)
-        .with_for_update()
+        .with_for_update(key_share=True)
     )
     for monitor in found.all():
         await set_status(session, monitor, MonitorStatus.ENDED, reason, now)
@@ -433,8 +480,19 @@ async def _leave_another(session: AsyncSession, monitor: Monitor) -> None:
 
 
 async def reporting(session: AsyncSession, monitor_id: int) -> Monitor:
-    """A monitor that asks or reports, locked: it does one thing at a time."""
-    return await session.get_one(Monitor, monitor_id, with_for_update=True, populate_existing=True)
+    """A monitor that asks or reports, locked: it does one thing at a time. Raises TooManyRequests while it does another.
+
+    So that one that sends many at once keeps no connection to the database waiting. Reviews may refer to it meanwhile.
+    """
+    query = select(Monitor).where(Monitor.id == monitor_id).with_for_update(key_share=True, skip_locked=True)
+    found = await session.scalar(query.execution_options(populate_existing=True))
+    if found is None:
+        raise TooManyRequests(
+            "the monitor's last request is not answered yet",
+            remedy="send one after the other",
+            retry_after=_ONE_AT_A_TIME,
+        )
+    return found
 
 
 def note_source(monitor: Monitor, source: str, now: datetime) -> None:
@@ -446,9 +504,9 @@ def note_source(monitor: Monitor, source: str, now: datetime) -> None:
         return  # no address: a socket of this host
     text = str(address)
     if address.version == 4 and monitor.ipv4_address != text:
-        monitor.ipv4_address, monitor.network, monitor.country = text, None, None
+        monitor.ipv4_address = text
     elif address.version == 6 and monitor.ipv6_address != text:
-        monitor.ipv6_address, monitor.network, monitor.country = text, None, None
+        monitor.ipv6_address = text
 
 
 def note_soundness(
@@ -476,13 +534,16 @@ def why_idle(monitor: Monitor) -> str:
 
 async def work(session: AsyncSession, settings: Settings, monitor: Monitor, now: datetime) -> MonitorWork:
     """What the monitor, which is locked, is to do until it asks again: what is due until then, and is its own for a while."""
-    tasks = await _tasks(session, settings, monitor, now) if monitor.status in WORKING else []
+    tasks: list[MonitorTask] = []
+    is_more = False
+    if monitor.status in WORKING:
+        tasks, is_more = await _tasks(session, settings, monitor, now)
     return MonitorWork(
         pool=settings.pool,
         monitor=monitor.name,
         status=monitor.status,
         ke_port=settings.ports.ke,
-        poll_after=settings.policy.monitor_poll,
+        poll_after=min(settings.policy.monitor_poll, _SOON) if is_more else settings.policy.monitor_poll,
         nameservers=tuple(settings.dns.nameservers),
         tasks=tuple(tasks),
         reason=why_idle(monitor),
@@ -492,7 +553,8 @@ async def work(session: AsyncSession, settings: Settings, monitor: Monitor, now:
 
 async def _tasks(
     session: AsyncSession, settings: Settings, monitor: Monitor, now: datetime
-) -> list[MonitorTask]:
+) -> tuple[list[MonitorTask], bool]:
+    """The next tasks, and whether there are more of them at once."""
     horizon = now + timedelta(seconds=settings.policy.monitor_poll)
     mine = (MonitorView.monitor_id == monitor.id, MonitorView.role != ViewRole.PAUSED)
     due = await session.execute(
@@ -503,21 +565,22 @@ async def _tasks(
         .order_by(MonitorView.due_at)
         .limit(MAX_TASKS)
     )
+    rows = due.all()
     found = [
         (row, row.Server)
-        for row in due
+        for row in rows
         if servers.is_wanted(row.address, ipv4=row.Server.ipv4, ipv6=row.Server.ipv6)
         and (monitor.ipv6 if ":" in row.address else monitor.ipv4)
     ]
     everywhere = await _addresses_of(session, [server.id for _, server in found])
-    ids = [row.address_id for row, _ in found]
-    leased = update(MonitorView).where(MonitorView.monitor_id == monitor.id, MonitorView.address_id.in_(ids))
-    await session.execute(leased.values(due_at=horizon + _LEASE))
-    if len(found) < MAX_TASKS:
-        # What is due and was not handed out would be found again each time.
-        late = update(MonitorView).where(*mine, MonitorView.due_at <= now)
-        await session.execute(late.values(due_at=now + _NOT_YET))
-    return [
+    ids = {row.address_id for row, _ in found}
+    # What was read and is not handed out would be found again each time.
+    await _put_off(session, monitor, ids, horizon + _LEASE)
+    await _put_off(session, monitor, {row.address_id for row in rows} - ids, now + _NOT_YET)
+    if len(rows) < MAX_TASKS:
+        rest = select(MonitorView.address_id).where(*mine, MonitorView.due_at <= now).limit(_PUT_OFF)
+        await _put_off(session, monitor, set(await session.scalars(rest)), now + _NOT_YET)
+    tasks = [
         MonitorTask(
             target=row.address_id,
             domain=settings.domain_of(server.name),
@@ -529,6 +592,25 @@ async def _tasks(
         )
         for row, server in found
     ]
+    return tasks, len(rows) == MAX_TASKS
+
+
+async def _put_off(session: AsyncSession, monitor: Monitor, ids: Collection[int], until: datetime) -> None:
+    """Let the monitor's views of these addresses be due then, but for those that somebody is writing at this moment.
+
+    They are locked in the order of their addresses, as everywhere.
+    """
+    mine = (MonitorView.monitor_id == monitor.id, MonitorView.address_id.in_(sorted(ids)))
+    locked = await session.scalars(
+        select(MonitorView.address_id)
+        .where(*mine)
+        .order_by(MonitorView.address_id)
+        .with_for_update(skip_locked=True)
+    )
+    chosen = list(locked)
+    if chosen:
+        only = (MonitorView.monitor_id == monitor.id, MonitorView.address_id.in_(chosen))
+        await session.execute(update(MonitorView).where(*only).values(due_at=until))
 
 
 def _to_be_probed() -> Sequence[Any]:

@@ -473,8 +473,9 @@ class Publication:
         """Whether the sink has other answer sets than are drawn."""
         if not self._has_sink or self._only_looks or self._drawn is None:
             return False
-        given = None if self._answers is None else self._answers.sets
-        return given is not self._drawn.sets and (bool(self._several) or bool(self._answers))
+        if self._answers is None:
+            return True  # a leader before may have left sets there
+        return self._answers.sets is not self._drawn.sets and (bool(self._several) or bool(self._answers))
 
     async def _hand_over(self, publisher: Publisher, epoch: int) -> bool:
         """Give the sink what is drawn, if there is one; whether it was."""

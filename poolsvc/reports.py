@@ -45,6 +45,9 @@ _MAX_NEW = 50
 # What an age may be: what was seen longer ago says nothing of now.
 _MAX_AGE = FRESH.total_seconds()
 _MAX_SEQUENCE = 2**63 - 1
+_LEAST_APART = (
+    0.5  # of the spacing between two probes of an address: they begin a little late, and so not all alike
+)
 _MAX_NS = 10**18  # of what is measured: thirty years
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _SERIAL = re.compile(r"[0-9a-f]{1,64}")
@@ -72,6 +75,7 @@ class _View:
     fingerprint: str | None
     failed_since: datetime | None = None
     points: int = 0
+    names: str | None = None
     step: float | None = None
     mean_step: float | None = None
     mean_delay_ns: int | None = None
@@ -79,7 +83,7 @@ class _View:
 
 _OWN = ("failed_since", "points", "mean_step", "mean_delay_ns")
 _JUDGED = tuple(
-    getattr(MonitorView, field.name) for field in fields(_View) if field.name not in (*_OWN, "step")
+    getattr(MonitorView, field.name) for field in fields(_View) if field.name not in (*_OWN, "step", "names")
 )
 
 
@@ -164,7 +168,8 @@ async def _take(
     touched: dict[int, _View] = {}
     last: dict[int, dict[str, Any]] = {}
     shown: dict[int, list[ProbeResult]] = defaultdict(list)
-    for view, address, result, at in _counting(monitor, batch, believable, now):
+    apart = _LEAST_APART * timedelta(seconds=settings.policy.probe_spacing)
+    for view, address, result, at in _counting(monitor, batch, believable, apart, now):
         is_exempt = any(starts <= now and at < ends for starts, ends in windows[address.server_id])
         after = views.after(
             view, result, at, standing.measure, begins_with=address.score, is_exempt=is_exempt
@@ -203,9 +208,12 @@ async def _take(
 
 
 def _counting(
-    monitor: Monitor, batch: _Batch, samples: Sequence[MonitorSample], now: datetime
+    monitor: Monitor, batch: _Batch, samples: Sequence[MonitorSample], apart: timedelta, now: datetime
 ) -> Iterator[tuple[_View, Any, ProbeResult, datetime]]:
-    """The samples that count, the oldest first: of the monitor's own targets, each newer than what is known by then."""
+    """The samples that count, the oldest first: of the monitor's own targets, each so much later than what is known by then.
+
+    No more than probes that were asked for can be: else one monitor could tell of a hundred in a minute.
+    """
     mine = {
         view.address_id: view
         for some in batch.views.values()
@@ -214,11 +222,14 @@ def _counting(
     }
     for sample in samples:
         view, at = mine.get(sample.target), now - timedelta(seconds=sample.age)
-        if view is None or (view.at is not None and at <= view.at):
+        if view is None or (view.at is not None and not views.is_later(view.at, at, apart, now)):
             continue
         address = batch.addresses[sample.target]
+        server = batch.servers[address.server_id]
         is_reached = monitor.ipv6 if ":" in address.address else monitor.ipv4
-        if is_reached and batch.servers[address.server_id].state in servers.NAMED_STATES:
+        is_own = monitor.member_id is not None and monitor.member_id == server.member_id
+        is_same = sample.result.address in {"", address.address}
+        if is_reached and is_same and not is_own and server.state in servers.NAMED_STATES:
             yield view, address, replace(sample.result, address=address.address), at
 
 
@@ -237,6 +248,7 @@ def _is_believable(sample: MonitorSample) -> bool:
     return (
         0 <= sample.age <= _MAX_AGE
         and all(figure is None or abs(figure) <= _MAX_NS for figure in figures)
+        and (result.delay is None or result.delay > 0)
         and all(moment is None or 0 <= moment < _MAX_SECONDS for moment in moments)
         and (result.stratum is None or 0 <= result.stratum <= 255)
         and 0 <= result.cookies <= result.asked <= 1000
@@ -266,6 +278,7 @@ async def _batch_of(
     """Lock these servers, and read what there is of them, or of these addresses of theirs."""
     columns = (
         Server.id,
+        Server.member_id,
         Server.state,
         Server.state_since,
         Server.ipv4,

@@ -107,6 +107,8 @@ async def accept(session: AsyncSession, settings: Settings, transfer_id: int, no
     target = both[transfer.to_member_id]
     await servers.check_room(session, settings, target)
     server.member_id, transfer.accepted_at = target.id, now
+    # From now on the new member's monitors may not look at it.
+    server.review_due_at = now
     if server.agentless:
         # The new member's ACME client has another account; the old one orders no more.
         server.own_account_uri = None

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from poolsvc.scoring import ADMITTED, HOPELESS, RULE, Line, Rule, is_good
 
 FRESH = timedelta(minutes=20)
+AHEAD = timedelta(minutes=1)  # that a clock may be set back by, without what was seen being of no more use
 FRESH_HOPELESS = timedelta(hours=4.5)  # two of the longest intervals: who looks seldom has a say for longer
 SILENT = timedelta(minutes=30)
 FULL_QUORUM = 3
@@ -46,8 +47,8 @@ class View:
         return FRESH_HOPELESS if self.score is not None and self.score <= HOPELESS else FRESH
 
     def is_fresh(self, now: datetime) -> bool:
-        """Whether one of its last two probes is still the last word."""
-        return self.at is not None and now - self.at <= self.lasts
+        """Whether its last probe is still the last word. One of a time to come is of a clock that was ahead."""
+        return self.at is not None and -AHEAD <= now - self.at <= self.lasts
 
 
 @dataclass(frozen=True, slots=True)

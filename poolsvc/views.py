@@ -13,7 +13,10 @@ from nts_core.control import NameFinding, ProbeResult, Stage
 from nts_core.errors import printable
 from poolsvc import scoring
 from poolsvc.scoring import RULE, Rule, Step
+from poolsvc.verdicts import AHEAD, FRESH_HOPELESS
 
+# What is wrong with a name in DNS, and so with the pool.
+_AMISS = frozenset({NameFinding.ALIAS, NameFinding.ABSENT, NameFinding.ELSEWHERE})
 PROBED = tuple(Stage)[tuple(Stage).index(Stage.TCP) : tuple(Stage).index(Stage.OFFSET) + 1]
 _AVERAGED = timedelta(days=1)  # over which means move
 _LEAST_SHARE = 1 / 500  # of one probe in a mean, however soon it comes
@@ -69,6 +72,11 @@ class Measure:
         return scoring.step(result, max_stratum=self.max_stratum, rule=self.rule)
 
 
+def is_later(before: datetime, at: datetime, apart: timedelta, now: datetime) -> bool:
+    """Whether a probe is later than the last one by what lies between two. A last one that is yet to come never was."""
+    return at - before >= apart if before <= now + AHEAD else True
+
+
 def after(
     before: Seen,
     result: ProbeResult,
@@ -80,11 +88,13 @@ def after(
 ) -> dict[str, Any]:
     """What the view is after a probe that began at `at`, later than the one before.
 
-    `begins_with` is the pool's own score of the address, where a view begins that has none yet; None before admission.
+    `begins_with` is the pool's own score of the address, where a view begins that has none yet, or has seen nothing for so long
+    that it says nothing of now: of a monitor that was away, or was not well; None before admission.
     One that is exempt, during maintenance, does not count against the server.
     """
     step = measure.step(result)
-    score, full_probes = before.score, before.full_probes
+    is_old = before.at is not None and not -FRESH_HOPELESS <= at - before.at <= FRESH_HOPELESS
+    score, full_probes = (None, 0) if is_old else (before.score, before.full_probes)
     if score is None:
         score = begins_with
     if score is not None:
@@ -94,6 +104,7 @@ def after(
     shadow = None
     if score is not None and (rule := measure.shadow) is not None:
         begin = before.score if before.shadow_score is None else before.shadow_score
+        begin = None if is_old else begin
         by_rule = scoring.step(result, max_stratum=measure.max_stratum, rule=rule)
         begin = begins_with if begin is None else begin
         shadow = score if begin is None else _moved(begin, by_rule, rule, is_exempt=is_exempt)
@@ -113,6 +124,7 @@ def after(
         "offset_ns": result.offset,
         "delay_ns": result.delay,
         "fingerprint": result.fingerprint,
+        "names": result.names if result.names in _AMISS else None,
         "mean_step": _mean(before.mean_step, step.value, share),
         "mean_delay_ns": before.mean_delay_ns
         if result.delay is None

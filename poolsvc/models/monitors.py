@@ -2,7 +2,7 @@
 
 from datetime import date, datetime
 
-from sqlalchemy import BigInteger, Date, ForeignKey, Index, String
+from sqlalchemy import BigInteger, Date, ForeignKey, Index, String, text
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from nts_core.control import MonitorStatus, Stage
@@ -38,6 +38,7 @@ class Monitor(Base):
     ipv6_address: Mapped[str | None] = mapped_column(String(45))
     network: Mapped[int | None] = mapped_column(BigInteger)  # AS number
     country: Mapped[str | None] = mapped_column(String(2))
+    placed_for: Mapped[str | None] = mapped_column(String(45))  # the address of which these two are known
     sequence: Mapped[int] = mapped_column(BigInteger, default=0)  # of its last report
     taken: Mapped[int] = mapped_column(default=0)  # samples of that report
     samples: Mapped[int] = mapped_column(BigInteger, default=0)  # of all its reports
@@ -49,7 +50,16 @@ class MonitorView(Base):
     """What one monitor is to look at, and what it last saw there: one row for each address and monitor."""
 
     __tablename__ = "monitor_views"
-    __table_args__ = (Index("ix_monitor_views_monitor_id", "monitor_id", "due_at"),)
+    __table_args__ = (
+        Index("ix_monitor_views_monitor_id", "monitor_id", "due_at"),
+        # What is wrong in DNS, which is nearly nothing.
+        Index(
+            "ix_monitor_views_names",
+            "address_id",
+            sqlite_where=text("names IS NOT NULL"),
+            postgresql_where=text("names IS NOT NULL"),
+        ),
+    )
 
     address_id: Mapped[int] = mapped_column(ForeignKey("addresses.id"), primary_key=True)
     monitor_id: Mapped[int] = mapped_column(ForeignKey("monitors.id"), primary_key=True)
@@ -73,6 +83,7 @@ class MonitorView(Base):
     offset_ns: Mapped[int | None] = mapped_column(BigInteger)
     delay_ns: Mapped[int | None] = mapped_column(BigInteger)
     fingerprint: Mapped[str | None] = mapped_column(String(64))  # of the valid certificate that it saw
+    names: Mapped[str | None] = mapped_column(String(16))  # what it saw to be wrong with the name in DNS
     # Moving averages over about a day, by which monitors are chosen.
     mean_step: Mapped[float | None] = mapped_column()
     mean_delay_ns: Mapped[int | None] = mapped_column(BigInteger)

@@ -73,6 +73,7 @@ class Pool(Base):
     quorum: Mapped[int] = mapped_column(
         default=1
     )  # of monitors; it rises by itself, and falls by an operator
+    quorum_set_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # by an operator, last
 
 
 class ZonePlan(Base):

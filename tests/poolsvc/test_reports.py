@@ -1,5 +1,6 @@
 """What monitors are told to look at, and what becomes of their reports; on both engines."""
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -138,9 +139,37 @@ async def test_a_sample_moves_the_view_and_the_address(registry, tell):
 async def test_only_what_is_newer_than_what_is_known_counts(registry, tell):
     monitor, _ = await registry.monitor()
     (target,) = await registry.look(monitor, await registry.server(state=S.ACTIVE))
-    assert await tell(monitor, (target, good(), 10.0), (target, good(), 10.0), (target, good(), 5.0)) == 2
-    assert await tell(monitor, (target, bad(), 5.0), (target, bad(), 9.0)) == 0
+    assert await tell(monitor, (target, good(), 100.0), (target, good(), 100.0), (target, good(), 60.0)) == 2
+    assert await tell(monitor, (target, bad(), 60.0), (target, bad(), 90.0)) == 0
     assert await tell(monitor, (target, good(), 0.0)) == 1
+
+
+async def test_more_than_was_asked_for_does_not_count(registry, tell):
+    """Else one monitor could bring its own server up, or another one down, in a minute."""
+    monitor, _ = await registry.monitor()
+    (target,) = await registry.look(monitor, await registry.server(state=S.ACTIVE))
+    assert await tell(monitor, *((target, good(), float(age)) for age in range(59, -1, -1))) == 2
+
+
+async def test_what_is_said_of_another_address_than_it_is_now_does_not_count(registry, tell):
+    monitor, _ = await registry.monitor()
+    (target,) = await registry.look(monitor, await registry.server(state=S.ACTIVE))
+    assert await tell(monitor, (target, replace(good(), address="203.0.113.9"))) == 0
+
+
+async def test_a_monitor_does_not_judge_its_own_members_server(registry, tell):
+    """As after a server has come to another member."""
+    member = await registry.member()
+    monitor, _ = await registry.monitor(member=member)
+    (target,) = await registry.look(monitor, await registry.server(state=S.ACTIVE, member=member))
+    assert await tell(monitor, (target, good())) == 0
+
+
+async def test_what_was_seen_by_a_clock_that_was_ahead_is_no_last_word(registry, tell):
+    monitor, _ = await registry.monitor()
+    (target,) = await registry.look(monitor, await registry.server(state=S.ACTIVE))
+    assert await tell(monitor, (target, good()), now=NOW + timedelta(days=1)) == 1
+    assert await tell(monitor, (target, bad()), number=2**62) == 1
 
 
 async def test_a_report_that_comes_again_counts_once_and_an_older_one_not_at_all(registry, tell):
@@ -198,7 +227,7 @@ async def test_targets_of_others_and_what_nobody_could_have_seen_are_passed_over
     ]
     assert await tell(monitor, *garbage) == 0
     assert await tell(monitor, *garbage, (target, bad())) == 1
-    hostile = ProbeResult("\0", Stage.TLS, "\0" * 100_000, kiss="\0")
+    hostile = ProbeResult("", Stage.TLS, "\0" * 100_000, kiss="\0")
     assert await tell(monitor, (target, hostile), now=NOW + MINUTE) == 1
 
 

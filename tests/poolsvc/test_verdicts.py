@@ -171,3 +171,7 @@ def test_two_scorers_are_compared_by_the_servers_that_are_good_by_one_of_them():
     )
     assert (found.dropped, found.added) == (["alice"], ["carol"])
     assert str(found) == "would drop 1, add 1"
+
+
+def test_one_of_a_time_to_come_is_no_last_word():
+    assert not view(age=-timedelta(days=1)).is_fresh(NOW)
