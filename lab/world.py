@@ -187,7 +187,7 @@ def situations(servers: int, days: int) -> list[Situation]:
 
 
 # Who lies, one after the other, and what round trip they claim; None is the true one.
-_FAR_APART = tuple(number * 7 % 40 for number in range(20))
+_FAR_APART = tuple(_HOSTILE + number * 7 % 30 for number in range(20))  # each in an AS of its own
 _ONE_REGION = (*range(_HOSTILE, 14), *range(_HOSTILE))
 _WAYS: Mapping[str, tuple[Sequence[int], int | None]] = {
     "far apart, true delays": (_FAR_APART, None),
@@ -218,6 +218,7 @@ class World:
         self._looked_at: dict[int, set[int]] = defaultdict(set)
         for server in self.servers:
             self._settle(server, 0)
+        self._at_first = [server.roles for server in self.servers]
         self._busy: set[int] = {one.number for one in self.servers if one.kind in _ALWAYS}
         self.situations = situations(servers, days)
         self.outcomes = {one.name: Outcome() for one in self.situations}
@@ -565,8 +566,8 @@ class World:
         return {name: list(self._lie(who, claim)) for name, (who, claim) in _WAYS.items()}
 
     def _lie(self, who: Sequence[int], claim: int | None) -> Iterator[tuple[float, float]]:
-        """One after the other lies, and reports what it claims as its round trip, for long: all reviews that follow are held."""
-        roles = [server.roles for server in self.servers]
+        """One after the other lies from the first day, and claims a round trip, for long: all reviews that follow are held."""
+        roles = list(self._at_first)
         for count in (number for number in _LIES if number <= len(who)):
             lying = who[:count]
             claims = {} if claim is None else dict.fromkeys(lying, claim)
@@ -582,7 +583,7 @@ class World:
         self, server: Server, roles: Mapping[int, ViewRole], claims: Mapping[int, int]
     ) -> dict[int, ViewRole]:
         while True:
-            choices = self._choose(server, roles, claims, self.rounds)
+            choices = self._choose(server, roles, claims, 0)
             roles = {choice.monitor: choice.role for choice in choices}
             if not any(choice.is_change for choice in choices):
                 return roles
@@ -792,7 +793,7 @@ def world_charts(world: World) -> dict[str, str]:
         ),
         "scoring-lies.svg": chart(
             "Servers that lying monitors bring down",
-            world.lies,
+            {way: points for way, points in world.lies.items() if any(part for _, part in points)},
             x=("lying monitors of 40", 0, 20),
             y=("per cent of servers", 0, 100),
         ),
