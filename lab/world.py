@@ -496,7 +496,7 @@ class World:
         views = self.views(server)
         verdict = overall(views, QUORUM, moment, self._scorer)
         if verdict.score is None:
-            if server.is_listed and is_silent(views, moment) and self.listed[-1][1] > _LEAST_LISTED:
+            if server.is_listed and is_silent(views, QUORUM, moment) and self.listed[-1][1] > _LEAST_LISTED:
                 self._move(server, number, now, into=False)
             return False
         server.score = verdict.score

@@ -53,6 +53,8 @@ _READ = 16 * 1024
 OWN_FAULTS = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENETDOWN, errno.ENETUNREACH}
 )
+# Without a route, without an address of the family, and without the family.
+_NO_ROUTE = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
 # Kiss codes that tell of the server's own clock and refuse nobody (RFC 5905 section 7.4).
 STARTING = frozenset({"INIT", "STEP"})
 # Whose the targets are only orders them: it is not waited for as long as an address.
@@ -243,16 +245,26 @@ def is_own_fault(error: OSError, address: str) -> bool:
     That a network is unreachable may be a router's word, which a server's owner could send for years: it is this host's own
     only where it knows no way there.
     """
-    return error.errno in OWN_FAULTS and not (error.errno == errno.ENETUNREACH and _has_route(address))
+    if error.errno != errno.ENETUNREACH:
+        return error.errno in OWN_FAULTS
+    try:
+        return not has_route(address)
+    except OSError:
+        return True
 
 
-def _has_route(address: str) -> bool:
-    """Nothing is sent: UDP's connect() only looks for the way."""
+def has_route(address: str) -> bool:
+    """Whether this host knows a way there. Nothing is sent: UDP's connect() only looks for it.
+
+    Raises OSError for want of anything else.
+    """
     try:
         with socket.socket(_family(address), socket.SOCK_DGRAM) as udp:
             udp.connect((address, 9))
-    except OSError:
-        return False
+    except OSError as error:
+        if error.errno in _NO_ROUTE:
+            return False
+        raise
     return True
 
 

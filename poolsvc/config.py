@@ -28,6 +28,13 @@ from nts_core.children import environment_without
 from nts_core.shell import ProgramSettings, SettingsError, check_contact, check_https
 from nts_core.srv import ANSWER_OCTETS, MIN_TARGETS, targets_that_fit
 from poolsvc.budget import MOST, Limit, Limits
+from poolsvc.monitor.soundness import (
+    MAX_REFERENCES,
+    MIN_REFERENCES,
+    Reference,
+    check_independent,
+    parse_reference,
+)
 from poolsvc.names import DOMAIN
 from poolsvc.verdicts import SCORERS
 
@@ -90,6 +97,11 @@ def _listening(text: str) -> str:
     return text
 
 
+def _reference(text: str) -> str:
+    parse_reference(text)
+    return text
+
+
 def _domain(text: str) -> str:
     name = text.rstrip(".").lower()
     if not DOMAIN.fullmatch(name):
@@ -120,6 +132,7 @@ EndpointText = Annotated[str, AfterValidator(_endpoint)]
 HostEndpoint = Annotated[str, AfterValidator(_host_endpoint)]
 MailAddress = Annotated[str, AfterValidator(_mail_address)]
 DomainName = Annotated[str, AfterValidator(_domain)]
+ReferenceText = Annotated[str, AfterValidator(_reference)]
 
 
 def check_origin(url: str, pool: str) -> None:
@@ -447,6 +460,37 @@ class MailSettings(_Section):
         return self
 
 
+class OwnMonitorSettings(_Section):
+    """How the monitor inside the registry finds out whether what it sees may be the servers' doing."""
+
+    references: tuple[ReferenceText, ...] = Field(
+        (),
+        max_length=MAX_REFERENCES,
+        description="servers of different operators that this host's clock is compared with, each nts:HOST[:PORT] or"
+        " ntp:HOST[:PORT], none of the pool's; without any, clock and network are not checked",
+    )
+    check_interval: float = Field(
+        45,
+        ge=0.1,
+        le=300,
+        description="seconds between two looks at the references; what probes found waits for the next one",
+    )
+
+    @field_validator("references")
+    @classmethod
+    def _are_enough(cls, references: tuple[str, ...]) -> tuple[str, ...]:
+        if references and len(references) < MIN_REFERENCES:
+            raise ValueError(
+                f"name at least {MIN_REFERENCES}, so that one that is wrong is outvoted, or none"
+            )
+        check_independent(map(parse_reference, references))
+        return references
+
+    @property
+    def parsed_references(self) -> tuple[Reference, ...]:
+        return tuple(map(parse_reference, self.references))
+
+
 class GeoSettings(_Section):
     """Files in MaxMind's format that tell of addresses in which network and country they are."""
 
@@ -625,6 +669,7 @@ class Settings(ProgramSettings):
     oidc: tuple[OidcSettings, ...] = Field((), max_length=16)
     mail: MailSettings | None = Field(None, description="without it nobody gets mail")
     geo: GeoSettings = GeoSettings()
+    monitor: OwnMonitorSettings = OwnMonitorSettings()
     policy: PolicySettings = PolicySettings()
 
     @model_validator(mode="before")

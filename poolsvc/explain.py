@@ -96,7 +96,7 @@ def expected_at(
     if server.state is not ServerState.CERTIFIED:
         begins = server.order_due_at or now + _NAMING
         at = max(now, begins if place is None else place.turn_at) + _ISSUING
-    done = min((row.full_probes for row in servers.publishable(server)), default=0)
+    done = _full_probes(server)
     probes = max(0, _needed(pool, settings).probes - done)
     return at + probes * timedelta(seconds=settings.policy.probe_interval)
 
@@ -195,6 +195,11 @@ def _needed(pool: Pool, settings: Settings) -> Quorum:
     return quorum(0, pool.quorum, settings.policy.admission_probes)
 
 
+def _full_probes(server: Server) -> int:
+    """Those in a row at every address that can be looked at."""
+    return min((row.full_probes for row in servers.publishable(server) if row.unknown is None), default=0)
+
+
 def _score(server: Server, pool: Pool, settings: Settings) -> StageView:
     if holds := servers.open_holds(server):
         reasons = "; ".join(f"{hold.kind}: {hold.reason}" for hold in holds)
@@ -202,11 +207,12 @@ def _score(server: Server, pool: Pool, settings: Settings) -> StageView:
     if server.state is ServerState.ACTIVE:
         return _view(Stage.SCORE, StageStatus.MET, server.state_since)
     proved = servers.publishable(server)
-    probes = min((row.full_probes for row in proved), default=0)
+    probes = _full_probes(server)
     needed = _needed(pool, settings)
     detail = f"{probes} of {needed.probes} full probes in a row"
     detail += f" by each of {needed.number} monitors" if needed.number > 1 else ""
-    reasons = "; ".join(f"{row.address}: {row.step_reason}" for row in proved if row.step_reason)
+    told = [(row.address, row.unknown or row.step_reason) for row in proved]
+    reasons = "; ".join(f"{address}: {reason}" for address, reason in told if reason)
     return _view(Stage.SCORE, StageStatus.WAITING, None, f"{detail}; {reasons}" if reasons else detail)
 
 

@@ -5,6 +5,7 @@ own monitor goes the same way as every other one. Below the quorum nothing is ra
 """
 
 import asyncio
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from cryptography import x509
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from nts_core.client import has_route
 from nts_core.control import ProbeResult, ServerState, Stage, StageStatus
 from nts_core.errors import printable
 from nts_core.tls import Trust
@@ -52,6 +54,7 @@ from poolsvc.notices import NoticeKind
 from poolsvc.outbound import Guard
 from poolsvc.pool import count_active
 from poolsvc.prober import ProbeImpossible, probe, settled
+from poolsvc.rounds import Round, Rounds, version_of
 from poolsvc.servers import EventKind
 from poolsvc.verdicts import FRESH, Verdict
 from poolsvc.views import PROBED
@@ -60,17 +63,29 @@ _log = structlog.get_logger()
 _ACTOR = "prober"
 # Of a server, valid at the same time: another one at each probe must not fill the database.
 MAX_SEEN = 50
+_AT_ONCE = 16  # rounds that are recorded
 _MOMENT = timedelta(seconds=1)
 _NEVER_MIND = timedelta(hours=1)  # for what may not be looked at
 
 
 async def probe_server(
-    database: Database, settings: Settings, roots: Sequence[x509.Certificate], server_id: int, now: datetime
+    database: Database,
+    settings: Settings,
+    roots: Sequence[x509.Certificate],
+    server_id: int,
+    now: datetime,
+    rounds: Rounds,
 ) -> None:
-    """Probe every proved address of a server once, as the registry's own monitor, and record what was found."""
+    """Probe every proved address of a server once, as the registry's own monitor, and record what was found.
+
+    What has to wait is left in `rounds`.
+    """
     async with database.transaction() as session:
         server = await servers.get(session, server_id)
-        addresses = [row.address for row in servers.publishable(server)]
+        rows = servers.publishable(server)
+        addresses = [row.address for row in rows]
+        is_listed = server.state is ServerState.ACTIVE
+        good = frozenset(row.address for row in rows if is_listed and scoring.is_good(row.score))
         is_ordered = servers.newest_certificate(server) is not None
         may_have_certificate = is_ordered or own_account.may_order_at(server) is not None
         worth_probing = server.state in servers.NAMED_STATES and may_have_certificate
@@ -78,6 +93,7 @@ async def probe_server(
         return
     trust, guard = Trust.of(roots, now), Guard(settings)
     nameservers = _nameservers(settings.dns.nameservers)
+    begun = rounds.begin(server_id, now, time.monotonic())
     try:
         results = await asyncio.gather(
             *(
@@ -96,16 +112,63 @@ async def probe_server(
                     server.name,
                     address,
                 )
-                for address in addresses
+                for address in _within_reach(addresses, rounds)
             )
         )
-    except ProbeImpossible as error:
+    except (ProbeImpossible, OSError) as error:
         # Our fault is never the member's: the round does not count, and is made up for later.
         _log.error("probe_impossible", server=server.name, detail=str(error))
         return
+    rounds.add(Round(begun, time.monotonic(), results, good))
+    await settle(database, settings, rounds, time.monotonic())
+    if not results or server_id in rounds:
+        await _come_back(database, settings, rounds, server_id, now)
+
+
+def _within_reach(addresses: Iterable[str], rounds: Rounds) -> list[str]:
+    """Those that this host can say anything of. Raises OSError."""
+    found = []
+    for address in addresses:
+        version = version_of(address)
+        if not rounds.may_look(version):
+            continue
+        if reaches := has_route(address):
+            found.append(address)
+        rounds.note_route(version, has_route=reaches)
+    return found
+
+
+async def settle(database: Database, settings: Settings, rounds: Rounds, now: float) -> None:
+    """Record the rounds that have waited long enough; one that cannot be recorded keeps no other back."""
+    ready, failures = rounds.ready(now), []
+    for first in range(0, len(ready), _AT_ONCE):
+        some = (_take(database, settings, one, now) for one in ready[first : first + _AT_ONCE])
+        outcomes = await asyncio.gather(*some, return_exceptions=True)
+        failures += [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+    if failures:
+        raise ExceptionGroup("rounds were not recorded", failures)
+
+
+async def _take(database: Database, settings: Settings, one: Round, now: float) -> None:
+    begun = one.begun
+    moment = begun.at + timedelta(seconds=now - begun.began)
+    async with database.transaction() as session:
+        server = await servers.get(session, begun.server_id)
+        await record(session, settings, server, one.results, moment, at=begun.at)
+
+
+async def _come_back(
+    database: Database, settings: Settings, rounds: Rounds, server_id: int, now: datetime
+) -> None:
+    """Look again at a server whose round waits, or found nothing; not before it could be recorded, which sets the time itself."""
+    wait = 2 * settings.policy.probe_interval
+    wait += 2 * settings.monitor.check_interval if settings.monitor.references else 0
+    is_waiting = server_id in rounds
     async with database.transaction() as session:
         server = await servers.get(session, server_id)
-        await record(session, settings, server, results, now)
+        is_recorded = is_waiting and server_id not in rounds
+        if server.state in servers.NAMED_STATES and not is_recorded:
+            server.probe_due_at = now + timedelta(seconds=wait)
 
 
 @cache
@@ -121,8 +184,13 @@ async def record(
     results: Sequence[ProbeResult],
     now: datetime,
     monitor: Monitor | None = None,
+    at: datetime | None = None,
 ) -> None:
-    """Let one round of probes of a server by one monitor, the registry's own if none is named, take effect."""
+    """Let one round of probes of a server by one monitor, the registry's own if none is named, take effect.
+
+    `at` is when it began, if that is not now.
+    """
+    at = at or now
     if server.state not in servers.NAMED_STATES or not results:
         return
     by = monitor or await monitors.inner(session)
@@ -132,7 +200,7 @@ async def record(
     found = await views_of(session, server)
     # A probe that was on its way when the maintenance began does not end it.
     hold = servers.held(server, HoldKind.MAINTENANCE)
-    began = now if hold is None else max(now, hold.set_at)
+    began = at if hold is None else max(at, hold.set_at)
     is_exempt = await maintenance.is_under_way(session, server, began)
     by_address = {row.address: row for row in server.addresses}
     for result in results:
@@ -151,17 +219,17 @@ async def record(
             )
             session.add(view)
             found[row.id].append(view)
-        if view.at is not None and not views.is_later(view.at, now, _MOMENT, now):
+        if view.at is not None and not views.is_later(view.at, at, _MOMENT, now):
             continue
-        after = views.after(view, result, now, standing.measure, begins_with=row.score, is_exempt=is_exempt)
+        after = views.after(view, result, at, standing.measure, begins_with=row.score, is_exempt=is_exempt)
         for name, value in after.items():
             setattr(view, name, value)
-        session.add(samples.sample(row.id, by.name, result, after["step"], view.score, now))
+        session.add(samples.sample(row.id, by.name, result, after["step"], view.score, at))
     if by.id in standing.own:
         await note_certificates(session, server, results, now)
     await judge(session, settings, server, standing, found, now)
     if by.name == INNER:
-        server.probe_due_at = _next_round(settings, server, found, by, now)
+        server.probe_due_at = _next_round(settings, server, found, by, at, now)
 
 
 def _next_round(
@@ -169,13 +237,14 @@ def _next_round(
     server: Server,
     found: Mapping[int, Sequence[MonitorView]],
     by: Monitor,
+    at: datetime,
     now: datetime,
 ) -> datetime:
     """When the registry's own monitor looks again: as the policy says while it is alone, or a server waits for it."""
     everything = [view for some in found.values() for view in some]
     alone = {view.monitor_id for view in everything if view.role is ViewRole.ACTIVE} <= {by.id}
     if alone or server.state in (ServerState.VERIFIED, ServerState.CERTIFIED):
-        return now + timedelta(seconds=settings.policy.probe_interval)
+        return at + timedelta(seconds=settings.policy.probe_interval)
     server.probe_due_at = None
     return reviews.next_due(settings, by.id, server, everything, now) or now + _NEVER_MIND
 
@@ -220,6 +289,13 @@ class Judged:
     speaking: Sequence[Any]
     own: Sequence[Any]
     known_until: datetime | None  # without another probe
+    unseen: str | None  # why no quorum can look at it
+    is_own_seen: bool  # one of the pool's own has looked, or can
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether it is looked at, or could be; otherwise it has no part in what becomes of its server."""
+        return self.unseen is None or self.is_heard
 
     @property
     def may_change(self) -> bool:
@@ -238,6 +314,7 @@ def judged(row: Any, found: Iterable[Any], standing: Council, now: datetime) -> 
     said = [each for _, each in pairs if each.is_active]
     speaking = [(view, each) for view, each in pairs if each.is_active and each.is_fresh(now)]
     number = standing.quorum.number
+    own = [view for view, _ in pairs if view.monitor_id in standing.own and now - view.at <= FRESH]
     known_until: dict[int, datetime] = {}
     full: dict[int, int] = defaultdict(int)
     for view, each in speaking:
@@ -251,11 +328,13 @@ def judged(row: Any, found: Iterable[Any], standing: Council, now: datetime) -> 
         shadow=None if shadow is None else _by_shadow(speaking, said, standing, shadow, now),
         is_heard=is_heard,
         is_admitted=row.score is None and _is_admitted(said, standing, now),
-        is_silent=verdicts.is_silent(said, now),
+        is_silent=verdicts.is_silent(said, standing.quorum, now),
         full_probes=sorted(full.values(), reverse=True)[number - 1] if is_heard else 0,
         speaking=[view for view, _ in speaking],
-        own=[view for view, each in pairs if view.monitor_id in standing.own and now - view.at <= FRESH],
+        own=own,
         known_until=sorted(known_until.values(), reverse=True)[number - 1] if is_heard else None,
+        unseen=standing.why_unseen(row.address),
+        is_own_seen=bool(own) or version_of(row.address) in standing.own_families,
     )
 
 
@@ -330,7 +409,7 @@ def _note(each: Judged, now: datetime) -> None:
     if each.speaking:
         row.step_reason = deciding(each).step_reason
     if row.score is None:
-        row.unknown = None
+        row.unknown = None if each.is_seen else each.unseen
         if each.speaking:
             row.full_probes = each.full_probes
         return
@@ -369,8 +448,9 @@ def is_ours(server: Server, result: _Shown) -> bool:
 
 
 def _is_certified(server: Server, current: Sequence[Judged]) -> bool:
-    """Whether one of the pool's own has seen a right certificate at every address."""
-    return bool(current) and all(each.own and is_ours(server, each.own[-1]) for each in current)
+    """Whether one of the pool's own has seen a right certificate at every address that it can see."""
+    seen = [each for each in current if each.is_own_seen]
+    return bool(seen) and all(each.own and is_ours(server, each.own[-1]) for each in seen)
 
 
 async def note_certificates(
@@ -426,10 +506,14 @@ async def _tell_not_ordered(
 
 
 def _note_seen(server: Server, current: Sequence[Judged], now: datetime) -> None:
-    """Each address works with one certificate: the agent need not keep the one before it."""
+    """Each address that can be seen works with one certificate: the agent need not keep the one before it."""
     shown = [each.own[-1] for each in current if each.own]
     seen = {view.fingerprint for view in shown}
-    if len(shown) < len(current) or len(seen) > 1 or any(view.failed is not None for view in shown):
+    if (
+        len(shown) < sum(each.is_own_seen for each in current)
+        or len(seen) > 1
+        or any(view.failed is not None for view in shown)
+    ):
         return
     for order in server.orders:
         if order.fingerprint is not None and order.fingerprint in seen and order.seen_at is None:
@@ -489,7 +573,9 @@ async def _tell_withdrawn(
 
 
 def _admissible(server: Server, current: Sequence[Judged]) -> bool:
-    return bool(current) and all(each.is_admitted for each in current) and not servers.open_holds(server)
+    """By the families that a quorum can see; of the others an address comes in by itself, once it can be seen."""
+    seen = [each for each in current if each.is_seen]
+    return bool(seen) and all(each.is_admitted for each in seen) and not servers.open_holds(server)
 
 
 async def _admit(
@@ -501,7 +587,8 @@ async def _admit(
     now: datetime,
 ) -> None:
     for each in current:
-        _admit_address(each, found[each.row.id], standing, now)
+        if each.is_admitted:
+            _admit_address(each, found[each.row.id], standing, now)
     quorum = standing.quorum
     whose = "bootstrap quorum" if quorum.is_bootstrap else f"a quorum of {quorum.number}"
     await servers.apply(
@@ -571,7 +658,8 @@ async def _hold_or_lift(
         # An address proved after the server's admission is admitted by itself.
         if each.row.score is None and each.is_admitted:
             _admit_address(each, found[each.row.id], standing, now)
-    is_silent = bool(current) and all(each.is_silent for each in current)
+    seen = [each for each in current if each.is_seen]
+    is_silent = bool(seen) and all(each.is_silent for each in seen)
     if not is_silent and not is_known:
         return
     # What was never admitted speaks for nobody: a member could change to a dead address otherwise.

@@ -96,6 +96,11 @@ def is_sound(monitor: Monitor) -> bool:
     return monitor.sound is True or (monitor.sound is None and monitor.member_id is None)
 
 
+def has_family(monitor: Monitor, version: int) -> bool:
+    """Whether it reaches others by IPv4, or IPv6."""
+    return monitor.ipv6 if version == 6 else monitor.ipv4
+
+
 def party_of(monitor: Monitor) -> int:
     """Who speaks by it."""
     return -monitor.id if monitor.member_id is None else monitor.member_id
@@ -113,6 +118,15 @@ class Council:
     scorer: Scorer
     shadow: Scorer | None
     measure: Measure
+    seeing: Mapping[int, int]  # parties that have a say and reach others by IPv4, by IPv6
+    own_families: frozenset[int]  # by which the pool's own reach others
+
+    def why_unseen(self, address: str) -> str | None:
+        """Why no quorum can look at an address: too few have its family."""
+        version = ip_address(address).version
+        if (seeing := self.seeing[version]) >= self.quorum.number:
+            return None
+        return f"{seeing} of the {self.quorum.number} monitors that it takes have IPv{version}"
 
     @property
     def is_met(self) -> bool:
@@ -181,6 +195,7 @@ async def council(session: AsyncSession, settings: Settings, now: datetime) -> C
     working = await _working(session)
     found = [monitor for monitor in working if is_sound(monitor)]
     speaking = [monitor for monitor in found if monitor.status is MonitorStatus.ACTIVE]
+    own = [monitor for monitor in found if monitor.member_id is None]
     least = await session.scalar(select(Pool.quorum).where(Pool.id == 1)) or 1
     scorer = verdicts.SCORERS[policy.scorer]
     shadow = None if policy.shadow_scorer is None else verdicts.SCORERS[policy.shadow_scorer]
@@ -188,11 +203,18 @@ async def council(session: AsyncSession, settings: Settings, now: datetime) -> C
         quorum=verdicts.quorum(0, least, policy.admission_probes),
         approved={one.id: party_of(one) for one in working if one.status is MonitorStatus.ACTIVE},
         parties={monitor.id: party_of(monitor) for monitor in speaking},
-        own=frozenset(monitor.id for monitor in found if monitor.member_id is None),
+        own=frozenset(monitor.id for monitor in own),
         heard=_heard(speaking, now),
         scorer=scorer,
         shadow=shadow,
         measure=Measure(policy.max_stratum, scorer.rule, None if shadow is None else shadow.rule),
+        seeing={
+            version: len({party_of(monitor) for monitor in speaking if has_family(monitor, version)})
+            for version in (4, 6)
+        },
+        own_families=frozenset(
+            version for version in (4, 6) if any(has_family(monitor, version) for monitor in own)
+        ),
     )
 
 
@@ -207,7 +229,7 @@ def _heard(speaking: Sequence[Monitor], now: datetime) -> int:
     )
 
 
-def alarm(standing: Council, unknown: int) -> str | None:
+def alarm(standing: Council, unknown: int, amiss: int = 0) -> str | None:
     """What everybody may know of a pool that has too few monitors, for all servers or for some addresses."""
     if not standing.is_met:
         return (
@@ -218,6 +240,11 @@ def alarm(standing: Council, unknown: int) -> str | None:
         return (
             f"too few say the same of {unknown} addresses: these neither rise nor fall meanwhile,"
             " and that is the pool's fault"
+        )
+    if amiss:
+        return (
+            f"of {amiss} addresses monitors see the name wrong in DNS: an alias, no address, or one that is not the server's;"
+            " that is the pool's fault"
         )
     return None
 
@@ -298,9 +325,29 @@ async def compare(session: AsyncSession) -> Difference:
 
 
 async def count_unknown(session: AsyncSession) -> int:
-    """Addresses that too few monitors know now."""
-    unknown = select(func.count()).select_from(Address).where(Address.unknown.is_not(None))
+    """Addresses with a score that too few monitors know now."""
+    unknown = (
+        select(func.count())
+        .select_from(Address)
+        .where(Address.unknown.is_not(None), Address.score.is_not(None))
+    )
     return await session.scalar(unknown) or 0
+
+
+async def count_amiss(session: AsyncSession, standing: Council, now: datetime) -> int:
+    """Addresses whose names monitors with a say have of late seen to be wrong in DNS: two of them, where there are more."""
+    seen = (
+        select(MonitorView.address_id)
+        .where(
+            MonitorView.names.is_not(None),
+            MonitorView.at > now - verdicts.FRESH,
+            MonitorView.monitor_id.in_(standing.parties),
+        )
+        .group_by(MonitorView.address_id)
+        .having(func.count() >= min(_FEWEST, len(standing.parties)))
+        .subquery()
+    )
+    return await session.scalar(select(func.count()).select_from(seen)) or 0
 
 
 async def living(session: AsyncSession) -> Sequence[Monitor]:

@@ -505,6 +505,11 @@ contact = $contact
 # A staging CA, where first orders are tried, likewise:
 # [ca.rehearsal]
 
+# Time servers of different operators, none of the pool's: the registry's own monitor probes nothing while most of them do
+# not agree with this host's clock within 10 ms. Without any, its clock and network are not checked.
+# [monitor]
+# references = ["nts:TIME.ONE.EXAMPLE", "nts:TIME.TWO.EXAMPLE", "ntp:TIME.THREE.EXAMPLE"]
+
 # Files in MaxMind's format, for DNS to tell clients in which network and country each server is.
 # [geo]
 # database = ["GeoLite2-ASN.mmdb", "GeoLite2-Country.mmdb"]

@@ -154,10 +154,14 @@ def first_score(view: View) -> float:
     return ADMITTED if view.full_probes else 0.0
 
 
-def is_silent(views: Iterable[View], now: datetime) -> bool:
-    """Whether nobody who looks has heard anything of it for long: reason enough even below the quorum."""
+def is_silent(views: Iterable[View], needed: Quorum, now: datetime) -> bool:
+    """Whether nobody who looks has heard anything of it for long: reason enough even below the quorum.
+
+    Two parties have to look, unless the quorum is one: it could be the only one's own network.
+    """
     fresh = [view for view in views if view.is_fresh(now)]
-    return bool(fresh) and all(
+    looking = len({view.party for view in fresh})
+    return looking >= min(needed.number, 2) and all(
         view.silent_since is not None and now - view.silent_since >= SILENT for view in fresh
     )
 

@@ -30,6 +30,7 @@ from poolsvc import (
     issuance,
     journal,
     leases,
+    local_check,
     maintenance,
     monitoring,
     monitors,
@@ -113,6 +114,7 @@ KINDS = (
     PROOFS,
     PROBES,
     JUDGEMENTS,
+    REVIEWS,
     NEW_ORDERS,
     ORDERS,
     WINDOWS,
@@ -197,6 +199,7 @@ class Health:
         self.queue: str | None = None  # for the CA's limits, when it is too long
         self.mail: str | None = None
         self.monitors: str | None = None  # too few to say how servers are
+        self.own_monitor: str | None = None  # this process's own clock or network
         self.vigil = disagreements.Vigil()  # what monitors with a say and others see differently
         self.apart: list[str] = []  # of that what has lasted
         self.not_ordered = 0  # servers that showed a certificate which the pool did not order
@@ -219,6 +222,7 @@ class Health:
         found += [f"queue: {self.queue}"] if self.queue else []
         found += [f"mail: {self.mail}"] if self.mail else []
         found += [f"monitors: {self.monitors}"] if self.monitors else []
+        found += [f"registry: its own clock or network: {self.own_monitor}"] if self.own_monitor else []
         found += [f"monitors: {text}" for text in self.apart]
         return found + [f"worker: {work.strip('_')} failed with {error}" for work, error in self.work.items()]
 
@@ -250,6 +254,7 @@ class Worker:
         self._house_kept_at: datetime | None = None
         self._key = key
         self._geo = Geo(settings.geo.database)
+        self._local = local_check.LocalCheck(database, settings, roots)
         self._post = Post(database, settings, key, Outbound(settings))
         self._watched_at: datetime | None = None
         self._compared_at: datetime | None = None
@@ -267,6 +272,7 @@ class Worker:
                     *itertools.starmap(self._orders_at, issuance.shares_of(self._settings)),
                     self._ask_renewals,
                     self._keep_accounts,
+                    self._check_locally,
                     self._probe,
                     self._judge,
                     self._review,
@@ -355,14 +361,27 @@ class Worker:
             PROOFS, now, lambda row: proofs.prove(self._database, self._settings, row, now)
         )
 
+    async def _check_locally(self, _now: datetime) -> bool:
+        """Look whether what this process sees may be the servers' doing, and let count what waited for that."""
+        try:
+            await self._local.look()
+            await monitoring.settle(self._database, self._settings, self._local.rounds, time.monotonic())
+        finally:
+            self._health.own_monitor = self._local.alarm
+        return False
+
     async def _probe(self, now: datetime) -> bool:
+        if not self._local.may_probe:
+            return False
         async with self._database.transaction() as session:
             if (await monitors.inner(session)).status not in monitors.WORKING:
                 return False
         return await self._take(
             PROBES,
             now,
-            lambda row: monitoring.probe_server(self._database, self._settings, self._roots, row, now),
+            lambda row: monitoring.probe_server(
+                self._database, self._settings, self._roots, row, now, self._local.rounds
+            ),
         )
 
     async def _judge(self, now: datetime) -> bool:
@@ -497,9 +516,11 @@ class Worker:
                 self._health.not_ordered = await troubles.count_not_ordered(session, now)
                 queue = await onboarding.queue(session)
                 await monitors.raise_quorum(session, self._settings, now)
+                standing = await monitors.council(session, self._settings, now)
                 self._health.monitors = monitors.alarm(
-                    await monitors.council(session, self._settings, now),
+                    standing,
                     await monitors.count_unknown(session),
+                    await monitors.count_amiss(session, standing, now),
                 )
             if self._settings.geo.database:
                 await monitors.place(self._database, self._geo)

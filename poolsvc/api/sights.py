@@ -37,6 +37,9 @@ class SightView(Document):
     step_reason: str = Field(description="why that probe was not a full step")
     score: float | None = Field(description="by its probes alone; null until the address is admitted")
     full_probes: int = Field(description="in a row, before admission")
+    names: str | None = Field(
+        description="what it saw to be wrong with the name in DNS, which is the pool's doing; null if nothing"
+    )
     offset_ns: int | None = Field(description="the server's clock less the monitor's")
     delay_ns: int | None
 
@@ -69,6 +72,7 @@ async def sights_of(session: AsyncSession, server: Server) -> Mapping[int, Seque
                 step_reason=row.step_reason,
                 score=row.score,
                 full_probes=row.full_probes,
+                names=row.names,
                 offset_ns=row.offset_ns,
                 delay_ns=row.delay_ns,
             )

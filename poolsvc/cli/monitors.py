@@ -212,6 +212,8 @@ def _document(monitor: Monitor) -> dict[str, object]:
         "status_reason": monitor.status_reason,
         "sound": monitor.sound,
         "sound_detail": monitor.sound_detail,
+        "ipv4": monitor.ipv4,
+        "ipv6": monitor.ipv6,
         "ipv4_address": monitor.ipv4_address,
         "ipv6_address": monitor.ipv6_address,
         "network": monitor.network,
@@ -224,5 +226,6 @@ def _document(monitor: Monitor) -> dict[str, object]:
 def _line(monitor: Monitor) -> str:
     whose = "own" if monitor.member_id is None else f"member {monitor.member_id}"
     check = {True: "sound", False: f"not sound: {monitor.sound_detail}", None: "unchecked"}[monitor.sound]
+    check += "".join(f", no IPv{version}" for version in (4, 6) if not monitors.has_family(monitor, version))
     seen = "never seen" if monitor.seen_at is None else f"seen {monitor.seen_at:%Y-%m-%d %H:%M:%S} UTC"
     return f"{monitor.name:<20} {monitor.status:<8} {whose:<12} {seen}; {check}; {monitor.status_reason}"

@@ -38,6 +38,7 @@ CHECKS = (
     Check("ca-socket", ca.sockets),
     Check("mail", mail.server),
     Check("monitors", monitors.enough),
+    Check("references", monitors.references),
 )
 
 

@@ -1,11 +1,15 @@
-"""Whether enough monitors are there to say how servers are."""
+"""Whether enough monitors are there to say how servers are, and whether the registry's own may speak."""
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from nts_core.client import ClientError, load_roots
 from nts_core.control import MonitorStatus
 from poolsvc import monitors
 from poolsvc.db import Database
 from poolsvc.doctor.report import Examination, Finding, Unknowable, fail, ok, warn
+from poolsvc.monitor.references import References
+from poolsvc.monitor.soundness import agrees
+from poolsvc.rounds import VERSIONS
 
 
 async def enough(at: Examination) -> Finding:
@@ -45,3 +49,25 @@ async def enough(at: Examination) -> Finding:
             f"{text}; {unknown} addresses are known by too few", "see which monitors are paused or late"
         )
     return ok(text)
+
+
+async def references(at: Examination) -> Finding:
+    """Most of the servers that the registry's own monitor compares its clock with agree with this host's."""
+    chosen = at.settings.monitor.parsed_references
+    if not chosen:
+        return warn(
+            "no references: the registry's clock and network are not checked",
+            "name three or more time servers of different operators in monitor.references",
+        )
+    try:
+        roots = load_roots(at.settings.roots_file)
+    except ClientError as error:
+        raise Unknowable(error.message) from None
+    asked = References(chosen, roots, VERSIONS)
+    found = agrees(await asked.read(), asked.names)
+    if not found.is_sound:
+        return fail(
+            found.detail, "correct this host's clock, let UDP 123 and TCP 4460 out, or name other references"
+        )
+    families = " and ".join(f"IPv{version}" for version in VERSIONS if found.holds(version))
+    return ok(f"{found.agreeing} of {found.references} agree with this host's clock, by {families}")

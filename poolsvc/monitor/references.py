@@ -13,8 +13,7 @@ from nts_core.association import Association, Plain, Sample
 from nts_core.client import ClientError, establish, exchange, ntp_address, system_addresses
 from nts_core.errors import KissOfDeath, OutOfCookies, printable
 from nts_core.tls import Trust
-from poolsvc.monitor.settings import Kind, Reference
-from poolsvc.monitor.soundness import Reading
+from poolsvc.monitor.soundness import Kind, Reading, Reference
 
 # Seconds for all of it; for how long a name's addresses are used before they are looked up again.
 _DEADLINE = 15.0

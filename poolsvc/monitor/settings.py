@@ -1,7 +1,5 @@
 """The settings of a monitor: flags before environment (POOL_MONITOR_*) before the TOML file before defaults."""
 
-from dataclasses import dataclass
-from enum import StrEnum
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -10,44 +8,15 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from nts_core.ke import DEFAULT_NTP_PORT, KE_PORT
-from nts_core.shell import ProgramSettings, SettingsError, parse_host_port
-from poolsvc.config import ConfigError, EndpointText
-
-MIN_REFERENCES, MAX_REFERENCES = 3, 16
-
-
-class Kind(StrEnum):
-    """How a reference is asked."""
-
-    NTS = "nts"
-    NTP = "ntp"
-
-
-@dataclass(frozen=True, slots=True)
-class Reference:
-    """A server whose time the monitor's own clock is compared with."""
-
-    kind: Kind
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"{self.kind}:{self.host}"
-
-
-def parse_reference(text: str) -> Reference:
-    """nts:HOST[:PORT] or ntp:HOST[:PORT]. Raises ValueError."""
-    kind, _, place = text.partition(":")
-    if kind not in set(Kind):
-        raise ValueError(f"{text!r}: write nts:HOST[:PORT] or ntp:HOST[:PORT]")
-    host, port = parse_host_port(place, KE_PORT if kind == Kind.NTS else DEFAULT_NTP_PORT)
-    return Reference(Kind(kind), host, port)
-
-
-def _reference(text: str) -> str:
-    parse_reference(text)
-    return text
+from nts_core.shell import ProgramSettings, SettingsError
+from poolsvc.config import ConfigError, EndpointText, ReferenceText
+from poolsvc.monitor.soundness import (
+    MAX_REFERENCES,
+    MIN_REFERENCES,
+    Reference,
+    check_independent,
+    parse_reference,
+)
 
 
 def _is_loopback(host: str) -> bool:
@@ -75,7 +44,7 @@ class MonitorSettings(ProgramSettings):
         description="the registry's address, https://HOST"
     )
     token_file: Path = Field(description="a file with the monitor's token, for this program's user alone")
-    references: tuple[Annotated[str, AfterValidator(_reference)], ...] = Field(
+    references: tuple[ReferenceText, ...] = Field(
         min_length=MIN_REFERENCES,
         max_length=MAX_REFERENCES,
         description="servers of different operators that this host's clock is compared with, each nts:HOST[:PORT] or"
@@ -116,9 +85,10 @@ class MonitorSettings(ProgramSettings):
 
     @model_validator(mode="after")
     def _are_independent(self) -> Self:
-        hosts = [each.host for each in self.parsed_references]
-        if len(set(hosts)) < len(hosts):
-            raise ValueError("references: a host is there twice; name servers of different operators")
+        try:
+            check_independent(self.parsed_references)
+        except ValueError as error:
+            raise ValueError(f"references: {error}") from None
         return self
 
     @property

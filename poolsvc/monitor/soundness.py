@@ -10,13 +10,52 @@ Rules:
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 from nts_core import select
 from nts_core.association import Sample
+from nts_core.ke import DEFAULT_NTP_PORT, KE_PORT
+from nts_core.shell import parse_host_port
 
 # The NTP Pool's line for its monitors; a full step ends at 25 ms.
 LIMIT = 10_000_000
 _SHOWN = 8
+MIN_REFERENCES, MAX_REFERENCES = 3, 16
+
+
+class Kind(StrEnum):
+    """How a reference is asked."""
+
+    NTS = "nts"
+    NTP = "ntp"
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A server whose time the monitor's own clock is compared with."""
+
+    kind: Kind
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.host}"
+
+
+def parse_reference(text: str) -> Reference:
+    """nts:HOST[:PORT] or ntp:HOST[:PORT]. Raises ValueError."""
+    kind, _, place = text.partition(":")
+    if kind not in set(Kind):
+        raise ValueError(f"{text!r}: write nts:HOST[:PORT] or ntp:HOST[:PORT]")
+    host, port = parse_host_port(place, KE_PORT if kind == Kind.NTS else DEFAULT_NTP_PORT)
+    return Reference(Kind(kind), host, port)
+
+
+def check_independent(references: Iterable[Reference]) -> None:
+    """Raises ValueError for a host that is there twice."""
+    hosts = [each.host for each in references]
+    if len(set(hosts)) < len(hosts):
+        raise ValueError("a host is there twice; name servers of different operators")
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from poolsvc.pool import the_pool
 from poolsvc.prober import why_irrevocable
 from poolsvc.publication import Publication
 from poolsvc.publisher import Observation
+from poolsvc.rounds import Rounds
 
 S = ServerState
 HERE = "127.0.0.1"
@@ -331,7 +332,7 @@ async def test_probes_begin_when_there_may_be_a_certificate(verified, tmp_path):
 
     async def probed():
         await monitoring.probe_server(
-            verified.database, verified.settings, roots, verified.alice, verified.now
+            verified.database, verified.settings, roots, verified.alice, verified.now, Rounds(0)
         )
         return (await verified.get(verified.alice)).stages
 

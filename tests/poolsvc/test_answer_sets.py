@@ -116,3 +116,13 @@ async def test_a_pool_that_fits_one_answer_again_has_one(world):
     world.now += timedelta(seconds=600)
     await world.passes(4)
     assert world.answers() == {frozenset(map(owner, SERVERS[:8]))}
+
+
+async def test_a_new_leader_takes_away_what_the_one_before_it_left(world):
+    """Eight are left, who fit one answer: it never gave any sets itself."""
+    async with world.database.transaction() as session:
+        await session.execute(update(Server).where(Server.name.in_(SERVERS[8:])).values(state=S.REMOVED))
+    world.begin()
+    await world.publication.look(world.now)
+    await world.passes(4)
+    assert world.answers() == {frozenset(map(owner, SERVERS[:8]))}

@@ -17,6 +17,7 @@ from sqlalchemy import make_url, text
 
 from lab.certificates import Authority
 from lab.knot import Knot
+from lab.nts_server import NtsServer
 from lab.pool import POOL, LabPool
 from lab.processes import Process, free_port, wait_until
 from lab.programs import run
@@ -30,7 +31,7 @@ from poolsvc.cli import ExitStatus
 from poolsvc.config import AuthoritySettings, load_settings
 from poolsvc.db import Database
 from poolsvc.delegation import parent_records
-from poolsvc.doctor import zone
+from poolsvc.doctor import monitors, zone
 from poolsvc.doctor.host import judge_certificate, judge_clock
 from poolsvc.doctor.report import Examination, Finding, worst
 from poolsvc.primary import Nameserver
@@ -112,12 +113,40 @@ def test_a_pool_in_order(site):
     expected = dict.fromkeys(results, Verdict.OK) | {"caa": Verdict.WARN, "ca": results["ca"].verdict}
     expected["mail"] = Verdict.WARN  # the laboratory sends none
     expected["public-url"] = Verdict.WARN
+    expected["references"] = Verdict.WARN
+    assert "are not checked" in results["references"].found
     assert "private addresses" in results["public-url"].found
     expected["ca-socket"] = Verdict.SKIPPED
     del results["clock"], expected["clock"]
     assert {name: result.verdict for name, result in results.items()} == expected, results
     assert results["ca"].verdict is not Verdict.FAIL
     assert "our registry answers" in results["listen"].found
+
+
+async def test_the_references_of_the_registrys_own_monitor(site, tmp_path):
+    authority = Authority(tmp_path / "authority")
+    hosts = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
+    servers = [NtsServer(authority.issue(host), host) for host in hosts]
+    places = []
+    for server in servers:
+        await server.start()
+        places.append(f"ntp:{server.host}:{server.ntp_port}")
+
+    async def look():
+        return await monitors.references(site.examination(monitor={"references": tuple(places)}))
+
+    found = await look()
+    assert (found.verdict, found.found) == (
+        Verdict.OK,
+        "3 of 3 agree with this host's clock, by IPv4",
+    )
+    for server in servers[:2]:
+        server.offset = 30_000_000
+    found = await look()
+    assert found.verdict is Verdict.FAIL
+    assert "1 of 3 references" in found.found
+    for server in servers:
+        await server.stop()
 
 
 def test_the_command_prints_all_and_ends_with_the_right_status(site):

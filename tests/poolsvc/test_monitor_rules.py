@@ -13,8 +13,16 @@ from nts_core.control import MonitorTask, ProbeResult
 from poolsvc.config import ConfigError
 from poolsvc.monitor.outbox import MAX_AGE, Drop, Outbox
 from poolsvc.monitor.schedule import MAX_PLANNED, Schedule, Skip
-from poolsvc.monitor.settings import Kind, Reference, load_settings, parse_reference
-from poolsvc.monitor.soundness import LIMIT, Reading, Soundness, agrees
+from poolsvc.monitor.settings import load_settings
+from poolsvc.monitor.soundness import (
+    LIMIT,
+    Kind,
+    Reading,
+    Reference,
+    Soundness,
+    agrees,
+    parse_reference,
+)
 
 MS = 1_000_000
 THREE = ("ntp:one", "ntp:two", "ntp:three")

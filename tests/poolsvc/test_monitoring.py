@@ -20,6 +20,7 @@ from poolsvc.notices import NoticeKind
 from poolsvc.outbound import Guard
 from poolsvc.pool import count_kept_low
 from poolsvc.prober import ProbeImpossible, probe
+from poolsvc.rounds import Rounds
 from poolsvc.worker import Health, Worker
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -377,7 +378,7 @@ async def test_a_probe_goes_to_the_proved_addresses_once_there_is_a_certificate(
     roots = x509.load_pem_x509_certificates(Authority(tmp_path / "authority").root.read_bytes())
 
     async def probe():
-        await monitoring.probe_server(registry.database, registry.settings, roots, server, NOW)
+        await monitoring.probe_server(registry.database, registry.settings, roots, server, NOW, Rounds(0))
         return await stages(registry, server)
 
     assert await probe() == {}, "there is no certificate to be seen yet"

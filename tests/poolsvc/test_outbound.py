@@ -33,6 +33,7 @@ from poolsvc.errors import AddressRefused, InvalidAddress
 from poolsvc.models import Order, OrderStatus
 from poolsvc.outbound import MAX_ADDRESSES, Answer, FetchError, Guard, Outbound, http_origin
 from poolsvc.prober import probe
+from poolsvc.rounds import Rounds
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 HERE = "127.0.0.1"
@@ -651,7 +652,9 @@ async def test_proof_precheck_and_probe_dial_no_inner_address_unless_that_is_all
             session.add(
                 Order(server_id=server_id, status=OrderStatus.ISSUED, created_at=NOW, fingerprint="0a" * 32)
             )
-        await monitoring.probe_server(registry.database, registry.settings, load_roots(None), server_id, NOW)
+        await monitoring.probe_server(
+            registry.database, registry.settings, load_roots(None), server_id, NOW, Rounds(0)
+        )
         stages = {stage.stage: stage for stage in (await flow.server()).stages}
         probe = next(record for stage, record in stages.items() if record.status == "failed")
     if allow:

@@ -1,10 +1,12 @@
 """What monitors are told to look at, and what becomes of their reports; on both engines."""
 
+import asyncio
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from sqlalchemy import func, select, update
+from sqlalchemy import delete, func, select, update
 
 from nts_core.control import (
     MonitorReport,
@@ -15,8 +17,9 @@ from nts_core.control import (
     Stage,
     StageStatus,
 )
-from poolsvc import maintenance, monitoring, monitors, reports, scoring, standing
-from poolsvc.errors import InvalidDocument, WrongState
+from poolsvc import maintenance, monitoring, monitors, reports, reviews, scoring, standing
+from poolsvc.derived import RegistryKey
+from poolsvc.errors import InvalidDocument, TooManyRequests, WrongState
 from poolsvc.models import (
     Event,
     Monitor,
@@ -477,3 +480,64 @@ async def test_a_shadow_scorer_is_reckoned_beside_the_one_that_rules(pool, tuned
         assert await pool.round(server, FULL, FULL, FULL, bad()) is S.ACTIVE
     found = await pool.address(server)
     assert found.score > scoring.CUTOFF > found.shadow_score
+
+
+async def test_what_is_wrong_with_a_name_in_dns_is_the_pools_alarm(registry, tell):
+    """Two monitors with a say have to see it; it holds against nobody's score."""
+    (first, _), (second, _) = await registry.monitor("one"), await registry.monitor("two")
+    server = await registry.server(state=S.ACTIVE)
+    (target,) = await registry.look(first, server)
+    await registry.look(second, server)
+    async with registry.database.transaction("test") as session:
+        (await the_pool(session, registry.settings)).quorum = 2
+    wrong = replace(good(), names="alias")
+
+    async def amiss():
+        async with registry.database.transaction() as session:
+            standing = await monitors.council(session, registry.settings, NOW)
+            return await monitors.count_amiss(session, standing, NOW), monitors.alarm(standing, 0, 1)
+
+    assert await tell(first, (target, wrong)) == 1
+    assert (await amiss())[0] == 0
+    assert await tell(second, (target, wrong)) == 1
+    count, text = await amiss()
+    assert count == 1
+    assert "of 1 addresses monitors see the name wrong in DNS" in text
+    assert await tell(second, (target, good()), now=NOW + MINUTE) == 1
+    assert (await amiss())[0] == 0
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+async def test_reports_reviews_and_questions_at_the_same_time_never_wait_in_a_circle(registry, tell):
+    names = [f"eye-{number}" for number in range(3)]
+    eyes = [(await registry.monitor(name))[0] for name in names]
+    ids = [
+        await registry.server(f"s{number}", f"198.18.0.{number}", state=S.ACTIVE) for number in range(1, 9)
+    ]
+    targets = {eye: [(await registry.look(eye, server))[0] for server in ids] for eye in eyes}
+    key = RegistryKey(bytes(32))
+
+    async def report(eye):
+        for number in range(1, 11):
+            at = NOW + number * MINUTE
+            samples = [(target, replace(good(), address="")) for target in targets[eye]]
+            with suppress(TooManyRequests):
+                await tell(eye, *samples, now=at, number=number)
+
+    async def ask(eye):
+        for number in range(10):
+            async with registry.database.transaction() as session:
+                with suppress(TooManyRequests):
+                    monitor = await monitors.reporting(session, eye)
+                    await monitors.work(session, registry.settings, monitor, NOW + number * MINUTE)
+
+    async def review():
+        for number in range(10):
+            # A view that is missing is made, which refers to its monitor.
+            async with registry.database.transaction() as session:
+                await session.execute(
+                    delete(MonitorView).where(MonitorView.address_id == targets[eyes[0]][number % 8])
+                )
+            await reviews.review_due(registry.database, registry.settings, key, ids, NOW + number * MINUTE)
+
+    await asyncio.gather(*map(report, eyes), *map(ask, eyes), review(), review())

@@ -125,11 +125,17 @@ def test_scores_begin_above_the_cutoff_for_who_has_seen_it_work():
 
 
 def test_silence_is_what_everybody_who_looks_has_found_for_long():
-    assert is_silent(views(20, -5, silent=SILENT), NOW)
-    assert not is_silent([*views(20, -5, silent=SILENT), view(3, silent=SILENT - MINUTE)], NOW)
-    assert not is_silent([*views(20, silent=SILENT), view(3)], NOW)
-    assert not is_silent(views(20, silent=SILENT, age=FRESH + MINUTE), NOW)
-    assert not is_silent([], NOW)
+    assert is_silent(views(20, -5, silent=SILENT), FULL, NOW)
+    assert not is_silent([*views(20, -5, silent=SILENT), view(3, silent=SILENT - MINUTE)], FULL, NOW)
+    assert not is_silent([*views(20, silent=SILENT), view(3)], FULL, NOW)
+    assert not is_silent(views(20, silent=SILENT, age=FRESH + MINUTE), FULL, NOW)
+    assert not is_silent([], FULL, NOW)
+
+
+def test_of_one_who_looks_silence_counts_where_one_is_the_quorum():
+    assert is_silent([view(silent=SILENT)], quorum(1, 1, 3), NOW)
+    assert not is_silent([view(silent=SILENT)], FULL, NOW), "it could be that one's own network"
+    assert not is_silent([view(1, silent=SILENT, party=7), view(2, silent=SILENT, party=7)], FULL, NOW)
 
 
 def test_the_ruling_scorer_is_the_median():
