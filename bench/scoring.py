@@ -75,7 +75,6 @@ def _review_all(count: int) -> int:
                 network=64512 + monitor,
                 role=ViewRole.ACTIVE if monitor < ACTIVE else ViewRole.CANDIDATE,
                 points=POINTS,
-                mean_step=1.0,
                 mean_delay_ns=1e7 + 1e6 * ((monitor * 7 + number) % _MONITORS),
             )
             for monitor in range(_MONITORS)

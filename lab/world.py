@@ -9,7 +9,7 @@ Time goes in rounds of nine minutes, in which every active monitor probes each o
 that is at full score and sees a full probe is left as it is, since that is what the rules would do with it; so is one within a
 tenth of full score. A server all of whose views are heard and worth a whole share is in the answer by any scorer; only of
 the others is a verdict asked for. Monitors are chosen anew when some are lost: for the rest a review changes nothing.
-Losses fall on any probe, one in a thousand, and the first probes of an outage are told as the servers' silence, one in three,
+Monitors that lie on some day report a round trip of 0 on all days. Losses fall on any probe, one in a thousand, and the first probes of an outage are told as the servers' silence, one in three,
 until the monitor's own check finds the fault.
 """
 
@@ -22,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from ipaddress import IPv4Address
 from pathlib import Path
 from random import Random
@@ -46,6 +47,7 @@ from poolsvc.vantage import (
     ACTIVE,
     POINTS,
     Candidate,
+    Choice,
     Disagreement,
     Glance,
     Target,
@@ -86,6 +88,8 @@ _DELAYS = (20, 90, 160, 230, 290)  # ms, by regions between
 ISLANDS = REGIONS.index("the islands")
 _HOSTILE = 10  # monitors of ten members in one AS, all in Europe
 _LIARS = (10, 11, 12)  # three others there
+_NONE, _LONG = 0, 10**9  # round trips that nobody has, in ns
+_CLAIMS: Mapping[int, int] = dict.fromkeys((*range(_HOSTILE), *_LIARS), _NONE)  # by monitor
 
 
 @dataclass(slots=True)
@@ -182,6 +186,18 @@ def situations(servers: int, days: int) -> list[Situation]:
     return [one for one in every if one.last + A_DAY <= days * A_DAY]
 
 
+# Who lies, one after the other, and what round trip they claim; None is the true one.
+_FAR_APART = tuple(_HOSTILE + number * 7 % 30 for number in range(20))  # each in an AS of its own
+_ONE_REGION = (*range(_HOSTILE, 14), *range(_HOSTILE))
+_WAYS: Mapping[str, tuple[Sequence[int], int | None]] = {
+    "far apart, true delays": (_FAR_APART, None),
+    "far apart, delay 0": (_FAR_APART, _NONE),
+    "far apart, delay 1 s": (_FAR_APART, _LONG),
+    "one region, delay 0": (_ONE_REGION, _NONE),
+    "one AS, delay 0": (tuple(range(_HOSTILE)), _NONE),
+}
+_LIES = (0, 3, 4, 6, 8, 10, 12, 16, 20)
+
 # Some servers are as they are all the time.
 FLAPPING, DRIFTING, LOSSY, FALSE = "flapping", "drifting", "lossy", "good for its monitors only"
 _ALWAYS = frozenset((FLAPPING, DRIFTING, LOSSY))
@@ -202,6 +218,7 @@ class World:
         self._looked_at: dict[int, set[int]] = defaultdict(set)
         for server in self.servers:
             self._settle(server, 0)
+        self._at_first = [server.roles for server in self.servers]
         self._busy: set[int] = {one.number for one in self.servers if one.kind in _ALWAYS}
         self.situations = situations(servers, days)
         self.outcomes = {one.name: Outcome() for one in self.situations}
@@ -253,26 +270,7 @@ class World:
 
     def _review(self, server: Server, number: int) -> bool:
         """One review of a server's monitors; whether it changed anything."""
-        lost = self._lost(number)
-        since = START + ROUND * number - timedelta(hours=2)
-        choices = review(
-            server.target,
-            [
-                Candidate(
-                    monitor.number,
-                    monitor.number,
-                    addresses=(monitor.address,),
-                    network=monitor.network,
-                    lost_since=since if monitor.number in lost else None,
-                    role=server.roles.get(monitor.number, ViewRole.CANDIDATE),
-                    points=POINTS,
-                    mean_step=1.0,
-                    mean_delay_ns=server.delays[monitor.number],
-                )
-                for monitor in self.monitors
-            ],
-            START + ROUND * number,
-        )
+        choices = self._choose(server, server.roles, _CLAIMS, number)
         before = set(server.active)
         server.roles = {choice.monitor: choice.role for choice in choices}
         server.active = tuple(choice.monitor for choice in choices if choice.role is ViewRole.ACTIVE)
@@ -287,6 +285,28 @@ class World:
                 server.new.add(monitor)
                 self._busy.add(server.number)
         return any(choice.is_change for choice in choices)
+
+    def _choose(
+        self, server: Server, roles: Mapping[int, ViewRole], claims: Mapping[int, int], number: int
+    ) -> list[Choice]:
+        """What a review makes of the roles; `claims` are round trips that monitors report in place of the true ones."""
+        lost = self._lost(number)
+        since = START + ROUND * number - timedelta(hours=2)
+        candidates = [
+            Candidate(
+                monitor.number,
+                monitor.number,
+                addresses=(monitor.address,),
+                network=monitor.network,
+                region=REGIONS[monitor.region],
+                lost_since=since if monitor.number in lost else None,
+                role=roles.get(monitor.number, ViewRole.CANDIDATE),
+                points=POINTS,
+                mean_delay_ns=claims.get(monitor.number, server.delays[monitor.number]),
+            )
+            for monitor in self.monitors
+        ]
+        return review(server.target, candidates, START + ROUND * number)
 
     def _lost(self, number: int) -> frozenset[int]:
         return frozenset(one.number for one in self.monitors if number - one.heard >= _LOST_ROUNDS)
@@ -540,33 +560,48 @@ class World:
             if back is not None:
                 found.back.append((back - one.last + 1) * ROUND / timedelta(hours=1))
 
-    def liars(self, count: int, *, by: str) -> int:
-        """How many servers lose their place when so many monitors say that everything is silent, for long.
+    @cached_property
+    def lies(self) -> Mapping[str, Sequence[tuple[float, float]]]:
+        """Per cent of servers that so many monitors bring down by saying that all are silent, for each way to choose those."""
+        return {name: list(self._lie(who, claim)) for name, (who, claim) in _WAYS.items()}
 
-        `by` says which: "far apart" takes them from all regions alike, "one region" from Europe, "one AS" from there.
-        """
-        numbers = {
-            "far apart": [number * 7 % 40 for number in range(40)],
-            "one region": [*range(_HOSTILE, 14), *range(_HOSTILE)],
-            "one AS": list(range(_HOSTILE)),
-        }[by][:count]
-        moment = START
-        lost = 0
-        for server in self.servers:
-            views = [
-                View(
-                    one,
-                    one,
-                    is_active=True,
-                    score=-100.0 if one in numbers else MAX_SCORE,
-                    full_probes=0,
-                    at=moment,
+    def _lie(self, who: Sequence[int], claim: int | None) -> Iterator[tuple[float, float]]:
+        """One after the other lies from the first day, and claims a round trip, for long: all reviews that follow are held."""
+        roles = list(self._at_first)
+        for count in (number for number in _LIES if number <= len(who)):
+            lying = who[:count]
+            claims = {} if claim is None else dict.fromkeys(lying, claim)
+            lost = 0
+            for number, server in enumerate(self.servers):
+                roles[number] = found = self._settled(server, roles[number], claims)
+                lost += self._is_brought_down(
+                    [one for one, role in found.items() if role is ViewRole.ACTIVE], lying
                 )
-                for one in server.active
-            ]
-            verdict = overall(views, QUORUM, moment, self._scorer)
-            lost += verdict.is_known and not is_good(verdict.score)
-        return lost
+            yield count, 100 * lost / len(self.servers)
+
+    def _settled(
+        self, server: Server, roles: Mapping[int, ViewRole], claims: Mapping[int, int]
+    ) -> dict[int, ViewRole]:
+        while True:
+            choices = self._choose(server, roles, claims, 0)
+            roles = {choice.monitor: choice.role for choice in choices}
+            if not any(choice.is_change for choice in choices):
+                return roles
+
+    def _is_brought_down(self, active: Iterable[int], lying: Collection[int]) -> bool:
+        views = [
+            View(
+                one,
+                one,
+                is_active=True,
+                score=-100.0 if one in lying else MAX_SCORE,
+                full_probes=0,
+                at=START,
+            )
+            for one in active
+        ]
+        verdict = overall(views, QUORUM, START, self._scorer)
+        return verdict.is_known and not is_good(verdict.score)
 
 
 # What is told of it.
@@ -648,21 +683,9 @@ def _else(world: World, kind: str, those: Sequence[Server]) -> str:
     return ""
 
 
-_WAYS = ("far apart", "one region", "one AS")
-
-
-def lies(world: World, most: int = 20) -> dict[str, list[tuple[float, float]]]:
-    """Per cent of servers that so many monitors bring down by lying, for each way to choose those."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    for way in _WAYS:
-        counts = range(min(most, _HOSTILE if way == "one AS" else most) + 1)
-        found[way] = [(count, 100 * world.liars(count, by=way) / len(world.servers)) for count in counts]
-    return found
-
-
 def lies_table(found: Mapping[str, Sequence[tuple[float, float]]]) -> Iterator[str]:
-    """The same, as the lines of a Markdown table."""
-    shown = [3, 4, 6, 8, 10, 12, 16, 20]
+    """What comes of lies, as the lines of a Markdown table."""
+    shown = [count for count in _LIES if count]
     yield f"| monitors of 40 that lie | {' | '.join(map(str, shown))} |"
     yield f"|---|{'---|' * len(shown)}"
     for way, points in found.items():
@@ -706,7 +729,7 @@ def world_parts(world: World) -> dict[str, Iterable[str]]:
     return {
         "situations": table(world),
         "always": always(world),
-        "lies": lies_table(lies(world)),
+        "lies": lies_table(world.lies),
         "trial": trial(world),
     }
 
@@ -770,7 +793,7 @@ def world_charts(world: World) -> dict[str, str]:
         ),
         "scoring-lies.svg": chart(
             "Servers that lying monitors bring down",
-            lies(world),
+            {way: points for way, points in world.lies.items() if any(part for _, part in points)},
             x=("lying monitors of 40", 0, 20),
             y=("per cent of servers", 0, 100),
         ),

@@ -1,7 +1,7 @@
 """Which monitors look at which server: `vantage` decides, here it is asked and its answer kept.
 
 Each server is reviewed by itself, every `policy.review_interval`; few monitors change at a time. Every monitor that works has a
-view of every address that it may look at, if only to glance: by that the nearest are found.
+view of every address that it may look at, if only to glance: by that it is known how near it is.
 """
 
 import random
@@ -21,6 +21,7 @@ from poolsvc.config import Settings
 from poolsvc.db import Database
 from poolsvc.derived import Purpose, RegistryKey
 from poolsvc.models import INNER, Address, Member, MemberStatus, Monitor, MonitorView, Server, ViewRole
+from poolsvc.regions import CONTINENT_OF
 from poolsvc.vantage import Candidate, Choice, Target
 
 _MAX_MONITORS = 1000
@@ -203,10 +204,10 @@ def _candidate(monitor: Monitor, view: MonitorView | None) -> Candidate:
         addresses=tuple(ip_address(text) for text in known if text is not None),
         families=frozenset(family for family, has in families.items() if has),
         network=monitor.network,
+        region=None if monitor.country is None else CONTINENT_OF.get(monitor.country.lower()),
         lost_since=_lost_since(monitor),
         role=ViewRole.CANDIDATE if view is None else view.role,
         points=0 if view is None else view.points,
-        mean_step=None if view is None else view.mean_step,
         mean_delay_ns=None if view is None else view.mean_delay_ns,
     )
 

@@ -2,15 +2,16 @@
 
 Of each address some monitors are active, which have its say, and some are testing, from whom the next active ones come. All
 others are candidates, which only glance at it. Who looks at a server must not be near it in name or network, and those who
-look at one server must not fail or lie together. Most places go to the nearest, whose probes say most of the server and
-least of the way there; the others are drawn from the far half, whatever those find, for the nearest alone would never see
-that half of the world does not reach a server.
+look at one server must not fail or lie together. All places are drawn by lot, some among the nearer half, whose probes say
+most of the server and least of the way there, and as many among the farther half, for the nearer alone would never see that
+half of the world does not reach a server. What a monitor says of a server moves it from one half into the other at most, and
+neither half fills a majority of the places: nobody comes to more of them by what he says.
 """
 
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 from hashlib import blake2b
@@ -19,13 +20,12 @@ from ipaddress import IPv4Address, IPv6Address
 from poolsvc.scoring import CUTOFF, HOPELESS, MAX_SCORE, is_good
 
 ACTIVE, TESTING = 7, 5
-FAR = 0.4  # of the places
 POINTS = 9  # sound probes, before a testing one may become active
 LOST = timedelta(minutes=60)
 REVIEW = timedelta(minutes=20)
 PER_PARTY = PER_NETWORK = 2
 _CHANGES, _CHANGES_BLOCKED, _CHANGES_NONE = 2, 3, 4
-_LOYALTY = 0.75  # what an incumbent's cost counts, so that a small advantage changes nobody
+_LOYALTY = 0.75  # what an incumbent's lot counts, so that a small advantage changes nobody
 _BESIDE = {4: 24, 6: 48}
 _NEIGHBOURS = {4: 20, 6: 44}
 
@@ -55,9 +55,9 @@ class Candidate:
     """A monitor as one address may have it.
 
     `party` is its member, or a number of its own: no two monitors of the pool itself are one party. `is_active` is one that
-    may have a say. `addresses` are where it calls from, as far as that is known, and `families` in which it can probe. Since
-    `lost_since` nothing sound came from it. `points` are its sound probes of the address since it has its role, `mean_step`
-    and `mean_delay_ns` what they came to over about a day.
+    may have a say. `addresses` are where it calls from, as far as that is known, and `network` and `region` whose and where those
+    are; `families` are those in which it can probe. Since `lost_since` nothing sound came from it. `points` are its sound
+    probes of the address since it has its role, `mean_delay_ns` is the round trip over about a day, as it says.
     """
 
     monitor: int
@@ -66,18 +66,11 @@ class Candidate:
     addresses: Sequence[IpAddress] = ()
     families: frozenset[int] = frozenset((4, 6))
     network: int | None = None
+    region: str | None = None
     lost_since: datetime | None = None
     role: ViewRole = ViewRole.CANDIDATE
     points: int = 0
-    mean_step: float | None = None
     mean_delay_ns: float | None = None
-
-    @property
-    def cost(self) -> tuple[bool, float]:
-        """By which the nearest come first; who finds the server bad comes after those who do not."""
-        if self.mean_step is None or self.mean_delay_ns is None:
-            return True, math.inf
-        return self.mean_step < 0, self.mean_delay_ns * (1 + 2 * (1 - self.mean_step))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +96,7 @@ def review(
     blocked = {one.monitor: reason for one in everybody if (reason := _blocked(target, one))}
     beside = {one.monitor for one in everybody if one.monitor not in blocked and _is_beside(target, one)}
     free = [one for one in everybody if one.monitor not in blocked and one.monitor not in beside]
-    rule = _Rule()
+    rule = _Rule(knows_networks=_are_mostly_known(everybody))
     lost = {one.monitor for one in everybody if _is_lost(one, now) or _is_mute(target, one)}
     if not any(one.is_active and one.monitor not in lost for one in free):
         # None would be active: better one from the server's own network than none.
@@ -117,22 +110,22 @@ def review(
     able = [one for one in heard if one.is_active and _may_be_active(one, serving)]
     wanted = _choose(order, able, ACTIVE, ViewRole.ACTIVE, rule)
     if len(wanted.chosen) < quorum:
-        rule = _Rule(bears_neighbours=True)
+        rule = replace(rule, bears_neighbours=True)
         wanted = _choose(order, able, quorum, ViewRole.ACTIVE, rule, wanted)
     was_blocked = sum(one.role is ViewRole.ACTIVE and one.monitor in blocked for one in everybody)
-    active = _settle([one for one in incumbents if one.is_active], wanted, ACTIVE, was_blocked, rule, lost)
+    active = _settle(
+        order, [one for one in incumbents if one.is_active], wanted, ACTIVE, was_blocked, rule, lost
+    )
 
     places = TESTING + ACTIVE - len(active)
     rest = [one for one in heard if one.monitor not in active]
     # Where others can be had, no more than one of the testing ones is itself on trial everywhere.
-    spare = sorted(
-        rest, key=lambda one: (not one.is_active, one.role is not ViewRole.TESTING, order.lot(one))
-    )
+    spare = sorted(rest, key=lambda one: (not one.is_active, order.rank(one, ViewRole.TESTING)))
     ready = sum(one.is_active for one in rest)
     others = wanted.rejected
     wanted = _choose(order, spare[: max(ready + 1, places)], places, ViewRole.TESTING, rule)
     was_testing = [one for one in free if one.role is ViewRole.TESTING and one.monitor not in active]
-    testing = _settle(was_testing, wanted, places, 0, rule, lost)
+    testing = _settle(order, was_testing, wanted, places, 0, rule, lost)
 
     found = []
     for one in everybody:
@@ -185,36 +178,51 @@ def _may_be_active(one: Candidate, serving: int) -> bool:
     return one.role is ViewRole.ACTIVE or is_tested or serving < max(1, ACTIVE - 2)
 
 
+def _are_mostly_known(everybody: Collection[Candidate]) -> bool:
+    """Whether one whose network is not known is an exception."""
+    return 2 * sum(one.network is not None for one in everybody) > len(everybody)
+
+
 class _Order:
-    """Monitors as an address sees them: how far each is, and the lot of each."""
+    """Monitors as an address sees them: which are near, the lot of each, and how many there are of each region.
+
+    By those that may have a say, if any: others would move the middle.
+    """
 
     def __init__(self, free: Sequence[Candidate], target: Target, lot: bytes) -> None:
-        self._lots = {
+        drawn = {
             one.monitor: blake2b(
-                f"{target.address} {one.monitor}".encode(), key=lot[:64], digest_size=8
+                f"{target.address} {one.monitor}".encode(), key=lot[:64], digest_size=16
             ).digest()
             for one in free
         }
-        by_delay = sorted(free, key=lambda one: (_delay(one), self.lot(one)))
-        self.far = {one.monitor for one in by_delay[(len(by_delay) + 1) // 2 :]}
+        self._lots = {monitor: int.from_bytes(digest[:8]) for monitor, digest in drawn.items()}
 
-    def lot(self, one: Candidate) -> bytes:
-        """Stable for an address and monitor, and nobody's to choose."""
-        return self._lots[one.monitor]
+        def distance(one: Candidate) -> tuple[float, bytes]:
+            delay = math.inf if one.mean_delay_ns is None else one.mean_delay_ns
+            return delay, drawn[one.monitor][8:]
 
-    def nearness(self, one: Candidate, role: ViewRole) -> tuple[bool, float, bytes]:
-        is_bad, cost = one.cost
-        return is_bad, cost * _LOYALTY if one.role is role else cost, self.lot(one)
+        speaking = [one for one in free if one.is_active] or free
+        ordered = sorted(map(distance, speaking))
+        self.near = {one.monitor for one in free if distance(one) <= ordered[(len(ordered) - 1) // 2]}
+        self._regions = Counter(one.region for one in speaking)
 
+    def rank(self, one: Candidate, role: ViewRole) -> float:
+        """By which the first have the places of a role. The lot is stable for an address and monitor, and nobody's to choose."""
+        lot = self._lots[one.monitor]
+        return lot * _LOYALTY if one.role is role else lot
 
-def _delay(one: Candidate) -> float:
-    return math.inf if one.mean_delay_ns is None else one.mean_delay_ns
+    def most(self, region: str | None, places: int) -> int:
+        """Of so many places those of one region: fewer than half, or its part of all monitors if that is more."""
+        part = math.ceil(places * self._regions[region] / self._regions.total())
+        return max((places - 1) // 2, part)
 
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
     """Who may look at one server together."""
 
+    knows_networks: bool = False  # of most: those that are not known may be one
     bears_neighbours: bool = False
 
     def objection(self, one: Candidate, others: Iterable[Candidate]) -> str | None:
@@ -224,8 +232,10 @@ class _Rule:
             return f"{PER_PARTY} monitors of its member look at it already"
         if self.bears_neighbours:
             return None
-        if one.network is not None and sum(other.network == one.network for other in others) >= PER_NETWORK:
-            return f"{PER_NETWORK} monitors of AS{one.network} look at it already"
+        is_limited = one.network is not None or self.knows_networks
+        if is_limited and sum(other.network == one.network for other in others) >= PER_NETWORK:
+            name = "unknown networks" if one.network is None else f"AS{one.network}"
+            return f"{PER_NETWORK} monitors of {name} look at it already"
         mine = {_prefix(address, _NEIGHBOURS) for address in one.addresses}
         if any(_prefix(address, _NEIGHBOURS) in mine for other in others for address in other.addresses):
             return "a monitor of its own neighbourhood looks at it already"
@@ -249,34 +259,37 @@ def _choose(
     rule: _Rule,
     first: _Wanted | None = None,
 ) -> _Wanted:
-    """Beside those of `first`: the nearest, then some of the far half by lot, then the nearest of the rest."""
+    """Beside those of `first`: by lot fewer than half from the nearer half, as many from the farther, the rest from all."""
     found = _Wanted() if first is None else _Wanted(first.chosen, first.reasons)
-    near = sorted(able, key=lambda one: order.nearness(one, role))
-    far = sorted(
-        (one for one in able if one.monitor in order.far),
-        key=lambda one: (one.role is not role, order.lot(one)),
-    )
+    every = sorted(able, key=lambda one: order.rank(one, role))
+    regions = Counter(one.region for one in found.chosen.values())
 
-    def take(those: Sequence[Candidate], until: int, why: str) -> None:
+    def take(those: Iterable[Candidate], most: int, why: str, *, minds_regions: bool = True) -> None:
         for one in those:
-            if len(found.chosen) >= until:
+            if most <= 0 or len(found.chosen) >= places:
                 return
             if one.monitor in found.chosen or one.monitor in found.rejected:
+                continue
+            if minds_regions and regions[one.region] >= order.most(one.region, places):
                 continue
             if (objection := rule.objection(one, found.chosen.values())) is not None:
                 found.rejected[one.monitor] = objection
                 continue
             found.chosen[one.monitor] = one
-            delay = "" if one.mean_delay_ns is None else f": {one.mean_delay_ns / 1e6:.0f} ms"
-            found.reasons[one.monitor] = f"{why}{delay}"
+            found.reasons[one.monitor] = why
+            regions[one.region] += 1
+            most -= 1
 
-    take(near, places - round(FAR * places), "one of the nearest")
-    take(far, places, "drawn from the far half")
-    take(near, places, "one of the nearest that are left")
+    few = (places - 1) // 2
+    take((one for one in every if one.monitor in order.near), few, "drawn from the nearer half")
+    take((one for one in every if one.monitor not in order.near), few, "drawn from the farther half")
+    take(every, places, "drawn from all")
+    take(every, places, "drawn from all, since other regions have too few", minds_regions=False)
     return found
 
 
 def _settle(
+    order: _Order,
     incumbents: Sequence[Candidate],
     wanted: _Wanted,
     places: int,
@@ -286,18 +299,18 @@ def _settle(
 ) -> dict[int, str]:
     """Some steps from those who have the places to those who should; with their reasons.
 
-    Nobody leaves for being worse than others before a better one has come.
+    Nobody leaves for a worse lot than others' before a better one has come.
     """
     few = _CHANGES_BLOCKED if blocked > 1 else _CHANGES
     limit = few if any(one.monitor not in lost for one in incumbents) else _CHANGES_NONE
     members = {one.monitor: one for one in incumbents}
-    # First who is not heard, then who may not be beside the others, then the worst.
+    # First who is not heard, then who may not be beside the others, then the last by lot. All have the same role.
     leaving = sorted(
         (one for one in incumbents if one.monitor not in wanted.chosen),
         key=lambda one: (
             one.monitor not in lost,
             one.monitor not in wanted.rejected,
-            tuple(-x for x in one.cost),
+            -order.rank(one, one.role),
         ),
     )
     joining = [one for monitor, one in wanted.chosen.items() if monitor not in members]
