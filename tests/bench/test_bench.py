@@ -74,7 +74,7 @@ def udp_server(reply):
     [
         ("bench.ntp", {OURS, THEIRS}, {"nts", "plain"}),
         ("bench.ke", {OURS, THEIRS}, {"ke"}),
-        ("bench.dns", {"embedded", "knot"}, {"service", "addresses", "absences"}),
+        ("bench.dns", {"embedded", "knot"}, {"service", "addresses", "absences", "drawn"}),
     ],
 )
 def test_a_bench_gives_every_figure_of_both_servers(module, servers, kinds):
