@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import structlog
 from cryptography import x509
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from nts_core.client import has_route
@@ -40,6 +40,7 @@ from poolsvc.db import Database
 from poolsvc.lookups import Nameservers
 from poolsvc.models import (
     INNER,
+    Hold,
     HoldKind,
     Monitor,
     MonitorView,
@@ -64,6 +65,8 @@ _ACTOR = "prober"
 # Of a server, valid at the same time: another one at each probe must not fill the database.
 MAX_SEEN = 50
 _AT_ONCE = 16  # rounds that are recorded
+_SMALL = 10  # servers, from which on the publication looks after how many leave at once
+_WAVE = timedelta(minutes=10)
 _MOMENT = timedelta(seconds=1)
 _NEVER_MIND = timedelta(hours=1)  # for what may not be looked at
 
@@ -678,9 +681,9 @@ async def _hold(
     is_back_soon = servers.held(server, HoldKind.CERTIFICATE) is not None
     if servers.held(server, HoldKind.SCORE) or (server.state is ServerState.SUSPENDED and not is_back_soon):
         return
-    # Scores alone never shrink the answer below the pool's opening size: that is an alarm instead.
-    least = settings.policy.opening_size
-    if await count_active(session, limit=least + 1) <= least:
+    # Scores alone never shrink the answer below the pool's opening size, nor by much at once: that is an alarm instead.
+    active = await count_active(session, limit=settings.policy.opening_size + _SMALL)
+    if active <= settings.policy.opening_size or await _is_wave(session, active, now):
         _log.error("pool_alarm_too_few_servers", server=server.name, score=best)
         return
     reason = _why_low(server, best)
@@ -688,6 +691,18 @@ async def _hold(
         reason = f"silent for {verdicts.SILENT // timedelta(minutes=1)} minutes to every monitor that looks"
     await servers.set_hold(session, server, HoldKind.SCORE, reason=reason, actor=_ACTOR, now=now)
     _log.warning("server_suspended", server=server.name, reason=reason)
+
+
+async def _is_wave(session: AsyncSession, active: int, now: datetime) -> bool:
+    """Whether more than 30 % of a small pool would have fallen within ten minutes; one server alone never is.
+
+    Of a larger one the publication keeps those that fall too many at once, until an operator has looked.
+    """
+    if active >= _SMALL:
+        return False
+    late = select(func.count()).where(Hold.kind == HoldKind.SCORE, Hold.set_at > now - _WAVE)
+    fallen = await session.scalar(late) or 0
+    return fallen > 0 and (fallen + 1) * 100 > 30 * (active + fallen)
 
 
 async def _judge_certificate(

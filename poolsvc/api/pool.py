@@ -50,7 +50,7 @@ async def read_pool(services: ServicesDep, session: SessionDep, now: NowDep) -> 
     unknown = await monitors.count_unknown(session)
     if census.kept_low:
         found.append(
-            f"scores: {census.kept_low} failing servers are kept listed, since too few others are active"
+            f"scores: {census.kept_low} failing servers are kept listed, since too few others are active, or too many would leave at once"
         )
     return PoolView(
         pool=settings.pool,

@@ -282,6 +282,16 @@ async def test_a_low_score_suspends_while_enough_others_serve_and_a_good_one_lif
     assert await fail(rounds, second, "198.18.2.1", 1) is S.SUSPENDED, "now there are enough again"
 
 
+async def test_of_a_small_pool_not_much_falls_at_once(registry, rounds):
+    """Of nine two may within ten minutes, and a third one later."""
+    ids = await crowd(registry, 9)
+    assert await fail(rounds, ids[0], "198.18.1.1") is S.SUSPENDED
+    assert await fail(rounds, ids[1], "198.18.2.1", 3) is S.SUSPENDED
+    assert await fail(rounds, ids[2], "198.18.3.1", 3) is S.ACTIVE
+    registry.clock += timedelta(minutes=11)
+    assert await fail(rounds, ids[2], "198.18.3.1", 1) is S.SUSPENDED
+
+
 async def test_servers_that_are_kept_for_want_of_others_are_counted(registry, rounds):
     """The pool's alarm: failing, and listed all the same."""
 
