@@ -68,6 +68,7 @@ _AT_ONCE = 16  # rounds that are recorded
 _SMALL = 10  # servers, from which on the publication looks after how many leave at once
 _WAVE = timedelta(minutes=10)
 _MOMENT = timedelta(seconds=1)
+_ANY = timedelta(microseconds=1)  # later at all: its own rounds are as far apart as it makes them
 _NEVER_MIND = timedelta(hours=1)  # for what may not be looked at
 
 
@@ -222,7 +223,7 @@ async def record(
             )
             session.add(view)
             found[row.id].append(view)
-        if view.at is not None and not views.is_later(view.at, at, _MOMENT, now):
+        if view.at is not None and not views.is_later(view.at, at, _ANY, now):
             continue
         after = views.after(view, result, at, standing.measure, begins_with=row.score, is_exempt=is_exempt)
         for name, value in after.items():
