@@ -259,10 +259,9 @@ def are_all_back(world):
     assert world.of_pool()["alarms"] == []
 
 
-def test_a_wrong_clock_loses_its_place_and_nobody_does_for_one_monitor_that_reaches_nobody(tmp_path):
+def test_a_quorum_admits_and_a_wrong_clock_loses_its_place_and_comes_back(tmp_path):
     def story(world):
         begin(world, FEW, 2)
-        reaches_nobody(world, "mon1")
         is_wrong(world, "cora")
         are_all_back(world)
 
