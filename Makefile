@@ -74,7 +74,7 @@ docs: setup
 	$(BIN)/python -m lab.conformance
 	$(BIN)/python -m lab.interop
 	$(BIN)/python -m lab.manuals
-	$(BIN)/python -m lab.world --docs
+	$(BIN)/python -m lab.scoring_page --docs
 
 # For the Debian release, and so the Python, of this machine.
 deb: setup

@@ -92,11 +92,11 @@ def _look(database: str, now: datetime) -> None:
         connection.execute(
             sa.text(
                 "INSERT INTO monitor_views (address_id, monitor_id, role, role_since, role_reason, due_at, at, score,"
-                " full_probes, points, detail, step, step_reason, mean_step, mean_delay_ns)"
+                " full_probes, points, detail, step, step_reason, mean_delay_ns)"
                 f" SELECT a.id, m.id, CASE WHEN (a.id + m.id) % {_MONITORS} < {_ACTIVE} THEN '{ViewRole.ACTIVE}'"
                 f" ELSE '{ViewRole.TESTING}' END, :now, '', :now, :before, 20, 3, 100, '',"
                 f" CASE WHEN a.id % {_DISPUTED} = 0 AND (a.id + m.id) % {_MONITORS} >= {_ACTIVE} THEN -5 ELSE 1 END,"
-                " '', 1, 20000000 FROM addresses a CROSS JOIN monitors m"
+                " '', 20000000 FROM addresses a CROSS JOIN monitors m"
             ),
             {"now": now, "before": now - timedelta(minutes=5)},
         )

@@ -143,14 +143,20 @@ def _length(reply: bytes) -> int:
     return at + 5 - 12
 
 
-def _update(data: bytes) -> str:
-    """The octets are an update; whoever has the key may send what they like."""
+def _update_of(data: bytes) -> dns.update.UpdateMessage | str:
+    """The update that the octets are, or what became of them."""
     try:
         message = dns.message.from_wire(data, one_rr_per_rrset=True)
     except (dns.exception.DNSException, ValueError, struct.error):
         return "unread"
-    if not isinstance(message, dns.update.UpdateMessage):
-        return "no-update"
+    return message if isinstance(message, dns.update.UpdateMessage) else "no-update"
+
+
+def _update(data: bytes) -> str:
+    """The octets are an update; whoever has the key may send what they like."""
+    message = _update_of(data)
+    if isinstance(message, str):
+        return message
     zone = _fresh()
     try:
         changed = evaluate(message, zone)
@@ -179,12 +185,9 @@ def _update(data: bytes) -> str:
 
 def _draw(data: bytes) -> str:
     """The octets are an update with answer sets."""
-    try:
-        message = dns.message.from_wire(data, one_rr_per_rrset=True)
-    except (dns.exception.DNSException, ValueError, struct.error):
-        return "unread"
-    if not isinstance(message, dns.update.UpdateMessage):
-        return "no-update"
+    message = _update_of(data)
+    if isinstance(message, str):
+        return message
     zone = _fresh()
     answers = Answers(zone)
     draws = Draws(zone, answers, NOW)

@@ -28,6 +28,7 @@ from member_agent.member import Member, all_last_served, take_away
 from member_agent.privileges import become
 from member_agent.sockets import Endpoint
 from member_agent.state import MemberDirectory, StateDirectory
+from nts_core.shell import until
 from nts_core.systemd import Notifier
 
 _log = structlog.get_logger()
@@ -58,19 +59,6 @@ def _expose(
         from member_agent import metrics  # noqa: PLC0415 - with prometheus_client it is 2 MB
 
         metrics.expose(settings.metrics, *metrics.sources(engine, settings, clock, members))
-
-
-async def _until(stop: asyncio.Event, *tasks: asyncio.Task[None]) -> None:
-    """Wait for the stop signal or for a task that ends, whose error is raised; end the others."""
-    stopped = asyncio.create_task(stop.wait())
-    try:
-        done, _ = await asyncio.wait({stopped, *tasks}, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        for task in (stopped, *tasks):
-            task.cancel()
-        await asyncio.gather(stopped, *tasks, return_exceptions=True)
 
 
 async def serve(
@@ -115,7 +103,7 @@ async def serve(
             _log.info("serving", clock=clock.describe())
             async with Notifier() as notify:
                 notify.ready("serving")
-                await _until(stop, *map(asyncio.create_task, (engine.tend(), clock.follow(), reload())))
+                await until(stop, *map(asyncio.create_task, (engine.tend(), clock.follow(), reload())))
         finally:
             await engine.close()
 
@@ -161,7 +149,7 @@ class Agent:
                 works = (self._follow_all(), self._clock.follow(), self._engine.tend())
                 async with Notifier() as notify:
                     notify.ready(f"for {', '.join(self._state.members())}")
-                    await _until(stop, *map(asyncio.create_task, works))
+                    await until(stop, *map(asyncio.create_task, works))
             finally:
                 for task in self._tasks.values():
                     task.cancel()

@@ -1,5 +1,6 @@
 """What the programs share at their edges (I/O): how they log, how files are replaced, where settings come from."""
 
+import asyncio
 import fcntl
 import logging
 import os
@@ -46,6 +47,19 @@ def configure_logging(level: int = logging.INFO) -> None:
         # Looked up with each line: where it was replaced for a while, the old one may be closed by then.
         logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
     )
+
+
+async def until(stop: asyncio.Event, *tasks: asyncio.Task[None]) -> None:
+    """Wait for the stop signal or for a task that ends, whose error is raised; end the others."""
+    stopped = asyncio.create_task(stop.wait())
+    try:
+        done, _ = await asyncio.wait({stopped, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in (stopped, *tasks):
+            task.cancel()
+        await asyncio.gather(stopped, *tasks, return_exceptions=True)
 
 
 def raise_descriptor_limit() -> None:

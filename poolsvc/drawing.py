@@ -228,7 +228,7 @@ class Draw:
         number: int,
         now: datetime,
     ) -> None:
-        self.number = number
+        self._number = number
         self._rules = rules
         self._regions = [WORLD, *sorted(regions)]
         # In the order of their names: the same servers are drawn alike, whatever order they come in.
@@ -240,7 +240,6 @@ class Draw:
             for region in own.keys() & one.regions:
                 own[region].append(one)
         self._urns = {region: _Urn(some, rules, now) for region, some in own.items()}
-        self.sizes = {region: len(own[region]) for region in self._regions}
 
     def standing(self, region: str) -> Standing:
         """How one of its regions came out, the world among them."""
@@ -297,8 +296,8 @@ class Draw:
 
     def set_at(self, region: str, index: int) -> Names:
         """One of the sets, of which there may be as many as anybody wants."""
-        seed = blake2b(f"{self.number} {region} {index}".encode(), digest_size=8).digest()
-        chance = random.Random(int.from_bytes(seed, "big")).random  # noqa: S311 - a draw is no secret
+        seed = blake2b(f"{self._number} {region} {index}".encode(), digest_size=8).digest()
+        chance = random.Random(int.from_bytes(seed, "big")).random  # noqa: S311 - it repeats, so that a draw does
         drawn = _Set()
         for urn, places in self._shares(region):
             urn.fill(drawn, places, chance)

@@ -209,11 +209,21 @@ def primary_config(settings: Settings) -> PrimaryConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class _Reasons:
+    """Of what answers are made, beside the candidates: with others, they are made anew."""
+
+    number: int  # of the draw
+    policy: ZonePolicy
+    regions: frozenset[str]
+    is_open: bool
+
+
+@dataclass(frozen=True, slots=True)
 class _Drawn:
-    """What is to be answered, and of what it was made: number of the draw, policy, regions, whether the pool is open."""
+    """What is to be answered, and of what it was made at that time."""
 
     at: datetime
-    reasons: tuple[int, ZonePolicy, frozenset[str], bool]
+    reasons: _Reasons
     sets: drawing.AnswerSets = field(default_factory=dict)
     zone: Zone = field(default_factory=dict)  # the SRV RRsets as they should be: the first set of each region
     thin: tuple[drawing.Standing, ...] = ()  # regions that have too few servers of their own
@@ -334,9 +344,10 @@ class Publication:
         is_other_choice = self._note_candidates(changed)
         is_open = pool.opened_at is not None or await self._open(now)
         before, services = self._drawn, self._services
-        draw = int(now.timestamp()) // self._settings.dns.srv_ttl
-        if is_other_choice or before is None or (draw, policy, regions, is_open) != before.reasons:
-            self._drawn = await asyncio.to_thread(self._draw, draw, regions, now, is_open=is_open)
+        number = int(now.timestamp()) // self._settings.dns.srv_ttl
+        reasons = _Reasons(number, policy, regions, is_open)
+        if is_other_choice or before is None or reasons != before.reasons:
+            self._drawn = await asyncio.to_thread(self._draw, reasons, now)
             self._lost.clear()
         self._is_plan_due |= is_other_policy or bool(changed) or is_approved or self._services != services
         everybody = bool(services) != bool(self._services)
@@ -442,25 +453,25 @@ class Publication:
         keys = [(owner, "SRV") for owner in self._the_policy.services]
         return [key for key in keys if key == self._service_key or key in zone or key in self._services]
 
-    def _draw(self, number: int, regions: frozenset[str], now: datetime, *, is_open: bool) -> "_Drawn":
+    def _draw(self, reasons: _Reasons, now: datetime) -> _Drawn:
         """The answers as they should be: a new draw, or the present one without those who were lost."""
-        policy, before = self._the_policy, self._drawn
-        reasons = (number, policy, regions, is_open)
-        if not is_open:
+        before, regions = self._drawn, reasons.regions
+        if not reasons.is_open:
             return _Drawn(now, reasons)
         is_many = before is not None and sum(map(len, before.sets.values())) > _FEW_SETS
         if before is not None and is_many and before.reasons == reasons and not self._lost:
             # Who came, or weighs something else, waits for the next draw.
             return before
         rules = regional.rules_of(self._settings)
-        draw = drawing.Draw(self._candidates.values(), regions, rules, number, now)
-        if before is not None and is_many and (number, regions) == (before.reasons[0], before.reasons[2]):
+        draw = drawing.Draw(self._candidates.values(), regions, rules, reasons.number, now)
+        is_same = before is not None and before.reasons.number == reasons.number
+        if before is not None and is_many and is_same and before.reasons.regions == regions:
             sets = draw.again(before.sets, self._lost)
         else:
             sets = draw.sets()
         first = {region: some[0] for region, some in sets.items() if some}
         thin = tuple(draw.standing(region) for region in sorted(regions) if draw.is_thin(region))
-        return _Drawn(now, reasons, sets, services_of(first, policy), thin)
+        return _Drawn(now, reasons, sets, services_of(first, reasons.policy), thin)
 
     @property
     def _several(self) -> dict[str, tuple[drawing.Names, ...]]:
@@ -483,7 +494,7 @@ class Publication:
             return False
         several = self._several
         try:
-            token = await subsets.Sink(publisher).publish(several, drawn.reasons[0], epoch)
+            token = await subsets.Sink(publisher).publish(several, drawn.reasons.number, epoch)
         except subsets.NoSink:
             self._has_sink = False
             return False
@@ -849,8 +860,7 @@ class Publication:
         self._let_go |= gone
         self._falling -= gone
         if gone and self._note_candidates(gone) and self._drawn is not None:
-            number, _, regions, is_open = self._drawn.reasons
-            self._drawn = self._draw(number, regions, self._drawn.at, is_open=is_open)
+            self._drawn = self._draw(self._drawn.reasons, self._drawn.at)
         for server_id in gone:
             self._judge(server_id)
         return bool(gone)

@@ -77,11 +77,10 @@ class _View:
     points: int = 0
     names: str | None = None
     step: float | None = None
-    mean_step: float | None = None
     mean_delay_ns: int | None = None
 
 
-_OWN = ("failed_since", "points", "mean_step", "mean_delay_ns")
+_OWN = ("failed_since", "points", "mean_delay_ns")
 _JUDGED = tuple(
     getattr(MonitorView, field.name) for field in fields(_View) if field.name not in (*_OWN, "step", "names")
 )

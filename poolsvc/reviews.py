@@ -4,11 +4,11 @@ Each server is reviewed by itself, every `policy.review_interval`; few monitors 
 view of every address that it may look at, if only to glance: by that it is known how near it is.
 """
 
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from ipaddress import ip_address
+from random import SystemRandom
 from typing import Any
 
 from sqlalchemy import or_, select
@@ -25,6 +25,8 @@ from poolsvc.regions import CONTINENT_OF
 from poolsvc.vantage import Candidate, Choice, Target
 
 _MAX_MONITORS = 1000
+# Nobody is to know a monitor by its hour.
+_RANDOM = SystemRandom()
 # Within which a new candidate glances first, so that it is soon known how near it is.
 _FIRST_GLANCE = timedelta(minutes=20)
 _NEW_STATES = frozenset({ServerState.VERIFIED, ServerState.CERTIFIED, ServerState.ACTIVE})
@@ -74,7 +76,7 @@ async def review(
         for row in servers.publishable(server):
             session.add_all(_review(settings, server, row, eyes, found.get(row.id, {}), lot, now))
         server.review_due_at = now + timedelta(
-            seconds=settings.policy.review_interval * random.uniform(0.9, 1.1)  # noqa: S311 - spreads the work
+            seconds=settings.policy.review_interval * _RANDOM.uniform(0.9, 1.1)
         )
 
 
@@ -117,7 +119,7 @@ def _give(settings: Settings, view: MonitorView, choice: Choice, now: datetime) 
     if is_new or view.due_at is None:
         pace = settings.policy.probe_spacing / vantage.LEAST
         most = _FIRST_GLANCE if choice.role is ViewRole.CANDIDATE else timedelta(seconds=vantage.LEAST)
-        soon = now + most * pace * random.random()  # noqa: S311 - spreads the work
+        soon = now + most * pace * _RANDOM.random()
         view.due_at = soon if view.due_at is None else min(view.due_at, soon)
 
 
@@ -240,4 +242,4 @@ def next_due(
         return None
     others = {view.monitor_id: view.due_at for view in views if view.monitor_id != monitor_id}
     taken = [moment for moment in (*others.values(), server.probe_due_at) if moment is not None]
-    return vantage.next_probe(now, min(looking), taken, random.random, least)
+    return vantage.next_probe(now, min(looking), taken, _RANDOM.random, least)

@@ -35,6 +35,7 @@ from poolsvc.errors import PoolError
 from poolsvc.names import DOMAIN
 from poolsvc.primary import new_secret
 from poolsvc.regions import REGIONS
+from poolsvc.sandbox import SANDBOX
 from poolsvc.zone import CLOSED
 
 SETTINGS = "poolsvc.toml"
@@ -288,8 +289,12 @@ def render(answers: Answers, *, directory: Path, program: Path) -> dict[str, byt
         files[EDGE_SECRET] = f"{edge_secret}\n".encode()
     return {
         **files,
-        "poolsvc.service": Template(_SERVICE).substitute(values).encode(),
-        **({} if answers.own_primary else {EDGE_UNIT: Template(_EDGE_SERVICE).substitute(values).encode()}),
+        "poolsvc.service": Template(_SERVICE).substitute(values, sandbox=SANDBOX).encode(),
+        **(
+            {}
+            if answers.own_primary
+            else {EDGE_UNIT: Template(_EDGE_SERVICE).substitute(values, sandbox=SANDBOX).encode()}
+        ),
         ACCOUNT_KEY: new_account_key(),
         SETTINGS: Template(_SETTINGS).substitute(values).encode(),  # the last one: with it the pool is set up
     }
@@ -884,28 +889,10 @@ RestartSec=5
 RestartPreventExitStatus=2 3
 LimitNOFILE=65536
 UMask=0077
-NoNewPrivileges=yes
 AmbientCapabilities=$capabilities
 CapabilityBoundingSet=$capabilities
-PrivateTmp=yes
-PrivateDevices=yes
-ProtectSystem=strict
 ProtectHome=read-only
-ProtectHostname=yes
-ProtectKernelLogs=yes
-ProtectKernelModules=yes
-ProtectKernelTunables=yes
-ProtectControlGroups=yes
-ProtectProc=invisible
-LockPersonality=yes
-RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
-RestrictNamespaces=yes
-RestrictRealtime=yes
-RestrictSUIDSGID=yes
-RemoveIPC=yes
-SystemCallArchitectures=native
-SystemCallFilter=@system-service
-
+${sandbox}
 [Install]
 WantedBy=multi-user.target
 """
@@ -926,27 +913,9 @@ Restart=on-failure
 RestartSec=5
 RestartPreventExitStatus=2 3
 UMask=0077
-NoNewPrivileges=yes
 CapabilityBoundingSet=
-PrivateTmp=yes
-PrivateDevices=yes
-ProtectSystem=strict
 ProtectHome=read-only
-ProtectHostname=yes
-ProtectKernelLogs=yes
-ProtectKernelModules=yes
-ProtectKernelTunables=yes
-ProtectControlGroups=yes
-ProtectProc=invisible
-LockPersonality=yes
-RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
-RestrictNamespaces=yes
-RestrictRealtime=yes
-RestrictSUIDSGID=yes
-RemoveIPC=yes
-SystemCallArchitectures=native
-SystemCallFilter=@system-service
-
+${sandbox}
 [Install]
 WantedBy=multi-user.target
 """

@@ -28,7 +28,6 @@ AnswerSets = Mapping[str, Sequence[Sequence[str]]]
 
 _TYPE = dns.rdatatype.RdataType.make(records.SETS)
 _MESSAGE = 32_000  # octets of sets; some 250 sets of eight, which the server signs before it answers
-_MOST_PARTS = 65_535
 _WITHIN = 60.0  # seconds for a whole draw
 
 _Record = tuple[str, bytes]

@@ -22,7 +22,6 @@ from poolsvc.scoring import CUTOFF, HOPELESS, MAX_SCORE, is_good
 ACTIVE, TESTING = 7, 5
 POINTS = 9  # sound probes, before a testing one may become active
 LOST = timedelta(minutes=60)
-REVIEW = timedelta(minutes=20)
 PER_PARTY = PER_NETWORK = 2
 _CHANGES, _CHANGES_BLOCKED, _CHANGES_NONE = 2, 3, 4
 _LOYALTY = 0.75  # what an incumbent's lot counts, so that a small advantage changes nobody

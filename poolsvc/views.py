@@ -44,8 +44,6 @@ class Seen(Protocol):
     @property
     def detail(self) -> str: ...
     @property
-    def mean_step(self) -> float | None: ...
-    @property
     def mean_delay_ns(self) -> int | None: ...
 
 
@@ -103,10 +101,9 @@ def after(
         full_probes = full_probes + 1 if is_full(result, step) else 0
     shadow = None
     if score is not None and (rule := measure.shadow) is not None:
-        begin = before.score if before.shadow_score is None else before.shadow_score
-        begin = None if is_old else begin
+        known = (None, None) if is_old else (before.shadow_score, before.score)
+        begin = next((each for each in (*known, begins_with) if each is not None), None)
         by_rule = scoring.step(result, max_stratum=measure.max_stratum, rule=rule)
-        begin = begins_with if begin is None else begin
         shadow = score if begin is None else _moved(begin, by_rule, rule, is_exempt=is_exempt)
     share = _share(before.at, at)
     return {
@@ -125,7 +122,6 @@ def after(
         "delay_ns": result.delay,
         "fingerprint": result.fingerprint,
         "names": result.names if result.names in _AMISS else None,
-        "mean_step": _mean(before.mean_step, step.value, share),
         "mean_delay_ns": before.mean_delay_ns
         if result.delay is None
         else round(_mean(before.mean_delay_ns, result.delay, share)),

@@ -150,7 +150,6 @@ def upgrade() -> None:
         sa.Column("step_reason", sa.String(length=200), nullable=False),
         sa.Column("offset_ns", sa.BigInteger(), nullable=True),
         sa.Column("delay_ns", sa.BigInteger(), nullable=True),
-        sa.Column("mean_step", sa.Double(), nullable=True),
         sa.Column("mean_delay_ns", sa.BigInteger(), nullable=True),
         sa.ForeignKeyConstraint(
             ["address_id"], ["addresses.id"], name=op.f("fk_monitor_views_address_id_addresses")

@@ -84,20 +84,15 @@ class MonitorView(Base):
     delay_ns: Mapped[int | None] = mapped_column(BigInteger)
     fingerprint: Mapped[str | None] = mapped_column(String(64))  # of the valid certificate that it saw
     names: Mapped[str | None] = mapped_column(String(16))  # what it saw to be wrong with the name in DNS
-    # Moving averages over about a day, by which monitors are chosen.
-    mean_step: Mapped[float | None] = mapped_column()
-    mean_delay_ns: Mapped[int | None] = mapped_column(BigInteger)
+    mean_delay_ns: Mapped[int | None] = mapped_column(BigInteger)  # over about a day: near or far
 
     monitor: Mapped[Monitor] = relationship(lazy="raise")
 
 
-class HourlySummary(Base):
-    """What one monitor's probes of one address came to in an hour, after the samples are gone."""
-
-    __tablename__ = "hourly_summaries"
+class _Summary:
+    """What one monitor's probes of one address came to in a span of time, after the samples are gone."""
 
     address_id: Mapped[int] = mapped_column(primary_key=True)
-    hour: Mapped[datetime] = mapped_column(UtcDateTime, primary_key=True, index=True)
     monitor: Mapped[str] = mapped_column(String(40), primary_key=True)
     probes: Mapped[int] = mapped_column()
     failures: Mapped[int] = mapped_column()
@@ -108,21 +103,20 @@ class HourlySummary(Base):
     delay_ns: Mapped[int | None] = mapped_column(BigInteger)  # mean
 
 
-class DailySummary(Base):
-    """The same of a day (UTC)."""
+class HourlySummary(_Summary, Base):
+    """Of an hour."""
+
+    __tablename__ = "hourly_summaries"
+
+    hour: Mapped[datetime] = mapped_column(UtcDateTime, primary_key=True, index=True)
+
+
+class DailySummary(_Summary, Base):
+    """Of a day (UTC)."""
 
     __tablename__ = "daily_summaries"
 
-    address_id: Mapped[int] = mapped_column(primary_key=True)
     day: Mapped[date] = mapped_column(Date, primary_key=True, index=True)
-    monitor: Mapped[str] = mapped_column(String(40), primary_key=True)
-    probes: Mapped[int] = mapped_column()
-    failures: Mapped[int] = mapped_column()
-    step: Mapped[float] = mapped_column()
-    score: Mapped[float | None] = mapped_column()
-    offset_ns: Mapped[int | None] = mapped_column(BigInteger)
-    offset_most_ns: Mapped[int | None] = mapped_column(BigInteger)
-    delay_ns: Mapped[int | None] = mapped_column(BigInteger)
 
 
 class SummaryProgress(Base):

@@ -6,7 +6,6 @@ registry that is down stops none of the others.
 
 import asyncio
 import math
-import random
 import signal
 import time
 from collections import Counter
@@ -15,6 +14,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from ipaddress import ip_address
+from random import SystemRandom
 
 import structlog
 from cryptography import x509
@@ -24,6 +24,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from nts_core.client import load_roots
 from nts_core.control import MonitorReport, MonitorTask, MonitorWork, ProbeResult
 from nts_core.errors import printable
+from nts_core.shell import until
 from nts_core.systemd import Notifier
 from nts_core.tls import Trust
 from poolsvc.config import EndpointText, split_endpoint
@@ -39,6 +40,8 @@ from poolsvc.names import check_address
 from poolsvc.prober import ProbeImpossible, probe, settled
 
 _log = structlog.get_logger()
+# Nobody is to know a monitor by its hour.
+_RANDOM = SystemRandom()
 _PROGRAM = f"poolsvc-monitor {version('truechimer')}"
 # Seconds. What a registry asks for is kept within these.
 _LEAST_POLL, _MOST_POLL, _MOST_SPACING = 0.05, 600.0, 60.0
@@ -79,7 +82,7 @@ class Monitor:
             at_once=settings.probes_at_once,
             jitter=settings.jitter,
             lateness=settings.lateness,
-            random=random.SystemRandom(),
+            random=_RANDOM,
         )
         self._outbox = Outbox()
         self._work: MonitorWork | None = None
@@ -98,16 +101,8 @@ class Monitor:
         """Until `stop`. What is known to be good by then is told, if the registry takes it at once."""
         loops = (self._check(), self._ask(), self._probe_all(), self._tell(), self._feel_pulse())
         tasks = [asyncio.create_task(loop) for loop in loops]
-        stopped = asyncio.create_task(stop.wait())
         ready()
-        try:
-            done, _ = await asyncio.wait({stopped, *tasks}, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-        finally:
-            for task in (stopped, *tasks):
-                task.cancel()
-            await asyncio.gather(stopped, *tasks, return_exceptions=True)
+        await until(stop, *tasks)
         with suppress(UplinkError, TimeoutError):
             async with asyncio.timeout(_LAST_WORDS):
                 while self._outbox.has_ready and self._is_sound:
@@ -363,7 +358,7 @@ def _outcome(result: ProbeResult) -> str:
 
 def _about(seconds: float) -> float:
     """Give or take a tenth: many monitors must not come at once."""
-    return seconds * random.uniform(0.9, 1.1)  # noqa: S311 - no secret
+    return seconds * _RANDOM.uniform(0.9, 1.1)
 
 
 def _within(value: float, least: float, most: float) -> float:

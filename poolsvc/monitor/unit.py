@@ -5,6 +5,7 @@ from pathlib import Path
 from string import Template
 
 from poolsvc.config import ConfigError
+from poolsvc.sandbox import SANDBOX
 
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9._/+-]+")
 _UNIT = """\
@@ -27,27 +28,9 @@ RestartPreventExitStatus=2 3
 LimitNOFILE=65536
 MemoryMax=2G
 TasksMax=256
-NoNewPrivileges=yes
 CapabilityBoundingSet=
-PrivateTmp=yes
-PrivateDevices=yes
-ProtectSystem=strict
 ProtectHome=yes
-ProtectHostname=yes
-ProtectKernelLogs=yes
-ProtectKernelModules=yes
-ProtectKernelTunables=yes
-ProtectControlGroups=yes
-ProtectProc=invisible
-LockPersonality=yes
-RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
-RestrictNamespaces=yes
-RestrictRealtime=yes
-RestrictSUIDSGID=yes
-RemoveIPC=yes
-SystemCallArchitectures=native
-SystemCallFilter=@system-service
-SystemCallFilter=~@privileged @keyring @memlock
+${sandbox}SystemCallFilter=~@privileged @keyring @memlock
 SystemCallErrorNumber=EPERM
 
 [Install]
@@ -60,4 +43,4 @@ def render(config: Path, program: Path) -> str:
     for path in (config, program):
         if not _PLAIN_PATH.fullmatch(str(path)):
             raise ConfigError(f"{str(path)!r}: give a path of letters, digits and . _ - +")
-    return Template(_UNIT).substitute(config=config, program=program)
+    return Template(_UNIT).substitute(config=config, program=program, sandbox=SANDBOX)

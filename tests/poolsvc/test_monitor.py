@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from lab.certificates import Authority
 from lab.nts_server import NtsServer
-from lab.processes import Process, free_port, require
+from lab.processes import Process, free_port, require, wait_until
 from lab.programs import scrape, script
 from lab.stand_in import StandIn, saying
 from nts_core.client import load_roots
@@ -141,9 +141,7 @@ async def lab(authority, tmp_path):
 
 
 async def until(condition):
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 - nobody tells
-            await asyncio.sleep(0.01)
+    await asyncio.to_thread(wait_until, condition, "what the monitor should do", 10)
 
 
 def has_samples(report):
@@ -214,6 +212,8 @@ async def test_what_fails_while_this_host_has_too_much_to_do_says_nothing(lab):
 
 
 async def test_a_registry_that_is_down_stops_nothing(lab):
+    later = ({"target": number, "address": "127.0.0.1", "after": number / 20} for number in range(8, 20))
+    lab.hand_out({"target": 7, "address": "127.0.0.1"}, *later)
     async with lab.running() as monitor:
         await lab.reported(has_samples)
         async with lab.registry.failing(saying(UNAVAILABLE)):

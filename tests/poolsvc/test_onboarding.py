@@ -648,7 +648,7 @@ def test_places_read_as_people_say_them(settings, number, text):
     server = Server(name="alice", state=ServerState.VERIFIED, created_at=NOW, named_at=NOW)
     server.orders.append(Order(status=S.FAILED, created_at=NOW, error="port 80 is closed"))
     place = Place(number, 200, NOW, Limit(7, DAY))
-    views = explain(server, Pool(id=1, domain="pool.example"), settings, active=5, place=place)
+    views = explain(server, Pool(id=1, domain="pool.example", quorum=1), settings, active=5, place=place)
     (view,) = [view for view in views if view.stage is Stage.ISSUANCE]
     assert view.detail == (
         f"{text} of 200 that wait for the CA's limit of 7 new certificates in 1 days; about 2026-03-01 12:00 UTC"

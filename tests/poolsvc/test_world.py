@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from lab import world as worlds
 from lab.course import FULL, QUORUM, SILENCE, START, follow, off, times
-from lab.world import DOCS, ISLANDS, World, fill, rule_charts, rules_parts, world_charts, world_parts
+from lab.scoring_page import DOCS, fill, rule_charts, rules_parts, world_charts, world_parts
+from lab.world import ISLANDS, World
 from poolsvc.scoring import FULL_SHARE, MAX_SCORE, advance, step
 from poolsvc.vantage import ACTIVE
 from poolsvc.verdicts import SCORERS, View, overall
@@ -163,7 +164,7 @@ def test_a_page_without_a_place_for_a_table_is_refused():
 @pytest.mark.parametrize("options", [("--servers", "99"), ("--days", "61"), ("--servers", "50001")])
 def test_the_world_is_bounded(options):
     done = subprocess.run(
-        [sys.executable, "-m", "lab.world", *options], capture_output=True, timeout=60, check=False
+        [sys.executable, "-m", "lab.scoring_page", *options], capture_output=True, timeout=60, check=False
     )
     assert done.returncode == 2
 
