@@ -10,5 +10,6 @@ pub mod aead;
 pub mod cookies;
 pub mod ntptime;
 pub mod packet;
+pub mod ratelimit;
 pub mod server;
 pub mod siv;
