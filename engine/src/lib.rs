@@ -8,8 +8,10 @@
 
 pub mod aead;
 pub mod cookies;
+pub mod ke;
 pub mod ntptime;
 pub mod packet;
 pub mod ratelimit;
+pub mod records;
 pub mod server;
 pub mod siv;
