@@ -7,10 +7,14 @@
 #![deny(unsafe_code)]
 
 pub mod aead;
+pub mod batch;
 pub mod cookies;
 pub mod ke;
+pub mod ntp_server;
 pub mod ntptime;
 pub mod packet;
+#[cfg(feature = "python")]
+mod python;
 pub mod ratelimit;
 pub mod records;
 pub mod server;
