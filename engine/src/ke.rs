@@ -239,7 +239,7 @@ fn answer(terms: &KeTerms, request: &Request, session: &mut impl Session) -> Res
     let algorithms = request.algorithms.filter(|body| !body.is_empty()).ok_or(WireError)?;
     let offered = uint16_list(algorithms)?;
     let protocol = Record::critical(records::NEXT_PROTOCOL, const { &NTPV4.to_be_bytes() });
-    let Some(aead) = choose(&terms.preference, offered, request.is_compliant) else {
+    let Some(aead) = choose(&terms.preference, &offered, request.is_compliant) else {
         return Err(KeReply::new(Outcome::NoAead, &[protocol, Record::critical(records::AEAD_ALGORITHM, &[])]));
     };
     // AES-128-GCM-SIV without record 1024 means what chrony 4.4 to 4.6 do: keys in the name of AES-SIV-CMAC-256.
@@ -279,7 +279,7 @@ fn export_keys(session: &mut impl Session, aead: AeadId, named: AeadId) -> Resul
 
 /// The first of ours that is offered. AES-128-GCM-SIV without record 1024 comes last: only chrony 4.4 to 4.6 is sure to
 /// mean by it what we then do.
-fn choose(preference: &[AeadId], offered: impl Iterator<Item = u16> + Clone, is_compliant: bool) -> Option<AeadId> {
+fn choose(preference: &[AeadId], offered: &(impl Iterator<Item = u16> + Clone), is_compliant: bool) -> Option<AeadId> {
     let shared = || preference.iter().copied().filter(|&ours| offered.clone().any(|theirs| theirs == ours as u16));
     shared().find(|&aead| is_compliant || aead != AeadId::Aes128GcmSiv).or_else(|| shared().next())
 }

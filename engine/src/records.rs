@@ -148,7 +148,9 @@ mod tests {
 
     fn written(records: &[Record]) -> Vec<u8> {
         let mut message = Vec::new();
-        records.iter().for_each(|record| record.write(&mut message));
+        for record in records {
+            record.write(&mut message);
+        }
         message
     }
 

@@ -146,7 +146,7 @@ impl TlsChannel {
         !self.connection.is_handshaking()
     }
 
-    /// Whether the peer has said close_notify.
+    /// Whether the peer has said `close_notify`.
     #[must_use]
     pub const fn is_closed_by_peer(&self) -> bool {
         self.is_closed_by_peer
@@ -164,7 +164,7 @@ impl TlsChannel {
     /// # Errors
     /// When the session is broken.
     pub fn receive(&mut self, mut ciphertext: &[u8], plaintext: &mut Vec<u8>) -> Result<(), Broken> {
-        // After close_notify nothing is read.
+        // After `close_notify` nothing is read.
         while !ciphertext.is_empty() && !self.is_closed_by_peer {
             self.connection.read_tls(&mut ciphertext).map_err(|_| Broken)?;
             let state = self.connection.process_new_packets().map_err(|_| Broken)?;
@@ -177,7 +177,7 @@ impl TlsChannel {
         if self.is_closed_by_peer && !self.is_established() { Err(Broken) } else { Ok(()) }
     }
 
-    /// Encrypt the one message that we send, and close_notify, which each side SHALL say after its message (section 4).
+    /// Encrypt the one message that we send, and `close_notify`, which each side SHALL say after its message (section 4).
     pub fn finish(&mut self, plaintext: &[u8]) {
         // It goes to memory; what is beyond the limit is cut off.
         let _ = self.connection.writer().write_all(plaintext);
