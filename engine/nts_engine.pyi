@@ -5,16 +5,16 @@ packets flow. Times are Unix nanoseconds, addresses are texts as `ipaddress` wri
 """
 
 from collections.abc import Callable, Sequence
-from typing import final
+from typing import TypeAlias, final
 
 __version__: str
 
 # A host (None: the KE server's own address) and a port.
-Endpoint = tuple[str | None, int]
+Endpoint: TypeAlias = tuple[str | None, int]
 # Where NTP is served with our cookies: where clients are sent, and where else they may ask to go.
-Service = tuple[Endpoint, Sequence[Endpoint]]
+Service: TypeAlias = tuple[Endpoint, Sequence[Endpoint]]
 # Of a local address that a connection came in on, and the host names of the certificate that was shown.
-ServiceAt = Callable[[str, tuple[str, ...]], Service]
+ServiceAt: TypeAlias = Callable[[str, tuple[str, ...]], Service]
 
 @final
 class Keyring:

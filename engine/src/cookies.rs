@@ -47,12 +47,13 @@ impl Keyring {
     /// From ids and keys of 32 octets, in the order of `nts_core.cookies.Keyring`: the second one seals. None when
     /// there are fewer than two, two with one id, or one of another length.
     #[must_use]
-    pub fn new(keys: &[(u16, Vec<u8>)]) -> Option<Self> {
+    pub fn new(keys: &[(u16, impl AsRef<[u8]>)]) -> Option<Self> {
         let distinct: std::collections::HashSet<u16> = keys.iter().map(|(id, _)| *id).collect();
         if keys.len() < 2 || distinct.len() != keys.len() {
             return None;
         }
         let ready = keys.iter().map(|(id, secret)| {
+            let secret = secret.as_ref();
             let is_right = secret.len() == AeadId::SivCmac256.key_length();
             Some(MasterKey { id: *id, key: SivKey::new(secret).filter(|_| is_right)? })
         });

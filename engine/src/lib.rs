@@ -7,8 +7,12 @@
 #![deny(unsafe_code)]
 
 pub mod aead;
+pub mod batch;
 pub mod cookies;
+pub mod ntp_server;
 pub mod ntptime;
 pub mod packet;
+#[cfg(feature = "python")]
+mod python;
 pub mod server;
 pub mod siv;

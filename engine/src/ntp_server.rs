@@ -1,0 +1,400 @@
+//! UDP around `server`: threads, batches of datagrams, the kernel's receive times, counters by outcome.
+//!
+//! Each thread has one socket of each place where NTP is served (`SO_REUSEPORT`), and nothing that it shares with
+//! another but what is swapped whole: no step of a packet takes a lock or memory.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use arc_swap::ArcSwap;
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token, Waker};
+use rand::rngs::{StdRng, SysRng};
+use rand::{Rng, SeedableRng};
+
+use crate::batch::{self, BATCH, Inbox, Letter, Origin};
+use crate::cookies::{Keyring, Role};
+use crate::packet::ClockState;
+use crate::server::{self, Kiss, LANES, Outcome, Reply, Request, World};
+
+/// What is said of the clock, and until when.
+pub struct Clock {
+    pub state: ClockState,
+    /// Added to the host's time (a test option).
+    pub offset_ns: i64,
+    pub good_until: Option<Instant>,
+}
+
+/// The clock of an agent that has not been heard for too long.
+const UNSYNCHRONISED: ClockState = ClockState {
+    leap: 3,
+    stratum: 16,
+    precision: -20,
+    root_delay: 0,
+    root_dispersion: 0,
+    reference_id: [0; 4],
+    reference: 0,
+};
+
+/// What all threads read, and the agent swaps.
+pub struct Shared {
+    pub keyring: ArcSwap<Keyring>,
+    pub clock: ArcSwap<Clock>,
+}
+
+/// A counter that one thread writes and others may read.
+#[derive(Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    pub(crate) fn add(&self, number: u64) {
+        // Cheaper than an atomic addition, and the same where one thread alone writes.
+        self.0.store(self.0.load(Relaxed).wrapping_add(number), Relaxed);
+    }
+
+    /// The count so far.
+    pub fn get(&self) -> u64 {
+        self.0.load(Relaxed)
+    }
+}
+
+/// What one thread has counted.
+#[derive(Default)]
+pub struct Counts {
+    pub outcomes: [Counter; Outcome::ALL.len()],
+    pub receive_errors: Counter,
+    pub send_errors: Counter,
+    /// Cookies of authentic requests by what the key that opened them is there for.
+    pub opened: [Counter; 3],
+    /// Cookies given in answers.
+    pub sealed: Counter,
+}
+
+/// All threads that answer NTP.
+pub struct NtpThreads {
+    threads: Vec<NtpThread>,
+    next: usize,
+}
+
+struct NtpThread {
+    commands: Sender<Command>,
+    waker: Waker,
+    counts: Arc<Counts>,
+    handle: Option<JoinHandle<()>>,
+}
+
+enum Command {
+    Listen(usize, OwnedFd, Sender<io::Result<()>>),
+    Leave(usize, Sender<io::Result<()>>),
+    End,
+}
+
+/// Nobody answers any more: the thread has ended.
+fn gone() -> io::Error {
+    io::Error::other("a thread of the engine has ended")
+}
+
+impl NtpThreads {
+    /// Start so many, which wait for sockets.
+    ///
+    /// # Errors
+    /// Those of the operating system when it gives no thread or no descriptor.
+    pub fn start(count: usize, shared: &Arc<Shared>) -> io::Result<Self> {
+        let mut found = Self { threads: Vec::with_capacity(count), next: 0 };
+        for number in 0..count {
+            let poll = Poll::new()?;
+            let waker = Waker::new(poll.registry(), WAKE)?;
+            let (commands, orders) = channel();
+            let counts = Arc::<Counts>::default();
+            let (theirs, shared) = (counts.clone(), shared.clone());
+            let handle = std::thread::Builder::new().name(format!("ntp-{number}")).spawn(move || {
+                // Without an event queue nothing can be done, and it ends only with the process.
+                let _ = Listener::new(poll, orders, shared, &theirs).run();
+            })?;
+            found.threads.push(NtpThread { commands, waker, counts, handle: Some(handle) });
+        }
+        Ok(found)
+    }
+
+    /// Answer on bound sockets, one for each thread; the number to `leave` by.
+    ///
+    /// # Errors
+    /// Those of the operating system; the sockets are closed then.
+    ///
+    /// # Panics
+    /// When there are fewer sockets than threads.
+    pub fn listen(&mut self, sockets: Vec<OwnedFd>) -> io::Result<usize> {
+        assert_eq!(sockets.len(), self.threads.len(), "a socket for each thread");
+        let number = self.next;
+        self.next += 1;
+        let mut sockets = sockets.into_iter();
+        let done =
+            self.tell(|reply| sockets.next().map_or(Command::End, |socket| Command::Listen(number, socket, reply)));
+        if done.is_err() {
+            let _ = self.leave(number);
+        }
+        done.map(|()| number)
+    }
+
+    /// Answer there no more. The sockets are closed when this returns.
+    ///
+    /// # Errors
+    /// When a thread has ended.
+    pub fn leave(&self, number: usize) -> io::Result<()> {
+        self.tell(|reply| Command::Leave(number, reply))
+    }
+
+    fn tell(&self, mut command: impl FnMut(Sender<io::Result<()>>) -> Command) -> io::Result<()> {
+        let (reply, answers) = channel();
+        for thread in &self.threads {
+            thread.commands.send(command(reply.clone())).map_err(|_| gone())?;
+            thread.waker.wake()?;
+        }
+        drop(reply);
+        self.threads.iter().try_for_each(|_| answers.recv().map_err(|_| gone())?)
+    }
+
+    /// What each thread has counted.
+    pub fn counts(&self) -> impl Iterator<Item = &Counts> {
+        self.threads.iter().map(|thread| &*thread.counts)
+    }
+
+    /// How many threads live.
+    #[must_use]
+    pub fn alive(&self) -> usize {
+        self.threads.iter().filter(|thread| thread.handle.as_ref().is_some_and(|handle| !handle.is_finished())).count()
+    }
+
+    /// Answer no more. Returns when all threads have ended.
+    pub fn close(&mut self) {
+        for thread in &self.threads {
+            let _ = thread.commands.send(Command::End);
+            let _ = thread.waker.wake();
+        }
+        for thread in &mut self.threads {
+            thread.handle.take().map(JoinHandle::join);
+        }
+    }
+}
+
+impl Drop for NtpThreads {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+const WAKE: Token = Token(usize::MAX);
+
+struct Socket {
+    number: usize,
+    descriptor: OwnedFd,
+    /// Whether something may be waiting there.
+    is_ready: bool,
+}
+
+/// What one thread does.
+struct Listener<'a> {
+    poll: Poll,
+    commands: Receiver<Command>,
+    shared: Arc<Shared>,
+    counts: &'a Counts,
+    sockets: Vec<Option<Socket>>,
+    inbox: Inbox,
+    replies: Box<[Reply]>,
+    random: StdRng,
+}
+
+impl<'a> Listener<'a> {
+    fn new(poll: Poll, commands: Receiver<Command>, shared: Arc<Shared>, counts: &'a Counts) -> Self {
+        Self {
+            poll,
+            commands,
+            shared,
+            counts,
+            sockets: Vec::new(),
+            inbox: Inbox::new(),
+            replies: (0..LANES).map(|_| Reply::default()).collect(),
+            random: StdRng::try_from_rng(&mut SysRng).expect("the kernel has randomness"),
+        }
+    }
+
+    fn run(mut self) -> io::Result<()> {
+        let mut events = Events::with_capacity(BATCH);
+        loop {
+            let is_busy = self.sockets.iter().flatten().any(|socket| socket.is_ready);
+            match self.poll.poll(&mut events, is_busy.then_some(Duration::ZERO)) {
+                Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
+                _ => {}
+            }
+            for event in &events {
+                if event.token() == WAKE {
+                    if self.obey().is_break() {
+                        return Ok(());
+                    }
+                } else if let Some(Some(socket)) = self.sockets.get_mut(event.token().0) {
+                    socket.is_ready = true;
+                }
+            }
+            for position in 0..self.sockets.len() {
+                self.drain(position);
+            }
+        }
+    }
+
+    fn obey(&mut self) -> std::ops::ControlFlow<()> {
+        while let Ok(command) = self.commands.try_recv() {
+            match command {
+                Command::Listen(number, descriptor, reply) => {
+                    let _ = reply.send(self.listen(number, descriptor));
+                }
+                Command::Leave(number, reply) => {
+                    for place in &mut self.sockets {
+                        // To close it is to leave the event queue.
+                        place.take_if(|socket| socket.number == number);
+                    }
+                    let _ = reply.send(Ok(()));
+                }
+                Command::End => return std::ops::ControlFlow::Break(()),
+            }
+        }
+        std::ops::ControlFlow::Continue(())
+    }
+
+    fn listen(&mut self, number: usize, descriptor: OwnedFd) -> io::Result<()> {
+        let free = self.sockets.iter().position(Option::is_none).unwrap_or_else(|| {
+            self.sockets.push(None);
+            self.sockets.len() - 1
+        });
+        self.poll.registry().register(&mut SourceFd(&descriptor.as_raw_fd()), Token(free), Interest::READABLE)?;
+        // What came before is told by no event.
+        self.sockets[free] = Some(Socket { number, descriptor, is_ready: true });
+        Ok(())
+    }
+
+    /// Answer one batch.
+    fn drain(&mut self, position: usize) {
+        let Some(Some(socket)) = self.sockets.get_mut(position) else { return };
+        if !socket.is_ready {
+            return;
+        }
+        let count = match self.inbox.receive(socket.descriptor.as_fd()) {
+            Ok(count) => count,
+            Err(error) => {
+                if error.kind() == io::ErrorKind::WouldBlock {
+                    socket.is_ready = false;
+                } else {
+                    self.counts.receive_errors.add(1);
+                }
+                return;
+            }
+        };
+        // The call ends before its room does when it has found nothing more.
+        socket.is_ready = count == BATCH;
+        let (keyring, clock) = (self.shared.keyring.load(), self.shared.clock.load());
+        let is_good = clock.good_until.is_none_or(|end| Instant::now() < end);
+        let turn = Turn {
+            keyring: &keyring,
+            state: if is_good { &clock.state } else { &UNSYNCHRONISED },
+            offset_ns: clock.offset_ns,
+            counts: self.counts,
+            inbox: &self.inbox,
+        };
+        let mut at = 0;
+        while at < count {
+            let refused;
+            (at, refused) = turn.answer(at..count, socket, &mut self.replies, &mut self.random);
+            self.counts.send_errors.add(refused as u64);
+        }
+    }
+}
+
+/// One batch, and what all of its answers have in common.
+struct Turn<'a> {
+    keyring: &'a Keyring,
+    state: &'a ClockState,
+    offset_ns: i64,
+    counts: &'a Counts,
+    inbox: &'a Inbox,
+}
+
+impl Turn<'_> {
+    /// Answer as many of these datagrams as there are lanes: where the next begins, and how many answers were not sent.
+    fn answer(
+        &self,
+        places: std::ops::Range<usize>,
+        socket: &Socket,
+        replies: &mut [Reply],
+        random: &mut StdRng,
+    ) -> (usize, usize) {
+        let end = places.end.min(places.start + LANES);
+        let count = end - places.start;
+        let mut world = Running { offset_ns: self.offset_ns, random };
+        let mut requests = [Request { datagram: &[], received: 0, kiss: None::<Kiss> }; LANES];
+        let mut origins: [Option<Origin>; LANES] = [None; LANES];
+        for (lane, place) in (places.start..end).enumerate() {
+            let datagram = self.inbox.datagram(place);
+            let received = datagram.received.map_or_else(|| world.now(), |at| at + self.offset_ns);
+            requests[lane] = Request { datagram: datagram.octets, received, kiss: None };
+            origins[lane] = datagram.origin;
+        }
+        server::respond(self.keyring, self.state, &requests[..count], replies, &mut world);
+        let nobody = self.inbox.datagram(places.start).peer;
+        let mut letters = [const { None }; LANES];
+        let mut sent = 0;
+        for (lane, reply) in replies[..count].iter().enumerate() {
+            self.count(reply);
+            if reply.length > 0 {
+                letters[sent] = Some(lane);
+                sent += 1;
+            }
+        }
+        let letters = letters.map(|lane| match lane {
+            Some(lane) => Letter {
+                octets: &replies[lane].octets[..replies[lane].length],
+                peer: self.inbox.datagram(places.start + lane).peer,
+                origin: origins[lane].as_ref(),
+            },
+            None => Letter { octets: &[], peer: nobody, origin: None },
+        });
+        (end, batch::send(socket.descriptor.as_fd(), &letters[..sent]))
+    }
+
+    fn count(&self, reply: &Reply) {
+        self.counts.outcomes[reply.outcome as usize].add(1);
+        if let Some(role) = reply.opened {
+            self.counts.opened[role as usize].add(1);
+        }
+        if reply.sealed > 0 {
+            self.counts.sealed.add(reply.sealed as u64);
+        }
+    }
+}
+
+/// The labels of `Counts::opened`, in its order.
+pub const ROLES: [(Role, &str); 3] = [(Role::Next, "next"), (Role::Sealing, "sealing"), (Role::Retired, "retired")];
+
+/// The host's own time and randomness.
+struct Running<'a> {
+    offset_ns: i64,
+    random: &'a mut StdRng,
+}
+
+impl World for Running<'_> {
+    #[allow(clippy::cast_possible_truncation)] // until the year 2262
+    fn now(&mut self) -> i64 {
+        let now = SystemTime::now();
+        let since = now
+            .duration_since(UNIX_EPOCH)
+            .map_or_else(|early| -(early.duration().as_nanos() as i64), |late| late.as_nanos() as i64);
+        since + self.offset_ns
+    }
+
+    fn random(&mut self, _lane: usize, room: &mut [u8]) {
+        self.random.fill_bytes(room);
+    }
+}

@@ -1,0 +1,240 @@
+//! What Python sees: `nts_engine.pyi` says what each of these is.
+
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+use pyo3::exceptions::{PyOSError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict};
+
+use crate::batch;
+use crate::cookies;
+use crate::ntp_server::{self, NtpThreads, ROLES, Shared};
+use crate::packet::ClockState;
+use crate::server::{self, Kiss, LANES, Outcome, Reply, Request, World};
+
+#[pyclass(frozen)]
+struct Keyring(Arc<cookies::Keyring>);
+
+#[pymethods]
+impl Keyring {
+    #[new]
+    fn new(keys: Vec<(u16, Vec<u8>)>) -> PyResult<Self> {
+        let keys: Vec<_> = keys.into_iter().map(|(id, key)| (id, zeroize::Zeroizing::new(key))).collect();
+        cookies::Keyring::new(&keys)
+            .map(|ring| Self(Arc::new(ring)))
+            .ok_or_else(|| PyValueError::new_err("a keyring takes two or more keys of 32 octets with different ids"))
+    }
+}
+
+#[pyclass(frozen)]
+struct Clock {
+    state: ClockState,
+    offset_ns: i64,
+}
+
+#[pymethods]
+impl Clock {
+    #[new]
+    #[pyo3(signature = (*, leap, stratum, precision, root_delay, root_dispersion, reference_id, reference, offset_ns=0))]
+    #[allow(clippy::too_many_arguments)] // named ones
+    fn new(
+        leap: u8,
+        stratum: u8,
+        precision: i8,
+        root_delay: u32,
+        root_dispersion: u32,
+        reference_id: [u8; 4],
+        reference: u64,
+        offset_ns: i64,
+    ) -> PyResult<Self> {
+        if leap > 3 {
+            return Err(PyValueError::new_err(format!("a leap indicator of {leap} is not between 0 and 3")));
+        }
+        let state = ClockState { leap, stratum, precision, root_delay, root_dispersion, reference_id, reference };
+        Ok(Self { state, offset_ns })
+    }
+}
+
+impl Clock {
+    fn until(&self, good_until: Option<Instant>) -> Arc<ntp_server::Clock> {
+        Arc::new(ntp_server::Clock { state: self.state, offset_ns: self.offset_ns, good_until })
+    }
+}
+
+#[pyclass(frozen, get_all)]
+struct Counts {
+    ntp: Py<PyDict>,
+    ke: Py<PyDict>,
+    opened: Py<PyDict>,
+    sealed: u64,
+    forgotten: u64,
+    ke_open: u64,
+}
+
+#[pyclass(frozen)]
+struct Engine {
+    shared: Arc<Shared>,
+    ntp: Mutex<NtpThreads>,
+    threads: usize,
+}
+
+/// Sockets that were handed over are closed also when they cannot be used.
+fn take_over(descriptors: &[i32], threads: usize) -> PyResult<Vec<OwnedFd>> {
+    let taken: Vec<_> = descriptors.iter().map(|&each| batch::take_over(each)).collect();
+    let sockets = taken.into_iter().collect::<Result<Vec<_>, _>>()?;
+    if sockets.len() != threads {
+        return Err(PyValueError::new_err(format!("{} sockets for {threads} threads", sockets.len())));
+    }
+    Ok(sockets)
+}
+
+fn poisoned<E>(_: E) -> PyErr {
+    PyOSError::new_err("the engine has failed before")
+}
+
+/// The counts that are not zero, by their labels.
+fn by_label<'a>(py: Python<'_>, counts: impl Iterator<Item = (&'a str, u64)>) -> PyResult<Py<PyDict>> {
+    let found = PyDict::new(py);
+    for (label, count) in counts.filter(|(_, count)| *count > 0) {
+        found.set_item(label, count)?;
+    }
+    Ok(found.unbind())
+}
+
+#[pymethods]
+impl Engine {
+    #[new]
+    fn new(threads: usize, keyring: &Keyring, clock: &Clock) -> PyResult<Self> {
+        let shared =
+            Arc::new(Shared { keyring: ArcSwap::new(keyring.0.clone()), clock: ArcSwap::new(clock.until(None)) });
+        let ntp = Mutex::new(NtpThreads::start(threads, &shared)?);
+        Ok(Self { shared, ntp, threads })
+    }
+
+    fn use_keyring(&self, keyring: &Keyring) {
+        self.shared.keyring.store(keyring.0.clone());
+    }
+
+    fn use_clock(&self, clock: &Clock, good_for_ns: u64) {
+        self.shared.clock.store(clock.until(Some(Instant::now() + Duration::from_nanos(good_for_ns))));
+    }
+
+    fn listen_ntp(&self, py: Python<'_>, descriptors: Vec<i32>) -> PyResult<usize> {
+        let sockets = take_over(&descriptors, self.threads)?;
+        py.detach(|| Ok(self.ntp.lock().map_err(poisoned)?.listen(sockets)?))
+    }
+
+    fn leave(&self, py: Python<'_>, number: usize) -> PyResult<()> {
+        py.detach(|| Ok(self.ntp.lock().map_err(poisoned)?.leave(number)?))
+    }
+
+    #[getter]
+    fn counts(&self, py: Python<'_>) -> PyResult<Counts> {
+        let threads = self.ntp.lock().map_err(poisoned)?;
+        let all: Vec<_> = threads.counts().collect();
+        let total = |read: &dyn Fn(&ntp_server::Counts) -> u64| all.iter().map(|counts| read(counts)).sum::<u64>();
+        let outcomes = Outcome::ALL
+            .iter()
+            .map(|outcome| (outcome.label(), total(&|counts| counts.outcomes[*outcome as usize].get())));
+        let errors = [
+            ("receive-error", total(&|counts| counts.receive_errors.get())),
+            ("send-error", total(&|counts| counts.send_errors.get())),
+        ];
+        Ok(Counts {
+            ntp: by_label(py, outcomes.chain(errors))?,
+            ke: by_label(py, std::iter::empty())?,
+            opened: by_label(
+                py,
+                ROLES.iter().map(|(role, label)| (*label, total(&|counts| counts.opened[*role as usize].get()))),
+            )?,
+            sealed: total(&|counts| counts.sealed.get()),
+            forgotten: 0,
+            ke_open: 0,
+        })
+    }
+
+    #[getter]
+    fn threads(&self) -> PyResult<usize> {
+        Ok(self.ntp.lock().map_err(poisoned)?.alive())
+    }
+
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| {
+            self.ntp.lock().map_err(poisoned)?.close();
+            Ok(())
+        })
+    }
+}
+
+/// A time that stands still, and randomness that was given.
+struct Given<'a> {
+    now: i64,
+    random: &'a [Vec<u8>],
+}
+
+impl World for Given<'_> {
+    fn now(&mut self) -> i64 {
+        self.now
+    }
+
+    fn random(&mut self, lane: usize, room: &mut [u8]) {
+        for (into, octet) in room.iter_mut().zip(&self.random[lane]) {
+            *into = *octet;
+        }
+    }
+}
+
+fn kiss(code: Option<&str>) -> PyResult<Option<Kiss>> {
+    match code {
+        None => Ok(None),
+        Some("RATE") => Ok(Some(Kiss::Rate)),
+        Some("DENY") => Ok(Some(Kiss::Deny)),
+        Some(other) => Err(PyValueError::new_err(format!("{other:?} is not RATE or DENY"))),
+    }
+}
+
+type Answer<'py> = (&'static str, Option<Bound<'py, PyBytes>>, Option<&'static str>, usize);
+
+#[pyfunction]
+#[pyo3(signature = (requests, random, *, keyring, clock, received, now))]
+fn respond<'py>(
+    py: Python<'py>,
+    requests: Vec<(Vec<u8>, Option<String>)>,
+    random: Vec<Vec<u8>>,
+    keyring: &Keyring,
+    clock: &Clock,
+    received: i64,
+    now: i64,
+) -> PyResult<Vec<Answer<'py>>> {
+    if random.len() != requests.len() || random.iter().any(|octets| octets.len() < server::MOST_RANDOM) {
+        return Err(PyValueError::new_err(format!("each request takes {} random octets", server::MOST_RANDOM)));
+    }
+    let mut found = Vec::with_capacity(requests.len());
+    let mut replies: Vec<_> = (0..LANES).map(|_| Reply::default()).collect();
+    for (requests, random) in requests.chunks(LANES).zip(random.chunks(LANES)) {
+        let asked = requests
+            .iter()
+            .map(|(datagram, code)| Ok(Request { datagram, received, kiss: kiss(code.as_deref())? }))
+            .collect::<PyResult<Vec<_>>>()?;
+        server::respond(&keyring.0, &clock.state, &asked, &mut replies, &mut Given { now, random });
+        found.extend(replies[..asked.len()].iter().map(|reply| {
+            let octets = (reply.length > 0).then(|| PyBytes::new(py, &reply.octets[..reply.length]));
+            let role = reply.opened.and_then(|role| ROLES.iter().find(|(each, _)| *each == role));
+            (reply.outcome.label(), octets, role.map(|(_, label)| *label), reply.sealed)
+        }));
+    }
+    Ok(found)
+}
+
+#[pymodule]
+mod nts_engine {
+    #[pymodule_export]
+    use super::{Clock, Counts, Engine, Keyring, respond};
+
+    #[pymodule_export]
+    #[allow(non_upper_case_globals)]
+    const __version__: &str = env!("CARGO_PKG_VERSION");
+}
