@@ -179,9 +179,7 @@ class BuiltinEngine:
 
     async def tend(self) -> None:
         """Change cookie keys when their time has come, and keep what answers up to date, for ever. Raises AgentError."""
-        await until(
-            asyncio.Event(), *map(asyncio.create_task, (self._rotate(), self._packets.tend()))
-        )
+        await until(asyncio.Event(), *map(asyncio.create_task, (self._rotate(), self._packets.tend())))
 
     async def _rotate(self) -> None:
         while True:
@@ -205,32 +203,26 @@ class BuiltinEngine:
         return max(1.0, self.keyring.next_at - time.time())
 
 
-def _read_pairs(
-    pairs: Mapping[str, InstalledPair], check: Callable[[PemPair], None]
-) -> dict[str, PemPair]:
+def _read_pairs(pairs: Mapping[str, InstalledPair], check: Callable[[PemPair], None]) -> dict[str, PemPair]:
     """What the files hold now, each pair checked. Raises EngineError."""
     found = {}
     for domain, files in pairs.items():
         try:
             load_pair(files.chain_path, files.key_path)
             pair = PemPair(files.chain_path.read_text("ascii"), files.key_path.read_text("ascii"))
+            begins, ends = pair.credentials().validity
             check(pair)
-            _note_validity(domain, pair)
         except InstallError as error:
             raise EngineError(error.message, error.remedy, ExitStatus.CERTIFICATE) from None
         except (OSError, TlsError, ValueError) as error:
             raise _unusable(files, error) from None
+        if not begins <= datetime.now(UTC) <= ends:
+            # It may be the clock that is wrong, so it is served all the same.
+            _log.warning(
+                "certificate_not_valid_now", domain=domain, begins=begins.isoformat(), ends=ends.isoformat()
+            )
         found[domain] = pair
     return found
-
-
-def _note_validity(domain: str, pair: PemPair) -> None:
-    """It may be the clock that is wrong, so a certificate is served all the same."""
-    begins, ends = pair.credentials().validity
-    if not begins <= datetime.now(UTC) <= ends:
-        _log.warning(
-            "certificate_not_valid_now", domain=domain, begins=begins.isoformat(), ends=ends.isoformat()
-        )
 
 
 def _unusable(files: InstalledPair, error: Exception) -> EngineError:

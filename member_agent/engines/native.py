@@ -7,7 +7,7 @@ import asyncio
 import socket
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nts_engine
 import structlog
@@ -18,10 +18,12 @@ from member_agent.config import AgentSettings, Limits, PacketEngine
 from member_agent.engines.serving import Counts, PemPair, Place, Protocol, service_at
 from member_agent.errors import AgentError, ExitStatus
 from member_agent.ke_server import RESERVED_DESCRIPTORS
-from member_agent.sockets import Endpoint
 from nts_core.cookies import Keyring
 from nts_core.shell import affordable_connections
 from nts_core.tls import dns_names
+
+if TYPE_CHECKING:
+    from member_agent.sockets import Endpoint
 
 # Of the module that this one was written for: they are released together.
 VERSION = "0.1.0"
@@ -47,15 +49,15 @@ class NativePackets:
         self._ntp_server = settings.ntp_server
         self._numbers: dict[Place, int] = {}
         # Read by threads of the module: replaced, and never changed.
-        self._ntp: tuple[Endpoint, ...] = ()
+        self._ntp: Sequence[Endpoint] = ()
         self._wanted = settings.workers
         try:
             self._engine = nts_engine.Engine(
                 settings.workers,
                 nts_engine.Limits(**limits_of(settings.limits, settings.workers)),
                 [int(algorithm) for algorithm in settings.aead],
-                keyring_of(keyring),
-                clock_of(clock),
+                _keyring(keyring),
+                _said(clock),
             )
         except OSError as error:
             raise AgentError(
@@ -74,10 +76,10 @@ class NativePackets:
         self._engine.use_credentials(nts_engine.Credentials(named))
 
     def use_keyring(self, keyring: Keyring) -> None:
-        self._engine.use_keyring(keyring_of(keyring))
+        self._engine.use_keyring(_keyring(keyring))
 
     def use_clock(self) -> None:
-        self._engine.use_clock(clock_of(self._clock), _CLOCK_GOOD_NS)
+        self._engine.use_clock(_said(self._clock), _CLOCK_GOOD_NS)
 
     def listen(self, sockets: Mapping[Place, Sequence[socket.socket]]) -> None:
         heard: dict[Place, int] = {}
@@ -170,11 +172,11 @@ def _interval_ns(seconds: float | None) -> int | None:
     return None if seconds is None else round(seconds * 1e9)
 
 
-def keyring_of(keyring: Keyring) -> nts_engine.Keyring:
+def _keyring(keyring: Keyring) -> nts_engine.Keyring:
     return nts_engine.Keyring([(key.id, key.secret) for key in keyring.keys])
 
 
-def clock_of(clock: Clock) -> nts_engine.Clock:
+def _said(clock: Clock) -> nts_engine.Clock:
     """What is said of it now."""
     said = clock.said_at(clock.now_ns())
     return nts_engine.Clock(

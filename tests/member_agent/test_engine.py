@@ -231,9 +231,9 @@ async def until(condition, what):
 async def test_all_processes_serve_alike(pairs, trust):
     async with engine(service({ALICE: pairs[ALICE]}, HOST), workers=2) as built:
         await ask_from(SOURCES, built, trust)
-        assert built.processes == 2
+        assert built.workers == 2
         await until(lambda: built.counts.ntp["nts-time"] == len(SOURCES), "the worker has reported")
-        assert 0 < built._server.counts.ntp["nts-time"] < len(SOURCES), "both had some"
+        assert 0 < built._packets._server.counts.ntp["nts-time"] < len(SOURCES), "both had some"
         assert built.counts.opened == {"sealing": len(SOURCES)}
         assert built.counts.sealed == 9 * len(SOURCES)
         assert built.requests == built.ke_requests == len(SOURCES)
