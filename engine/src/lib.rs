@@ -14,5 +14,6 @@ pub mod ntptime;
 pub mod packet;
 #[cfg(feature = "python")]
 mod python;
+pub mod ratelimit;
 pub mod server;
 pub mod siv;

@@ -4,7 +4,7 @@
 //! another but what is swapped whole: no step of a packet takes a lock or memory.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -17,9 +17,10 @@ use mio::{Events, Interest, Poll, Token, Waker};
 use rand::rngs::{StdRng, SysRng};
 use rand::{Rng, SeedableRng};
 
-use crate::batch::{self, BATCH, Inbox, Letter, Origin};
+use crate::batch::{self, BATCH, Datagram, Inbox, Letter};
 use crate::cookies::{Keyring, Role};
 use crate::packet::ClockState;
+use crate::ratelimit::{Admission, Limits, Verdict};
 use crate::server::{self, Kiss, LANES, Outcome, Reply, Request, World};
 
 /// What is said of the clock, and until when.
@@ -57,6 +58,10 @@ impl Counter {
         self.0.store(self.0.load(Relaxed).wrapping_add(number), Relaxed);
     }
 
+    fn set(&self, number: u64) {
+        self.0.store(number, Relaxed);
+    }
+
     /// The count so far.
     pub fn get(&self) -> u64 {
         self.0.load(Relaxed)
@@ -67,12 +72,16 @@ impl Counter {
 #[derive(Default)]
 pub struct Counts {
     pub outcomes: [Counter; Outcome::ALL.len()],
+    /// Datagrams that were dropped by their source address alone.
+    pub verdicts: [Counter; Verdict::ALL.len()],
     pub receive_errors: Counter,
     pub send_errors: Counter,
     /// Cookies of authentic requests by what the key that opened them is there for.
     pub opened: [Counter; 3],
     /// Cookies given in answers.
     pub sealed: Counter,
+    /// Token buckets that were forgotten before they were full.
+    pub forgotten: Counter,
 }
 
 /// All threads that answer NTP.
@@ -100,13 +109,17 @@ fn gone() -> io::Error {
 }
 
 impl NtpThreads {
-    /// Start so many, which wait for sockets.
+    /// Start so many, which wait for sockets. The limits are those of each.
     ///
     /// # Errors
-    /// Those of the operating system when it gives no thread or no descriptor.
-    pub fn start(count: usize, shared: &Arc<Shared>) -> io::Result<Self> {
+    /// Those of the operating system when it gives no thread, no descriptor or no randomness; limits that contradict
+    /// themselves.
+    pub fn start(count: usize, limits: &Limits, shared: &Arc<Shared>) -> io::Result<Self> {
         let mut found = Self { threads: Vec::with_capacity(count), next: 0 };
         for number in 0..count {
+            let mut random = StdRng::try_from_rng(&mut SysRng)?;
+            let mut drawn = StdRng::from_rng(&mut random);
+            let admission = limits.admission(Box::new(move || drawn.next_u32())).map_err(io::Error::other)?;
             let poll = Poll::new()?;
             let waker = Waker::new(poll.registry(), WAKE)?;
             let (commands, orders) = channel();
@@ -114,7 +127,7 @@ impl NtpThreads {
             let (theirs, shared) = (counts.clone(), shared.clone());
             let handle = std::thread::Builder::new().name(format!("ntp-{number}")).spawn(move || {
                 // Without an event queue nothing can be done, and it ends only with the process.
-                let _ = Listener::new(poll, orders, shared, &theirs).run();
+                let _ = Listener::new(poll, orders, shared, &theirs, admission, random).run();
             })?;
             found.threads.push(NtpThread { commands, waker, counts, handle: Some(handle) });
         }
@@ -207,10 +220,20 @@ struct Listener<'a> {
     inbox: Inbox,
     replies: Box<[Reply]>,
     random: StdRng,
+    admission: Option<Admission>,
+    /// What the times of `admission` are counted from.
+    began: Instant,
 }
 
 impl<'a> Listener<'a> {
-    fn new(poll: Poll, commands: Receiver<Command>, shared: Arc<Shared>, counts: &'a Counts) -> Self {
+    fn new(
+        poll: Poll,
+        commands: Receiver<Command>,
+        shared: Arc<Shared>,
+        counts: &'a Counts,
+        admission: Option<Admission>,
+        random: StdRng,
+    ) -> Self {
         Self {
             poll,
             commands,
@@ -219,7 +242,9 @@ impl<'a> Listener<'a> {
             sockets: Vec::new(),
             inbox: Inbox::new(),
             replies: (0..LANES).map(|_| Reply::default()).collect(),
-            random: StdRng::try_from_rng(&mut SysRng).expect("the kernel has randomness"),
+            random,
+            admission,
+            began: Instant::now(),
         }
     }
 
@@ -296,20 +321,20 @@ impl<'a> Listener<'a> {
         // The call ends before its room does when it has found nothing more.
         socket.is_ready = count == BATCH;
         let (keyring, clock) = (self.shared.keyring.load(), self.shared.clock.load());
-        let is_good = clock.good_until.is_none_or(|end| Instant::now() < end);
+        let now = Instant::now();
         let turn = Turn {
             keyring: &keyring,
-            state: if is_good { &clock.state } else { &UNSYNCHRONISED },
+            state: if clock.good_until.is_none_or(|end| now < end) { &clock.state } else { &UNSYNCHRONISED },
             offset_ns: clock.offset_ns,
             counts: self.counts,
             inbox: &self.inbox,
+            socket: socket.descriptor.as_fd(),
         };
-        let mut at = 0;
-        while at < count {
-            let refused;
-            (at, refused) = turn.answer(at..count, socket, &mut self.replies, &mut self.random);
-            self.counts.send_errors.add(refused as u64);
-        }
+        let elapsed = i64::try_from((now - self.began).as_nanos()).unwrap_or(i64::MAX);
+        let admission = &mut self.admission;
+        let mut admitted = (0..count).filter_map(|place| turn.admit(admission.as_mut(), place, elapsed));
+        while turn.answer(&mut admitted, &mut self.replies, &mut self.random) {}
+        self.counts.forgotten.set(self.admission.as_ref().map_or(0, Admission::forgotten));
     }
 }
 
@@ -320,48 +345,56 @@ struct Turn<'a> {
     offset_ns: i64,
     counts: &'a Counts,
     inbox: &'a Inbox,
+    socket: BorrowedFd<'a>,
 }
 
 impl Turn<'_> {
-    /// Answer as many of these datagrams as there are lanes: where the next begins, and how many answers were not sent.
+    /// The place of a datagram that is answered, and the kiss code that it is to get.
+    fn admit(&self, admission: Option<&mut Admission>, place: usize, now: i64) -> Option<(usize, Option<Kiss>)> {
+        let Some(admission) = admission else { return Some((place, None)) };
+        let verdict = admission.judge(self.inbox.datagram(place).peer.address(), now);
+        match verdict {
+            Verdict::Answer => Some((place, None)),
+            Verdict::KissRate => Some((place, Some(Kiss::Rate))),
+            Verdict::KissDeny => Some((place, Some(Kiss::Deny))),
+            Verdict::RateLimited | Verdict::OverCap | Verdict::Denied => {
+                self.counts.verdicts[verdict as usize].add(1);
+                None
+            }
+        }
+    }
+
+    /// Answer as many of these as there are lanes; whether there may be more.
     fn answer(
         &self,
-        places: std::ops::Range<usize>,
-        socket: &Socket,
+        admitted: &mut impl Iterator<Item = (usize, Option<Kiss>)>,
         replies: &mut [Reply],
         random: &mut StdRng,
-    ) -> (usize, usize) {
-        let end = places.end.min(places.start + LANES);
-        let count = end - places.start;
+    ) -> bool {
         let mut world = Running { offset_ns: self.offset_ns, random };
-        let mut requests = [Request { datagram: &[], received: 0, kiss: None::<Kiss> }; LANES];
-        let mut origins: [Option<Origin>; LANES] = [None; LANES];
-        for (lane, place) in (places.start..end).enumerate() {
-            let datagram = self.inbox.datagram(place);
-            let received = datagram.received.map_or_else(|| world.now(), |at| at + self.offset_ns);
-            requests[lane] = Request { datagram: datagram.octets, received, kiss: None };
-            origins[lane] = datagram.origin;
+        let mut requests = [Request { datagram: &[], received: 0, kiss: None }; LANES];
+        let mut senders = [None; LANES];
+        let mut count = 0;
+        for (place, kiss) in admitted.take(LANES) {
+            let Datagram { octets, peer, received, origin } = self.inbox.datagram(place);
+            let received = received.map_or_else(|| world.now(), |at| at + self.offset_ns);
+            requests[count] = Request { datagram: octets, received, kiss };
+            senders[count] = Some((peer, origin));
+            count += 1;
         }
         server::respond(self.keyring, self.state, &requests[..count], replies, &mut world);
-        let nobody = self.inbox.datagram(places.start).peer;
-        let mut letters = [const { None }; LANES];
+        let mut letters = [const { Letter::NONE }; LANES];
         let mut sent = 0;
-        for (lane, reply) in replies[..count].iter().enumerate() {
+        for (reply, sender) in replies.iter().zip(&senders[..count]) {
             self.count(reply);
-            if reply.length > 0 {
-                letters[sent] = Some(lane);
+            if let (1.., Some((peer, origin))) = (reply.length, sender) {
+                letters[sent] = Letter { octets: &reply.octets[..reply.length], peer, origin: origin.as_ref() };
                 sent += 1;
             }
         }
-        let letters = letters.map(|lane| match lane {
-            Some(lane) => Letter {
-                octets: &replies[lane].octets[..replies[lane].length],
-                peer: self.inbox.datagram(places.start + lane).peer,
-                origin: origins[lane].as_ref(),
-            },
-            None => Letter { octets: &[], peer: nobody, origin: None },
-        });
-        (end, batch::send(socket.descriptor.as_fd(), &letters[..sent]))
+        let refused = batch::send(self.socket, &letters[..sent]);
+        self.counts.send_errors.add(refused as u64);
+        count == LANES
     }
 
     fn count(&self, reply: &Reply) {

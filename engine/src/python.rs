@@ -1,5 +1,8 @@
 //! What Python sees: `nts_engine.pyi` says what each of these is.
 
+#![allow(clippy::needless_pass_by_value)] // what comes from Python is made for the call
+
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -13,6 +16,7 @@ use crate::batch;
 use crate::cookies;
 use crate::ntp_server::{self, NtpThreads, ROLES, Shared};
 use crate::packet::ClockState;
+use crate::ratelimit::{self, Verdict};
 use crate::server::{self, Kiss, LANES, Outcome, Reply, Request, World};
 
 #[pyclass(frozen)]
@@ -64,6 +68,64 @@ impl Clock {
     }
 }
 
+#[pyclass(frozen)]
+struct Limits(ratelimit::Limits);
+
+#[pymethods]
+impl Limits {
+    #[new]
+    #[pyo3(signature = (
+        *, allow=Vec::new(), deny=Vec::new(), kiss_denied=false, ntp_interval_ns=None, ntp_burst=8, ntp_leak=4, ntp_kod=0,
+        ntp_pps=None, kiss_above=false, ke_connections=1024, ke_per_address=128, ke_per_prefix=256, ke_interval_ns=None,
+        ke_burst=16, ke_per_second=None,
+    ))]
+    #[allow(clippy::too_many_arguments)] // named ones
+    fn new(
+        allow: Vec<String>,
+        deny: Vec<String>,
+        kiss_denied: bool,
+        ntp_interval_ns: Option<i64>,
+        ntp_burst: u32,
+        ntp_leak: u32,
+        ntp_kod: u32,
+        ntp_pps: Option<f64>,
+        kiss_above: bool,
+        ke_connections: usize,
+        ke_per_address: usize,
+        ke_per_prefix: usize,
+        ke_interval_ns: Option<i64>,
+        ke_burst: u32,
+        ke_per_second: Option<f64>,
+    ) -> PyResult<Self> {
+        let limits = ratelimit::Limits {
+            allow: prefixes(&allow)?,
+            deny: prefixes(&deny)?,
+            kiss_denied,
+            ntp_interval_ns,
+            ntp_burst,
+            ntp_leak,
+            ntp_kod,
+            ntp_pps,
+            kiss_above,
+            ke_connections,
+            ke_per_address,
+            ke_per_prefix,
+            ke_interval_ns,
+            ke_burst,
+            ke_per_second,
+        };
+        limits.access().map_err(|error| PyValueError::new_err(error.to_string()))?;
+        Ok(Self(limits))
+    }
+}
+
+fn prefixes(texts: &[String]) -> PyResult<Vec<ratelimit::Prefix>> {
+    texts
+        .iter()
+        .map(|text| text.parse().map_err(|error: ratelimit::NoPrefix| PyValueError::new_err(error.to_string())))
+        .collect()
+}
+
 #[pyclass(frozen, get_all)]
 struct Counts {
     ntp: Py<PyDict>,
@@ -107,10 +169,10 @@ fn by_label<'a>(py: Python<'_>, counts: impl Iterator<Item = (&'a str, u64)>) ->
 #[pymethods]
 impl Engine {
     #[new]
-    fn new(threads: usize, keyring: &Keyring, clock: &Clock) -> PyResult<Self> {
+    fn new(threads: usize, limits: &Limits, _aead: Vec<u16>, keyring: &Keyring, clock: &Clock) -> PyResult<Self> {
         let shared =
             Arc::new(Shared { keyring: ArcSwap::new(keyring.0.clone()), clock: ArcSwap::new(clock.until(None)) });
-        let ntp = Mutex::new(NtpThreads::start(threads, &shared)?);
+        let ntp = Mutex::new(NtpThreads::start(threads, &limits.0, &shared)?);
         Ok(Self { shared, ntp, threads })
     }
 
@@ -139,19 +201,22 @@ impl Engine {
         let outcomes = Outcome::ALL
             .iter()
             .map(|outcome| (outcome.label(), total(&|counts| counts.outcomes[*outcome as usize].get())));
+        let verdicts = Verdict::ALL
+            .iter()
+            .map(|verdict| (verdict.label(), total(&|counts| counts.verdicts[*verdict as usize].get())));
         let errors = [
             ("receive-error", total(&|counts| counts.receive_errors.get())),
             ("send-error", total(&|counts| counts.send_errors.get())),
         ];
         Ok(Counts {
-            ntp: by_label(py, outcomes.chain(errors))?,
+            ntp: by_label(py, outcomes.chain(verdicts).chain(errors))?,
             ke: by_label(py, std::iter::empty())?,
             opened: by_label(
                 py,
                 ROLES.iter().map(|(role, label)| (*label, total(&|counts| counts.opened[*role as usize].get()))),
             )?,
             sealed: total(&|counts| counts.sealed.get()),
-            forgotten: 0,
+            forgotten: total(&|counts| counts.forgotten.get()),
             ke_open: 0,
         })
     }
@@ -229,10 +294,66 @@ fn respond<'py>(
     Ok(found)
 }
 
+/// What `ipaddress` calls packed.
+fn address(octets: &[u8]) -> PyResult<IpAddr> {
+    <[u8; 4]>::try_from(octets)
+        .map(IpAddr::from)
+        .or_else(|_| <[u8; 16]>::try_from(octets).map(IpAddr::from))
+        .map_err(|_| PyValueError::new_err("an address has 4 or 16 octets"))
+}
+
+#[pyclass(frozen)]
+struct Admission(Mutex<ratelimit::Admission>);
+
+#[pymethods]
+impl Admission {
+    #[new]
+    fn new(limits: &Limits, random: Vec<u8>) -> PyResult<Self> {
+        let words: Vec<_> = random.as_chunks().0.iter().map(|word| u32::from_be_bytes(*word)).collect();
+        if words.is_empty() {
+            return Err(PyValueError::new_err("what is drawn takes four random octets or more"));
+        }
+        let mut words = words.into_iter().cycle();
+        let draw = Box::new(move || words.next().unwrap_or_default());
+        let admission = limits.0.admission(draw).map_err(|error| PyValueError::new_err(error.to_string()))?;
+        admission.map(|each| Self(Mutex::new(each))).ok_or_else(|| PyValueError::new_err("limits that limit nothing"))
+    }
+
+    fn judge(&self, address: &[u8], now: i64) -> PyResult<&'static str> {
+        Ok(self.0.lock().map_err(poisoned)?.judge(self::address(address)?, now).label())
+    }
+
+    #[getter]
+    fn forgotten(&self) -> PyResult<u64> {
+        Ok(self.0.lock().map_err(poisoned)?.forgotten())
+    }
+}
+
+#[pyclass(frozen)]
+struct Slots(Mutex<ratelimit::Slots>);
+
+#[pymethods]
+impl Slots {
+    #[new]
+    #[pyo3(signature = (total, *, per_address, per_prefix))]
+    fn new(total: usize, per_address: usize, per_prefix: usize) -> Self {
+        Self(Mutex::new(ratelimit::Slots::new(total, per_address, per_prefix)))
+    }
+
+    fn take(&self, address: &[u8]) -> PyResult<Option<&'static str>> {
+        Ok(self.0.lock().map_err(poisoned)?.take(self::address(address)?).err().map(ratelimit::Refused::label))
+    }
+
+    fn give_back(&self, address: &[u8]) -> PyResult<()> {
+        self.0.lock().map_err(poisoned)?.give_back(self::address(address)?);
+        Ok(())
+    }
+}
+
 #[pymodule]
 mod nts_engine {
     #[pymodule_export]
-    use super::{Clock, Counts, Engine, Keyring, respond};
+    use super::{Admission, Clock, Counts, Engine, Keyring, Limits, Slots, respond};
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)]
