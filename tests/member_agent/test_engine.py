@@ -414,13 +414,6 @@ def test_what_answers_is_said(tmp_path, pair, packets):
         assert packets in line
 
 
-@pytest.fixture
-def native(packets):
-    """What needs the engine in Rust."""
-    if packets != "native":
-        pytest.skip("of native packets alone")
-
-
 async def stratum(built, pairs, trust):
     """As a client sees it."""
     (name,) = list(pairs)[:1]
@@ -429,7 +422,7 @@ async def stratum(built, pairs, trust):
 
 
 def threads():
-    return len(os.listdir("/proc/self/task"))
+    return len(list(Path("/proc/self/task").iterdir()))
 
 
 def heard(stratum):
@@ -444,7 +437,7 @@ async def test_news_of_the_clock_is_served_at_once(pairs, trust):
         assert await stratum(built, pairs, trust) == 7
 
 
-@pytest.mark.usefixtures("native")
+@pytest.mark.usefixtures("native_packets")
 async def test_an_agent_that_stands_still_vouches_for_no_clock(pairs, trust, monkeypatch):
     monkeypatch.setattr("member_agent.engines.native._CLOCK_GOOD_NS", 1_000_000)
     async with engine(service(pairs, HOST)) as built:
@@ -473,7 +466,7 @@ async def test_a_new_key_seals_and_the_old_one_opens(pairs, trust):
         assert built.counts.opened == {"retired": 8, "sealing": 1}
 
 
-@pytest.mark.usefixtures("native")
+@pytest.mark.usefixtures("native_packets")
 async def test_threads_serve_alike(pairs, trust):
     async with engine(service({ALICE: pairs[ALICE]}, HOST), workers=2) as built:
         await ask_from(SOURCES, built, trust)
@@ -487,7 +480,7 @@ async def test_threads_serve_alike(pairs, trust):
     assert threads() <= serving - 4, "they end with the engine"
 
 
-@pytest.mark.usefixtures("native")
+@pytest.mark.usefixtures("native_packets")
 async def test_a_thread_that_is_missing_ends_the_agent(pairs):
     async with engine(service(pairs, HOST)) as built:
         built._packets._wanted = 2
