@@ -129,6 +129,11 @@ class Keyring:
         return cls((_next(first, schedule, random), first), schedule)
 
     @property
+    def keys(self) -> tuple[CookieKey, ...]:
+        """Newest first: the next one, the sealing one, the retired ones."""
+        return self._keys
+
+    @property
     def sealing_since(self) -> int:
         """When the sealing key began to seal (seconds since 1970)."""
         return self._keys[1].starts_at
