@@ -66,7 +66,6 @@ impl Letter<'_> {
 
 impl Name {
     /// The IP address, without the port.
-    #[must_use]
     pub fn address(&self) -> IpAddr {
         let family = u16::from_ne_bytes([self.0[0], self.0[1]]);
         if i32::from(family) == libc::AF_INET6 {
@@ -103,7 +102,6 @@ impl Default for Inbox {
 }
 
 impl Inbox {
-    #[must_use]
     pub fn new() -> Self {
         let mut octets = vec![[0; LONGEST]; BATCH].into_boxed_slice();
         let vectors = octets
@@ -152,11 +150,10 @@ impl Inbox {
     }
 
     /// One datagram of those that the last `receive` counted.
-    #[must_use]
     pub fn datagram(&self, position: usize) -> Datagram<'_> {
         let header = &self.headers[position];
         let length = (header.msg_len as usize).min(LONGEST);
-        let filled = (header.msg_hdr.msg_controllen as usize).min(CONTROL);
+        let filled = header.msg_hdr.msg_controllen.min(CONTROL);
         let (received, origin) = read_control(&self.controls[position].0[..filled]);
         Datagram { octets: &self.octets[position][..length], peer: &self.names[position], received, origin }
     }

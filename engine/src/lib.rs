@@ -9,11 +9,16 @@
 pub mod aead;
 pub mod batch;
 pub mod cookies;
+pub mod ke;
+pub mod ke_server;
 pub mod ntp_server;
 pub mod ntptime;
 pub mod packet;
 #[cfg(feature = "python")]
 mod python;
 pub mod ratelimit;
+pub mod records;
 pub mod server;
 pub mod siv;
+pub mod threads;
+pub mod tls;

@@ -58,7 +58,7 @@ impl Counter {
         self.0.store(self.0.load(Relaxed).wrapping_add(number), Relaxed);
     }
 
-    fn set(&self, number: u64) {
+    pub(crate) fn set(&self, number: u64) {
         self.0.store(number, Relaxed);
     }
 

@@ -5,7 +5,6 @@ const UNIX_EPOCH: i64 = 2_208_988_800;
 const NANOSECONDS: i64 = 1_000_000_000;
 
 /// The 64-bit timestamp of Unix nanoseconds, rounded down to its 233 ps steps; eras of 136 years follow each other.
-#[must_use]
 #[allow(clippy::cast_sign_loss)] // eras wrap, as the format does
 pub fn timestamp(unix_ns: i64) -> u64 {
     let seconds = unix_ns.div_euclid(NANOSECONDS) + UNIX_EPOCH;

@@ -1,5 +1,7 @@
 //! What Python sees: `nts_engine.pyi` says what each of these is.
 
+#![allow(clippy::needless_pass_by_value)] // what comes from Python is made for the call
+
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};

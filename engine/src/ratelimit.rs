@@ -233,7 +233,6 @@ pub struct RateLimiter {
 
 impl RateLimiter {
     /// `key` is random; `entries` are rounded up to a power of two, at least 16.
-    #[must_use]
     pub fn new(interval_ns: i64, burst: u32, key: [u64; 2], entries: usize) -> Self {
         Self {
             interval: interval_ns,
@@ -276,7 +275,6 @@ impl RateLimiter {
     }
 
     /// Buckets that are remembered.
-    #[must_use]
     pub fn remembered(&self) -> usize {
         self.places.iter().map(|place| place.octets.iter().filter(|&&octets| octets != 0).count()).sum()
     }
@@ -291,7 +289,6 @@ pub struct Cap {
 
 impl Cap {
     /// `at_once` is seconds.
-    #[must_use]
     #[allow(clippy::cast_possible_truncation, clippy::cast_precision_loss)] // saturates; a second in nanoseconds is exact
     pub fn new(per_second: f64, at_once: f64) -> Self {
         let interval = ((SECOND as f64 / per_second).round_ties_even() as i64).max(1);
@@ -415,7 +412,6 @@ impl AccessList {
     }
 
     /// Whether an address is served.
-    #[must_use]
     pub fn allows(&self, address: IpAddr) -> bool {
         let tables = if address.is_ipv4() { &self.v4 } else { &self.v6 };
         let (number, _) = number(address);
@@ -448,7 +444,6 @@ impl Verdict {
         [Self::Answer, Self::RateLimited, Self::OverCap, Self::Denied, Self::KissRate, Self::KissDeny];
 
     /// As the Python engine writes it; of those that drop a datagram, the label of a counter.
-    #[must_use]
     pub const fn label(self) -> &'static str {
         match self {
             Self::Answer => "answer",
@@ -476,7 +471,6 @@ pub struct Admission {
 
 impl Admission {
     /// Buckets that were forgotten before they were full.
-    #[must_use]
     pub fn forgotten(&self) -> u64 {
         self.limiter.as_ref().map_or(0, |limiter| limiter.forgotten)
     }
@@ -546,7 +540,6 @@ impl Refused {
         [Self::Denied, Self::RateLimited, Self::All, Self::OfAddress, Self::OfPrefix, Self::OverCap];
 
     /// The label of a counter, as the Python engine has it.
-    #[must_use]
     pub const fn label(self) -> &'static str {
         match self {
             Self::Denied => "denied",
@@ -574,7 +567,6 @@ pub struct Slots {
 
 impl Slots {
     /// All of them free.
-    #[must_use]
     pub fn new(total: usize, per_address: usize, per_prefix: usize) -> Self {
         Self { total, taken: 0, per_address, per_prefix, held: HashMap::with_capacity(2 * total) }
     }
@@ -617,7 +609,6 @@ impl Slots {
     }
 
     /// How many are taken.
-    #[must_use]
     pub fn taken(&self) -> usize {
         self.taken
     }

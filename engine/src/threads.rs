@@ -1,0 +1,117 @@
+//! Threads that wait for events of the kernel and take commands; each has its own counters.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+
+use mio::{Poll, Token, Waker};
+
+/// The event that says that there are commands, or that the thread is to end: then nobody can give any more.
+pub const WAKE: Token = Token(usize::MAX);
+
+/// Where a thread answers a command.
+pub type Answer = Sender<io::Result<()>>;
+
+struct Thread<Command, Counts> {
+    commands: Option<Sender<Command>>,
+    waker: Waker,
+    counts: Arc<Counts>,
+    handle: Option<JoinHandle<()>>,
+}
+
+/// Some threads that do the same.
+pub struct Threads<Command, Counts> {
+    all: Vec<Thread<Command, Counts>>,
+}
+
+/// Nobody answers any more: the thread has ended.
+fn gone() -> io::Error {
+    io::Error::other("a thread of the engine has ended")
+}
+
+impl<Command: Send + 'static, Counts: Default + Send + Sync + 'static> Threads<Command, Counts> {
+    /// Start so many. `prepare` makes what each of them runs, of its event queue, its commands and its counters.
+    ///
+    /// # Errors
+    /// Those of the operating system and of `prepare`; threads that began end again.
+    pub fn start<Run: FnOnce() + Send + 'static>(
+        count: usize,
+        name: &str,
+        mut prepare: impl FnMut(Poll, Receiver<Command>, Arc<Counts>) -> io::Result<Run>,
+    ) -> io::Result<Self> {
+        let mut started = Self { all: Vec::with_capacity(count) };
+        for number in 0..count {
+            let poll = Poll::new()?;
+            let waker = Waker::new(poll.registry(), WAKE)?;
+            let (commands, orders) = channel();
+            let counts = Arc::<Counts>::default();
+            let run = prepare(poll, orders, counts.clone())?;
+            let handle = std::thread::Builder::new().name(format!("{name}-{number}")).spawn(run)?;
+            started.all.push(Thread { commands: Some(commands), waker, counts, handle: Some(handle) });
+        }
+        Ok(started)
+    }
+}
+
+impl<Command, Counts> Threads<Command, Counts> {
+    /// Give each thread one command, and wait until all have answered.
+    ///
+    /// # Errors
+    /// The first that a thread answers; that a thread has ended.
+    pub fn tell(&self, mut command: impl FnMut(Answer) -> Command) -> io::Result<()> {
+        let (answer, answers) = channel();
+        for thread in &self.all {
+            let commands = thread.commands.as_ref().ok_or_else(gone)?;
+            commands.send(command(answer.clone())).map_err(|_| gone())?;
+            thread.waker.wake()?;
+        }
+        drop(answer);
+        let mut all = Ok(());
+        for _ in &self.all {
+            all = all.and(answers.recv().map_err(|_| gone())?);
+        }
+        all
+    }
+
+    /// How many there are, alive or not.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.all.len()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.all.is_empty()
+    }
+
+    /// How many live.
+    #[must_use]
+    pub fn alive(&self) -> usize {
+        self.all.iter().filter(|thread| thread.handle.as_ref().is_some_and(|handle| !handle.is_finished())).count()
+    }
+
+    /// What each has counted.
+    pub fn counts(&self) -> impl Iterator<Item = &Counts> {
+        self.all.iter().map(|thread| &*thread.counts)
+    }
+
+    /// Returns when all have ended.
+    pub fn close(&mut self) {
+        for thread in &mut self.all {
+            thread.commands = None;
+            // What cannot be woken up ends by its next event.
+            let _ = thread.waker.wake();
+        }
+        for thread in &mut self.all {
+            thread.handle.take().map(JoinHandle::join);
+        }
+    }
+}
+
+impl<Command, Counts> Drop for Threads<Command, Counts> {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
