@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long lint bench docs deb fuzz lock clean
+.PHONY: help setup demo test test-long test-engine lint bench docs deb fuzz lock clean
 
 help:
 	@echo "make demo       the whole life of a pool on this machine, in under a minute"
@@ -14,9 +14,25 @@ help:
 	@echo "make docs       the pages that are generated"
 	@echo "make deb        dist/pool-agent_VERSION_ARCH.deb, the Debian package for members"
 	@echo "make fuzz       every parser with hostile octets, ten minutes each (SECONDS=...)"
-	@echo "make setup      system packages and $(VENV) only"
+	@echo "make setup      system packages, $(VENV) and the engine in Rust only"
 
-setup: $(VENV)/.installed .peers/.unpacked lab/oidc/node_modules/.installed
+setup: $(VENV)/.installed $(VENV)/.engine .peers/.unpacked lab/oidc/node_modules/.installed
+
+# engine/ in Rust is an extra: without a cargo, or with one that is too old for it, everything runs on Python packets.
+CARGO := $(shell { sed -n 's/^rust-version = "\(.*\)"/\1/p' engine/Cargo.toml; cargo --version | cut -d ' ' -f 2; } \
+  2>/dev/null | { read wanted && read found && printf '%s\n' "$$wanted" "$$found" | sort -VC && command -v cargo; })
+# One profile for all of it, so that nothing is compiled twice that need not be.
+IN_ENGINE := cd engine && $(CARGO)
+
+$(VENV)/.engine: engine/Cargo.toml engine/Cargo.lock engine/pyproject.toml $(wildcard engine/src/*.rs) | $(VENV)/.installed
+ifdef CARGO
+	rm -rf engine/target/wheels
+	$(BIN)/maturin build --quiet --release --locked --interpreter $(BIN)/python --manifest-path engine/Cargo.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall engine/target/wheels/*.whl
+	@touch $@
+else
+	@echo "no cargo that engine/Cargo.toml can use: pool-agent has Python packets only"
+endif
 
 .peers/.unpacked: lab/system-packages lab/newer_peers.py lab/newer-peers.toml
 	@sh lab/system-packages
@@ -43,17 +59,26 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+ifdef CARGO
+	$(IN_ENGINE) fmt --check
+	$(IN_ENGINE) clippy --quiet --release --locked --all-targets -- -D warnings
+endif
 
 # Nearly every test makes a database: where there is room for them in memory, that takes half of the time.
 IN_MEMORY := $(shell test "$$(df -k --output=avail /dev/shm 2>/dev/null | tail -n 1)" -gt 4000000 2>/dev/null \
   && echo TMPDIR=/dev/shm)
 PYTEST := $(IN_MEMORY) $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test: lint
+test: lint test-engine
 	$(PYTEST) -m "not long"
 
-test-long: lint
+test-long: lint test-engine
 	$(PYTEST)
+
+test-engine: setup
+ifdef CARGO
+	$(IN_ENGINE) test --quiet --release --locked --no-default-features
+endif
 
 bench: setup
 	$(BIN)/python -m bench.ntp
@@ -97,4 +122,4 @@ lock: setup
 	$(COMPILE) --constraint requirements.lock -o requirements-agent.lock pyproject.toml
 
 clean:
-	rm -rf $(VENV) .lock .peers lab/oidc/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz dist
+	rm -rf $(VENV) engine/target .lock .peers lab/oidc/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz dist

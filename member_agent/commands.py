@@ -174,11 +174,20 @@ def status(*, state: StateOption = DEFAULT_STATE, as_json: JsonOption = False) -
             }
         )
     engine = running["engine"] if running else None
-    document = {"running": running is not None, "engine": engine, "clock": clock, "servers": rows}
+    # An agent that was started before it was upgraded does not say.
+    packets = running.get("packets") if running else None
+    document = {
+        "running": running is not None,
+        "engine": engine,
+        "packets": packets,
+        "clock": clock,
+        "servers": rows,
+    }
     if as_json:
         typer.echo(json.dumps(document))
         return
-    typer.echo(f"agent      {f'running, engine {engine}' if running else 'not running: pool-agent run'}")
+    serves = f"running, engine {engine}" + (f", {packets} packets" if packets else "")
+    typer.echo(f"agent      {serves if running else 'not running: pool-agent run'}")
     typer.echo(f"clock      {clock}")
     for row in rows:
         typer.echo("")

@@ -201,6 +201,14 @@ def _ntp_endpoint(value: Any) -> Any:
         raise ValueError(f"{value!r}: {error}") from None
 
 
+class PacketEngine(StrEnum):
+    """What answers NTS-KE and NTP in the builtin engine."""
+
+    AUTO = "auto"
+    NATIVE = "native"
+    PYTHON = "python"
+
+
 class EngineSettings(BaseModel):
     """Which engine serves; and of a time daemon, where it is when it is not where Debian has it."""
 
@@ -208,6 +216,11 @@ class EngineSettings(BaseModel):
 
     kind: Literal["auto", "builtin", "chrony", "ntpsec", "ntpd-rs"] = Field(
         "auto", description="the agent itself, or a time daemon of this host"
+    )
+    packets: PacketEngine = Field(
+        PacketEngine.AUTO,
+        description="what answers in the agent itself: native, the module nts_engine; python; or auto, native where the"
+        " module is there",
     )
     config_dir: Path | None = Field(None, description="the daemon's directory below /etc")
     unit_dir: Path = Field(Path("/etc/systemd/system"), description="where units get drop-ins")
@@ -292,7 +305,7 @@ class AgentSettings(ProgramSettings):
     limits: Limits = Limits()
     engine: EngineSettings = EngineSettings()
     workers: Annotated[int, BeforeValidator(_workers)] = Field(
-        1, ge=1, le=MAX_WORKERS, description="processes that serve; auto is one for each core"
+        1, ge=1, le=MAX_WORKERS, description="processes that serve, or threads of native packets; auto is one for each core"
     )
     user: str | None = Field(
         None, description="who to be instead of root, whom the state directory then belongs to"

@@ -100,7 +100,7 @@ async def serve(
                 f"ready ke={','.join(map(str, engine.endpoints(Protocol.KE)))}"
                 f" ntp={','.join(map(str, engine.endpoints(Protocol.NTP)))}"
             )
-            _log.info("serving", clock=clock.describe())
+            _log.info("serving", packets=engine.packets, clock=clock.describe())
             async with Notifier() as notify:
                 notify.ready("serving")
                 await until(stop, *map(asyncio.create_task, (engine.tend(), clock.follow(), reload())))
@@ -169,6 +169,7 @@ class Agent:
     def _status(self) -> dict[str, Any]:
         return {
             "engine": self._engine.name,
+            "packets": self._engine.packets,
             "clock": self._clock.describe(),
             "servers": [member.facts() for member in self._members.values()],
         }

@@ -68,10 +68,13 @@ def engine_families(engine: BuiltinEngine) -> Families:
         now = (
             ("pool_agent_ke_connections", "Open NTS-KE connections.", counts.ke_open),
             ("pool_agent_cookie_key_age_seconds", "Since the key that seals cookies began to.", age),
-            ("pool_agent_workers", "Processes that serve.", engine.processes),
+            ("pool_agent_workers", "Processes, or threads of native packets, that serve.", engine.workers),
         )
         for name, text, figure in now:
             yield GaugeMetricFamily(name, text, value=figure)
+        kind = GaugeMetricFamily("pool_agent_packets", "1 for what answers.", labels=["engine"])
+        kind.add_metric([engine.packets], 1)
+        yield kind
 
     return families
 

@@ -131,7 +131,6 @@ enum Command {
 pub struct KeThreads {
     threads: Threads<Command, Counts>,
     credentials: Arc<ArcSwap<Credentials>>,
-    next: usize,
 }
 
 impl KeThreads {
@@ -166,7 +165,7 @@ impl KeThreads {
                 let _ = server.run();
             })
         })?;
-        Ok(Self { threads, credentials, next: 0 })
+        Ok(Self { threads, credentials })
     }
 
     /// For new connections; those under way are not touched.
@@ -174,18 +173,16 @@ impl KeThreads {
         self.credentials.store(credentials);
     }
 
-    /// Answer on bound stream sockets, one for each thread; the number to `leave` by.
+    /// Answer on bound stream sockets, one for each thread, until `leave` is told the same number.
     ///
     /// # Errors
     /// Those of the operating system, and when there are not as many sockets as threads; the sockets are closed then.
-    pub fn listen(&mut self, sockets: Vec<OwnedFd>, service: &ServiceAt) -> io::Result<usize> {
+    pub fn listen(&self, number: usize, sockets: Vec<OwnedFd>, service: &ServiceAt) -> io::Result<()> {
         if sockets.len() != self.threads.len() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "a socket for each thread"));
         }
         let ready: io::Result<Vec<_>> = sockets.into_iter().map(listening).collect();
         let mut ready = ready?.into_iter();
-        let number = self.next;
-        self.next += 1;
         let done = self.threads.tell(|answer| match ready.next() {
             Some(listener) => Command::Listen(number, listener, service.clone(), answer),
             None => Command::Leave(number, answer),
@@ -193,7 +190,7 @@ impl KeThreads {
         if done.is_err() {
             let _ = self.leave(number);
         }
-        done.map(|()| number)
+        done
     }
 
     /// Answer there no more; connections that came by these sockets go on. They are closed when this returns.
@@ -224,7 +221,7 @@ impl KeThreads {
     }
 
     /// Answer no more. Returns when all threads have ended; connections under way are closed.
-    pub fn close(&mut self) {
+    pub fn close(&self) {
         self.threads.close();
     }
 }

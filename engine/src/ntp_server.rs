@@ -4,16 +4,16 @@
 //! another but what is swapped whole: no step of a packet takes a lock or memory.
 
 use std::io;
+use std::ops::ControlFlow;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::thread::JoinHandle;
+use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
 use mio::unix::SourceFd;
-use mio::{Events, Interest, Poll, Token, Waker};
+use mio::{Events, Interest, Poll, Token};
 use rand::rngs::{StdRng, SysRng};
 use rand::{Rng, SeedableRng};
 
@@ -22,6 +22,7 @@ use crate::cookies::{Keyring, Role};
 use crate::packet::ClockState;
 use crate::ratelimit::{Admission, Limits, Verdict};
 use crate::server::{self, Kiss, LANES, Outcome, Reply, Request, World};
+use crate::threads::{Answer, Threads, WAKE};
 
 /// What is said of the clock, and until when.
 pub struct Clock {
@@ -71,41 +72,44 @@ impl Counter {
 /// What one thread has counted.
 #[derive(Default)]
 pub struct Counts {
-    pub outcomes: [Counter; Outcome::ALL.len()],
+    outcomes: [Counter; Outcome::ALL.len()],
     /// Datagrams that were dropped by their source address alone.
-    pub verdicts: [Counter; Verdict::ALL.len()],
-    pub receive_errors: Counter,
-    pub send_errors: Counter,
-    /// Cookies of authentic requests by what the key that opened them is there for.
-    pub opened: [Counter; 3],
+    verdicts: [Counter; Verdict::ALL.len()],
+    receive_errors: Counter,
+    send_errors: Counter,
+    opened: [Counter; ROLES.len()],
     /// Cookies given in answers.
     pub sealed: Counter,
     /// Token buckets that were forgotten before they were full.
     pub forgotten: Counter,
 }
 
-/// All threads that answer NTP.
-pub struct NtpThreads {
-    threads: Vec<NtpThread>,
-    next: usize,
+impl Counts {
+    /// Datagrams by what became of them, and errors.
+    pub fn by_label(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        let outcomes = Outcome::ALL.iter().zip(&self.outcomes).map(|(each, count)| (each.label(), count.get()));
+        let verdicts = Verdict::ALL.iter().zip(&self.verdicts).map(|(each, count)| (each.label(), count.get()));
+        let errors = [("receive-error", self.receive_errors.get()), ("send-error", self.send_errors.get())];
+        outcomes.chain(verdicts).chain(errors)
+    }
+
+    /// Cookies of authentic requests by what the key that opened them is there for.
+    pub fn opened_by_role(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        ROLES.iter().zip(&self.opened).map(|((_, label), count)| (*label, count.get()))
+    }
 }
 
-struct NtpThread {
-    commands: Sender<Command>,
-    waker: Waker,
-    counts: Arc<Counts>,
-    handle: Option<JoinHandle<()>>,
-}
+/// What a master key is there for, in the order of its number, and the label of a counter.
+pub const ROLES: [(Role, &str); 3] = [(Role::Next, "next"), (Role::Sealing, "sealing"), (Role::Retired, "retired")];
 
 enum Command {
-    Listen(usize, OwnedFd, Sender<io::Result<()>>),
-    Leave(usize, Sender<io::Result<()>>),
-    End,
+    Listen(usize, OwnedFd, Answer),
+    Leave(usize, Answer),
 }
 
-/// Nobody answers any more: the thread has ended.
-fn gone() -> io::Error {
-    io::Error::other("a thread of the engine has ended")
+/// All threads that answer NTP.
+pub struct NtpThreads {
+    threads: Threads<Command, Counts>,
 }
 
 impl NtpThreads {
@@ -115,43 +119,45 @@ impl NtpThreads {
     /// Those of the operating system when it gives no thread, no descriptor or no randomness; limits that contradict
     /// themselves.
     pub fn start(count: usize, limits: &Limits, shared: &Arc<Shared>) -> io::Result<Self> {
-        let mut found = Self { threads: Vec::with_capacity(count), next: 0 };
-        for number in 0..count {
+        let threads = Threads::start(count, "ntp", |poll, commands, counts| {
             let mut random = StdRng::try_from_rng(&mut SysRng)?;
             let mut drawn = StdRng::from_rng(&mut random);
-            let admission = limits.admission(Box::new(move || drawn.next_u32())).map_err(io::Error::other)?;
-            let poll = Poll::new()?;
-            let waker = Waker::new(poll.registry(), WAKE)?;
-            let (commands, orders) = channel();
-            let counts = Arc::<Counts>::default();
-            let (theirs, shared) = (counts.clone(), shared.clone());
-            let handle = std::thread::Builder::new().name(format!("ntp-{number}")).spawn(move || {
+            let listener = Listener {
+                poll,
+                commands,
+                counts,
+                shared: shared.clone(),
+                sockets: Vec::new(),
+                replies: (0..LANES).map(|_| Reply::default()).collect(),
+                admission: limits.admission(Box::new(move || drawn.next_u32())).map_err(io::Error::other)?,
+                random,
+                began: Instant::now(),
+            };
+            Ok(move || {
                 // Without an event queue nothing can be done, and it ends only with the process.
-                let _ = Listener::new(poll, orders, shared, &theirs, admission, random).run();
-            })?;
-            found.threads.push(NtpThread { commands, waker, counts, handle: Some(handle) });
-        }
-        Ok(found)
+                let _ = listener.run();
+            })
+        })?;
+        Ok(Self { threads })
     }
 
-    /// Answer on bound sockets, one for each thread; the number to `leave` by.
+    /// Answer on bound datagram sockets, one for each thread, until `leave` is told the same number.
     ///
     /// # Errors
-    /// Those of the operating system; the sockets are closed then.
-    ///
-    /// # Panics
-    /// When there are fewer sockets than threads.
-    pub fn listen(&mut self, sockets: Vec<OwnedFd>) -> io::Result<usize> {
-        assert_eq!(sockets.len(), self.threads.len(), "a socket for each thread");
-        let number = self.next;
-        self.next += 1;
+    /// Those of the operating system, and when there are not as many sockets as threads; the sockets are closed then.
+    pub fn listen(&self, number: usize, sockets: Vec<OwnedFd>) -> io::Result<()> {
+        if sockets.len() != self.threads.len() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "a socket for each thread"));
+        }
         let mut sockets = sockets.into_iter();
-        let done =
-            self.tell(|reply| sockets.next().map_or(Command::End, |socket| Command::Listen(number, socket, reply)));
+        let done = self.threads.tell(|answer| match sockets.next() {
+            Some(socket) => Command::Listen(number, socket, answer),
+            None => Command::Leave(number, answer),
+        });
         if done.is_err() {
             let _ = self.leave(number);
         }
-        done.map(|()| number)
+        done
     }
 
     /// Answer there no more. The sockets are closed when this returns.
@@ -159,49 +165,24 @@ impl NtpThreads {
     /// # Errors
     /// When a thread has ended.
     pub fn leave(&self, number: usize) -> io::Result<()> {
-        self.tell(|reply| Command::Leave(number, reply))
-    }
-
-    fn tell(&self, mut command: impl FnMut(Sender<io::Result<()>>) -> Command) -> io::Result<()> {
-        let (reply, answers) = channel();
-        for thread in &self.threads {
-            thread.commands.send(command(reply.clone())).map_err(|_| gone())?;
-            thread.waker.wake()?;
-        }
-        drop(reply);
-        self.threads.iter().try_for_each(|_| answers.recv().map_err(|_| gone())?)
+        self.threads.tell(|answer| Command::Leave(number, answer))
     }
 
     /// What each thread has counted.
     pub fn counts(&self) -> impl Iterator<Item = &Counts> {
-        self.threads.iter().map(|thread| &*thread.counts)
+        self.threads.counts()
     }
 
     /// How many threads live.
-    #[must_use]
     pub fn alive(&self) -> usize {
-        self.threads.iter().filter(|thread| thread.handle.as_ref().is_some_and(|handle| !handle.is_finished())).count()
+        self.threads.alive()
     }
 
     /// Answer no more. Returns when all threads have ended.
-    pub fn close(&mut self) {
-        for thread in &self.threads {
-            let _ = thread.commands.send(Command::End);
-            let _ = thread.waker.wake();
-        }
-        for thread in &mut self.threads {
-            thread.handle.take().map(JoinHandle::join);
-        }
+    pub fn close(&self) {
+        self.threads.close();
     }
 }
-
-impl Drop for NtpThreads {
-    fn drop(&mut self) {
-        self.close();
-    }
-}
-
-const WAKE: Token = Token(usize::MAX);
 
 struct Socket {
     number: usize,
@@ -211,45 +192,23 @@ struct Socket {
 }
 
 /// What one thread does.
-struct Listener<'a> {
+struct Listener {
     poll: Poll,
     commands: Receiver<Command>,
+    counts: Arc<Counts>,
     shared: Arc<Shared>,
-    counts: &'a Counts,
     sockets: Vec<Option<Socket>>,
-    inbox: Inbox,
     replies: Box<[Reply]>,
-    random: StdRng,
     admission: Option<Admission>,
+    random: StdRng,
     /// What the times of `admission` are counted from.
     began: Instant,
 }
 
-impl<'a> Listener<'a> {
-    fn new(
-        poll: Poll,
-        commands: Receiver<Command>,
-        shared: Arc<Shared>,
-        counts: &'a Counts,
-        admission: Option<Admission>,
-        random: StdRng,
-    ) -> Self {
-        Self {
-            poll,
-            commands,
-            shared,
-            counts,
-            sockets: Vec::new(),
-            inbox: Inbox::new(),
-            replies: (0..LANES).map(|_| Reply::default()).collect(),
-            random,
-            admission,
-            began: Instant::now(),
-        }
-    }
-
+impl Listener {
     fn run(mut self) -> io::Result<()> {
         let mut events = Events::with_capacity(BATCH);
+        let mut inbox = Inbox::new();
         loop {
             let is_busy = self.sockets.iter().flatten().any(|socket| socket.is_ready);
             match self.poll.poll(&mut events, is_busy.then_some(Duration::ZERO)) {
@@ -266,28 +225,28 @@ impl<'a> Listener<'a> {
                 }
             }
             for position in 0..self.sockets.len() {
-                self.drain(position);
+                self.drain(position, &mut inbox);
             }
         }
     }
 
-    fn obey(&mut self) -> std::ops::ControlFlow<()> {
-        while let Ok(command) = self.commands.try_recv() {
-            match command {
-                Command::Listen(number, descriptor, reply) => {
-                    let _ = reply.send(self.listen(number, descriptor));
+    fn obey(&mut self) -> ControlFlow<()> {
+        loop {
+            match self.commands.try_recv() {
+                Ok(Command::Listen(number, descriptor, answer)) => {
+                    let _ = answer.send(self.listen(number, descriptor));
                 }
-                Command::Leave(number, reply) => {
+                Ok(Command::Leave(number, answer)) => {
                     for place in &mut self.sockets {
                         // To close it is to leave the event queue.
                         place.take_if(|socket| socket.number == number);
                     }
-                    let _ = reply.send(Ok(()));
+                    let _ = answer.send(Ok(()));
                 }
-                Command::End => return std::ops::ControlFlow::Break(()),
+                Err(TryRecvError::Empty) => return ControlFlow::Continue(()),
+                Err(TryRecvError::Disconnected) => return ControlFlow::Break(()),
             }
         }
-        std::ops::ControlFlow::Continue(())
     }
 
     fn listen(&mut self, number: usize, descriptor: OwnedFd) -> io::Result<()> {
@@ -302,12 +261,12 @@ impl<'a> Listener<'a> {
     }
 
     /// Answer one batch.
-    fn drain(&mut self, position: usize) {
+    fn drain(&mut self, position: usize, inbox: &mut Inbox) {
         let Some(Some(socket)) = self.sockets.get_mut(position) else { return };
         if !socket.is_ready {
             return;
         }
-        let count = match self.inbox.receive(socket.descriptor.as_fd()) {
+        let count = match inbox.receive(socket.descriptor.as_fd()) {
             Ok(count) => count,
             Err(error) => {
                 if error.kind() == io::ErrorKind::WouldBlock {
@@ -326,8 +285,8 @@ impl<'a> Listener<'a> {
             keyring: &keyring,
             state: if clock.good_until.is_none_or(|end| now < end) { &clock.state } else { &UNSYNCHRONISED },
             offset_ns: clock.offset_ns,
-            counts: self.counts,
-            inbox: &self.inbox,
+            counts: &self.counts,
+            inbox,
             socket: socket.descriptor.as_fd(),
         };
         let elapsed = i64::try_from((now - self.began).as_nanos()).unwrap_or(i64::MAX);
@@ -407,9 +366,6 @@ impl Turn<'_> {
         }
     }
 }
-
-/// The labels of `Counts::opened`, in its order.
-pub const ROLES: [(Role, &str); 3] = [(Role::Next, "next"), (Role::Sealing, "sealing"), (Role::Retired, "retired")];
 
 /// The host's own time and randomness.
 struct Running<'a> {

@@ -4,20 +4,25 @@
 
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use pyo3::exceptions::{PyOSError, PyValueError};
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyDict};
+use pyo3::types::{PyBytes, PyDict, PyTuple};
 
+use crate::aead::AeadId;
 use crate::batch;
 use crate::cookies;
+use crate::ke::{self, NtpEndpoint, NtpService};
+use crate::ke_server::{self, KeThreads, ServiceAt};
 use crate::ntp_server::{self, NtpThreads, ROLES, Shared};
 use crate::packet::ClockState;
-use crate::ratelimit::{self, Verdict};
-use crate::server::{self, Kiss, LANES, Outcome, Reply, Request, World};
+use crate::ratelimit;
+use crate::server::{self, Kiss, LANES, Reply, Request, World};
+use crate::tls::{self, PemPair};
 
 #[pyclass(frozen)]
 struct Keyring(Arc<cookies::Keyring>);
@@ -114,16 +119,13 @@ impl Limits {
             ke_burst,
             ke_per_second,
         };
-        limits.access().map_err(|error| PyValueError::new_err(error.to_string()))?;
+        limits.access().map_err(invalid)?;
         Ok(Self(limits))
     }
 }
 
 fn prefixes(texts: &[String]) -> PyResult<Vec<ratelimit::Prefix>> {
-    texts
-        .iter()
-        .map(|text| text.parse().map_err(|error: ratelimit::NoPrefix| PyValueError::new_err(error.to_string())))
-        .collect()
+    texts.iter().map(|text| text.parse().map_err(|error: ratelimit::NoPrefix| invalid(error))).collect()
 }
 
 #[pyclass(frozen, get_all)]
@@ -137,31 +139,73 @@ struct Counts {
 }
 
 #[pyclass(frozen)]
+struct Credentials(Arc<tls::Credentials>);
+
+#[pymethods]
+impl Credentials {
+    #[new]
+    fn new(pairs: Vec<(String, Vec<String>, String, String)>) -> PyResult<Self> {
+        let pairs: Vec<_> =
+            pairs.into_iter().map(|(name, host_names, chain, key)| PemPair { name, host_names, chain, key }).collect();
+        tls::Credentials::new(&pairs).map(|ready| Self(ready.into())).map_err(invalid)
+    }
+}
+
+type Endpoint = (Option<String>, u16);
+type Service = (Endpoint, Vec<Endpoint>);
+
+fn ntp_service((default, others): Service) -> NtpService {
+    let endpoint = |(host, port)| NtpEndpoint { host, port };
+    NtpService { default: endpoint(default), others: others.into_iter().map(endpoint).collect() }
+}
+
+/// Asks Python; what goes wrong there is told as what nobody can handle.
+fn asking(service: Py<PyAny>) -> ServiceAt {
+    Arc::new(move |local, names| {
+        Python::attach(|py| {
+            let asked = PyTuple::new(py, names).and_then(|names| service.call1(py, (local, names)));
+            match asked.and_then(|found| found.extract::<Service>(py)) {
+                Ok(found) => Some(ntp_service(found)),
+                Err(error) => {
+                    error.write_unraisable(py, Some(service.bind(py)));
+                    None
+                }
+            }
+        })
+    })
+}
+
+/// None of its locks is held while somebody waits for a thread: that thread may be waiting for the interpreter's lock.
+#[pyclass(frozen)]
 struct Engine {
     shared: Arc<Shared>,
-    ntp: Mutex<NtpThreads>,
+    ntp: NtpThreads,
+    ke: KeThreads,
     threads: usize,
+    places: AtomicUsize,
+}
+
+fn invalid(error: impl ToString) -> PyErr {
+    PyValueError::new_err(error.to_string())
 }
 
 /// Sockets that were handed over are closed also when they cannot be used.
 fn take_over(descriptors: &[i32], threads: usize) -> PyResult<Vec<OwnedFd>> {
     let taken: Vec<_> = descriptors.iter().map(|&each| batch::take_over(each)).collect();
     let sockets = taken.into_iter().collect::<Result<Vec<_>, _>>()?;
-    if sockets.len() != threads {
-        return Err(PyValueError::new_err(format!("{} sockets for {threads} threads", sockets.len())));
+    if sockets.len() == threads {
+        Ok(sockets)
+    } else {
+        Err(invalid(format!("{} sockets for {threads} threads", sockets.len())))
     }
-    Ok(sockets)
-}
-
-fn poisoned<E>(_: E) -> PyErr {
-    PyOSError::new_err("the engine has failed before")
 }
 
 /// The counts that are not zero, by their labels.
 fn by_label<'a>(py: Python<'_>, counts: impl Iterator<Item = (&'a str, u64)>) -> PyResult<Py<PyDict>> {
     let found = PyDict::new(py);
     for (label, count) in counts.filter(|(_, count)| *count > 0) {
-        found.set_item(label, count)?;
+        let before = found.get_item(label)?.map_or(Ok(0), |each| each.extract::<u64>())?;
+        found.set_item(label, before + count)?;
     }
     Ok(found.unbind())
 }
@@ -169,11 +213,16 @@ fn by_label<'a>(py: Python<'_>, counts: impl Iterator<Item = (&'a str, u64)>) ->
 #[pymethods]
 impl Engine {
     #[new]
-    fn new(threads: usize, limits: &Limits, _aead: Vec<u16>, keyring: &Keyring, clock: &Clock) -> PyResult<Self> {
-        let shared =
-            Arc::new(Shared { keyring: ArcSwap::new(keyring.0.clone()), clock: ArcSwap::new(clock.until(None)) });
-        let ntp = Mutex::new(NtpThreads::start(threads, &limits.0, &shared)?);
-        Ok(Self { shared, ntp, threads })
+    fn new(threads: usize, limits: &Limits, aead: Vec<u16>, keyring: &Keyring, clock: &Clock) -> PyResult<Self> {
+        let preference = algorithms(&aead)?;
+        if threads == 0 {
+            return Err(invalid("an engine takes one thread or more"));
+        }
+        let (keyring, clock) = (ArcSwap::new(keyring.0.clone()), ArcSwap::new(clock.until(None)));
+        let shared = Arc::new(Shared { keyring, clock });
+        let ntp = NtpThreads::start(threads, &limits.0, &shared)?;
+        let ke = KeThreads::start(threads, &limits.0, &preference, &shared)?;
+        Ok(Self { shared, ntp, ke, threads, places: AtomicUsize::new(0) })
     }
 
     fn use_keyring(&self, keyring: &Keyring) {
@@ -184,53 +233,77 @@ impl Engine {
         self.shared.clock.store(clock.until(Some(Instant::now() + Duration::from_nanos(good_for_ns))));
     }
 
+    fn use_credentials(&self, credentials: &Credentials) {
+        self.ke.use_credentials(credentials.0.clone());
+    }
+
     fn listen_ntp(&self, py: Python<'_>, descriptors: Vec<i32>) -> PyResult<usize> {
         let sockets = take_over(&descriptors, self.threads)?;
-        py.detach(|| Ok(self.ntp.lock().map_err(poisoned)?.listen(sockets)?))
+        let number = self.places.fetch_add(1, Ordering::Relaxed);
+        py.detach(|| self.ntp.listen(number, sockets))?;
+        Ok(number)
+    }
+
+    fn listen_ke(&self, py: Python<'_>, descriptors: Vec<i32>, service: Py<PyAny>) -> PyResult<usize> {
+        let sockets = take_over(&descriptors, self.threads)?;
+        let number = self.places.fetch_add(1, Ordering::Relaxed);
+        py.detach(|| self.ke.listen(number, sockets, &asking(service)))?;
+        Ok(number)
+    }
+
+    fn forget_services(&self, py: Python<'_>) -> PyResult<()> {
+        Ok(py.detach(|| self.ke.forget_services())?)
     }
 
     fn leave(&self, py: Python<'_>, number: usize) -> PyResult<()> {
-        py.detach(|| Ok(self.ntp.lock().map_err(poisoned)?.leave(number)?))
+        Ok(py.detach(|| self.ntp.leave(number).and(self.ke.leave(number)))?)
     }
 
     #[getter]
     fn counts(&self, py: Python<'_>) -> PyResult<Counts> {
-        let threads = self.ntp.lock().map_err(poisoned)?;
-        let all: Vec<_> = threads.counts().collect();
-        let total = |read: &dyn Fn(&ntp_server::Counts) -> u64| all.iter().map(|counts| read(counts)).sum::<u64>();
-        let outcomes = Outcome::ALL
-            .iter()
-            .map(|outcome| (outcome.label(), total(&|counts| counts.outcomes[*outcome as usize].get())));
-        let verdicts = Verdict::ALL
-            .iter()
-            .map(|verdict| (verdict.label(), total(&|counts| counts.verdicts[*verdict as usize].get())));
-        let errors = [
-            ("receive-error", total(&|counts| counts.receive_errors.get())),
-            ("send-error", total(&|counts| counts.send_errors.get())),
-        ];
+        let total = |read: &dyn Fn(&ntp_server::Counts) -> u64| self.ntp.counts().map(read).sum::<u64>();
+        let ke = || self.ke.counts().flat_map(ke_server::Counts::by_label);
+        let established: u64 =
+            ke().filter(|(label, _)| *label == ke::Outcome::Ok.label()).map(|(_, count)| count).sum();
         Ok(Counts {
-            ntp: by_label(py, outcomes.chain(verdicts).chain(errors))?,
-            ke: by_label(py, std::iter::empty())?,
-            opened: by_label(
-                py,
-                ROLES.iter().map(|(role, label)| (*label, total(&|counts| counts.opened[*role as usize].get()))),
-            )?,
-            sealed: total(&|counts| counts.sealed.get()),
+            ntp: by_label(py, self.ntp.counts().flat_map(ntp_server::Counts::by_label))?,
+            ke: by_label(py, ke())?,
+            opened: by_label(py, self.ntp.counts().flat_map(ntp_server::Counts::opened_by_role))?,
+            sealed: total(&|counts| counts.sealed.get()) + cookies::MAX_COOKIES as u64 * established,
             forgotten: total(&|counts| counts.forgotten.get()),
-            ke_open: 0,
+            ke_open: self.ke.counts().map(ke_server::Counts::open).sum(),
         })
     }
 
     #[getter]
-    fn threads(&self) -> PyResult<usize> {
-        Ok(self.ntp.lock().map_err(poisoned)?.alive())
+    fn threads(&self) -> usize {
+        self.ntp.alive().min(self.ke.alive())
     }
 
-    fn close(&self, py: Python<'_>) -> PyResult<()> {
+    fn close(&self, py: Python<'_>) {
         py.detach(|| {
-            self.ntp.lock().map_err(poisoned)?.close();
-            Ok(())
-        })
+            self.ke.close();
+            self.ntp.close();
+        });
+    }
+}
+
+impl Drop for Engine {
+    /// A thread that asks Python something must get its answer before it can end.
+    fn drop(&mut self) {
+        Python::attach(|py| self.close(py));
+    }
+}
+
+/// The algorithms of these numbers, in this order.
+fn algorithms(numbers: &[u16]) -> PyResult<Vec<AeadId>> {
+    let known =
+        |&number| AeadId::of(number).ok_or_else(|| invalid(format!("{number} is no AEAD algorithm known here")));
+    let found = numbers.iter().map(known).collect::<PyResult<Vec<_>>>()?;
+    if found.contains(&AeadId::SivCmac256) {
+        Ok(found)
+    } else {
+        Err(invalid("15 (AES-SIV-CMAC-256) has to be among them"))
     }
 }
 
@@ -315,7 +388,7 @@ impl Admission {
         }
         let mut words = words.into_iter().cycle();
         let draw = Box::new(move || words.next().unwrap_or_default());
-        let admission = limits.0.admission(draw).map_err(|error| PyValueError::new_err(error.to_string()))?;
+        let admission = limits.0.admission(draw).map_err(invalid)?;
         admission.map(|each| Self(Mutex::new(each))).ok_or_else(|| PyValueError::new_err("limits that limit nothing"))
     }
 
@@ -350,10 +423,79 @@ impl Slots {
     }
 }
 
+/// TLS and randomness of a test.
+struct Lent<'py> {
+    export: Bound<'py, PyAny>,
+    random: Vec<u8>,
+    fault: Option<PyErr>,
+}
+
+impl ke::Session for Lent<'_> {
+    fn export(&mut self, context: &[u8], key: &mut [u8]) -> Result<(), ke::NoKeys> {
+        let made = self.export.call1((PyBytes::new(self.export.py(), context), key.len()));
+        match made.and_then(|octets| octets.extract::<Vec<u8>>()) {
+            Ok(octets) if octets.len() == key.len() => {
+                key.copy_from_slice(&octets);
+                Ok(())
+            }
+            Ok(_) => Err(ke::NoKeys),
+            Err(error) => {
+                self.fault = Some(error);
+                Err(ke::NoKeys)
+            }
+        }
+    }
+
+    fn random(&mut self, room: &mut [u8]) {
+        for (into, octet) in room.iter_mut().zip(&self.random) {
+            *into = *octet;
+        }
+    }
+}
+
+#[pyclass(frozen)]
+struct KeExchange {
+    server: Mutex<ke::KeServer>,
+    export: Py<PyAny>,
+    random: Vec<u8>,
+}
+
+#[pymethods]
+impl KeExchange {
+    #[new]
+    fn new(
+        keyring: &Keyring,
+        service: Service,
+        preference: Vec<u16>,
+        export: Py<PyAny>,
+        random: Vec<u8>,
+    ) -> PyResult<Self> {
+        let terms = ke::KeTerms {
+            keyring: keyring.0.clone(),
+            service: Arc::new(ntp_service(service)),
+            preference: algorithms(&preference)?.into(),
+        };
+        Ok(Self { server: Mutex::new(ke::KeServer::new(terms)), export, random })
+    }
+
+    fn receive<'py>(&self, py: Python<'py>, plaintext: &[u8]) -> PyResult<Option<(Bound<'py, PyBytes>, &'static str)>> {
+        let mut lent = Lent { export: self.export.bind(py).clone(), random: self.random.clone(), fault: None };
+        let reply = self.server.lock().map_err(poisoned)?.receive(plaintext, &mut lent);
+        match lent.fault {
+            Some(fault) => Err(fault),
+            None => Ok(reply.map(|reply| (PyBytes::new(py, &reply.octets), reply.outcome.label()))),
+        }
+    }
+}
+
+fn poisoned<E>(_: E) -> PyErr {
+    PyRuntimeError::new_err("it has failed before")
+}
+
 #[pymodule]
 mod nts_engine {
     #[pymodule_export]
-    use super::{Admission, Clock, Counts, Engine, Keyring, Limits, Slots, respond};
+    use super::{Admission, Clock, Counts, Credentials, Engine, KeExchange, Keyring, Limits, Slots, respond};
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)]

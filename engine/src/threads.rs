@@ -1,8 +1,8 @@
 //! Threads that wait for events of the kernel and take commands; each has its own counters.
 
 use std::io;
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use mio::{Poll, Token, Waker};
@@ -14,10 +14,22 @@ pub const WAKE: Token = Token(usize::MAX);
 pub type Answer = Sender<io::Result<()>>;
 
 struct Thread<Command, Counts> {
-    commands: Option<Sender<Command>>,
     waker: Waker,
     counts: Arc<Counts>,
-    handle: Option<JoinHandle<()>>,
+    life: Mutex<Option<Life<Command>>>,
+}
+
+/// What a thread has until it is closed.
+struct Life<Command> {
+    commands: Sender<Command>,
+    handle: JoinHandle<()>,
+}
+
+impl<Command, Counts> Thread<Command, Counts> {
+    /// Nobody waits while this is held, and nothing in it can fail half way.
+    fn with_life<R>(&self, use_it: impl FnOnce(&mut Option<Life<Command>>) -> R) -> R {
+        use_it(&mut self.life.lock().unwrap_or_else(PoisonError::into_inner))
+    }
 }
 
 /// Some threads that do the same.
@@ -48,7 +60,7 @@ impl<Command: Send + 'static, Counts: Default + Send + Sync + 'static> Threads<C
             let counts = Arc::<Counts>::default();
             let run = prepare(poll, orders, counts.clone())?;
             let handle = std::thread::Builder::new().name(format!("{name}-{number}")).spawn(run)?;
-            started.all.push(Thread { commands: Some(commands), waker, counts, handle: Some(handle) });
+            started.all.push(Thread { waker, counts, life: Mutex::new(Some(Life { commands, handle })) });
         }
         Ok(started)
     }
@@ -62,8 +74,10 @@ impl<Command, Counts> Threads<Command, Counts> {
     pub fn tell(&self, mut command: impl FnMut(Answer) -> Command) -> io::Result<()> {
         let (answer, answers) = channel();
         for thread in &self.all {
-            let commands = thread.commands.as_ref().ok_or_else(gone)?;
-            commands.send(command(answer.clone())).map_err(|_| gone())?;
+            let command = command(answer.clone());
+            thread
+                .with_life(|life| life.as_ref().and_then(|life| life.commands.send(command).ok()))
+                .ok_or_else(gone)?;
             thread.waker.wake()?;
         }
         drop(answer);
@@ -89,7 +103,8 @@ impl<Command, Counts> Threads<Command, Counts> {
     /// How many live.
     #[must_use]
     pub fn alive(&self) -> usize {
-        self.all.iter().filter(|thread| thread.handle.as_ref().is_some_and(|handle| !handle.is_finished())).count()
+        let is_alive = |life: &mut Option<Life<_>>| life.as_ref().is_some_and(|life| !life.handle.is_finished());
+        self.all.iter().filter(|thread| thread.with_life(is_alive)).count()
     }
 
     /// What each has counted.
@@ -98,14 +113,20 @@ impl<Command, Counts> Threads<Command, Counts> {
     }
 
     /// Returns when all have ended.
-    pub fn close(&mut self) {
-        for thread in &mut self.all {
-            thread.commands = None;
-            // What cannot be woken up ends by its next event.
-            let _ = thread.waker.wake();
-        }
-        for thread in &mut self.all {
-            thread.handle.take().map(JoinHandle::join);
+    pub fn close(&self) {
+        let ended: Vec<_> = self.all.iter().map(|thread| (thread, thread.with_life(Option::take))).collect();
+        let handles: Vec<_> = ended
+            .into_iter()
+            .filter_map(|(thread, life)| {
+                let Life { commands, handle } = life?;
+                drop(commands);
+                // What cannot be woken up ends by its next event.
+                let _ = thread.waker.wake();
+                Some(handle)
+            })
+            .collect();
+        for handle in handles {
+            let _ = handle.join();
         }
     }
 }

@@ -43,9 +43,11 @@ fn keyring() -> Arc<Keyring> {
 }
 
 /// Threads that answer at one address.
+/// The number by which a place is left.
+const PLACE: usize = 7;
+
 struct Served {
     threads: KeThreads,
-    number: usize,
     address: SocketAddr,
 }
 
@@ -72,13 +74,13 @@ impl Served {
             clock: ArcSwap::from_pointee(Clock { state, offset_ns: 0, good_until: None }),
         });
         let preference = [AeadId::Aes128GcmSiv, AeadId::SivCmac256];
-        let mut threads = KeThreads::start(1, limits, &preference, &shared).unwrap();
+        let threads = KeThreads::start(1, limits, &preference, &shared).unwrap();
         threads.use_credentials(credentials(&[pair("a.example", P256)]));
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let service: ServiceAt = Arc::new(service.clone());
-        let number = threads.listen(vec![listener.into()], &service).unwrap();
-        Self { threads, number, address }
+        threads.listen(PLACE, vec![listener.into()], &service).unwrap();
+        Self { threads, address }
     }
 
     fn connect(&self) -> TcpStream {
@@ -372,21 +374,21 @@ fn a_place_that_is_left_is_closed_and_its_connections_go_on() {
     let served = Served::new(&Limits::default());
     let (mut tls, mut stream) = (client("a.example"), served.connect());
     served.wait_for(|served| served.open() == 1);
-    served.threads.leave(served.number).unwrap();
+    served.threads.leave(PLACE).unwrap();
     assert_eq!(TcpStream::connect(served.address).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
     assert_eq!(read(&ask(&mut tls, &mut stream, &request()).unwrap()).len(), 10);
 }
 
 #[test]
 fn closing_ends_what_is_under_way() {
-    let mut served = Served::new(&Limits::default());
+    let served = Served::new(&Limits::default());
     let mut stream = served.connect();
     served.wait_for(|served| served.open() == 1);
     assert_eq!(served.threads.alive(), 1);
     served.threads.close();
     assert_eq!(stream.read(&mut [0]).unwrap(), 0);
     assert_eq!(served.threads.alive(), 0);
-    assert!(served.threads.leave(served.number).is_err());
+    assert!(served.threads.leave(PLACE).is_err());
 }
 
 #[test]

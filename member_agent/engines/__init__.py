@@ -49,6 +49,10 @@ class Engine(Protocol):
         """Take every line away: a daemon goes on without NTS from us."""
 
     @property
+    def packets(self) -> str | None:
+        """What answers in the agent itself; None where a daemon does."""
+
+    @property
     def requests(self) -> int | None:
         """NTP requests so far; None when that is not known."""
 

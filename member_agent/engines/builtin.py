@@ -1,12 +1,12 @@
-"""The engine inside the agent: NTS-KE and NTP in this process and, where one core is not enough, in workers like it.
+"""The engine inside the agent: which certificates, cookie keys and sockets there are, swapped while it runs.
 
-Certificates, keys and places are swapped while it runs. All sockets are bound here.
+All sockets are bound here; what answers on them is one of `packets`.
 """
 
 import asyncio
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -16,8 +16,8 @@ import structlog
 from member_agent.clock import Clock
 from member_agent.config import AgentSettings
 from member_agent.engines import EngineError, Service
-from member_agent.engines.serving import Charge, Counts, PemPair, Place, Protocol, Server
-from member_agent.engines.workers import MOST_PLACES, ClockOrders, Crew, Orders
+from member_agent.engines.packets import packets_of
+from member_agent.engines.serving import MOST_PLACES, Counts, PemPair, Place, Protocol
 from member_agent.errors import AgentError, ExitStatus
 from member_agent.install import InstalledPair, InstallError, load_pair
 from member_agent.ke_server import connections
@@ -26,7 +26,7 @@ from member_agent.sockets import Endpoint, bind_shared, bound_endpoint
 from member_agent.state import StateDirectory
 from nts_core.cookies import Keyring, Schedule
 from nts_core.errors import TlsError
-from nts_core.tls import ServerCredentials
+from nts_core.shell import until
 
 _log = structlog.get_logger()
 # Seconds: the clock that tells when a key's time has come may be set meanwhile.
@@ -45,13 +45,12 @@ class BuiltinEngine:
         self._state = state
         self.keyring = self._first_keyring()
         self.clock = clock
-        charge = Charge.of(settings)
-        self._server = Server(charge, clock, self.keyring)
-        self._crew = Crew(settings.workers - 1, Orders(charge, self._clock_orders(), self.keyring))
+        self._packets = packets_of(settings, clock, self.keyring)
         # What is served now: the place that was asked for, which may leave the port open, and the one that is bound.
         self._bound: dict[Place, Place] = {}
         self._applying = asyncio.Lock()
-        clock.heard = self._tell_of_clock
+        clock.heard = self._packets.use_clock
+        _log.info("packets", engine=self.packets, workers=settings.workers)
 
     def _first_keyring(self) -> Keyring:
         """The keys of the last run under the schedule that holds now, or fresh ones."""
@@ -74,12 +73,9 @@ class BuiltinEngine:
             self._state.save_keyring(keyring)
 
     async def apply(self, service: Service) -> None:
-        """Serve this instead of what is served now, in all processes. On EngineError nothing has changed."""
+        """Serve this instead of what is served now. On EngineError nothing has changed."""
         async with self._applying:
-            pairs = await asyncio.to_thread(_read_pairs, service.pairs)
-            credentials = {
-                domain: _credentials(domain, pair, service.pairs[domain]) for domain, pair in pairs.items()
-            }
+            pairs = await asyncio.to_thread(_read_pairs, service.pairs, self._packets.check)
             wanted = [Place(Protocol.KE, endpoint) for endpoint in service.ke]
             wanted += [Place(Protocol.NTP, endpoint) for endpoint in service.ntp]
             if len(wanted) > MOST_PLACES:
@@ -89,8 +85,7 @@ class BuiltinEngine:
                     ExitStatus.CONFIGURATION,
                 )
             await self._move(wanted)
-            self._server.use_credentials(credentials)
-            await self._crew.follow(replace(self._crew.orders, pairs=pairs))
+            await self._packets.use_pairs(pairs)
 
     async def _move(self, wanted: Sequence[Place]) -> None:
         """Listen at these places only. What is new is bound before anything is closed that is not in its way."""
@@ -105,7 +100,6 @@ class BuiltinEngine:
                 self._listen(blocking)
             except AgentError as lost:
                 _log.error("listener_lost", detail=lost.message)
-            await self._crew.follow(self._crew.orders)
             raise EngineError(error.message, error.remedy, error.status) from None
         await self._leave([place for place in gone if place not in blocking])
 
@@ -119,37 +113,32 @@ class BuiltinEngine:
                 for sock in sockets:
                     stack.enter_context(sock)
                 found[place] = sockets
+            bound = {
+                place: replace(place, endpoint=bound_endpoint(sockets[0])) for place, sockets in found.items()
+            }
+            for place, sockets in found.items():
+                if place.protocol is Protocol.NTP:
+                    for sock in sockets:
+                        prepare(sock)
+            try:
+                self._packets.listen({bound[place]: sockets for place, sockets in found.items()})
+            except OSError as error:
+                raise AgentError(
+                    f"cannot answer on {', '.join(str(place.endpoint) for place in bound.values())}: {error}",
+                    "pool-agent logs may say more",
+                    ExitStatus.CONFIGURATION,
+                ) from None
             stack.pop_all()
-        bound = {}
-        for place, sockets in found.items():
-            self._bound[place] = actual = replace(place, endpoint=bound_endpoint(sockets[0]))
-            bound[actual] = sockets
-            if place.protocol is Protocol.NTP:
-                for sock in sockets:
-                    prepare(sock)
-            self._server.open(actual, sockets[0])
-        self._crew.tell(replace(self._crew.orders, sockets={**self._crew.orders.sockets, **bound}))
+        self._bound.update(bound)
 
     async def _leave(self, places: Sequence[Place]) -> None:
-        """Close these, in the workers first: a place is free when nobody has it."""
-        closing = {self._bound.pop(place) for place in places}
-        if not closing:
-            return
-        sockets = self._crew.orders.sockets
-        kept = {place: found for place, found in sockets.items() if place not in closing}
-        await self._crew.follow(replace(self._crew.orders, sockets=kept))
-        for place in closing:
-            self._server.leave(place)
-            for sock in sockets[place][1:]:
-                sock.close()
+        """Close these; the places are free then."""
+        if closing := {self._bound.pop(place) for place in places}:
+            await self._packets.leave(closing)
 
     async def close(self) -> None:
-        """Answer no more, in no process."""
-        await self._crew.close()
-        await self._server.close()
-        for sockets in self._crew.orders.sockets.values():
-            for sock in sockets[1:]:
-                sock.close()
+        """Answer no more."""
+        await self._packets.close()
 
     async def remove(self) -> None:
         """Serve nothing, until there is something again."""
@@ -166,25 +155,33 @@ class BuiltinEngine:
 
     @property
     def counts(self) -> Counts:
-        """Of all processes; may be read in another thread."""
-        return self._server.counts + self._crew.counts
+        """May be read in another thread."""
+        return self._packets.counts
 
     @property
-    def processes(self) -> int:
-        """How many serve now."""
-        return 1 + self._crew.alive
+    def packets(self) -> str:
+        """What answers: native or python."""
+        return self._packets.name
+
+    @property
+    def workers(self) -> int:
+        """How many processes, or threads of the native engine, serve now."""
+        return self._packets.workers
 
     @property
     def restarts(self) -> int:
-        """How often a worker had to be started again."""
-        return self._crew.restarts
+        """How often one of them had to be started again."""
+        return self._packets.restarts
 
     def endpoints(self, protocol: Protocol) -> list[Endpoint]:
         """Where it is served, in the order in which that was asked for."""
         return [place.endpoint for place in self._bound.values() if place.protocol is protocol]
 
     async def tend(self) -> None:
-        """Change cookie keys when their time has come, for ever."""
+        """Change cookie keys when their time has come, and keep what answers up to date, for ever. Raises AgentError."""
+        await until(asyncio.Event(), *map(asyncio.create_task, (self._rotate(), self._packets.tend())))
+
+    async def _rotate(self) -> None:
         while True:
             try:
                 self.rotate_if_due()
@@ -200,46 +197,32 @@ class BuiltinEngine:
             return
         self._save(rotated)
         self.keyring = rotated
-        self._server.use_keyring(rotated)
-        self._crew.tell(replace(self._crew.orders, keyring=rotated))
+        self._packets.use_keyring(rotated)
 
     def seconds_to_rotation(self) -> float:
         return max(1.0, self.keyring.next_at - time.time())
 
-    def _clock_orders(self) -> ClockOrders:
-        return ClockOrders(self.clock.local_stratum, self.clock.offset_ns, *self.clock.last_heard)
 
-    def _tell_of_clock(self) -> None:
-        self._crew.tell(replace(self._crew.orders, clock=self._clock_orders()))
-
-
-def _read_pairs(pairs: Mapping[str, InstalledPair]) -> dict[str, PemPair]:
+def _read_pairs(pairs: Mapping[str, InstalledPair], check: Callable[[PemPair], None]) -> dict[str, PemPair]:
     """What the files hold now, each pair checked. Raises EngineError."""
     found = {}
-    for domain, pair in pairs.items():
+    for domain, files in pairs.items():
         try:
-            load_pair(pair.chain_path, pair.key_path)
-            found[domain] = PemPair(pair.chain_path.read_text("ascii"), pair.key_path.read_text("ascii"))
+            load_pair(files.chain_path, files.key_path)
+            pair = PemPair(files.chain_path.read_text("ascii"), files.key_path.read_text("ascii"))
+            begins, ends = pair.credentials().validity
+            check(pair)
         except InstallError as error:
             raise EngineError(error.message, error.remedy, ExitStatus.CERTIFICATE) from None
-        except (OSError, ValueError) as error:
-            raise _unusable(pair, error) from None
+        except (OSError, TlsError, ValueError) as error:
+            raise _unusable(files, error) from None
+        if not begins <= datetime.now(UTC) <= ends:
+            # It may be the clock that is wrong, so it is served all the same.
+            _log.warning(
+                "certificate_not_valid_now", domain=domain, begins=begins.isoformat(), ends=ends.isoformat()
+            )
+        found[domain] = pair
     return found
-
-
-def _credentials(domain: str, pair: PemPair, files: InstalledPair) -> ServerCredentials:
-    """Ready for handshakes. Raises EngineError."""
-    try:
-        credentials = pair.credentials()
-    except (TlsError, ValueError) as error:
-        raise _unusable(files, error) from None
-    begins, ends = credentials.validity
-    if not begins <= datetime.now(UTC) <= ends:
-        # It may be the clock that is wrong, so it is served all the same.
-        _log.warning(
-            "certificate_not_valid_now", domain=domain, begins=begins.isoformat(), ends=ends.isoformat()
-        )
-    return credentials
 
 
 def _unusable(files: InstalledPair, error: Exception) -> EngineError:

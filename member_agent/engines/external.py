@@ -62,6 +62,7 @@ class Word(StrEnum):
 class ExternalEngine:
     """The engine of one time daemon, as the agent uses it."""
 
+    packets = None  # a daemon has its own
     # Each attempt restarts the daemon twice.
     patience: tuple[float, ...] = (60.0, 600.0, 6000.0, 86_400.0)
 

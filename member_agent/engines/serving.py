@@ -2,7 +2,7 @@
 
 import socket
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Self
@@ -20,6 +20,9 @@ from nts_core.cookies import MAX_COOKIES, Keyring
 from nts_core.errors import TlsError
 from nts_core.ke import NtpEndpoint, NtpService
 from nts_core.tls import NamedCredentials, ServerCredentials, ServerKey
+
+# What the kernel carries with one message is 253 descriptors; a worker is told of that many places at most.
+MOST_PLACES = 240
 
 
 class Protocol(StrEnum):
@@ -121,7 +124,7 @@ class Server:
         """Answer on a socket that is bound there."""
         self._sockets[place] = sock
         if place.protocol is Protocol.KE:
-            self._ke.listen(sock, self._service)
+            self._ke.listen(sock, self._service_at)
         else:
             self._ntp.listen(sock)
 
@@ -148,27 +151,33 @@ class Server:
             self._ke.slots.taken,
         )
 
-    def _service(self, local: str, names: tuple[str, ...]) -> NtpService:
-        """Where clients of the KE address `local` find NTP: there if it is served there.
+    def _service_at(self, local: str, names: tuple[str, ...]) -> NtpService:
+        return service_at(self._ntp.endpoints, self._ntp_server, local, names)
 
-        Otherwise at an address of the same family, at another, or by the certificate's name, which may lead to
-        any (RFC 8915 section 4.1.7). Addresses with a zone mean nothing elsewhere and are not told.
-        """
-        family = Endpoint(local, 0).family
-        here: list[NtpEndpoint] = []
-        told: list[NtpEndpoint] = []
-        endpoints = self._ntp.endpoints
-        for ntp in sorted(endpoints, key=lambda ntp: ntp.family != family):
-            if ntp.address == local or (ntp.is_wildcard and ntp.family == family):
-                here.append(NtpEndpoint(None, ntp.port))
-                # By these names, too, a client may ask for what it would get anyway.
-                told += [NtpEndpoint(name, ntp.port) for name in (local, *names)]
-            elif ntp.is_wildcard:
-                told += [NtpEndpoint(name, ntp.port) for name in names]
-            else:
-                told.append(NtpEndpoint(ntp.address, ntp.port))
-        told = [endpoint for endpoint in told if endpoint.host and "%" not in endpoint.host]
-        elsewhere = [self._ntp_server] if self._ntp_server else []
-        last = [NtpEndpoint(None, ntp.port) for ntp in endpoints[:1]]
-        choices = [*elsewhere, *here, *told, *last, NtpEndpoint()]
-        return NtpService(choices[0], tuple(told))
+
+def service_at(
+    endpoints: Sequence[Endpoint], ntp_server: NtpEndpoint | None, local: str, names: tuple[str, ...]
+) -> NtpService:
+    """Where clients of the KE address `local` find NTP, which is served at `endpoints`: there if it is served there.
+
+    Otherwise at an address of the same family, at another, or by the certificate's name, which may lead to
+    any (RFC 8915 section 4.1.7). Addresses with a zone mean nothing elsewhere and are not told. The member's own
+    `ntp_server` comes before all.
+    """
+    family = Endpoint(local, 0).family
+    here: list[NtpEndpoint] = []
+    told: list[NtpEndpoint] = []
+    for ntp in sorted(endpoints, key=lambda ntp: ntp.family != family):
+        if ntp.address == local or (ntp.is_wildcard and ntp.family == family):
+            here.append(NtpEndpoint(None, ntp.port))
+            # By these names, too, a client may ask for what it would get anyway.
+            told += [NtpEndpoint(name, ntp.port) for name in (local, *names)]
+        elif ntp.is_wildcard:
+            told += [NtpEndpoint(name, ntp.port) for name in names]
+        else:
+            told.append(NtpEndpoint(ntp.address, ntp.port))
+    told = [endpoint for endpoint in told if endpoint.host and "%" not in endpoint.host]
+    elsewhere = [ntp_server] if ntp_server else []
+    last = [NtpEndpoint(None, ntp.port) for ntp in endpoints[:1]]
+    choices = [*elsewhere, *here, *told, *last, NtpEndpoint()]
+    return NtpService(choices[0], tuple(told))

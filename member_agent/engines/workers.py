@@ -21,15 +21,13 @@ import structlog
 from pydantic import BaseModel, ConfigDict
 
 from member_agent.clock import Clock
-from member_agent.engines.serving import Charge, Counts, PemPair, Place, Server
+from member_agent.engines.serving import MOST_PLACES, Charge, Counts, PemPair, Place, Server
 from member_agent.tracking import Tracking
 from nts_core.children import environment_without, keep_running, wait_or_kill
 from nts_core.cookies import Keyring
 from nts_core.errors import TlsError, WireError
 from nts_core.shell import configure_logging, raise_descriptor_limit
 
-# What the kernel carries with one message is 253 descriptors; a worker is told of that many places at most.
-MOST_PLACES = 240
 # A hundred chains of the greatest length, and the keys.
 _MOST_OCTETS = 32 * 1024 * 1024
 _REPORT_OCTETS = 64 * 1024

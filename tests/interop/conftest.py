@@ -101,7 +101,7 @@ class OurServer:
 
 
 @pytest.fixture
-def our_server():
+def our_server(slow_packets):
     return OurServer
 
 

@@ -35,6 +35,7 @@ from nts_core.ratelimit import Admission, Cap, Verdict
 HOST, OTHER = "127.0.0.1", "127.0.0.2"
 ALICE, BOB = "alice.pool.example", "bob.pool.example"
 KE, NTP = Protocol.KE, Protocol.NTP
+BOTH = pytest.mark.usefixtures("packets")
 # Addresses of which the kernel gives each of two processes some.
 SOURCES = [f"127.0.0.{number}" for number in range(1, 17)]
 
@@ -79,6 +80,7 @@ def serial(pair):
 # Certificates
 
 
+@BOTH
 async def test_each_name_has_its_own_certificate(pairs, trust):
     async with engine(service(pairs, HOST)) as built:
         for name, pair in pairs.items():
@@ -87,6 +89,7 @@ async def test_each_name_has_its_own_certificate(pairs, trust):
 
 
 @pytest.mark.parametrize("name", ["carol.pool.example", HOST, "x" * 60 + ".example"])
+@BOTH
 async def test_among_several_nobody_is_shown_one_that_was_not_asked_for(pairs, trust, name, capfd):
     """By another name, or by none, as who asks for an address."""
     async with engine(service(pairs, HOST)) as built:
@@ -97,11 +100,13 @@ async def test_among_several_nobody_is_shown_one_that_was_not_asked_for(pairs, t
     assert "Traceback" not in capfd.readouterr().err
 
 
+@BOTH
 async def test_the_only_certificate_is_shown_to_everybody(pairs, trust):
     async with engine(service({ALICE: pairs[ALICE]}, HOST)) as built:
         assert await certificate(built, HOST, trust) == serial(pairs[ALICE])
 
 
+@BOTH
 async def test_before_any_certificate_there_is_an_alert(pairs, trust):
     async with engine(service({}, HOST)) as built:
         with pytest.raises(ClientError):
@@ -110,6 +115,7 @@ async def test_before_any_certificate_there_is_an_alert(pairs, trust):
         assert await certificate(built, ALICE, trust) == serial(pairs[ALICE])
 
 
+@BOTH
 async def test_clients_are_sent_on_by_the_name_that_they_asked_for(pairs, trust):
     """NTP in the other family only: a name of another domain might be gone tomorrow."""
     async with engine(service(pairs, "::1", ntp=["0.0.0.0"])) as built:
@@ -118,6 +124,7 @@ async def test_clients_are_sent_on_by_the_name_that_they_asked_for(pairs, trust)
             assert found.result.endpoint.host == name
 
 
+@BOTH
 async def test_a_pair_that_cannot_be_used_leaves_what_was(tmp_path, pairs, trust):
     async with engine(service({ALICE: pairs[ALICE]}, HOST)) as built:
         before = built.endpoints(KE)
@@ -140,6 +147,7 @@ async def served_at(built, host, trust, name=ALICE):
     return sample.stratum == 3
 
 
+@BOTH
 async def test_addresses_come_and_go_while_it_serves(pairs, trust):
     async with engine(service(pairs, HOST)) as built:
         kept = built.endpoints(KE)[0]
@@ -158,6 +166,7 @@ async def test_addresses_come_and_go_while_it_serves(pairs, trust):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
+@BOTH
 async def test_what_cannot_be_bound_leaves_what_was(pairs, trust, workers):
     """Also where the new place is taken by us: a wildcard instead of an address, on the same port."""
     port = free_port(HOST, "127.0.0.9")
@@ -174,6 +183,7 @@ async def test_what_cannot_be_bound_leaves_what_was(pairs, trust, workers):
         assert await served_at(built, HOST, trust)
 
 
+@BOTH
 async def test_places_have_a_bound(pairs):
     hosts = [f"127.1.{number}.1" for number in range(130)]
     async with engine() as built:
@@ -182,6 +192,7 @@ async def test_places_have_a_bound(pairs):
         assert built.endpoints(KE) == []
 
 
+@BOTH
 async def test_one_change_after_the_other(pairs, trust):
     """The last one that was asked for holds, however they overlap."""
     async with engine(service(pairs, HOST)) as built:
@@ -228,12 +239,13 @@ async def until(condition, what):
     await asyncio.to_thread(wait_until, condition, what)
 
 
+@pytest.mark.usefixtures("python_packets")
 async def test_all_processes_serve_alike(pairs, trust):
     async with engine(service({ALICE: pairs[ALICE]}, HOST), workers=2) as built:
         await ask_from(SOURCES, built, trust)
-        assert built.processes == 2
+        assert built.workers == 2
         await until(lambda: built.counts.ntp["nts-time"] == len(SOURCES), "the worker has reported")
-        assert 0 < built._server.counts.ntp["nts-time"] < len(SOURCES), "both had some"
+        assert 0 < built._packets._server.counts.ntp["nts-time"] < len(SOURCES), "both had some"
         assert built.counts.opened == {"sealing": len(SOURCES)}
         assert built.counts.sealed == 9 * len(SOURCES)
         assert built.requests == built.ke_requests == len(SOURCES)
@@ -244,6 +256,7 @@ async def test_all_processes_serve_alike(pairs, trust):
             assert pairs[BOB].chain_path.read_text().partition("-----END")[0] in shown
 
 
+@pytest.mark.usefixtures("python_packets")
 async def test_a_worker_that_dies_is_started_again_and_nothing_is_lost(pairs, trust):
     async with engine(service(pairs, HOST), workers=2) as built:
         await ask_from(SOURCES, built, trust)
@@ -269,6 +282,7 @@ def runs(pid, word):
     return word.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
+@pytest.mark.usefixtures("python_packets")
 def test_workers_end_with_their_agent_whatever_ends_it(tmp_path, pair, monkeypatch):
     monkeypatch.setenv("POOL_AGENT_WORKERS", "2")
     metrics = free_port()
@@ -290,6 +304,7 @@ def is_zombie(pid):
         return True
 
 
+@BOTH
 async def test_another_agent_does_not_share_unasked(pairs):
     """SO_REUSEPORT would let any process of the same user in."""
     async with engine(service(pairs, HOST), workers=2) as built:

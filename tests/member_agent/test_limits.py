@@ -35,6 +35,7 @@ from nts_core.tls import ServerCredentials, client_channel
 
 NAME = "ntp.example"
 HOST = "127.0.0.1"
+BOTH = pytest.mark.usefixtures("packets")
 LIMITS = Limits()
 ERROR_1 = (Record(RecordType.ERROR, b"\0\1", critical=True),)
 # Longer than any deadline of the server.
@@ -69,7 +70,7 @@ def serving(tmp_path, pair, *arguments, toml="", wrapper=()):
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory, pair):
+def shared(tmp_path_factory, pair, packets):
     """One server with the limits that hold by default."""
     with serving(tmp_path_factory.mktemp("shared"), pair) as server:
         yield server
@@ -201,6 +202,7 @@ def drip(sock, octets):
 # Slots
 
 
+@BOTH
 @pytest.mark.usefixtures("_many_descriptors")
 async def test_hundreds_of_idle_peers_do_not_stop_a_client(tmp_path, pair, trust):
     """Also from the client's own address, as long as that has a slot left."""
@@ -211,6 +213,7 @@ async def test_hundreds_of_idle_peers_do_not_stop_a_client(tmp_path, pair, trust
         assert await is_served(server, trust)
 
 
+@BOTH
 @pytest.mark.usefixtures("_many_descriptors")
 async def test_the_cap_holds_and_slots_come_free_again(tmp_path, pair, trust):
     with serving(tmp_path, pair) as server:
@@ -224,6 +227,7 @@ async def test_the_cap_holds_and_slots_come_free_again(tmp_path, pair, trust):
         assert await is_served(server, trust)
 
 
+@BOTH
 async def test_an_address_has_a_cap_and_leaves_room_for_others(tmp_path, pair, trust):
     toml = "[limits]\nke_connections_per_address = 5\n"
     with serving(tmp_path, pair, toml=toml) as server, contextlib.ExitStack() as idle:
@@ -235,6 +239,7 @@ async def test_an_address_has_a_cap_and_leaves_room_for_others(tmp_path, pair, t
         assert await is_served(server, trust)
 
 
+@BOTH
 async def test_ipv6_counts_as_well(tmp_path, pair, trust):
     toml = "[limits]\nke_connections_per_48 = 1\n"
     with serving(tmp_path, pair, toml=toml) as server:
@@ -257,6 +262,7 @@ def test_a_bench_on_one_address_fits(shared, trust):
         peer.socket.close()
 
 
+@BOTH
 async def test_the_rate_of_connections_can_be_limited(tmp_path, pair, trust):
     toml = "[limits]\nke_interval = 4096\nke_burst = 2\n"
     with serving(tmp_path, pair, toml=toml) as server:
@@ -288,6 +294,7 @@ def plain_answer(port, source=HOST, host=HOST, patience=PATIENCE):
         return header
 
 
+@BOTH
 async def test_no_descriptor_is_left(tmp_path, pair, trust):
     """The limit falls below the cap while the server runs: accept() fails, NTP goes on, all comes back."""
     with serving(tmp_path, pair) as server:
@@ -312,6 +319,7 @@ async def test_no_descriptor_is_left(tmp_path, pair, trust):
         )
 
 
+@BOTH
 async def test_a_host_with_few_descriptors_has_fewer_connections(tmp_path, pair, trust):
     """From the start: the rest of the agent keeps what it needs, so nothing fails for want of a descriptor."""
     allowed = RESERVED_DESCRIPTORS + 10
@@ -397,6 +405,7 @@ def test_octets_and_records_may_come_one_by_one(shared, trust):
 # Peers that do not listen
 
 
+@BOTH
 def test_a_peer_that_never_reads_costs_a_slot_for_a_while(tmp_path, pair, trust):
     """Neither its slot nor its descriptor outlives the deadline. Half of the peers read until they have asked."""
     with serving(tmp_path, pair) as server:
@@ -575,6 +584,7 @@ def test_a_client_that_does_not_hang_up_loses_its_slot(shared, trust):
 # Access
 
 
+@BOTH
 async def test_the_denied_get_nothing(tmp_path, pair, trust):
     with serving(tmp_path, pair, "--deny=127.0.0.2", "--deny=127.0.3.0/24", "--deny=::1") as server:
         assert refused(server.ke_port, "127.0.0.2")
@@ -586,6 +596,7 @@ async def test_the_denied_get_nothing(tmp_path, pair, trust):
         assert await is_served(server, trust)
 
 
+@BOTH
 async def test_only_the_allowed_are_served(tmp_path, pair, trust):
     with serving(tmp_path, pair, "--allow=127.0.0.0/24", "--deny=127.0.0.128/25") as server:
         assert await is_served(server, trust)
@@ -615,6 +626,7 @@ async def nts_answer(found, server, source):
         return kiss, len(association.jar)
 
 
+@BOTH
 async def test_the_denied_can_be_told_so(tmp_path, pair, trust):
     """KoD DENY, once in a while: authentic to an NTS request, and the cookie that it used comes back."""
     toml = '[limits]\ndeny = ["127.0.0.2", "127.0.0.3"]\ndeny_action = "kod"\n'
@@ -646,6 +658,7 @@ def burst(server, source, count, host=HOST):
     return answers
 
 
+@BOTH
 def test_an_address_that_asks_too_often_is_not_answered(tmp_path, pair):
     """A few of what is over the limit are: one in 256 here, by chance."""
     toml = "[limits]\nntp_burst = 20\nntp_leak = 256\n"
@@ -655,12 +668,14 @@ def test_an_address_that_asks_too_often_is_not_answered(tmp_path, pair):
         assert 20 <= burst(server, "127.0.0.3", 120) <= 35, "another address has its own tokens"
 
 
+@BOTH
 def test_another_port_is_the_same_address(tmp_path, pair):
     toml = "[limits]\nntp_interval = 4096\nntp_burst = 20\nntp_leak = 256\n"
     with serving(tmp_path, pair, toml=toml) as server:
         assert sum(burst(server, "127.0.0.2", 10) for _ in range(12)) <= 35
 
 
+@BOTH
 def test_ipv6_is_limited_too(tmp_path, pair):
     toml = "[limits]\nntp_interval = 4096\nntp_burst = 2\nntp_leak = 256\nntp_kod = 1\n"
     with serving(tmp_path, pair, toml=toml) as server:
@@ -671,6 +686,7 @@ def test_ipv6_is_limited_too(tmp_path, pair):
         assert_kiss(found[2], b"RATE")
 
 
+@BOTH
 async def test_an_address_can_be_told_that_it_asks_too_often(tmp_path, pair, trust):
     """KoD RATE to an NTS request is authentic, and the cookie that it used comes back."""
     toml = "[limits]\nntp_interval = 4096\nntp_burst = 1\nntp_kod = 1\n"
@@ -736,6 +752,7 @@ def test_a_variable_sets_a_limit(pair, monkeypatch):
     assert "limits.ntp_burst" in done.stderr
 
 
+@BOTH
 def test_beyond_the_cap_nobody_is_answered_whoever_asks(tmp_path, pair):
     """One request in 100 s: of two clients only the first one is answered."""
     with serving(tmp_path, pair, toml="[limits]\nntp_pps = 0.01\n") as server:
@@ -744,6 +761,7 @@ def test_beyond_the_cap_nobody_is_answered_whoever_asks(tmp_path, pair):
         assert ntp_count(server, "over-cap") >= 1
 
 
+@BOTH
 def test_beyond_the_cap_an_address_may_be_told_so(tmp_path, pair):
     toml = '[limits]\nntp_pps = 0.01\nabove = "rate"\n'
     with serving(tmp_path, pair, toml=toml) as server:
@@ -753,6 +771,7 @@ def test_beyond_the_cap_an_address_may_be_told_so(tmp_path, pair):
         assert (ntp_count(server, "kiss-rate"), ntp_count(server, "over-cap")) == (1, 1)
 
 
+@BOTH
 async def test_beyond_the_cap_of_key_establishments_connections_end_before_tls(tmp_path, pair, trust):
     """Ten in ten minutes, of which six seconds' worth come at once: one. Whose connection it is does not count."""
     with serving(tmp_path, pair, toml="[limits]\nke_per_minute = 1\n") as server:

@@ -34,10 +34,11 @@ from nts_core.wire import uint16
 
 NAME = "ntp.example"
 HOST = "127.0.0.1"
+BOTH = pytest.mark.usefixtures("packets")
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory, pair):
+def shared(tmp_path_factory, pair, packets):
     """One server on both families that vouches for its clock, for tests that do not change it."""
     directory = tmp_path_factory.mktemp("shared")
     metrics = free_port()
@@ -184,6 +185,7 @@ async def test_a_fault_of_our_own_is_error_2(pair, trust):
     assert listeners.slots.taken == 0
 
 
+@BOTH
 @pytest.mark.rfc8915("4.1.7-1", "4.1.7-2", "4.1.7-3")
 @pytest.mark.parametrize(("address", "other"), [("::1", HOST), (HOST, "::1")])
 async def test_ntp_on_another_address_is_told_by_record_6(tmp_path, pair, trust, address, other):
@@ -194,6 +196,7 @@ async def test_ntp_on_another_address_is_told_by_record_6(tmp_path, pair, trust,
     assert found.result.endpoint == NtpEndpoint(other, server.ntp_port)
 
 
+@BOTH
 @pytest.mark.rfc8915("4.1.7-12")
 async def test_ntp_in_the_other_family_only_is_told_by_name(tmp_path, pair, trust):
     """An address of its own a wildcard cannot tell; the certificate's name leads to either family."""
@@ -202,6 +205,7 @@ async def test_ntp_in_the_other_family_only_is_told_by_name(tmp_path, pair, trus
     assert found.result.endpoint == NtpEndpoint(NAME, server.ntp_port)
 
 
+@BOTH
 async def test_wildcards_answer_from_the_address_that_was_asked(tmp_path, pair, trust):
     wild = ("0.0.0.0:0", "[::]:0")
     with AgentServer(tmp_path, pair, "--local-stratum=1", ke=wild, ntp=wild) as server:
@@ -213,6 +217,7 @@ async def test_wildcards_answer_from_the_address_that_was_asked(tmp_path, pair, 
             assert sample.stratum == 1
 
 
+@BOTH
 def test_without_a_word_for_the_clock_the_server_is_not_synchronised(tmp_path, authority, pair):
     with AgentServer(tmp_path, pair) as server:
         status, document = query(authority, endpoints(server)[0][0])
@@ -226,6 +231,7 @@ def test_without_a_word_for_the_clock_the_server_is_not_synchronised(tmp_path, a
     assert "nobody vouches" in log
 
 
+@BOTH
 @pytest.mark.parametrize("offset", ["0.25", "-3600"])
 def test_a_test_offset_is_served_and_shown(tmp_path, authority, pair, offset):
     with AgentServer(tmp_path, pair, "--local-stratum=2", f"--clock-offset={offset}") as server:
@@ -258,6 +264,7 @@ def test_status_with_a_bad_setting_names_it(tmp_path):
 # Signals
 
 
+@BOTH
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_end_it_with_0(tmp_path, pair, number):
     with AgentServer(tmp_path, pair) as server, socket.create_connection((HOST, server.ke_port)):
@@ -267,7 +274,7 @@ def test_signals_end_it_with_0(tmp_path, pair, number):
 
 
 @pytest.fixture
-def reloadable(tmp_path, pair):
+def reloadable(tmp_path, pair, packets):
     """A server with certificate files of its own and metrics."""
     mine = Pair(tmp_path / "cert.pem", tmp_path / "key.pem")
     install(pair, mine)
@@ -406,6 +413,7 @@ def test_options_out_of_range(pair):
 # State
 
 
+@BOTH
 def test_a_state_directory_in_use(tmp_path, pair):
     with AgentServer(tmp_path / "log", pair, f"--state={tmp_path}/state"):
         said = start_fails(ExitStatus.LOCKED, *files(pair), f"--state={tmp_path}/state")
@@ -482,6 +490,7 @@ async def test_cookies_die_with_a_key_file_that_was_taken_away(tmp_path, pair, t
         assert (await exchange(await session(server, trust), HOST, port)).synchronised
 
 
+@BOTH
 @pytest.mark.rfc8915("6-2")
 def test_the_cookie_keys_are_private(tmp_path, pair):
     with AgentServer(tmp_path / "log", pair, f"--state={tmp_path}/state"):

@@ -31,6 +31,7 @@ from nts_core.tls import Trust
 from .conftest import SOURCE, build
 
 PACKAGING = SOURCE / "packaging"
+WHEELS = SOURCE / "engine" / "target" / "wheels"
 UNITS = sorted((PACKAGING / "systemd").iterdir())
 PROJECT = tomllib.loads((SOURCE / "pyproject.toml").read_text())["project"]
 
@@ -69,7 +70,7 @@ def test_what_agent_and_client_import_is_required_by_them():
     def is_same(one, other):
         return re.sub(r"[-_.]+", "-", one).lower() == re.sub(r"[-_.]+", "-", other).lower()
 
-    ours = {"nts_core", "member_agent", *sys.stdlib_module_names}
+    ours = {"nts_core", "member_agent", "nts_engine", *sys.stdlib_module_names}
     imported = set()
     for directory in ("nts_core", "member_agent"):
         for file in (SOURCE / directory).rglob("*.py"):
@@ -250,8 +251,9 @@ def test_the_package_holds_the_agent_and_not_the_registry(unpacked):
     assert {pin.partition("==")[0] for pin in locked("requirements-agent.lock")} == {
         re.sub(r"[_.]+", "-", name.partition("-")[0]).lower()
         for name in names
-        if name.endswith(".dist-info") and not name.startswith("truechimer")
+        if name.endswith(".dist-info") and not name.startswith(("truechimer", "nts_engine"))
     }
+    assert ("nts_engine" in names) == any(WHEELS.glob("*.whl")), "the engine in Rust, where it was built"
 
 
 def test_nothing_in_the_package_knows_where_it_was_built(unpacked):
@@ -304,6 +306,9 @@ def test_the_same_source_gives_the_same_package(package, tmp_path):
     )
     copy.mkdir()
     call("cp", "-r", *(SOURCE / name for name in copied), copy)
+    if WHEELS.exists():
+        (copy / "engine" / "target").mkdir(parents=True)
+        call("cp", "-r", WHEELS, copy / "engine" / "target")
     (copy / "nts_core" / "__pycache__").mkdir(exist_ok=True)
     (copy / "nts_core" / "__pycache__" / "stray.pyc").write_bytes(b"stray")
     before = os.umask(0o077)
