@@ -14,7 +14,7 @@ from nts_core.packet import ClockState
 from nts_core.server import Kiss, NtpServer, Reply
 
 IS_BUILT = importlib.util.find_spec("nts_engine") is not None
-NOT_BUILT = "nts_engine is not built: it takes cargo, see CONTRIBUTING.md"
+NOT_BUILT = "nts_engine is not built: make setup builds it where cargo is there"
 # Randomness that one answer takes at most: the nonce of its authenticator, then one for each cookie.
 MOST_RANDOM = 16 + MAX_COOKIES * NONCE_LENGTH
 

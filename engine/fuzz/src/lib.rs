@@ -4,7 +4,7 @@
 //! Inputs have the form that the Python targets of the same purpose have (`fuzz/`), so that both share one corpus; and
 //! `engine/tests/corpus.rs` runs it through these functions without libFuzzer. No fuzzer guesses a tag of 128 bits:
 //! `packet` takes a datagram in its null form as well, in which cookies and ciphertexts are any octets of the right
-//! length, and seals it with the true key. It is sealed and opened by RustCrypto's `aes-siv`, not by our own.
+//! length, and seals it with the true key. It is sealed and opened by the crate `aes-siv`, not by our own.
 
 use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
