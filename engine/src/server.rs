@@ -3,17 +3,19 @@
 //! Requests are worked on `LANES` at a time: what their ciphers have to do is done side by side (see `siv`). The
 //! steps are those that one request takes; whatever leaves the common path is finished at once.
 
-use crate::aead::{Aead, SessionKeys, text_in};
-use crate::cookies::{self, Keyring, MAX_COOKIES, Role};
+use arrayvec::ArrayVec;
+
+use crate::aead::{self, Aead, text_in};
+use crate::cookies::{self, Keyring, MAX_COOKIES, Recognised, Role};
 use crate::ntptime;
 use crate::packet::{
     AUTHENTICATOR, Asked, Authenticator, CLIENT, COOKIE, COOKIE_PLACEHOLDER, ClockState, Field, Fields, HEADER,
     MAX_DATAGRAM, MIN_FIELD, MIN_HIDDEN_FIELD, Malformed, UNIQUE_IDENTIFIER, has_legacy_mac,
 };
-use crate::siv::TAG;
+use crate::siv::{self, TAG};
 
 /// How many requests are worked on side by side.
-pub const LANES: usize = 8;
+pub const LANES: usize = siv::LANES;
 /// Section 5.3 asks for 32 octets.
 const MIN_UNIQUE_IDENTIFIER: usize = 32;
 /// Octets of randomness that one answer takes at most: its nonce, and one for each cookie.
@@ -127,13 +129,6 @@ impl Reply {
         self.length = 0;
         self.outcome = why;
     }
-
-    /// A header, and behind it the client's unique identifier as it came.
-    fn clear(&mut self, outcome: Outcome, echo: &[u8]) {
-        self.octets[HEADER..HEADER + echo.len()].copy_from_slice(echo);
-        self.length = HEADER + echo.len();
-        self.outcome = outcome;
-    }
 }
 
 /// What the world gives: the time when it is asked, and randomness for one lane.
@@ -142,20 +137,6 @@ pub trait World {
     fn now(&mut self) -> i64;
     /// Fill `room` for the request at this place of the batch: nonces.
     fn random(&mut self, lane: usize, room: &mut [u8]);
-}
-
-/// An NTS request, up to the point that it has come to.
-struct Nts {
-    lane: usize,
-    asked: Asked,
-    echo: std::ops::Range<usize>,
-    cookie: std::ops::Range<usize>,
-    authenticator: Authenticator,
-    /// Where the authenticator begins: all before it is associated data.
-    protected: usize,
-    keys: SessionKeys,
-    role: Role,
-    wanted: usize,
 }
 
 /// Answer up to `LANES` requests, each in the reply at its place.
@@ -170,163 +151,266 @@ pub fn respond(
     world: &mut impl World,
 ) {
     assert!(requests.len() <= LANES && requests.len() <= replies.len(), "more requests than lanes");
-    for (lane, request) in requests.iter().enumerate() {
-        let reply = &mut replies[lane];
+    let mut batch = Batch { keyring, clock, plain: ArrayVec::new(), nts: ArrayVec::new() };
+    for (lane, (request, reply)) in requests.iter().zip(replies).enumerate() {
+        batch.take(lane, request, reply);
+    }
+    batch.open_cookies();
+    batch.verify();
+    batch.seal_cookies(world);
+    batch.answer(world);
+}
+
+/// What goes on together: all that is left of the requests in each of its steps.
+struct Batch<'a> {
+    keyring: &'a Keyring,
+    clock: &'a ClockState,
+    plain: ArrayVec<Exchange<'a>, LANES>,
+    nts: ArrayVec<Nts<'a>, LANES>,
+}
+
+impl<'a> Batch<'a> {
+    /// Read one request. What neither asks for plain time nor may be authentic has its reply then.
+    fn take(&mut self, lane: usize, request: &'a Request<'a>, reply: &'a mut Reply) {
         reply.opened = None;
         reply.sealed = 0;
-        if let Some(nts) = begin(keyring, clock, request, lane, reply, world) {
-            finish(keyring, clock, request, &nts, reply, world);
+        let datagram = request.datagram;
+        let read = match read(datagram) {
+            Ok(read) => read,
+            Err(why) => return reply.drop(why),
+        };
+        let echo = read.identifier.as_ref().map_or(&[][..], |field| &datagram[field.whole()]);
+        let mut exchange = Exchange { request, asked: read.asked, echo, reply };
+        let (field, cookie) = match (&read.authenticator, &read.cookie) {
+            (None, None) => return self.plain.push(exchange),
+            (Some(field), Some(cookie)) if read.is_complete_nts() => (field, cookie),
+            _ => return exchange.reply.drop(Outcome::IncompleteNts),
+        };
+        let Ok(authenticator) = Authenticator::read(datagram, field) else {
+            return exchange.reply.drop(Outcome::Malformed);
+        };
+        let Some(cookie) = self.keyring.recognise(&datagram[cookie.value()]) else { return exchange.refuse() };
+        let (protected, answer) = (&datagram[..field.start], Layout::default());
+        self.nts.push(Nts { exchange, lane, authenticator, protected, cookie, is_authentic: false, answer });
+    }
+
+    fn open_cookies(&mut self) {
+        let mut jobs: ArrayVec<_, LANES> = self.nts.iter_mut().map(Nts::opening).collect();
+        siv::open(&mut jobs);
+        drop(jobs);
+        self.nts.retain(|nts| {
+            if !nts.is_authentic {
+                nts.exchange.refuse();
+                return false;
+            }
+            let leaves_room = nts.authenticator.leaves_room(nts.cookie.keys.aead.nonce_length());
+            if !leaves_room {
+                nts.exchange.reply.drop(Outcome::Malformed);
+            }
+            leaves_room
+        });
+    }
+
+    fn verify(&mut self) {
+        let keys = Aead::of_packets(self.nts.iter().map(|nts| (nts.cookie.keys.aead, nts.cookie.keys.c2s())));
+        aead::open(self.nts.iter_mut().zip(&keys).map(|(nts, aead)| nts.hidden(aead)));
+        self.nts.retain(|nts| {
+            if !nts.is_authentic {
+                nts.exchange.refuse();
+                return false;
+            }
+            let Ok(wanted) = nts.wanted() else {
+                nts.exchange.reply.drop(Outcome::Malformed);
+                return false;
+            };
+            nts.exchange.reply.opened = Some(nts.cookie.role);
+            nts.answer = Layout::of(nts, wanted);
+            if nts.answer.cookies == 0 {
+                nts.exchange.reply.drop(Outcome::TooShortForAnswer);
+            }
+            nts.answer.cookies > 0
+        });
+    }
+
+    fn seal_cookies(&mut self, world: &mut impl World) {
+        let mut jobs = ArrayVec::<_, { LANES * MAX_COOKIES }>::new();
+        for nts in &mut self.nts {
+            nts.lay_out(self.keyring, world, &mut jobs);
         }
+        siv::seal(&mut jobs);
+    }
+
+    /// What is left depends on the time, which is taken as late as can be.
+    fn answer(mut self, world: &mut impl World) {
+        let keys = Aead::of_packets(self.nts.iter().map(|nts| (nts.cookie.keys.aead, nts.cookie.keys.s2c())));
+        for nts in &mut self.nts {
+            nts.exchange.head(self.clock, world);
+        }
+        aead::seal(self.nts.iter_mut().zip(&keys).map(|(nts, aead)| nts.sealing(aead)));
+        for mut exchange in self.plain {
+            exchange.head(self.clock, world);
+            exchange.clear(exchange.outcome(Outcome::Time));
+        }
+    }
+}
+
+/// A request that has a form, and the reply to it.
+struct Exchange<'a> {
+    request: &'a Request<'a>,
+    asked: Asked,
+    /// The first unique identifier as it came. It protects even plain NTP from spoofing off the path.
+    echo: &'a [u8],
+    reply: &'a mut Reply,
+}
+
+impl Exchange<'_> {
+    /// What becomes of it when nothing is wrong with it.
+    fn outcome(&self, usual: Outcome) -> Outcome {
+        self.request.kiss.map_or(usual, Kiss::outcome)
+    }
+
+    fn head(&mut self, clock: &ClockState, world: &mut impl World) {
+        match self.request.kiss {
+            Some(kiss) => self.kiss(kiss),
+            None => {
+                let times = (stamp(self.request.received), stamp(world.now()));
+                clock.answer(&self.asked, times.0, times.1, &mut self.reply.octets);
+            }
+        }
+    }
+
+    /// All times of a kiss-o'-death packet are the request's own.
+    fn kiss(&mut self, code: Kiss) {
+        code.state().answer(&self.asked, self.asked.transmit, self.asked.transmit, &mut self.reply.octets);
+    }
+
+    /// NTS NAK: protected by nothing, and only the identifier tells whom it answers (section 5.7).
+    fn refuse(&mut self) {
+        self.kiss(Kiss::Ntsn);
+        self.clear(Outcome::Ntsn);
+    }
+
+    /// Behind the header, the identifier and nothing more.
+    fn clear(&mut self, outcome: Outcome) {
+        let length = HEADER + self.echo.len();
+        self.reply.octets[HEADER..length].copy_from_slice(self.echo);
+        self.reply.length = length;
+        self.reply.outcome = outcome;
+    }
+}
+
+/// An NTS request on its way.
+struct Nts<'a> {
+    exchange: Exchange<'a>,
+    lane: usize,
+    authenticator: Authenticator,
+    /// All before the authenticator.
+    protected: &'a [u8],
+    cookie: Recognised<'a>,
+    /// What the last step found.
+    is_authentic: bool,
+    answer: Layout,
+}
+
+impl Nts<'_> {
+    /// Octets of its cookie, and of each new one.
+    fn cookie_length(&self) -> usize {
+        cookies::length(self.cookie.keys.aead)
+    }
+
+    /// The work to open its cookie.
+    fn opening(&mut self) -> siv::Opening<'_> {
+        self.cookie.opening(&mut self.is_authentic)
+    }
+
+    /// The work to verify it. Hidden fields are decrypted where the answer will be.
+    fn hidden<'b>(&'b mut self, aead: &'b Aead) -> (aead::Work<'b>, &'b mut bool) {
+        let datagram = self.exchange.request.datagram;
+        let ciphertext = &datagram[self.authenticator.ciphertext.clone()];
+        let sealed = &mut self.exchange.reply.octets[..ciphertext.len()];
+        sealed.copy_from_slice(ciphertext);
+        let nonce = &datagram[self.authenticator.nonce.clone()];
+        (aead::Work { aead, nonce, data: self.protected, sealed }, &mut self.is_authentic)
+    }
+
+    /// How many cookies it asks for. Placeholders of another length than the cookie do not count: section 5.5 demands
+    /// the same length, and only that keeps the answer from being longer.
+    fn wanted(&self) -> Result<usize, Malformed> {
+        let hidden = text_in(self.cookie.keys.aead, self.authenticator.ciphertext.len());
+        let hidden = Fields::new(&self.exchange.reply.octets[hidden], 0, MIN_HIDDEN_FIELD);
+        let mut wanted = 1;
+        for place in Fields::new(self.protected, HEADER, MIN_FIELD).chain(hidden) {
+            let place = place?;
+            wanted += usize::from(place.kind == COOKIE_PLACEHOLDER && place.value().len() == self.cookie_length());
+        }
+        Ok(wanted)
+    }
+
+    /// Write the answer but for its header, and add the work to seal its cookies.
+    fn lay_out<'b, const N: usize>(
+        &'b mut self,
+        keyring: &'b Keyring,
+        world: &mut impl World,
+        jobs: &mut ArrayVec<siv::Sealing<'b>, N>,
+    ) {
+        let Layout { nonce, body, length, cookies, .. } = self.answer;
+        let (outcome, each) = (self.exchange.outcome(Outcome::NtsTime), 4 + self.cookie_length());
+        let reply = &mut *self.exchange.reply;
+        (reply.length, reply.sealed) = (length, cookies);
+        reply.outcome = outcome;
+        let mut random = [0; MOST_RANDOM];
+        let random = &mut random[..body - nonce + cookies * cookies::NONCE];
+        world.random(self.lane, random);
+        let (drawn, nonces) = random.split_at(body - nonce);
+
+        let octets = &mut reply.octets[..length];
+        let field = nonce - 8;
+        octets[HEADER..field].copy_from_slice(self.exchange.echo);
+        octets[field..field + 2].copy_from_slice(&AUTHENTICATOR.to_be_bytes());
+        octets[field + 2..field + 4].copy_from_slice(&short(length - field));
+        octets[field + 4..field + 6].copy_from_slice(&short(drawn.len()));
+        octets[field + 6..nonce].copy_from_slice(&short(length - body));
+        octets[nonce..body].copy_from_slice(drawn);
+        let text = &mut octets[body..][text_in(self.cookie.keys.aead, length - body)];
+        for (place, nonce) in text.chunks_exact_mut(each).zip(nonces.as_chunks().0) {
+            place[0..2].copy_from_slice(&COOKIE.to_be_bytes());
+            place[2..4].copy_from_slice(&short(each));
+            jobs.push(keyring.sealing(&self.cookie.keys, nonce, &mut place[4..]));
+        }
+    }
+
+    /// The work to seal the answer, once its header is there.
+    fn sealing<'b>(&'b mut self, aead: &'b Aead) -> aead::Work<'b> {
+        let Layout { nonce, body, length, .. } = self.answer;
+        let (clear, sealed) = self.exchange.reply.octets[..length].split_at_mut(body);
+        aead::Work { aead, nonce: &clear[nonce..], data: &clear[..nonce - 8], sealed }
+    }
+}
+
+/// Where the parts of an authentic answer are: header and identifier, the authenticator's 8 octets of lengths, from
+/// `nonce` on its nonce, from `body` on what is sealed.
+#[derive(Clone, Copy, Default)]
+struct Layout {
+    cookies: usize,
+    nonce: usize,
+    body: usize,
+    length: usize,
+}
+
+impl Layout {
+    /// With as many cookies as are wanted and fit: no answer is longer than its request.
+    fn of(nts: &Nts, wanted: usize) -> Self {
+        let nonce = HEADER + nts.exchange.echo.len() + 8;
+        let body = nonce + nts.cookie.keys.aead.nonce_length();
+        let each = 4 + nts.cookie_length();
+        let room = nts.exchange.request.datagram.len().saturating_sub(body + TAG) / each;
+        let cookies = wanted.min(MAX_COOKIES).min(room);
+        Self { cookies, nonce, body, length: body + TAG + cookies * each }
     }
 }
 
 fn stamp(unix_ns: i64) -> [u8; 8] {
     ntptime::timestamp(unix_ns).to_be_bytes()
-}
-
-fn head(clock: &ClockState, request: &Request, asked: &Asked, reply: &mut Reply, world: &mut impl World) {
-    match request.kiss {
-        // All times of a kiss-o'-death packet are the request's own.
-        Some(kiss) => kiss.state().answer(asked, asked.transmit, asked.transmit, &mut reply.octets),
-        None => clock.answer(asked, stamp(request.received), stamp(world.now()), &mut reply.octets),
-    }
-}
-
-/// Everything up to the authentic request of an NTS client, which is left to be answered.
-fn begin(
-    keyring: &Keyring,
-    clock: &ClockState,
-    request: &Request,
-    lane: usize,
-    reply: &mut Reply,
-    world: &mut impl World,
-) -> Option<Nts> {
-    let datagram = request.datagram;
-    let read = match read(datagram) {
-        Ok(read) => read,
-        Err(why) => {
-            reply.drop(why);
-            return None;
-        }
-    };
-    let echo = read.identifier.as_ref().map_or(0..0, Field::whole);
-    if read.authenticator.is_none() && read.cookies == 0 {
-        head(clock, request, &read.asked, reply, world);
-        reply.clear(request.kiss.map_or(Outcome::Time, Kiss::outcome), &datagram[echo]);
-        return None;
-    }
-    match verify(keyring, datagram, &read) {
-        Ok((keys, role, wanted, authenticator, protected, cookie)) => {
-            reply.opened = Some(role);
-            Some(Nts { lane, asked: read.asked, echo, cookie, authenticator, protected, keys, role, wanted })
-        }
-        Err(Refusal::Drop(why)) => {
-            reply.drop(why);
-            None
-        }
-        Err(Refusal::Nak) => {
-            // NTS NAK: protected by nothing, and only the identifier tells whom it answers (section 5.7).
-            Kiss::Ntsn.state().answer(&read.asked, read.asked.transmit, read.asked.transmit, &mut reply.octets);
-            reply.clear(Outcome::Ntsn, &datagram[echo]);
-            None
-        }
-    }
-}
-
-enum Refusal {
-    Drop(Outcome),
-    Nak,
-}
-
-impl From<Malformed> for Refusal {
-    fn from(_: Malformed) -> Self {
-        Self::Drop(Outcome::Malformed)
-    }
-}
-
-type Verified = (SessionKeys, Role, usize, Authenticator, usize, std::ops::Range<usize>);
-
-fn verify(keyring: &Keyring, datagram: &[u8], read: &Read) -> Result<Verified, Refusal> {
-    let (Some(field), Some(identifier), Some(cookie)) = (&read.authenticator, &read.identifier, &read.cookie) else {
-        return Err(Refusal::Drop(Outcome::IncompleteNts));
-    };
-    if read.asked.version != 4
-        || read.cookies != 1
-        || read.identifiers != 1
-        || identifier.value().len() < MIN_UNIQUE_IDENTIFIER
-    {
-        return Err(Refusal::Drop(Outcome::IncompleteNts));
-    }
-    let authenticator = Authenticator::read(datagram, field)?;
-    let (keys, role) = keyring.open(&datagram[cookie.value()]).ok_or(Refusal::Nak)?;
-    if !authenticator.leaves_room(keys.aead.nonce_length()) {
-        return Err(Malformed.into());
-    }
-    let aead = Aead::new(keys.aead, keys.c2s()).ok_or(Refusal::Nak)?;
-    let mut hidden = [0; MAX_DATAGRAM];
-    let hidden = &mut hidden[..authenticator.ciphertext.len()];
-    hidden.copy_from_slice(&datagram[authenticator.ciphertext.clone()]);
-    let plain =
-        aead.open(&datagram[authenticator.nonce.clone()], &datagram[..field.start], hidden).ok_or(Refusal::Nak)?;
-    // Placeholders of another length than the cookie do not count: section 5.5 demands the same length, and only that
-    // keeps the answer from being longer.
-    let mut wanted = 1;
-    for place in
-        Fields::new(&datagram[..field.start], HEADER, MIN_FIELD).chain(Fields::new(&hidden[plain], 0, MIN_HIDDEN_FIELD))
-    {
-        let place = place?;
-        wanted += usize::from(place.kind == COOKIE_PLACEHOLDER && place.value().len() == cookie.value().len());
-    }
-    Ok((keys, role, wanted, authenticator, field.start, cookie.value()))
-}
-
-/// The authentic answer with as many cookies as are wanted and fit.
-fn finish(
-    keyring: &Keyring,
-    clock: &ClockState,
-    request: &Request,
-    nts: &Nts,
-    reply: &mut Reply,
-    world: &mut impl World,
-) {
-    let algorithm = nts.keys.aead;
-    let (nonce_length, cookie_length) = (algorithm.nonce_length(), cookies::length(algorithm));
-    let fixed = HEADER + nts.echo.len() + Authenticator::length(nonce_length, 0);
-    let room = request.datagram.len().saturating_sub(fixed) / (4 + cookie_length);
-    let count = nts.wanted.min(MAX_COOKIES).min(room);
-    if count == 0 {
-        reply.drop(Outcome::TooShortForAnswer);
-        return;
-    }
-    let mut random = [0; MOST_RANDOM];
-    let random = &mut random[..nonce_length + count * cookies::NONCE];
-    world.random(nts.lane, random);
-    let (nonce, nonces) = random.split_at(nonce_length);
-
-    let clear = HEADER + nts.echo.len();
-    let sealed = TAG + count * (4 + cookie_length);
-    let body = clear + 8 + nonce_length;
-    let length = body + sealed;
-    reply.octets[HEADER..clear].copy_from_slice(&request.datagram[nts.echo.clone()]);
-    let field = &mut reply.octets[clear..body];
-    field[0..2].copy_from_slice(&AUTHENTICATOR.to_be_bytes());
-    field[2..4].copy_from_slice(&short(length - clear));
-    field[4..6].copy_from_slice(&short(nonce_length));
-    field[6..8].copy_from_slice(&short(sealed));
-    field[8..].copy_from_slice(nonce);
-    let text = &mut reply.octets[body..length][text_in(algorithm, sealed)];
-    for (place, nonce) in text.chunks_exact_mut(4 + cookie_length).zip(nonces.as_chunks().0) {
-        place[0..2].copy_from_slice(&COOKIE.to_be_bytes());
-        place[2..4].copy_from_slice(&short(4 + cookie_length));
-        keyring.seal(&nts.keys, nonce, &mut place[4..]);
-    }
-    let Some(aead) = Aead::new(algorithm, nts.keys.s2c()) else { return reply.drop(Outcome::Malformed) };
-    head(clock, request, &nts.asked, reply, world);
-    let (before, sealed) = reply.octets[..length].split_at_mut(body);
-    aead.seal(nonce, &before[..clear], sealed);
-    reply.length = length;
-    reply.outcome = request.kiss.map_or(Outcome::NtsTime, Kiss::outcome);
-    reply.sealed = count;
 }
 
 /// A length on the wire; no datagram is longer than its 16 bits.
@@ -343,6 +427,14 @@ struct Read {
     cookie: Option<Field>,
     cookies: usize,
     authenticator: Option<Field>,
+}
+
+impl Read {
+    fn is_complete_nts(&self) -> bool {
+        let identifier = self.identifier.as_ref().map_or(0, |field| field.value().len());
+        let has_one_each = self.cookies == 1 && self.identifiers == 1;
+        self.asked.version == 4 && has_one_each && identifier >= MIN_UNIQUE_IDENTIFIER
+    }
 }
 
 /// One pass over a datagram.
