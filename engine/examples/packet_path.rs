@@ -44,7 +44,8 @@ impl Client {
         datagram.extend([4, 4, 0, 40, 0, 16, 0, 16]);
         datagram.extend([number ^ 0x5a; 16]);
         datagram.extend([0; 16]);
-        let aead = Aead::of_packets([(keys.aead, keys.c2s())].into_iter());
+        let mut aead = arrayvec::ArrayVec::new();
+        Aead::of_packets(&mut aead, [(keys.aead, keys.c2s())].into_iter());
         let (before, sealed) = datagram.split_at_mut(clear + 24);
         seal([Work { aead: &aead[0], nonce: &before[clear + 8..], data: &before[..clear], sealed }].into_iter());
         Self { keys, datagram }
@@ -80,7 +81,8 @@ fn ours(keyring: &Keyring, clients: &[Client]) -> Vec<Answer> {
     let mut jobs: Vec<_> = recognised.iter_mut().zip(&mut verdicts).map(|(cookie, ok)| cookie.opening(ok)).collect();
     siv::open(&mut jobs);
     drop(jobs);
-    let aeads = Aead::of_packets(recognised.iter().map(|cookie| (cookie.keys.aead, cookie.keys.c2s())));
+    let mut aeads = arrayvec::ArrayVec::new();
+    Aead::of_packets(&mut aeads, recognised.iter().map(|cookie| (cookie.keys.aead, cookie.keys.c2s())));
     let mut tags = [[0; 16]; LANES];
     for (tag, client) in tags.iter_mut().zip(clients) {
         tag.copy_from_slice(&client.datagram[212..]);
@@ -95,11 +97,14 @@ fn ours(keyring: &Keyring, clients: &[Client]) -> Vec<Answer> {
     assert_eq!(verdicts, [true; LANES]);
     let mut answers = vec![[0; _]; LANES];
     let mut jobs: Vec<_> = (answers.iter_mut().zip(&recognised))
-        .map(|(answer, cookie): (&mut Answer, _)| keyring.sealing(&cookie.keys, &[7; NONCE], &mut answer[SEALED + 20..]))
+        .map(|(answer, cookie): (&mut Answer, _)| {
+            keyring.sealing(&cookie.keys, &[7; NONCE], &mut answer[SEALED + 20..])
+        })
         .collect();
     siv::seal(&mut jobs);
     drop(jobs);
-    let aeads = Aead::of_packets(recognised.iter().map(|cookie| (cookie.keys.aead, cookie.keys.s2c())));
+    let mut aeads = arrayvec::ArrayVec::new();
+    Aead::of_packets(&mut aeads, recognised.iter().map(|cookie| (cookie.keys.aead, cookie.keys.s2c())));
     seal(answers.iter_mut().zip(&aeads).map(|(answer, aead)| {
         let (before, sealed) = answer.split_at_mut(SEALED);
         Work { aead, nonce: &[7; 16], data: &before[..CLEAR], sealed }
@@ -154,7 +159,10 @@ fn main() {
     let mut contenders: [(&str, Box<dyn FnMut()>); 5] = [
         ("aes-siv, cryptography", Box::new(|| drop(black_box(aes_siv(&mut theirs, black_box(&clients)))))),
         ("ours, cryptography", Box::new(|| drop(black_box(ours(&keyring, black_box(&clients)))))),
-        ("respond, batches of 8", Box::new(|| respond(&keyring, &clock, black_box(&requests), &mut replies, &mut Still))),
+        (
+            "respond, batches of 8",
+            Box::new(|| respond(&keyring, &clock, black_box(&requests), &mut replies, &mut Still)),
+        ),
         (
             "respond, one at a time",
             Box::new(|| {

@@ -195,7 +195,8 @@ impl<'a> Batch<'a> {
     }
 
     fn open_cookies(&mut self) {
-        let mut jobs: ArrayVec<_, LANES> = self.nts.iter_mut().map(Nts::opening).collect();
+        let mut jobs = ArrayVec::<_, LANES>::new();
+        jobs.extend(self.nts.iter_mut().map(Nts::opening));
         siv::open(&mut jobs);
         drop(jobs);
         self.nts.retain(|nts| {
@@ -212,7 +213,8 @@ impl<'a> Batch<'a> {
     }
 
     fn verify(&mut self) {
-        let keys = Aead::of_packets(self.nts.iter().map(|nts| (nts.cookie.keys.aead, nts.cookie.keys.c2s())));
+        let mut keys = ArrayVec::new();
+        Aead::of_packets(&mut keys, self.nts.iter().map(|nts| (nts.cookie.keys.aead, nts.cookie.keys.c2s())));
         aead::open(self.nts.iter_mut().zip(&keys).map(|(nts, aead)| nts.hidden(aead)));
         self.nts.retain(|nts| {
             if !nts.is_authentic {
@@ -241,13 +243,14 @@ impl<'a> Batch<'a> {
     }
 
     /// What is left depends on the time, which is taken as late as can be.
-    fn answer(mut self, world: &mut impl World) {
-        let keys = Aead::of_packets(self.nts.iter().map(|nts| (nts.cookie.keys.aead, nts.cookie.keys.s2c())));
+    fn answer(&mut self, world: &mut impl World) {
+        let mut keys = ArrayVec::new();
+        Aead::of_packets(&mut keys, self.nts.iter().map(|nts| (nts.cookie.keys.aead, nts.cookie.keys.s2c())));
         for nts in &mut self.nts {
             nts.exchange.head(self.clock, world);
         }
         aead::seal(self.nts.iter_mut().zip(&keys).map(|(nts, aead)| nts.sealing(aead)));
-        for mut exchange in self.plain {
+        for exchange in &mut self.plain {
             exchange.head(self.clock, world);
             exchange.clear(exchange.outcome(Outcome::Time));
         }
