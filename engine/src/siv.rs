@@ -79,7 +79,7 @@ enum Counter {
     Later([u8; 32], usize),
 }
 
-/// One key of an AEAD_AES_SIV_CMAC algorithm.
+/// One key of an `AEAD_AES_SIV_CMAC` algorithm.
 pub struct SivKey {
     mac: Cipher,
     subkeys: Subkeys,
@@ -431,10 +431,9 @@ mod tests {
             let mut count = out.clone();
             count[8] &= 0x7f;
             count[12] &= 0x7f;
-            let mut count = u128::from_be_bytes(count.try_into().unwrap());
-            for block in text.chunks(16) {
+            let first = u128::from_be_bytes(count.try_into().unwrap());
+            for (count, block) in (first..).zip(text.chunks(16)) {
                 out.extend(xor(block, &encrypt(&counter, &count.to_be_bytes())));
-                count += 1;
             }
             out
         }
