@@ -305,7 +305,10 @@ class AgentSettings(ProgramSettings):
     limits: Limits = Limits()
     engine: EngineSettings = EngineSettings()
     workers: Annotated[int, BeforeValidator(_workers)] = Field(
-        1, ge=1, le=MAX_WORKERS, description="processes that serve, or threads of native packets; auto is one for each core"
+        1,
+        ge=1,
+        le=MAX_WORKERS,
+        description="processes that serve, or threads of native packets; auto is one for each core",
     )
     user: str | None = Field(
         None, description="who to be instead of root, whom the state directory then belongs to"

@@ -314,7 +314,7 @@ struct Given<'a> {
 }
 
 impl World for Given<'_> {
-    fn now(&mut self) -> i64 {
+    fn departure(&mut self, _lane: usize) -> i64 {
         self.now
     }
 

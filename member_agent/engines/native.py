@@ -108,7 +108,7 @@ class NativePackets:
         self._ntp = tuple(place.endpoint for place in self._numbers if place.protocol is Protocol.NTP)
         self._engine.forget_services()
 
-    def _service_at(self, local: str, names: tuple[str, ...]) -> nts_engine.Service:
+    def _service_at(self, local: str, names: tuple[str, ...]) -> "nts_engine.Service":
         """Called in threads of the module."""
         service = service_at(self._ntp, self._ntp_server, local, names)
         default, *others = ((each.host, each.port) for each in (service.default, *service.others))
