@@ -29,7 +29,6 @@ _IPV6_RECVPKTINFO, _IPV6_PKTINFO = 49, 50
 _SOL_SOCKET, _IPPROTO_IP, _IPPROTO_IPV6 = socket.SOL_SOCKET, int(socket.IPPROTO_IP), int(socket.IPPROTO_IPV6)
 # One octet more than is looked at: what is longer shows.
 _LONGEST = MAX_DATAGRAM + 1
-_RECEIVE_BUFFER = 4 * 1024 * 1024
 _ANSWER = Verdict.ANSWER
 _KISSES = {Verdict.KISS_RATE: Kiss.RATE, Verdict.KISS_DENY: Kiss.DENY}
 
@@ -44,7 +43,6 @@ _Ancillary = tuple[int, int, bytes]
 
 def prepare(sock: socket.socket) -> None:
     """Have the kernel note when a datagram came and, on a wildcard, to which address: from the first one on."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
     sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
     if bound_endpoint(sock).is_wildcard:
         # The answer must leave from the address that was asked, or the client discards it.

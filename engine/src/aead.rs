@@ -1,9 +1,12 @@
 //! AEAD algorithms as NTS uses them (RFC 8915 section 5.1), as `nts_core.aead` has them.
 
+use aes::Aes128Enc;
 use aes_gcm_siv::aead::{AeadInOut, KeyInit};
-use aes_gcm_siv::{Aes128GcmSiv, Nonce, Tag};
+use aes_gcm_siv::{AesGcmSiv, Tag};
+use arrayvec::ArrayVec;
+use zeroize::Zeroize;
 
-use crate::siv::{self, SivKey, TAG};
+use crate::siv::{self, LANES, SivKey, TAG};
 
 /// Octets of the longest key of any algorithm.
 pub const LONGEST_KEY: usize = 64;
@@ -53,11 +56,16 @@ impl AeadId {
 }
 
 /// What key establishment agreed on: the algorithm, and one key a direction.
-#[derive(Clone, zeroize::Zeroize, zeroize::ZeroizeOnDrop)]
 pub struct SessionKeys {
-    #[zeroize(skip)]
     pub aead: AeadId,
     keys: [u8; 2 * LONGEST_KEY],
+}
+
+impl Drop for SessionKeys {
+    fn drop(&mut self) {
+        // As a slice: of an array it would go octet by octet.
+        self.keys.as_mut_slice().zeroize();
+    }
 }
 
 impl SessionKeys {
@@ -85,6 +93,11 @@ impl SessionKeys {
         &self.keys[length..2 * length]
     }
 
+    /// For a cookie to be opened in place.
+    pub(crate) fn both_mut(&mut self) -> &mut [u8] {
+        &mut self.keys[..2 * self.aead.key_length()]
+    }
+
     /// Both, one behind the other, as they are in a cookie.
     #[must_use]
     pub fn both(&self) -> &[u8] {
@@ -92,91 +105,84 @@ impl SessionKeys {
     }
 }
 
-/// One key of AEAD_AES_128_GCM_SIV.
-pub struct GcmSivKey(Aes128GcmSiv);
-
-impl GcmSivKey {
-    /// From 16 octets.
-    #[must_use]
-    pub fn new(key: &[u8]) -> Option<Self> {
-        Aes128GcmSiv::new_from_slice(key).ok().map(Self)
-    }
-
-    /// Encrypt `text` in place; its tag.
-    #[must_use]
-    pub fn seal(&self, nonce: &[u8; 12], data: &[u8], text: &mut [u8]) -> [u8; TAG] {
-        let nonce = Nonce::from(*nonce);
-        // It fails for lengths beyond 2^36 octets only.
-        self.0.encrypt_inout_detached(&nonce, data, text.into()).map(Into::into).unwrap_or([0; TAG])
-    }
-
-    /// Decrypt `text` in place; whether it is authentic.
-    #[must_use]
-    pub fn open(&self, nonce: &[u8; 12], data: &[u8], text: &mut [u8], tag: [u8; TAG]) -> bool {
-        let (nonce, tag) = (Nonce::from(*nonce), Tag::from(tag));
-        self.0.decrypt_inout_detached(&nonce, data, text.into(), &tag).is_ok()
-    }
-}
-
-/// One key of any algorithm.
+/// One key of any algorithm, for one packet.
 pub enum Aead {
-    /// Sealed and opened several at a time: see `siv`.
     Siv(SivKey),
-    GcmSiv(GcmSivKey),
+    GcmSiv(AesGcmSiv<Aes128Enc>),
 }
 
 impl Aead {
-    /// None when the key has another length than the algorithm's.
-    #[must_use]
-    pub fn new(algorithm: AeadId, key: &[u8]) -> Option<Self> {
-        if key.len() != algorithm.key_length() {
-            return None;
-        }
-        match algorithm {
-            AeadId::Aes128GcmSiv => GcmSivKey::new(key).map(Self::GcmSiv),
-            _ => SivKey::new(key).map(Self::Siv),
-        }
+    /// The keys of up to `LANES` packets: algorithm, and octets in the number that it has.
+    ///
+    /// # Panics
+    /// When a key has another length.
+    pub fn of_packets<'a>(ready: &mut ArrayVec<Self, LANES>, keys: impl Iterator<Item = (AeadId, &'a [u8])>) {
+        ready.extend(
+            keys.map(|(algorithm, key)| match algorithm {
+                AeadId::Aes128GcmSiv => AesGcmSiv::new_from_slice(key).ok().map(Self::GcmSiv),
+                _ => SivKey::underived(key).map(Self::Siv),
+            })
+            .map(|key| key.expect("session keys are as long as their algorithm has them")),
+        );
+        siv::derive(ready.iter_mut().filter_map(|key| match key {
+            Self::Siv(key) => Some(key),
+            Self::GcmSiv(_) => None,
+        }));
     }
+}
 
-    /// Open one ciphertext in the form the algorithm gives it (tag first for SIV, last for GCM-SIV), in place.
-    /// The plaintext's range in `sealed`, None when key, nonce, data and tag do not belong together.
-    #[must_use]
-    pub fn open(&self, nonce: &[u8], data: &[u8], sealed: &mut [u8]) -> Option<std::ops::Range<usize>> {
-        let length = sealed.len().checked_sub(TAG)?;
-        match self {
-            Self::Siv(key) => {
-                let (tag, text) = sealed.split_at_mut(TAG);
-                let tag = (&*tag).try_into().ok()?;
-                let mut job = [siv::Opening { key, data, nonce, text, tag, is_authentic: false }];
-                siv::open(&mut job);
-                job[0].is_authentic.then_some(TAG..TAG + length)
+/// What is to be sealed or opened in place: `sealed` is a ciphertext with its tag, as the algorithm has them; where the
+/// plaintext stands in it tells `text_in`.
+pub struct Work<'a> {
+    pub aead: &'a Aead,
+    pub nonce: &'a [u8],
+    pub data: &'a [u8],
+    pub sealed: &'a mut [u8],
+}
+
+/// Seal up to `LANES` plaintexts.
+///
+/// # Panics
+/// When there is no room for a tag, or a nonce has not the length that we draw.
+pub fn seal<'a>(all: impl Iterator<Item = Work<'a>>) {
+    let mut jobs = ArrayVec::<_, LANES>::new();
+    jobs.extend(all.filter_map(|Work { aead, nonce, data, sealed }| match aead {
+        Aead::Siv(key) => {
+            let (tag, text) = sealed.split_at_mut(TAG);
+            Some(siv::Sealing { key, data, nonce, tag, text })
+        }
+        Aead::GcmSiv(key) => {
+            let (text, tag) = sealed.split_at_mut(sealed.len() - TAG);
+            let nonce = nonce.try_into().expect("a nonce of 12 octets");
+            // It fails for lengths beyond 2^36 octets only.
+            let made = key.encrypt_inout_detached(nonce, data, text.into()).expect("a short text");
+            tag.copy_from_slice(&made);
+            None
+        }
+    }));
+    siv::seal(&mut jobs);
+}
+
+/// Open up to `LANES` ciphertexts. Each comes with the place of its verdict, which becomes true when key, nonce, data and
+/// tag belong together.
+pub fn open<'a>(all: impl Iterator<Item = (Work<'a>, &'a mut bool)>) {
+    let mut jobs = ArrayVec::<_, LANES>::new();
+    jobs.extend(all.filter_map(|(Work { aead, nonce, data, sealed }, is_authentic)| {
+        *is_authentic = false;
+        match aead {
+            Aead::Siv(key) => {
+                let (&mut tag, text) = sealed.split_first_chunk_mut()?;
+                Some(siv::Opening { key, data, nonce, tag, text, is_authentic })
             }
-            Self::GcmSiv(key) => {
+            Aead::GcmSiv(key) => {
+                let (text, &mut tag) = sealed.split_last_chunk_mut()?;
                 let nonce = nonce.try_into().ok()?;
-                let (text, tag) = sealed.split_at_mut(length);
-                key.open(nonce, data, text, (&*tag).try_into().ok()?).then_some(0..length)
+                *is_authentic = key.decrypt_inout_detached(nonce, data, text.into(), &Tag::from(tag)).is_ok();
+                None
             }
         }
-    }
-
-    /// Seal the plaintext in `room`, which has `TAG` octets more than it: before it for SIV, behind it for GCM-SIV
-    /// (see `text_in`).
-    pub fn seal(&self, nonce: &[u8], data: &[u8], room: &mut [u8]) {
-        match self {
-            Self::Siv(key) => {
-                let (tag, text) = room.split_at_mut(TAG);
-                let mut job = [siv::Sealing { key, data, nonce, text, tag: [0; TAG] }];
-                siv::seal(&mut job);
-                tag.copy_from_slice(&job[0].tag);
-            }
-            Self::GcmSiv(key) => {
-                let (text, tag) = room.split_at_mut(room.len() - TAG);
-                let mut exact = [0; 12];
-                exact.copy_from_slice(&nonce[..12]);
-                tag.copy_from_slice(&key.seal(&exact, data, text));
-            }
-        }
-    }
+    }));
+    siv::open(&mut jobs);
 }
 
 /// Where the plaintext stands in the room of a ciphertext of `length` octets, tag included.
@@ -185,5 +191,41 @@ pub const fn text_in(algorithm: AeadId, length: usize) -> std::ops::Range<usize>
     match algorithm {
         AeadId::Aes128GcmSiv => 0..length - TAG,
         _ => TAG..length,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// RFC 8452 section C.1: key, nonce, data, plaintext and what comes of it.
+    #[test]
+    fn vectors_of_rfc_8452() {
+        let (mut key, mut nonce) = ([0; 16], [0; 12]);
+        (key[0], nonce[0]) = (1, 3);
+        for (data, text, expected) in [
+            (&[][..], &[][..], 0x_dc20_e2d8_3f25_705b_b49e_439e_ca56_de25_u128),
+            (&[], &[1, 0, 0, 0, 0, 0, 0, 0], 0x_578782fff6013b815b287c22493a364c),
+            (&[1], &[2, 0, 0, 0, 0, 0, 0, 0], 0x_3b0a1a2560969cdf790d99759abd1508),
+        ] {
+            let mut aead = ArrayVec::new();
+            Aead::of_packets(&mut aead, std::iter::once((AeadId::Aes128GcmSiv, &key[..])));
+            let aead = &aead[0];
+            let mut room = vec![0; text.len() + TAG];
+            room[text_in(AeadId::Aes128GcmSiv, text.len() + TAG)].copy_from_slice(text);
+            seal(std::iter::once(Work { aead, nonce: &nonce, data, sealed: &mut room }));
+            assert_eq!(room[text.len()..], expected.to_be_bytes());
+
+            let mut verdict = false;
+            open(std::iter::once((Work { aead, nonce: &nonce, data, sealed: &mut room.clone() }, &mut verdict)));
+            assert!(verdict);
+            for (nonce, data, mut sealed) in
+                [(&nonce[..11], data, room.clone()), (&nonce, &[9], room.clone()), (&nonce, data, vec![0; 15])]
+            {
+                open(std::iter::once((Work { aead, nonce, data, sealed: &mut sealed }, &mut verdict)));
+                assert!(!verdict);
+                verdict = true;
+            }
+        }
     }
 }

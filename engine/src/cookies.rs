@@ -17,7 +17,6 @@ const VERSION: u8 = 1;
 pub const LONGEST: usize = CLEAR + TAG + 2 * LONGEST_KEY;
 /// What a client may hold, and what a server gives in one answer (section 5.7).
 pub const MAX_COOKIES: usize = 8;
-const LONGEST_SECRET: usize = 2 * LONGEST_KEY;
 
 /// Octets of our cookies for sessions of one algorithm.
 #[must_use]
@@ -62,7 +61,7 @@ impl Keyring {
 
     /// What key made a cookie, None when it is none of ours or the cookie has no form of ours.
     #[must_use]
-    pub fn recognise<'a>(&'a self, cookie: &[u8]) -> Option<Recognised<'a>> {
+    pub fn recognise<'a>(&'a self, cookie: &'a [u8]) -> Option<Recognised<'a>> {
         let &[VERSION, algorithm, high, low, ..] = cookie else { return None };
         let algorithm = AeadId::of(algorithm.into())?;
         if cookie.len() != length(algorithm) {
@@ -75,7 +74,8 @@ impl Keyring {
             1 => Role::Sealing,
             _ => Role::Retired,
         };
-        Some(Recognised { algorithm, key: &self.keys[position].key, role })
+        let keys = SessionKeys::new(algorithm, &cookie[CLEAR + TAG..])?;
+        Some(Recognised { role, keys, key: &self.keys[position].key, cookie })
     }
 
     fn position(&self, id: u16) -> Option<usize> {
@@ -86,65 +86,46 @@ impl Keyring {
     /// The session keys in one cookie, and the role of the key that opened it.
     #[must_use]
     pub fn open(&self, cookie: &[u8]) -> Option<(SessionKeys, Role)> {
-        let recognised = self.recognise(cookie)?;
-        let mut secret = zeroize::Zeroizing::new([0; LONGEST_SECRET]);
-        let length = 2 * recognised.algorithm.key_length();
-        let text = &mut secret[..length];
-        text.copy_from_slice(&cookie[CLEAR + TAG..]);
-        let mut job = [recognised.opening(cookie, text)];
-        siv::open(&mut job);
-        if !job[0].is_authentic {
-            return None;
-        }
-        Some((SessionKeys::new(recognised.algorithm, &secret[..length])?, recognised.role))
-    }
-
-    /// The head of a new cookie: what stands before its nonce.
-    #[must_use]
-    pub fn head(&self, algorithm: AeadId) -> [u8; HEAD] {
-        let [high, low] = self.keys[1].id.to_be_bytes();
-        [VERSION, algorithm as u8, high, low]
+        let (mut recognised, mut is_authentic) = (self.recognise(cookie)?, false);
+        siv::open(&mut [recognised.opening(&mut is_authentic)]);
+        is_authentic.then_some((recognised.keys, recognised.role))
     }
 
     /// Seal a new cookie for a client's session keys into `room` of `length(keys.aead)` octets.
     pub fn seal(&self, keys: &SessionKeys, nonce: &[u8; NONCE], room: &mut [u8]) {
-        let head = self.head(keys.aead);
-        room[..HEAD].copy_from_slice(&head);
-        room[HEAD..CLEAR].copy_from_slice(nonce);
-        let (tag, text) = room[CLEAR..].split_at_mut(TAG);
-        text.copy_from_slice(keys.both());
-        let mut job = [siv::Sealing { key: &self.keys[1].key, data: &head, nonce, text, tag: [0; TAG] }];
-        siv::seal(&mut job);
-        tag.copy_from_slice(&job[0].tag);
+        siv::seal(&mut [self.sealing(keys, nonce, room)]);
     }
 
-    /// The key that seals.
-    #[must_use]
-    pub fn sealing(&self) -> &SivKey {
-        &self.keys[1].key
+    /// The work of `seal`, to be done with more of its kind.
+    pub fn sealing<'a>(&'a self, keys: &SessionKeys, nonce: &[u8; NONCE], room: &'a mut [u8]) -> siv::Sealing<'a> {
+        let MasterKey { id, key } = &self.keys[1];
+        let (clear, sealed) = room.split_at_mut(CLEAR);
+        let (head, place) = clear.split_at_mut(HEAD);
+        let [high, low] = id.to_be_bytes();
+        head.copy_from_slice(&[VERSION, keys.aead as u8, high, low]);
+        place.copy_from_slice(nonce);
+        let (tag, text) = sealed.split_at_mut(TAG);
+        text.copy_from_slice(keys.both());
+        siv::Sealing { key, data: head, nonce: place, tag, text }
     }
 }
 
 /// A cookie that says it is of one of our keys.
 pub struct Recognised<'a> {
-    pub algorithm: AeadId,
-    pub key: &'a SivKey,
     pub role: Role,
+    /// Encrypted until the cookie is open.
+    pub keys: SessionKeys,
+    key: &'a SivKey,
+    cookie: &'a [u8],
 }
 
-impl<'a> Recognised<'a> {
-    /// The work to open it; `text` holds what is behind the tag.
-    #[must_use]
-    pub fn opening(&self, cookie: &'a [u8], text: &'a mut [u8]) -> siv::Opening<'a> {
+impl Recognised<'_> {
+    /// The work to open it.
+    pub fn opening<'b>(&'b mut self, is_authentic: &'b mut bool) -> siv::Opening<'b> {
+        let (clear, sealed) = self.cookie.split_at(CLEAR);
+        let (data, nonce) = clear.split_at(HEAD);
         let mut tag = [0; TAG];
-        tag.copy_from_slice(&cookie[CLEAR..CLEAR + TAG]);
-        siv::Opening {
-            key: self.key,
-            data: &cookie[..HEAD],
-            nonce: &cookie[HEAD..CLEAR],
-            text,
-            tag,
-            is_authentic: false,
-        }
+        tag.copy_from_slice(&sealed[..TAG]);
+        siv::Opening { key: self.key, data, nonce, tag, text: self.keys.both_mut(), is_authentic }
     }
 }

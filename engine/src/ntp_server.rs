@@ -130,6 +130,7 @@ impl NtpThreads {
                 sockets: Vec::new(),
                 replies: (0..LANES).map(|_| Reply::default()).collect(),
                 admission: limits.admission(Box::new(move || drawn.next_u32())).map_err(io::Error::other)?,
+                pace: Pace::default(),
                 random,
                 began: Instant::now(),
             };
@@ -200,6 +201,7 @@ struct Listener {
     sockets: Vec<Option<Socket>>,
     replies: Box<[Reply]>,
     admission: Option<Admission>,
+    pace: Pace,
     random: StdRng,
     /// What the times of `admission` are counted from.
     began: Instant,
@@ -292,7 +294,7 @@ impl Listener {
         let elapsed = i64::try_from((now - self.began).as_nanos()).unwrap_or(i64::MAX);
         let admission = &mut self.admission;
         let mut admitted = (0..count).filter_map(|place| turn.admit(admission.as_mut(), place, elapsed));
-        while turn.answer(&mut admitted, &mut self.replies, &mut self.random) {}
+        while turn.answer(&mut admitted, &mut self.replies, &mut self.pace, &mut self.random) {}
         self.counts.forgotten.set(self.admission.as_ref().map_or(0, Admission::forgotten));
     }
 }
@@ -328,19 +330,20 @@ impl Turn<'_> {
         &self,
         admitted: &mut impl Iterator<Item = (usize, Option<Kiss>)>,
         replies: &mut [Reply],
+        pace: &mut Pace,
         random: &mut StdRng,
     ) -> bool {
-        let mut world = Running { offset_ns: self.offset_ns, random };
         let mut requests = [Request { datagram: &[], received: 0, kiss: None }; LANES];
         let mut senders = [None; LANES];
         let mut count = 0;
         for (place, kiss) in admitted.take(LANES) {
             let Datagram { octets, peer, received, origin } = self.inbox.datagram(place);
-            let received = received.map_or_else(|| world.now(), |at| at + self.offset_ns);
+            let received = received.unwrap_or_else(unix_ns) + self.offset_ns;
             requests[count] = Request { datagram: octets, received, kiss };
             senders[count] = Some((peer, origin));
             count += 1;
         }
+        let mut world = Running { offset_ns: self.offset_ns, pace, count, began: None, random };
         server::respond(self.keyring, self.state, &requests[..count], replies, &mut world);
         let mut letters = [const { Letter::NONE }; LANES];
         let mut sent = 0;
@@ -351,7 +354,11 @@ impl Turn<'_> {
                 sent += 1;
             }
         }
+        let sealed = unix_ns();
         let refused = batch::send(self.socket, &letters[..sent]);
+        if let Some(began) = world.began {
+            pace.learn(count, sealed - began, (unix_ns() - sealed) / sent.max(1) as i64);
+        }
         self.counts.send_errors.add(refused as u64);
         count == LANES
     }
@@ -367,23 +374,86 @@ impl Turn<'_> {
     }
 }
 
-/// The host's own time and randomness.
+/// How long it takes from the moment when the time is taken to the wire, by how many requests are answered together.
+///
+/// Several answers leave by one system call, and their times are sealed before it. So each is told when it will leave, as
+/// the last groups of its size did: the clients of a busy server would find it late otherwise.
+#[derive(Default)]
+struct Pace {
+    sealing: [Mean; LANES + 1],
+    letter: [Mean; LANES + 1],
+}
+
+impl Pace {
+    /// From the time taken to the moment when this answer leaves, in nanoseconds.
+    fn ahead(&self, count: usize, lane: usize) -> i64 {
+        let letter = self.letter[count].0;
+        self.sealing[count].0 + letter * lane as i64 + letter / 2
+    }
+
+    fn learn(&mut self, count: usize, sealing: i64, letter: i64) {
+        self.sealing[count].add(sealing);
+        self.letter[count].add(letter);
+    }
+}
+
+/// A mean of nanoseconds that follows what is usual.
+#[derive(Clone, Copy, Default)]
+struct Mean(i64);
+
+impl Mean {
+    /// More is not the work's own time, but that of somebody who was served meanwhile.
+    const LONGEST: i64 = 20_000;
+
+    fn add(&mut self, value: i64) {
+        if (0..Self::LONGEST).contains(&value) {
+            self.0 += (value - self.0) / 8;
+        }
+    }
+}
+
+/// The host's own time and randomness, for one group of answers.
 struct Running<'a> {
     offset_ns: i64,
+    pace: &'a Pace,
+    count: usize,
+    /// When the time was taken, of which all in the group are told.
+    began: Option<i64>,
     random: &'a mut StdRng,
 }
 
 impl World for Running<'_> {
-    #[allow(clippy::cast_possible_truncation)] // until the year 2262
-    fn now(&mut self) -> i64 {
-        let now = SystemTime::now();
-        let since = now
-            .duration_since(UNIX_EPOCH)
-            .map_or_else(|early| -(early.duration().as_nanos() as i64), |late| late.as_nanos() as i64);
-        since + self.offset_ns
+    fn departure(&mut self, lane: usize) -> i64 {
+        *self.began.get_or_insert_with(unix_ns) + self.pace.ahead(self.count, lane) + self.offset_ns
     }
 
     fn random(&mut self, _lane: usize, room: &mut [u8]) {
         self.random.fill_bytes(room);
+    }
+}
+
+/// The host's time in Unix nanoseconds.
+#[allow(clippy::cast_possible_truncation)] // until the year 2262
+fn unix_ns() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or_else(|early| -(early.duration().as_nanos() as i64), |late| late.as_nanos() as i64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_group_is_told_when_each_of_it_leaves() {
+        let mut pace = Pace::default();
+        assert_eq!(pace.ahead(3, 2), 0);
+        for _ in 0..100 {
+            pace.learn(3, 1_600, 2_400);
+            // Somebody else was served meanwhile, or the clock was set.
+            pace.learn(3, 5_000_000, -7);
+        }
+        let ahead: Vec<_> = (0..3).map(|lane| pace.ahead(3, lane)).collect();
+        assert!((2_700..=2_800).contains(&ahead[0]) && (2_380..=2_400).contains(&(ahead[2] - ahead[1])), "{ahead:?}");
+        assert_eq!(pace.ahead(1, 0), 0);
     }
 }

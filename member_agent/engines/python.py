@@ -7,9 +7,13 @@ from dataclasses import replace
 
 from member_agent.clock import Clock
 from member_agent.config import AgentSettings, PacketEngine
-from member_agent.engines.serving import Charge, Counts, PemPair, Place, Server
+from member_agent.engines.serving import Charge, Counts, PemPair, Place, Protocol, Server
 from member_agent.engines.workers import ClockOrders, Crew, Orders
 from nts_core.cookies import Keyring
+
+# Octets of datagrams that wait while this process does something else. Native packets do with what sockets have: they are
+# quick, and what waits for long is of no use to a client.
+_RECEIVE_BUFFER = 4 * 1024 * 1024
 
 
 class PythonPackets:
@@ -43,6 +47,9 @@ class PythonPackets:
 
     def listen(self, sockets: Mapping[Place, Sequence[socket.socket]]) -> None:
         for place, shared in sockets.items():
+            if place.protocol is Protocol.NTP:
+                for sock in shared:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
             self._server.open(place, shared[0])
         self._crew.tell(replace(self._crew.orders, sockets={**self._crew.orders.sockets, **sockets}))
 
