@@ -62,7 +62,7 @@ impl Client {
 struct Still;
 
 impl World for Still {
-    fn now(&mut self) -> i64 {
+    fn departure(&mut self, _lane: usize) -> i64 {
         1_700_000_000_000_000_000
     }
     fn random(&mut self, _: usize, room: &mut [u8]) {
@@ -95,7 +95,9 @@ fn ours(keyring: &Keyring, clients: &[Client]) -> Vec<Answer> {
     assert_eq!(verdicts, [true; LANES]);
     let mut answers = vec![[0; _]; LANES];
     let mut jobs: Vec<_> = (answers.iter_mut().zip(&recognised))
-        .map(|(answer, cookie): (&mut Answer, _)| keyring.sealing(&cookie.keys, &[7; NONCE], &mut answer[SEALED + 20..]))
+        .map(|(answer, cookie): (&mut Answer, _)| {
+            keyring.sealing(&cookie.keys, &[7; NONCE], &mut answer[SEALED + 20..])
+        })
         .collect();
     siv::seal(&mut jobs);
     drop(jobs);
@@ -154,7 +156,10 @@ fn main() {
     let mut contenders: [(&str, Box<dyn FnMut()>); 5] = [
         ("aes-siv, cryptography", Box::new(|| drop(black_box(aes_siv(&mut theirs, black_box(&clients)))))),
         ("ours, cryptography", Box::new(|| drop(black_box(ours(&keyring, black_box(&clients)))))),
-        ("respond, batches of 8", Box::new(|| respond(&keyring, &clock, black_box(&requests), &mut replies, &mut Still))),
+        (
+            "respond, batches of 8",
+            Box::new(|| respond(&keyring, &clock, black_box(&requests), &mut replies, &mut Still)),
+        ),
         (
             "respond, one at a time",
             Box::new(|| {

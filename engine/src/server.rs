@@ -133,8 +133,9 @@ impl Reply {
 
 /// What the world gives: the time when it is asked, and randomness for one lane.
 pub trait World {
-    /// Unix nanoseconds to be served, as late as can be.
-    fn now(&mut self) -> i64;
+    /// When the answer to the request at this place of the batch will leave, in Unix nanoseconds to be served; asked as
+    /// late as can be.
+    fn departure(&mut self, lane: usize) -> i64;
     /// Fill `room` for the request at this place of the batch: nonces.
     fn random(&mut self, lane: usize, room: &mut [u8]);
 }
@@ -180,7 +181,7 @@ impl<'a> Batch<'a> {
             Err(why) => return reply.drop(why),
         };
         let echo = read.identifier.as_ref().map_or(&[][..], |field| &datagram[field.whole()]);
-        let mut exchange = Exchange { request, asked: read.asked, echo, reply };
+        let mut exchange = Exchange { lane, request, asked: read.asked, echo, reply };
         let (field, cookie) = match (&read.authenticator, &read.cookie) {
             (None, None) => return self.plain.push(exchange),
             (Some(field), Some(cookie)) if read.is_complete_nts() => (field, cookie),
@@ -191,7 +192,7 @@ impl<'a> Batch<'a> {
         };
         let Some(cookie) = self.keyring.recognise(&datagram[cookie.value()]) else { return exchange.refuse() };
         let (protected, answer) = (&datagram[..field.start], Layout::default());
-        self.nts.push(Nts { exchange, lane, authenticator, protected, cookie, is_authentic: false, answer });
+        self.nts.push(Nts { exchange, authenticator, protected, cookie, is_authentic: false, answer });
     }
 
     fn open_cookies(&mut self) {
@@ -256,6 +257,7 @@ impl<'a> Batch<'a> {
 
 /// A request that has a form, and the reply to it.
 struct Exchange<'a> {
+    lane: usize,
     request: &'a Request<'a>,
     asked: Asked,
     /// The first unique identifier as it came. It protects even plain NTP from spoofing off the path.
@@ -273,7 +275,7 @@ impl Exchange<'_> {
         match self.request.kiss {
             Some(kiss) => self.kiss(kiss),
             None => {
-                let times = (stamp(self.request.received), stamp(world.now()));
+                let times = (stamp(self.request.received), stamp(world.departure(self.lane)));
                 clock.answer(&self.asked, times.0, times.1, &mut self.reply.octets);
             }
         }
@@ -302,7 +304,6 @@ impl Exchange<'_> {
 /// An NTS request on its way.
 struct Nts<'a> {
     exchange: Exchange<'a>,
-    lane: usize,
     authenticator: Authenticator,
     /// All before the authenticator.
     protected: &'a [u8],
@@ -360,7 +361,7 @@ impl Nts<'_> {
         reply.outcome = outcome;
         let mut random = [0; MOST_RANDOM];
         let random = &mut random[..body - nonce + cookies * cookies::NONCE];
-        world.random(self.lane, random);
+        world.random(self.exchange.lane, random);
         let (drawn, nonces) = random.split_at(body - nonce);
 
         let octets = &mut reply.octets[..length];
