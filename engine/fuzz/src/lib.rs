@@ -57,7 +57,7 @@ struct Still {
 }
 
 impl World for Still {
-    fn now(&mut self) -> i64 {
+    fn departure(&mut self, _lane: usize) -> i64 {
         NOW
     }
 
