@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-engine lint bench docs deb fuzz lock clean
+.PHONY: help setup demo test test-long test-engine lint bench soak docs deb fuzz fuzz-python lock clean
 
 help:
 	@echo "make demo       the whole life of a pool on this machine, in under a minute"
 	@echo "make test       every check and test at a bounded size"
 	@echo "make test-long  the tests at full size as well"
 	@echo "make bench      our figures beside chronyd's and Knot's, and the registry with 100,000 servers"
+	@echo "make soak       ten minutes of the engine in Rust at full load, with new keys and certificates all the time"
 	@echo "make docs       the pages that are generated"
 	@echo "make deb        dist/pool-agent_VERSION_ARCH.deb, the Debian package for members"
 	@echo "make fuzz       every parser with hostile octets, ten minutes each (SECONDS=...)"
@@ -83,6 +84,8 @@ endif
 bench: setup
 	$(BIN)/python -m bench.ntp
 	$(BIN)/python -m bench.ke
+	$(if $(CARGO),$(BIN)/python -m bench.quality)
+	$(if $(CARGO),$(BIN)/python -m bench.flood)
 	$(BIN)/python -m bench.workers
 	$(BIN)/python -m bench.idle
 	$(BIN)/python -m bench.dns
@@ -95,6 +98,10 @@ bench: setup
 	$(BIN)/python -m bench.zone
 	$(BIN)/python -m bench.scoring
 
+# Ten minutes at full load.
+soak: setup
+	$(BIN)/python -m bench.soak
+
 docs: setup
 	$(BIN)/python -m lab.conformance
 	$(BIN)/python -m lab.interop
@@ -106,10 +113,31 @@ deb: setup
 	@sh packaging/build-deb $(BIN)/pip dist
 	@ls dist/*.deb
 
-# TARGET=ntp-server fuzzes only that one.
+# TARGET=ntp-server fuzzes only that one; TARGET=engine-packet one of those in Rust.
 SECONDS ?= 600
-fuzz: setup
-	$(BIN)/python -m fuzz $(or $(TARGET),--all) --seconds $(SECONDS)
+FUZZED_ENGINE := engine-packet engine-cookies engine-ke engine-ratelimit
+fuzz: setup $(if $(TARGET),$(filter $(TARGET),$(FUZZED_ENGINE)),fuzz-python $(FUZZED_ENGINE))
+	$(if $(filter-out $(FUZZED_ENGINE),$(TARGET)),$(BIN)/python -m fuzz $(TARGET) --seconds $(SECONDS))
+
+fuzz-python: setup
+	$(BIN)/python -m fuzz --all --seconds $(SECONDS)
+
+# They begin with the corpus of the Python targets; what they learn is in .fuzz as well.
+SEEDS_engine-packet := ntp-server ntp-server-sealed ntp-packet
+SEEDS_engine-cookies := cookie cookie-raw
+SEEDS_engine-ke := ke-server ke-records ke-client
+.PHONY: $(FUZZED_ENGINE)
+$(FUZZED_ENGINE): setup
+ifdef CARGO
+	@$(CARGO) fuzz --version >/dev/null 2>&1 \
+	  || { echo "error: engine/fuzz is run by cargo-fuzz: cargo install cargo-fuzz" >&2; exit 1; }
+	@mkdir -p .fuzz/corpus/$@ .fuzz/faults
+	$(IN_ENGINE) fuzz run --sanitizer none $(@:engine-%=%) $(CURDIR)/.fuzz/corpus/$@ \
+	  $(addprefix $(CURDIR)/fuzz/corpus/,$(SEEDS_$@)) -- -max_total_time=$(SECONDS) -max_len=2100 -timeout=20 \
+	  -artifact_prefix=$(CURDIR)/.fuzz/faults/$@- -print_final_stats=1
+else
+	@echo "no cargo: $@ is not fuzzed"
+endif
 
 # Only this writes the locks; they hold hashes and no index address. That of the agent is a part of the other. pip-compile
 # loses the markers of extras, so the one requirement that has some (there is no wheel for every platform) is given to it
@@ -122,4 +150,4 @@ lock: setup
 	$(COMPILE) --constraint requirements.lock -o requirements-agent.lock pyproject.toml
 
 clean:
-	rm -rf $(VENV) engine/target .lock .peers lab/oidc/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz dist
+	rm -rf $(VENV) engine/target engine/fuzz/target .lock .peers lab/oidc/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz dist
