@@ -133,8 +133,9 @@ impl Reply {
 
 /// What the world gives: the time when it is asked, and randomness for one lane.
 pub trait World {
-    /// Unix nanoseconds to be served, as late as can be.
-    fn now(&mut self) -> i64;
+    /// When the answer to the request at this place of the batch will leave, in Unix nanoseconds to be served; asked as
+    /// late as can be.
+    fn departure(&mut self, lane: usize) -> i64;
     /// Fill `room` for the request at this place of the batch: nonces.
     fn random(&mut self, lane: usize, room: &mut [u8]);
 }
@@ -180,7 +181,7 @@ impl<'a> Batch<'a> {
             Err(why) => return reply.drop(why),
         };
         let echo = read.identifier.as_ref().map_or(&[][..], |field| &datagram[field.whole()]);
-        let mut exchange = Exchange { request, asked: read.asked, echo, reply };
+        let mut exchange = Exchange { lane, request, asked: read.asked, echo, reply };
         let (field, cookie) = match (&read.authenticator, &read.cookie) {
             (None, None) => return self.plain.push(exchange),
             (Some(field), Some(cookie)) if read.is_complete_nts() => (field, cookie),
@@ -191,7 +192,7 @@ impl<'a> Batch<'a> {
         };
         let Some(cookie) = self.keyring.recognise(&datagram[cookie.value()]) else { return exchange.refuse() };
         let (protected, answer) = (&datagram[..field.start], Layout::default());
-        self.nts.push(Nts { exchange, lane, authenticator, protected, cookie, is_authentic: false, answer });
+        self.nts.push(Nts { exchange, authenticator, protected, cookie, is_authentic: false, answer });
     }
 
     fn open_cookies(&mut self) {
@@ -259,6 +260,7 @@ impl<'a> Batch<'a> {
 
 /// A request that has a form, and the reply to it.
 struct Exchange<'a> {
+    lane: usize,
     request: &'a Request<'a>,
     asked: Asked,
     /// The first unique identifier as it came. It protects even plain NTP from spoofing off the path.
@@ -277,7 +279,7 @@ impl Exchange<'_> {
             return self.kiss(kiss);
         }
         let received = stamp(self.request.received);
-        clock.answer(&self.asked, received, stamp(world.now()), &mut self.reply.octets);
+        clock.answer(&self.asked, received, stamp(world.departure(self.lane)), &mut self.reply.octets);
     }
 
     /// All times of a kiss-o'-death packet are the request's own.
@@ -303,7 +305,6 @@ impl Exchange<'_> {
 /// An NTS request on its way.
 struct Nts<'a> {
     exchange: Exchange<'a>,
-    lane: usize,
     authenticator: Authenticator,
     /// All before the authenticator.
     protected: &'a [u8],
@@ -361,7 +362,7 @@ impl Nts<'_> {
         reply.outcome = outcome;
         let mut random = [0; MOST_RANDOM];
         let random = &mut random[..body - nonce + cookies * cookies::NONCE];
-        world.random(self.lane, random);
+        world.random(self.exchange.lane, random);
         let (drawn, nonces) = random.split_at(body - nonce);
 
         let octets = &mut reply.octets[..length];
@@ -507,7 +508,7 @@ mod tests {
     }
 
     impl World for Given<'_> {
-        fn now(&mut self) -> i64 {
+        fn departure(&mut self, _lane: usize) -> i64 {
             self.calls.push(None);
             NOW
         }

@@ -5,6 +5,7 @@ use std::fmt;
 use std::io::{self, Read as _, Write as _};
 use std::sync::Arc;
 
+use rustls::CipherSuite;
 use rustls::crypto::{CryptoProvider, ring};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -101,7 +102,10 @@ impl Credentials {
     /// # Errors
     /// A pair that does not belong together, or of a kind that is not taken.
     pub fn new(pairs: &[PemPair]) -> Result<Self, TlsError> {
-        let provider = Arc::new(ring::default_provider());
+        let mut provider = ring::default_provider();
+        // SHA-256 has instructions of its own, SHA-384 has not; no key exchange here is stronger than AES-128.
+        provider.cipher_suites.sort_by_key(|suite| suite.suite() != CipherSuite::TLS13_AES_128_GCM_SHA256);
+        let provider = Arc::new(provider);
         let by_name = pairs.iter().map(|pair| Ok((pair.name.to_lowercase(), Certificate::new(pair, &provider)?)));
         let certificates = Arc::new(Certificates(by_name.collect::<Result<_, _>>()?));
         let mut config = ServerConfig::builder_with_provider(provider)
@@ -109,6 +113,7 @@ impl Credentials {
             .map_err(|error| TlsError(error.to_string()))?
             .with_no_client_auth()
             .with_cert_resolver(certificates.clone());
+        config.ignore_client_order = true;
         config.alpn_protocols = vec![ALPN.to_vec()];
         // One exchange a session: there is nothing to resume.
         config.send_tls13_tickets = 0;
