@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-engine lint bench docs deb fuzz fuzz-python lock clean
+.PHONY: help setup demo test test-long test-engine lint bench soak docs deb fuzz fuzz-python lock clean
 
 help:
 	@echo "make demo       the whole life of a pool on this machine, in under a minute"
 	@echo "make test       every check and test at a bounded size"
 	@echo "make test-long  the tests at full size as well"
 	@echo "make bench      our figures beside chronyd's and Knot's, and the registry with 100,000 servers"
+	@echo "make soak       ten minutes of the engine in Rust at full load, with new keys and certificates all the time"
 	@echo "make docs       the pages that are generated"
 	@echo "make deb        dist/pool-agent_VERSION_ARCH.deb, the Debian package for members"
 	@echo "make fuzz       every parser with hostile octets, ten minutes each (SECONDS=...)"
@@ -83,6 +84,8 @@ endif
 bench: setup
 	$(BIN)/python -m bench.ntp
 	$(BIN)/python -m bench.ke
+	$(if $(CARGO),$(BIN)/python -m bench.quality)
+	$(if $(CARGO),$(BIN)/python -m bench.flood)
 	$(BIN)/python -m bench.workers
 	$(BIN)/python -m bench.idle
 	$(BIN)/python -m bench.dns
@@ -94,6 +97,10 @@ bench: setup
 	$(BIN)/python -m bench.registry --zone-servers 2000
 	$(BIN)/python -m bench.zone
 	$(BIN)/python -m bench.scoring
+
+# Ten minutes at full load.
+soak: setup
+	$(BIN)/python -m bench.soak
 
 docs: setup
 	$(BIN)/python -m lab.conformance

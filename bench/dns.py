@@ -33,7 +33,7 @@ from dns.rdatatype import DNSKEY, NSEC, RRSIG, RdataType
 from bench import report
 from bench.contenders import Contender
 from bench.load import LoadError
-from bench.report import Comparison, Turn
+from bench.report import Comparison, Goal, Turn
 from lab.embedded import Embedded
 from lab.knot import Knot, KnotEdge
 from lab.nameservers import NameServer, Primary
@@ -44,6 +44,8 @@ from poolsvc.publisher import Publisher
 from poolsvc.subsets import Sink
 from poolsvc.zone import ZonePolicy
 
+_EMBEDDED, _KNOT = "embedded", "knot"
+_GOALS = (Goal(_EMBEDDED, _KNOT),)
 _MEMBERS = 2000
 _IN_ONE_UPDATE = 250
 _TARGETS = 8
@@ -212,12 +214,13 @@ def measure(seconds: float, rounds: int) -> dict[str, Comparison]:
         asyncio.run(_draw(ours))
         stack.callback(edge.stop)
         start_edge(edge, ours)
-        embedded, knot = DnsServer.of("embedded", ours), DnsServer.of("knot", theirs)
+        embedded, knot = DnsServer.of(_EMBEDDED, ours), DnsServer.of(_KNOT, theirs)
         contenders = dict.fromkeys(TITLES, (embedded, knot))
-        contenders["drawn"] = embedded, DnsServer.of("knot", edge)
+        contenders["drawn"] = embedded, DnsServer.of(_KNOT, edge)
         length = seconds / (rounds * 2 * len(TITLES))
         return {
-            kind: Comparison.run(contenders[kind], rounds, partial(_turn, kind, length)) for kind in TITLES
+            kind: Comparison.run(contenders[kind], rounds, partial(_turn, kind, length), _GOALS)
+            for kind in TITLES
         }
 
 

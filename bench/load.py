@@ -1,7 +1,7 @@
 """A client that keeps a UDP server busy: datagrams made beforehand, sent again and again, a window in flight.
 
 sendmmsg(2) and recvmmsg(2) carry a batch a call; with one system call a datagram a Python client is slower than
-the servers that it is meant to keep busy.
+chronyd, which it is meant to keep busy. For servers that are faster there is `bench.native`.
 """
 
 import ctypes
@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 # Fits the receive buffers that sockets have by default: a short datagram counts as 1,280 octets there, and the
 # kernel gives back three quarters of the room at once, the rest later.
@@ -98,12 +99,26 @@ def _taken(result: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Burst:
-    """What one run of the load brought; `sample` holds some of the replies, evenly taken."""
+    """What one run of the load brought; `sample` holds some of the replies, evenly taken.
+
+    `cpu_ns` is the client's processor time: when it is near `seconds`, the client may be what limits the rate.
+    """
 
     answered: int
     lost: int
     seconds: float
+    cpu_ns: int
     sample: tuple[bytes, ...]
+
+
+class LoadClient(Protocol):
+    """Requests for one server, ready to be sent."""
+
+    def run(self, seconds: float, *, samples: int) -> Burst:
+        """Keep the server busy for `seconds`, then wait for what is under way.
+
+        Keeps `samples` replies at most. Raises LoadError for a server that answers nothing.
+        """
 
 
 class Load:
@@ -119,10 +134,7 @@ class Load:
         self._next = 0
 
     def run(self, seconds: float, *, samples: int) -> Burst:
-        """Keep the window full for `seconds`, then wait for what is under way.
-
-        Keeps `samples` replies at most. Raises LoadError for a server that answers nothing.
-        """
+        """Keep the window full for `seconds`, then wait for what is under way."""
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             if self._source is not None:
                 sock.bind((self._source, 0))
@@ -132,6 +144,7 @@ class Load:
     def _run(self, sock: socket.socket, seconds: float, samples: int) -> Burst:
         sent = answered = lost = 0
         sample: list[bytes] = []
+        before = time.thread_time_ns()
         started = heard = gave_up = time.monotonic()
         while (now := time.monotonic()) - started < seconds or sent > answered + lost:
             if now - started < seconds and sent - answered - lost <= WINDOW - _BATCH:
@@ -149,7 +162,8 @@ class Load:
                 time.sleep(min(_NAP_ANSWERS * (now - started) / (answered + 1), _LONGEST_NAP))
         if not answered:
             raise LoadError(f"no answer to {sent} requests")
-        return Burst(answered, lost, heard - started, tuple(sample))
+        cpu_ns = time.thread_time_ns() - before
+        return Burst(answered, lost, heard - started, cpu_ns, tuple(sample))
 
     def _send(self, sock: socket.socket) -> int:
         taken = self._requests.send(sock, self._next, min(_BATCH, self._requests.count - self._next))

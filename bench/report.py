@@ -1,4 +1,4 @@
-"""Rounds in which both servers take turns, what they come to, and the command line of both benches."""
+"""Rounds in which servers take turns, what they come to, and the command line of the benches that compare them."""
 
 import argparse
 import json
@@ -26,13 +26,18 @@ _MAX_ROUNDS = 100
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One server's part of a round; `checked` answers were found authentic, `cpu_ns` is the server's."""
+    """One server's part of a round; `checked` answers were found authentic.
+
+    `cpu_ns` is the server's, `client_ns` that of the client, 0 where it is not known: near `seconds`, it is the client
+    that limits the rate.
+    """
 
     answered: int
     lost: int
     checked: int
     seconds: float
     cpu_ns: int
+    client_ns: int = 0
 
     @property
     def rate(self) -> float:
@@ -48,6 +53,11 @@ class Turn:
     def busy(self) -> float:
         """The share of one core that the server took."""
         return self.cpu_ns / 1e9 / self.seconds
+
+    @property
+    def client_busy(self) -> float:
+        """The same of the client."""
+        return self.client_ns / 1e9 / self.seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,74 +77,104 @@ class Spread:
 
 
 @dataclass(frozen=True, slots=True)
+class Goal:
+    """One server's answers a second of its processor time over another's, and how much is asked for, if anything."""
+
+    ours: str
+    theirs: str
+    at_least: float | None = None
+
+    def verdict(self, ratio: float) -> str:
+        if self.at_least is None:
+            return ""
+        return f", {self.at_least:.3g} is asked for: {'met' if ratio >= self.at_least else 'MISSED'}"
+
+
+# Of one turn: its heading (with the unit for {}), digits, and the figure.
+_FIGURES: dict[str, tuple[str, int, Callable[[Turn], float]]] = {
+    "rate": ("{}/s", 0, lambda turn: turn.rate),
+    "cpu_us": ("server CPU per {}, µs", 2, lambda turn: turn.cpu_us),
+    "busy": ("cores busy", 2, lambda turn: turn.busy),
+    "client_busy": ("client busy", 2, lambda turn: turn.client_busy),
+}
+_TOTALS = ("answered", "lost", "checked")
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
-    """All turns of both servers, by their names, ours first, in the order of the rounds."""
+    """All turns of the servers, by their names, in the order of the rounds, and what they are held against."""
 
     turns: dict[str, tuple[Turn, ...]]
+    goals: tuple[Goal, ...]
 
     @classmethod
-    def run(cls, contenders: Sequence[_C], rounds: int, turn: Callable[[_C], Turn]) -> "Comparison":
-        """Take turns, so that what else the machine does meets both alike."""
+    def run(
+        cls, contenders: Sequence[_C], rounds: int, turn: Callable[[_C], Turn], goals: Sequence[Goal]
+    ) -> "Comparison":
+        """Take turns, so that what else the machine does meets all alike. Goals of servers that are missing are left out."""
         taken: dict[str, list[Turn]] = {contender.name: [] for contender in contenders}
         for _ in range(rounds):
             for contender in contenders:
                 taken[contender.name].append(turn(contender))
-        return cls({name: tuple(turns) for name, turns in taken.items()})
-
-    @property
-    def ratio(self) -> Spread:
-        """Our answers a second of server processor time over the other's, round by round."""
-        return Spread.of(
-            [theirs.cpu_us / ours.cpu_us for ours, theirs in zip(*self.turns.values(), strict=True)]
+        return cls(
+            {name: tuple(turns) for name, turns in taken.items()},
+            tuple(goal for goal in goals if {goal.ours, goal.theirs} <= taken.keys()),
         )
 
-    @property
-    def rate_ratio(self) -> Spread:
+    def ratio(self, goal: Goal) -> Spread:
+        """Answers a second of server processor time, round by round."""
+        return self._ratio(goal, lambda turn: 1 / turn.cpu_us)
+
+    def rate_ratio(self, goal: Goal) -> Spread:
         """The same of the time that passed."""
-        return Spread.of([ours.rate / theirs.rate for ours, theirs in zip(*self.turns.values(), strict=True)])
+        return self._ratio(goal, lambda turn: turn.rate)
+
+    def _ratio(self, goal: Goal, figure: Callable[[Turn], float]) -> Spread:
+        pairs = zip(self.turns[goal.ours], self.turns[goal.theirs], strict=True)
+        return Spread.of([figure(ours) / figure(theirs) for ours, theirs in pairs])
 
     def document(self) -> dict[str, Any]:
-        """The JSON form: totals, and every figure as its median and its range over the rounds."""
-        servers = {
-            name: {
-                "rate": asdict(Spread.of([turn.rate for turn in turns])),
-                "cpu_us": asdict(Spread.of([turn.cpu_us for turn in turns])),
-                "busy": asdict(Spread.of([turn.busy for turn in turns])),
-                **{
-                    total: sum(getattr(turn, total) for turn in turns)
-                    for total in ("answered", "lost", "checked")
-                },
-            }
-            for name, turns in self.turns.items()
-        }
+        """For machines."""
         return {
-            "servers": servers,
-            "ratio": asdict(self.ratio),
-            "rate_ratio": asdict(self.rate_ratio),
+            "servers": {
+                name: {
+                    **{key: asdict(Spread.of([*map(of, turns)])) for key, (_, _, of) in _FIGURES.items()},
+                    **{total: sum(getattr(turn, total) for turn in turns) for total in _TOTALS},
+                }
+                for name, turns in self.turns.items()
+            },
+            "ratios": [
+                {
+                    **asdict(goal),
+                    "ratio": asdict(self.ratio(goal)),
+                    "rate_ratio": asdict(self.rate_ratio(goal)),
+                }
+                for goal in self.goals
+            ],
         }
 
     def show(self, title: str, unit: str) -> None:
         """The same for people; `unit` is what an answer is."""
         table = Table(title=title, title_justify="left")
-        for column in ("server", f"{unit}/s", f"server CPU per {unit}, µs", "cores busy", "lost", "checked"):
-            table.add_column(column, justify="left" if column == "server" else "right")
+        table.add_column("server")
+        for heading in (*(heading.format(unit) for heading, _, _ in _FIGURES.values()), *_TOTALS[1:]):
+            table.add_column(heading, justify="right")
         for name, turns in self.turns.items():
             table.add_row(
                 name,
-                Spread.of([turn.rate for turn in turns]).render(0),
-                Spread.of([turn.cpu_us for turn in turns]).render(1),
-                Spread.of([turn.busy for turn in turns]).render(2),
-                str(sum(turn.lost for turn in turns)),
-                str(sum(turn.checked for turn in turns)),
+                *(Spread.of([*map(of, turns)]).render(digits) for _, digits, of in _FIGURES.values()),
+                *(str(sum(getattr(turn, total) for turn in turns)) for total in _TOTALS[1:]),
             )
-        console = Console(width=130)
+        console = Console(width=140)
         console.print(table)
-        ours, theirs = self.turns
-        inverse = 1 / self.ratio.median
-        console.print(
-            f"{ours} over {theirs}, {unit}s a server CPU second: {self.ratio.render(3)}, 1/{inverse:.1f}"
-        )
-        console.print(f"{ours} over {theirs}, {unit}s a second: {self.rate_ratio.render(3)}\n")
+        for goal in self.goals:
+            ratio = self.ratio(goal)
+            console.print(
+                f"{goal.ours} over {goal.theirs}, {unit}s a server CPU second: {ratio.render(3)}"
+                f"{goal.verdict(ratio.median)} (a second: {self.rate_ratio(goal).render(2)})",
+                highlight=False,
+            )
+        console.print()
 
 
 def main(
@@ -142,10 +182,11 @@ def main(
     description: str,
     measure: Callable[[float, int], dict[str, Comparison]],
     titles: Mapping[str, tuple[str, str]],
+    default_seconds: float = DEFAULT_SECONDS,
 ) -> int:
     """Run `measure(seconds, rounds)` as a program; `titles` gives a heading and a unit for each comparison."""
     parser = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=description)
-    parser.add_argument("--seconds", type=float, default=DEFAULT_SECONDS, help="seconds of load in all")
+    parser.add_argument("--seconds", type=float, default=default_seconds, help="seconds of load in all")
     parser.add_argument("--rounds", type=int, default=DEFAULT_ROUNDS, help="turns of each server")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""`python -m bench.workers`: what a second process adds to `pool-agent serve`: NTS answers and NTS-KE a second.
+"""`python -m bench.workers`: what a second process adds to the Python packets: NTS answers and NTS-KE a second.
 
 Two clients ask at a time, each a process of its own with an address of its own, since all that one address sends comes
 to one process. With as many cores as processes the clients take from the servers what they need themselves: look at the
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from bench.contenders import ADDRESS, AEAD, Contender
+from bench.contenders import ADDRESS, AEAD, SOURCES, Contender
 from bench.load import Load, LoadError
 from bench.ntp import Question
 from lab.certificates import Authority
@@ -31,8 +31,6 @@ from lab.programs import AgentServer
 from nts_core.ke import KeClient, KeResult
 from nts_core.tls import Trust, client_channel
 
-# Two addresses that the kernel gives to different ones of two processes; the bench looks whether it did.
-SOURCES = ("127.0.0.1", "127.0.0.2")
 _REQUESTS = 1024
 _CLIENTS = 4
 _DEADLINE = 10.0
@@ -139,7 +137,8 @@ def measure(seconds: float, workers: Sequence[int]) -> dict[str, dict[str, Rate]
         pair = authority.issue(ADDRESS)
         for count in workers:
             server = AgentServer(directory / f"agent-{count}", pair, "--local-stratum=10")
-            server.process.env["POOL_AGENT_WORKERS"] = str(count)
+            # Threads of the native engine are in `bench.ntp`.
+            server.process.env |= {"POOL_AGENT_WORKERS": str(count), "POOL_AGENT_ENGINE__PACKETS": "python"}
             with server:
                 agent = Contender("pool-agent", server.process.pid)
                 target = Target(server.ke_port, server.ntp_port, authority.root)

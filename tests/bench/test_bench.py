@@ -11,10 +11,14 @@ from contextlib import contextmanager
 
 import pytest
 
-from bench.contenders import OURS, THEIRS, TimeServer
+from bench import flood, ke, ntp
+from bench.contenders import CHRONYD, ECHO, PYTHON, TimeServer, is_native_here, possible
 from bench.load import WINDOW, Load, LoadError
+from bench.native import NativeLoad, has_cargo, program
 from bench.ntp import Question, Questions
-from bench.report import Comparison, Turn
+from bench.quality import CONDITIONS, Figure, Seen
+from bench.report import Comparison, Goal, Turn
+from bench.soak import Soak, overflowed
 from lab.processes import wait_until
 from nts_core.aead import AeadId, SessionKeys
 from nts_core.cookies import Keyring
@@ -24,6 +28,25 @@ from nts_core.server import ClockState, NtpServer
 
 RING = Keyring.new(0, secrets.token_bytes)
 CLOCK = ClockState(Leap.NONE, 1, -20, 0, 0, b"TEST", 1)
+
+
+needs_cargo = pytest.mark.skipif(not has_cargo(), reason="takes cargo")
+needs_native = pytest.mark.skipif(not is_native_here(), reason="takes nts_engine")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built():
+    """What is built once is not built within the time that a test has."""
+    if has_cargo():
+        program("load")
+
+
+@pytest.fixture(params=["python", pytest.param("native", marks=needs_cargo)])
+def load(request):
+    """Either client, for a port of this host and some requests."""
+    if request.param == "native":
+        return lambda port, requests: NativeLoad("127.0.0.1", port, requests, ("127.0.0.1",))
+    return lambda port, requests: Load("127.0.0.1", port, requests)
 
 
 def run(module, *options):
@@ -72,12 +95,12 @@ def udp_server(reply):
 @pytest.mark.parametrize(
     ("module", "servers", "kinds"),
     [
-        ("bench.ntp", {OURS, THEIRS}, {"nts", "plain"}),
-        ("bench.ke", {OURS, THEIRS}, {"ke"}),
-        ("bench.dns", {"embedded", "knot"}, {"service", "addresses", "absences", "drawn"}),
+        ("bench.ntp", ntp.SERVERS, {"nts", "plain"}),
+        ("bench.ke", ke.SERVERS, {"ke"}),
+        ("bench.dns", ("embedded", "knot"), {"service", "addresses", "absences", "drawn"}),
     ],
 )
-def test_a_bench_gives_every_figure_of_both_servers(module, servers, kinds):
+def test_a_bench_gives_every_figure_of_all_servers(module, servers, kinds):
     done = run(module, "--seconds", "1", "--rounds", "2", "--json")
 
     assert done.returncode == 0, done.stderr
@@ -86,8 +109,11 @@ def test_a_bench_gives_every_figure_of_both_servers(module, servers, kinds):
     assert document["rounds"] == 2
     assert document["results"].keys() == kinds
     for result in document["results"].values():
-        assert 0 < result["ratio"]["min"] <= result["ratio"]["median"] <= result["ratio"]["max"]
-        assert result["servers"].keys() == servers
+        assert result["ratios"]
+        for ratio in result["ratios"]:
+            assert {ratio["ours"], ratio["theirs"]} <= result["servers"].keys()
+            assert 0 < ratio["ratio"]["min"] <= ratio["ratio"]["median"] <= ratio["ratio"]["max"]
+        assert result["servers"].keys() == set(possible(*servers))
         for figures in result["servers"].values():
             # A bench ends with an error at the first sampled answer that is not authentic.
             assert figures["answered"] >= figures["checked"] >= 2
@@ -152,6 +178,13 @@ def test_a_negative_acknowledgement_is_refused():
         question.check(answer(question.datagram))
 
 
+def test_an_echo_is_accepted_as_it_was_sent_and_in_no_other_way():
+    question = nts_question()
+    question.check_echo(question.datagram)
+    with pytest.raises(NotAuthentic):
+        question.check_echo(answer(question.datagram))
+
+
 def test_a_server_that_changes_its_answers_ends_the_bench():
     questions = [nts_question() for _ in range(WINDOW)]
 
@@ -165,32 +198,120 @@ def test_a_server_that_changes_its_answers_ends_the_bench():
             asked.turn(0.1)
 
 
-def test_answers_and_losses_are_counted():
+def test_answers_and_losses_are_counted(load):
     """A server that leaves out every fourth request: all that were sent are accounted for."""
     requests = [bytes((number,)) * 48 for number in range(128)]
     with udp_server(lambda request: request if request[0] % 4 else None) as port:
-        burst = Load("127.0.0.1", port, requests).run(0.1, samples=8)
+        burst = load(port, requests).run(0.1, samples=8)
 
     assert burst.answered >= burst.lost * 2
     assert burst.lost > 0
+    assert burst.cpu_ns > 0
     assert 0 < len(burst.sample) <= 8
     assert set(burst.sample) <= set(requests)
 
 
-def test_a_silent_server_ends_the_bench():
+def test_a_silent_server_ends_the_bench(load):
     with (
         udp_server(lambda _request: None) as port,
         pytest.raises(LoadError, match="no answer"),
     ):
-        Load("127.0.0.1", port, [bytes(48)] * WINDOW).run(0.1, samples=1)
+        load(port, [bytes(48)] * WINDOW).run(0.1, samples=1)
 
 
-def test_a_closed_port_ends_the_bench():
+def test_a_closed_port_ends_the_bench(load):
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
     with pytest.raises(LoadError, match="the server is gone"):
-        Load("127.0.0.1", port, [bytes(48)] * WINDOW).run(1, samples=1)
+        load(port, [bytes(48)] * WINDOW).run(1, samples=1)
+
+
+@needs_cargo
+def test_a_rate_is_kept_whatever_comes_back():
+    """From each of two addresses a half; a server that answers one in ten of them."""
+    requests = [bytes((number,)) * 48 for number in range(100)]
+    with udp_server(lambda request: request if request[0] % 10 == 0 else None) as port:
+        load = NativeLoad("127.0.0.1", port, requests, ("127.0.0.1", "127.0.0.2"))
+        burst = load.run(0.5, samples=1, rate=2000)
+
+    assert 900 <= burst.answered + burst.lost <= 1000
+    assert 80 <= burst.answered <= 120
+
+
+def test_what_overflows_a_socket_is_counted():
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as full:
+        full.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        full.bind(("127.0.0.1", 0))
+        assert overflowed(full.getsockname()[1]) == 0
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            for _ in range(100):
+                sender.sendto(bytes(228), full.getsockname())
+        assert 0 < overflowed(full.getsockname()[1]) < 100
+
+
+@pytest.mark.parametrize(
+    ("changed", "fault"),
+    [
+        ({}, None),
+        ({"lost": 5, "overflowed": 5}, None),
+        ({"lost": 6, "overflowed": 5}, "6 requests were lost"),
+        ({"outcomes": {"nts-time": 99, "ntsn": 1}}, "not all requests"),
+        ({"late": 33.0}, "memory grew"),
+    ],
+)
+def test_a_soak_finds_what_must_not_be(changed, fault):
+    good = {"answered": 100, "lost": 0, "overflowed": 0, "checked": 9, "established": 9}
+    good |= {"outcomes": {"nts-time": 100}, "early": 30.0, "late": 31.0}
+    faults = Soak(**{**good, **changed}).faults()
+    assert len(faults) == (fault is not None)
+    assert fault is None or faults[0].startswith(fault)
+
+
+@pytest.mark.long
+@needs_cargo
+@needs_native
+def test_a_short_soak_has_no_fault():
+    done = run("bench.soak", "--seconds", "6", "--rotation", "1", "--json")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    document = json.loads(done.stdout)
+    assert document["answered"] > document["checked"] > 0
+    assert document["established"] > 0
+
+
+@pytest.mark.long
+@needs_cargo
+def test_the_bench_of_quality_gives_every_figure():
+    done = run("bench.quality", "--seconds", "6", "--rounds", "1", "--json")
+
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document.keys() == set(CONDITIONS)
+    for figures in document["idle"].values():
+        assert figures["answers"] > 10
+        assert figures["lost"] < 0.1
+        for figure in ("offset", "response", "delay"):
+            assert 0 <= figures[figure]["median"] <= figures[figure]["p99"]
+
+
+@pytest.mark.long
+@needs_cargo
+def test_the_bench_of_floods_gives_every_figure():
+    done = run("bench.flood", "--seconds", "1", "--json")
+
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document.keys() == set(possible(*flood.SERVERS))
+    for memory in document.values():
+        assert 1 < memory["early"] <= memory["most"]
+        assert memory["answered"] > 0
+
+
+def test_of_few_answers_nothing_is_said():
+    assert Figure.of([1e-6] * 9) is None
+    assert Figure.of([1e-6] * 90 + [5e-6] * 10) == Figure(pytest.approx(1), pytest.approx(5))
+    assert Seen(sent=10, valid=4).lost == pytest.approx(0.6)
 
 
 def test_the_processor_time_of_child_processes_counts():
@@ -204,11 +325,24 @@ def test_the_processor_time_of_child_processes_counts():
             os.killpg(shell.pid, 9)
 
 
-def test_the_ratio_is_ours_over_theirs_round_by_round():
+def test_ratios_are_formed_round_by_round_and_held_against_what_is_asked_for():
     turns = {
-        OURS: tuple(Turn(100, 0, 1, 1.0, cpu) for cpu in (1000, 2000, 4000)),
-        THEIRS: tuple(Turn(200, 0, 1, 1.0, cpu) for cpu in (1000, 1000, 1000)),
+        PYTHON: tuple(Turn(100, 0, 1, 1.0, cpu) for cpu in (1000, 2000, 4000)),
+        CHRONYD: tuple(Turn(200, 0, 1, 1.0, cpu) for cpu in (1000, 1000, 1000)),
     }
-    ratio = Comparison(turns).ratio
+    goal = Goal(PYTHON, CHRONYD, 0.25)
+    comparison = Comparison(turns, (goal,))
+    ratio = comparison.ratio(goal)
 
     assert (ratio.median, ratio.min, ratio.max) == (0.25, 0.125, 0.5)
+    assert comparison.rate_ratio(goal).median == 0.5
+    assert goal.verdict(0.25).endswith("met")
+    assert goal.verdict(0.24).endswith("MISSED")
+    assert Goal(PYTHON, CHRONYD).verdict(0.1) == ""
+
+
+def test_goals_of_servers_that_are_missing_are_left_out():
+    here, elsewhere = Goal(PYTHON, CHRONYD), Goal(PYTHON, ECHO)
+    servers = [TimeServer(name, 1, 0, 0) for name in (PYTHON, CHRONYD)]
+    comparison = Comparison.run(servers, 1, lambda _: Turn(1, 0, 1, 1.0, 1), (here, elsewhere))
+    assert comparison.goals == (here,)
