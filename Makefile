@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-engine lint bench soak docs deb fuzz lock clean
+.PHONY: help setup demo test test-long test-engine lint bench soak docs deb fuzz fuzz-python lock clean
 
 help:
 	@echo "make demo       the whole life of a pool on this machine, in under a minute"
@@ -113,10 +113,31 @@ deb: setup
 	@sh packaging/build-deb $(BIN)/pip dist
 	@ls dist/*.deb
 
-# TARGET=ntp-server fuzzes only that one.
+# TARGET=ntp-server fuzzes only that one; TARGET=engine-packet one of those in Rust.
 SECONDS ?= 600
-fuzz: setup
-	$(BIN)/python -m fuzz $(or $(TARGET),--all) --seconds $(SECONDS)
+FUZZED_ENGINE := engine-packet engine-cookies engine-ke engine-ratelimit
+fuzz: setup $(if $(TARGET),$(filter $(TARGET),$(FUZZED_ENGINE)),fuzz-python $(FUZZED_ENGINE))
+	$(if $(filter-out $(FUZZED_ENGINE),$(TARGET)),$(BIN)/python -m fuzz $(TARGET) --seconds $(SECONDS))
+
+fuzz-python: setup
+	$(BIN)/python -m fuzz --all --seconds $(SECONDS)
+
+# They begin with the corpus of the Python targets; what they learn is in .fuzz as well.
+SEEDS_engine-packet := ntp-server ntp-server-sealed ntp-packet
+SEEDS_engine-cookies := cookie cookie-raw
+SEEDS_engine-ke := ke-server ke-records ke-client
+.PHONY: $(FUZZED_ENGINE)
+$(FUZZED_ENGINE): setup
+ifdef CARGO
+	@$(CARGO) fuzz --version >/dev/null 2>&1 \
+	  || { echo "error: engine/fuzz is run by cargo-fuzz: cargo install cargo-fuzz" >&2; exit 1; }
+	@mkdir -p .fuzz/corpus/$@ .fuzz/faults
+	$(IN_ENGINE) fuzz run --sanitizer none $(@:engine-%=%) $(CURDIR)/.fuzz/corpus/$@ \
+	  $(addprefix $(CURDIR)/fuzz/corpus/,$(SEEDS_$@)) -- -max_total_time=$(SECONDS) -max_len=2100 -timeout=20 \
+	  -artifact_prefix=$(CURDIR)/.fuzz/faults/$@- -print_final_stats=1
+else
+	@echo "no cargo: $@ is not fuzzed"
+endif
 
 # Only this writes the locks; they hold hashes and no index address. That of the agent is a part of the other. pip-compile
 # loses the markers of extras, so the one requirement that has some (there is no wheel for every platform) is given to it
@@ -129,4 +150,4 @@ lock: setup
 	$(COMPILE) --constraint requirements.lock -o requirements-agent.lock pyproject.toml
 
 clean:
-	rm -rf $(VENV) engine/target .lock .peers lab/oidc/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz dist
+	rm -rf $(VENV) engine/target engine/fuzz/target .lock .peers lab/oidc/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz dist

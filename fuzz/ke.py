@@ -1,10 +1,12 @@
 """Targets of key establishment: the reader of records and both sides (RFC 8915 section 4).
 
-An input's first octet says in pieces of how many octets the rest is fed (0: all at once).
+An input's first octet says in pieces of how many octets the rest is fed (0: all at once). Where the packet engine is
+built, it has to say the same as `nts_core.ke.KeServer`, and at the same piece.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+from fuzz import native
 from fuzz.mutate import Layout
 from fuzz.target import NOW, Drawn, OracleError, Plan, Target, hold, pieces
 from nts_core import records
@@ -78,6 +80,8 @@ def _server(data: bytes) -> str:
         return Drawn(context)(length)
 
     server = KeServer(_TERMS, export, randomness)
+    if native.IS_BUILT:
+        _check_native(pieces(request, length))
     reply, fed = None, 0
     for piece in pieces(request, length):
         fed += len(piece)
@@ -91,6 +95,17 @@ def _server(data: bytes) -> str:
     # What came after the end of the message is nobody's.
     _check_reply(request[:fed], reply, export)
     return reply.outcome
+
+
+def _check_native(stream: Iterable[bytes]) -> None:
+    servers = native.KeServers(
+        _TERMS, lambda context, length: Drawn(context)(length), Drawn(b"server")(MAX_COOKIES * NONCE_LENGTH)
+    )
+    for piece in stream:
+        expected, found = servers.receive(piece)
+        hold(found == expected, "both engines answer the same")
+        if expected is not None:
+            return
 
 
 def _check_reply(request: bytes, reply: KeReply, export: _Export) -> None:

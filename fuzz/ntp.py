@@ -4,8 +4,11 @@ No fuzzer guesses a tag of 128 bits. Targets named `-sealed` therefore take a da
 are any octets, the authenticator's ciphertext is a tag of any octets and the plain fields. Before it is given to the
 code under test, the target puts in true cookies and seals it with the true key, in place: every length stays as it
 was written, so the rules of section 5.6 are met or broken as the input will have it.
+
+Where the packet engine is built, it has to answer every datagram as the Python engine does, octet for octet.
 """
 
+from fuzz import native
 from fuzz.mutate import Layout
 from fuzz.target import NOW, Drawn, OracleError, Plan, Target, hold
 from nts_core import ntptime
@@ -193,10 +196,19 @@ def _respond(datagram: bytes, kiss: Kiss | None, session: SessionKeys | None) ->
     made = server.respond(datagram, received=_NOW_NS, transmit_time=transmit_time, clock=_CLOCK, kiss=kiss)
     hold(draw.octets <= _MOST_DRAWN, "work is bounded: no more is drawn than eight cookies need")
     hold(len(taken) <= 1, "the transmit time is taken once")
+    if native.IS_BUILT:
+        _check_native(datagram, kiss)
     if isinstance(made, Drop):
         return made.outcome
     _check_reply(datagram, made, kiss, session)
     return made.outcome
+
+
+def _check_native(datagram: bytes, kiss: Kiss | None) -> None:
+    request = native.Request(datagram, kiss, Drawn(b"server")(native.MOST_RANDOM))
+    times = native.Times(_NOW_NS, _NOW_NS, _CLOCK)
+    (found,) = native.respond(_KEYRING, [request], times)
+    hold(found == native.respond_in_python(_KEYRING, request, times), "both engines answer the same")
 
 
 def _check_reply(datagram: bytes, made: Reply, kiss: Kiss | None, session: SessionKeys | None) -> None:

@@ -139,6 +139,7 @@ Written by `make docs`; a test compares. Each mark is a test of tests/interop/ w
 `make test`, **long** in `make test-long`. Nothing is marked that is not tested; **refused** is a test that a server
 without the AEAD gives us no keys. The programs are Debian's, unpacked and not installed; those of newer releases are
 pinned in lab/newer-peers.toml. Those of sid are left out, and their tests skipped, once sid has moved on from the pin.
+Our server answers by native packets in `make test` where they are built, and by both in `make test-long`.
 """
 _EVENTS = """\
 ## The events

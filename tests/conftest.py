@@ -45,6 +45,12 @@ def slow_packets(request):
     yield from _answering(request.param)
 
 
+@pytest.fixture(params=[NATIVE])
+def native_packets(request):
+    """For what is so in Rust alone."""
+    yield from _answering(request.param)
+
+
 @pytest.fixture
 def python_packets():
     """For what is so in Python alone."""

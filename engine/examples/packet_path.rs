@@ -44,7 +44,8 @@ impl Client {
         datagram.extend([4, 4, 0, 40, 0, 16, 0, 16]);
         datagram.extend([number ^ 0x5a; 16]);
         datagram.extend([0; 16]);
-        let aead = Aead::of_packets([(keys.aead, keys.c2s())].into_iter());
+        let mut aead = arrayvec::ArrayVec::new();
+        Aead::of_packets(&mut aead, [(keys.aead, keys.c2s())].into_iter());
         let (before, sealed) = datagram.split_at_mut(clear + 24);
         seal([Work { aead: &aead[0], nonce: &before[clear + 8..], data: &before[..clear], sealed }].into_iter());
         Self { keys, datagram }
@@ -80,7 +81,8 @@ fn ours(keyring: &Keyring, clients: &[Client]) -> Vec<Answer> {
     let mut jobs: Vec<_> = recognised.iter_mut().zip(&mut verdicts).map(|(cookie, ok)| cookie.opening(ok)).collect();
     siv::open(&mut jobs);
     drop(jobs);
-    let aeads = Aead::of_packets(recognised.iter().map(|cookie| (cookie.keys.aead, cookie.keys.c2s())));
+    let mut aeads = arrayvec::ArrayVec::new();
+    Aead::of_packets(&mut aeads, recognised.iter().map(|cookie| (cookie.keys.aead, cookie.keys.c2s())));
     let mut tags = [[0; 16]; LANES];
     for (tag, client) in tags.iter_mut().zip(clients) {
         tag.copy_from_slice(&client.datagram[212..]);
@@ -101,7 +103,8 @@ fn ours(keyring: &Keyring, clients: &[Client]) -> Vec<Answer> {
         .collect();
     siv::seal(&mut jobs);
     drop(jobs);
-    let aeads = Aead::of_packets(recognised.iter().map(|cookie| (cookie.keys.aead, cookie.keys.s2c())));
+    let mut aeads = arrayvec::ArrayVec::new();
+    Aead::of_packets(&mut aeads, recognised.iter().map(|cookie| (cookie.keys.aead, cookie.keys.s2c())));
     seal(answers.iter_mut().zip(&aeads).map(|(answer, aead)| {
         let (before, sealed) = answer.split_at_mut(SEALED);
         Work { aead, nonce: &[7; 16], data: &before[..CLEAR], sealed }

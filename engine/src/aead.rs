@@ -116,19 +116,18 @@ impl Aead {
     ///
     /// # Panics
     /// When a key has another length.
-    pub fn of_packets<'a>(keys: impl Iterator<Item = (AeadId, &'a [u8])>) -> ArrayVec<Self, LANES> {
-        let mut ready: ArrayVec<Self, LANES> = keys
-            .map(|(algorithm, key)| match algorithm {
+    pub fn of_packets<'a>(ready: &mut ArrayVec<Self, LANES>, keys: impl Iterator<Item = (AeadId, &'a [u8])>) {
+        ready.extend(
+            keys.map(|(algorithm, key)| match algorithm {
                 AeadId::Aes128GcmSiv => AesGcmSiv::new_from_slice(key).ok().map(Self::GcmSiv),
                 _ => SivKey::underived(key).map(Self::Siv),
             })
-            .map(|key| key.expect("session keys are as long as their algorithm has them"))
-            .collect();
+            .map(|key| key.expect("session keys are as long as their algorithm has them")),
+        );
         siv::derive(ready.iter_mut().filter_map(|key| match key {
             Self::Siv(key) => Some(key),
             Self::GcmSiv(_) => None,
         }));
-        ready
     }
 }
 
@@ -146,45 +145,43 @@ pub struct Work<'a> {
 /// # Panics
 /// When there is no room for a tag, or a nonce has not the length that we draw.
 pub fn seal<'a>(all: impl Iterator<Item = Work<'a>>) {
-    let mut jobs: ArrayVec<siv::Sealing, LANES> = all
-        .filter_map(|Work { aead, nonce, data, sealed }| match aead {
-            Aead::Siv(key) => {
-                let (tag, text) = sealed.split_at_mut(TAG);
-                Some(siv::Sealing { key, data, nonce, tag, text })
-            }
-            Aead::GcmSiv(key) => {
-                let (text, tag) = sealed.split_at_mut(sealed.len() - TAG);
-                let nonce = nonce.try_into().expect("a nonce of 12 octets");
-                // It fails for lengths beyond 2^36 octets only.
-                let made = key.encrypt_inout_detached(nonce, data, text.into()).expect("a short text");
-                tag.copy_from_slice(&made);
-                None
-            }
-        })
-        .collect();
+    let mut jobs = ArrayVec::<_, LANES>::new();
+    jobs.extend(all.filter_map(|Work { aead, nonce, data, sealed }| match aead {
+        Aead::Siv(key) => {
+            let (tag, text) = sealed.split_at_mut(TAG);
+            Some(siv::Sealing { key, data, nonce, tag, text })
+        }
+        Aead::GcmSiv(key) => {
+            let (text, tag) = sealed.split_at_mut(sealed.len() - TAG);
+            let nonce = nonce.try_into().expect("a nonce of 12 octets");
+            // It fails for lengths beyond 2^36 octets only.
+            let made = key.encrypt_inout_detached(nonce, data, text.into()).expect("a short text");
+            tag.copy_from_slice(&made);
+            None
+        }
+    }));
     siv::seal(&mut jobs);
 }
 
 /// Open up to `LANES` ciphertexts. Each comes with the place of its verdict, which becomes true when key, nonce, data and
 /// tag belong together.
 pub fn open<'a>(all: impl Iterator<Item = (Work<'a>, &'a mut bool)>) {
-    let mut jobs: ArrayVec<siv::Opening, LANES> = all
-        .filter_map(|(Work { aead, nonce, data, sealed }, is_authentic)| {
-            *is_authentic = false;
-            match aead {
-                Aead::Siv(key) => {
-                    let (&mut tag, text) = sealed.split_first_chunk_mut()?;
-                    Some(siv::Opening { key, data, nonce, tag, text, is_authentic })
-                }
-                Aead::GcmSiv(key) => {
-                    let (text, &mut tag) = sealed.split_last_chunk_mut()?;
-                    let nonce = nonce.try_into().ok()?;
-                    *is_authentic = key.decrypt_inout_detached(nonce, data, text.into(), &Tag::from(tag)).is_ok();
-                    None
-                }
+    let mut jobs = ArrayVec::<_, LANES>::new();
+    jobs.extend(all.filter_map(|(Work { aead, nonce, data, sealed }, is_authentic)| {
+        *is_authentic = false;
+        match aead {
+            Aead::Siv(key) => {
+                let (&mut tag, text) = sealed.split_first_chunk_mut()?;
+                Some(siv::Opening { key, data, nonce, tag, text, is_authentic })
             }
-        })
-        .collect();
+            Aead::GcmSiv(key) => {
+                let (text, &mut tag) = sealed.split_last_chunk_mut()?;
+                let nonce = nonce.try_into().ok()?;
+                *is_authentic = key.decrypt_inout_detached(nonce, data, text.into(), &Tag::from(tag)).is_ok();
+                None
+            }
+        }
+    }));
     siv::open(&mut jobs);
 }
 
@@ -194,5 +191,41 @@ pub const fn text_in(algorithm: AeadId, length: usize) -> std::ops::Range<usize>
     match algorithm {
         AeadId::Aes128GcmSiv => 0..length - TAG,
         _ => TAG..length,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// RFC 8452 section C.1: key, nonce, data, plaintext and what comes of it.
+    #[test]
+    fn vectors_of_rfc_8452() {
+        let (mut key, mut nonce) = ([0; 16], [0; 12]);
+        (key[0], nonce[0]) = (1, 3);
+        for (data, text, expected) in [
+            (&[][..], &[][..], 0x_dc20_e2d8_3f25_705b_b49e_439e_ca56_de25_u128),
+            (&[], &[1, 0, 0, 0, 0, 0, 0, 0], 0x_578782fff6013b815b287c22493a364c),
+            (&[1], &[2, 0, 0, 0, 0, 0, 0, 0], 0x_3b0a1a2560969cdf790d99759abd1508),
+        ] {
+            let mut aead = ArrayVec::new();
+            Aead::of_packets(&mut aead, std::iter::once((AeadId::Aes128GcmSiv, &key[..])));
+            let aead = &aead[0];
+            let mut room = vec![0; text.len() + TAG];
+            room[text_in(AeadId::Aes128GcmSiv, text.len() + TAG)].copy_from_slice(text);
+            seal(std::iter::once(Work { aead, nonce: &nonce, data, sealed: &mut room }));
+            assert_eq!(room[text.len()..], expected.to_be_bytes());
+
+            let mut verdict = false;
+            open(std::iter::once((Work { aead, nonce: &nonce, data, sealed: &mut room.clone() }, &mut verdict)));
+            assert!(verdict);
+            for (nonce, data, mut sealed) in
+                [(&nonce[..11], data, room.clone()), (&nonce, &[9], room.clone()), (&nonce, data, vec![0; 15])]
+            {
+                open(std::iter::once((Work { aead, nonce, data, sealed: &mut sealed }, &mut verdict)));
+                assert!(!verdict);
+                verdict = true;
+            }
+        }
     }
 }

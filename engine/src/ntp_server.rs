@@ -357,7 +357,7 @@ impl Turn<'_> {
         let sealed = unix_ns();
         let refused = batch::send(self.socket, &letters[..sent]);
         if let Some(began) = world.began {
-            pace.learn(count, sealed - began, (unix_ns() - sealed) / sent.max(1) as i64);
+            pace.learn(count, sealed - began, unix_ns() - sealed, sent);
         }
         self.counts.send_errors.add(refused as u64);
         count == LANES
@@ -386,14 +386,17 @@ struct Pace {
 
 impl Pace {
     /// From the time taken to the moment when this answer leaves, in nanoseconds.
+    #[allow(clippy::cast_possible_wrap)] // there are no more lanes than `LANES`
     fn ahead(&self, count: usize, lane: usize) -> i64 {
         let letter = self.letter[count].0;
         self.sealing[count].0 + letter * lane as i64 + letter / 2
     }
 
-    fn learn(&mut self, count: usize, sealing: i64, letter: i64) {
+    /// What a group has taken, and all letters of it together.
+    #[allow(clippy::cast_possible_wrap)] // see above
+    fn learn(&mut self, count: usize, sealing: i64, sending: i64, letters: usize) {
         self.sealing[count].add(sealing);
-        self.letter[count].add(letter);
+        self.letter[count].add(sending / letters.max(1) as i64);
     }
 }
 
@@ -448,9 +451,9 @@ mod tests {
         let mut pace = Pace::default();
         assert_eq!(pace.ahead(3, 2), 0);
         for _ in 0..100 {
-            pace.learn(3, 1_600, 2_400);
+            pace.learn(3, 1_600, 7_200, 3);
             // Somebody else was served meanwhile, or the clock was set.
-            pace.learn(3, 5_000_000, -7);
+            pace.learn(3, 5_000_000, -7, 1);
         }
         let ahead: Vec<_> = (0..3).map(|lane| pace.ahead(3, lane)).collect();
         assert!((2_700..=2_800).contains(&ahead[0]) && (2_380..=2_400).contains(&(ahead[2] - ahead[1])), "{ahead:?}");

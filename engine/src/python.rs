@@ -12,6 +12,7 @@ use arc_swap::ArcSwap;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyTuple};
+use socket2::{SockRef, Type};
 
 use crate::aead::AeadId;
 use crate::batch;
@@ -190,9 +191,17 @@ fn invalid(error: impl ToString) -> PyErr {
 }
 
 /// Sockets that were handed over are closed also when they cannot be used.
-fn take_over(descriptors: &[i32], threads: usize) -> PyResult<Vec<OwnedFd>> {
-    let taken: Vec<_> = descriptors.iter().map(|&each| batch::take_over(each)).collect();
+fn take_over(descriptors: &[i32], kind: Type, threads: usize) -> PyResult<Vec<OwnedFd>> {
+    // One that is named twice has one owner all the same.
+    let distinct = (0..descriptors.len()).filter(|&at| !descriptors[..at].contains(&descriptors[at]));
+    let taken: Vec<_> = distinct.map(|at| batch::take_over(descriptors[at])).collect();
     let sockets = taken.into_iter().collect::<Result<Vec<_>, _>>()?;
+    for socket in &sockets {
+        // From another kind every receive would fail, and at once.
+        if SockRef::from(socket).r#type()? != kind {
+            return Err(std::io::Error::other("a socket of another type").into());
+        }
+    }
     if sockets.len() == threads {
         Ok(sockets)
     } else {
@@ -238,14 +247,14 @@ impl Engine {
     }
 
     fn listen_ntp(&self, py: Python<'_>, descriptors: Vec<i32>) -> PyResult<usize> {
-        let sockets = take_over(&descriptors, self.threads)?;
+        let sockets = take_over(&descriptors, Type::DGRAM, self.threads)?;
         let number = self.places.fetch_add(1, Ordering::Relaxed);
         py.detach(|| self.ntp.listen(number, sockets))?;
         Ok(number)
     }
 
     fn listen_ke(&self, py: Python<'_>, descriptors: Vec<i32>, service: Py<PyAny>) -> PyResult<usize> {
-        let sockets = take_over(&descriptors, self.threads)?;
+        let sockets = take_over(&descriptors, Type::STREAM, self.threads)?;
         let number = self.places.fetch_add(1, Ordering::Relaxed);
         py.detach(|| self.ke.listen(number, sockets, &asking(service)))?;
         Ok(number)

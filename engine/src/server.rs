@@ -196,7 +196,8 @@ impl<'a> Batch<'a> {
     }
 
     fn open_cookies(&mut self) {
-        let mut jobs: ArrayVec<_, LANES> = self.nts.iter_mut().map(Nts::opening).collect();
+        let mut jobs = ArrayVec::<_, LANES>::new();
+        jobs.extend(self.nts.iter_mut().map(Nts::opening));
         siv::open(&mut jobs);
         drop(jobs);
         self.nts.retain(|nts| {
@@ -213,7 +214,8 @@ impl<'a> Batch<'a> {
     }
 
     fn verify(&mut self) {
-        let keys = Aead::of_packets(self.nts.iter().map(|nts| (nts.cookie.keys.aead, nts.cookie.keys.c2s())));
+        let mut keys = ArrayVec::new();
+        Aead::of_packets(&mut keys, self.nts.iter().map(|nts| (nts.cookie.keys.aead, nts.cookie.keys.c2s())));
         aead::open(self.nts.iter_mut().zip(&keys).map(|(nts, aead)| nts.hidden(aead)));
         self.nts.retain(|nts| {
             if !nts.is_authentic {
@@ -242,13 +244,14 @@ impl<'a> Batch<'a> {
     }
 
     /// What is left depends on the time, which is taken as late as can be.
-    fn answer(mut self, world: &mut impl World) {
-        let keys = Aead::of_packets(self.nts.iter().map(|nts| (nts.cookie.keys.aead, nts.cookie.keys.s2c())));
+    fn answer(&mut self, world: &mut impl World) {
+        let mut keys = ArrayVec::new();
+        Aead::of_packets(&mut keys, self.nts.iter().map(|nts| (nts.cookie.keys.aead, nts.cookie.keys.s2c())));
         for nts in &mut self.nts {
             nts.exchange.head(self.clock, world);
         }
         aead::seal(self.nts.iter_mut().zip(&keys).map(|(nts, aead)| nts.sealing(aead)));
-        for mut exchange in self.plain {
+        for exchange in &mut self.plain {
             exchange.head(self.clock, world);
             exchange.clear(exchange.outcome(Outcome::Time));
         }
@@ -272,13 +275,11 @@ impl Exchange<'_> {
     }
 
     fn head(&mut self, clock: &ClockState, world: &mut impl World) {
-        match self.request.kiss {
-            Some(kiss) => self.kiss(kiss),
-            None => {
-                let times = (stamp(self.request.received), stamp(world.departure(self.lane)));
-                clock.answer(&self.asked, times.0, times.1, &mut self.reply.octets);
-            }
+        if let Some(kiss) = self.request.kiss {
+            return self.kiss(kiss);
         }
+        let received = stamp(self.request.received);
+        clock.answer(&self.asked, received, stamp(world.departure(self.lane)), &mut self.reply.octets);
     }
 
     /// All times of a kiss-o'-death packet are the request's own.
@@ -473,4 +474,250 @@ fn read(datagram: &[u8]) -> Result<Read, Outcome> {
         }
     }
     Ok(read)
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::rngs::StdRng;
+    use rand::seq::IndexedRandom;
+    use rand::{Rng, RngExt, SeedableRng};
+
+    use super::*;
+    use crate::aead::{AeadId, SessionKeys, Work};
+
+    const ALGORITHMS: [AeadId; 4] = [AeadId::SivCmac256, AeadId::SivCmac384, AeadId::SivCmac512, AeadId::Aes128GcmSiv];
+    const CLOCK: ClockState = ClockState {
+        leap: 1,
+        stratum: 3,
+        precision: -25,
+        root_delay: 17,
+        root_dispersion: 19,
+        reference_id: *b"TEST",
+        reference: 23,
+    };
+    const NOW: i64 = 1_800_000_000_123_456_789;
+
+    fn keyring() -> Keyring {
+        Keyring::new(&[(9, [1; 32]), (8, [2; 32]), (7, [3; 32])]).unwrap()
+    }
+
+    /// The same randomness for a request wherever in a batch it is.
+    struct Given<'a> {
+        random: &'a [[u8; MOST_RANDOM]],
+        calls: Vec<Option<usize>>,
+    }
+
+    impl World for Given<'_> {
+        fn departure(&mut self, _lane: usize) -> i64 {
+            self.calls.push(None);
+            NOW
+        }
+
+        fn random(&mut self, lane: usize, room: &mut [u8]) {
+            self.calls.push(Some(lane));
+            room.copy_from_slice(&self.random[lane][..room.len()]);
+        }
+    }
+
+    fn field(kind: u16, value: &[u8]) -> Vec<u8> {
+        [&kind.to_be_bytes()[..], &short(4 + value.len()), value].concat()
+    }
+
+    struct Client {
+        keys: SessionKeys,
+        cookie: Vec<u8>,
+    }
+
+    impl Client {
+        fn new(algorithm: AeadId, rng: &mut StdRng) -> Self {
+            let mut both = vec![0; 2 * algorithm.key_length()];
+            rng.fill_bytes(&mut both);
+            let keys = SessionKeys::new(algorithm, &both).unwrap();
+            let mut cookie = vec![0; cookies::length(algorithm)];
+            keyring().seal(&keys, &rng.random(), &mut cookie);
+            Self { keys, cookie }
+        }
+
+        /// A request with so many placeholders in clear and so many that are hidden.
+        fn request(&self, clear: usize, hidden: usize, rng: &mut StdRng) -> Vec<u8> {
+            let mut datagram = vec![0; HEADER];
+            rng.fill_bytes(&mut datagram);
+            datagram[0] = 4 << 3 | CLIENT;
+            datagram.extend(field(UNIQUE_IDENTIFIER, &rng.random::<[u8; 32]>()));
+            datagram.extend(field(COOKIE, &self.cookie));
+            let placeholder = field(COOKIE_PLACEHOLDER, &vec![0; self.cookie.len()]);
+            datagram.extend(placeholder.repeat(clear));
+            let (data, nonce) = (datagram.clone(), rng.random::<[u8; 16]>());
+            let nonce = &nonce[..self.keys.aead.nonce_length()];
+            let plaintext = placeholder.repeat(hidden);
+            let mut sealed = vec![0; plaintext.len() + TAG];
+            let place = text_in(self.keys.aead, sealed.len());
+            sealed[place].copy_from_slice(&plaintext);
+            let mut aead = ArrayVec::new();
+            Aead::of_packets(&mut aead, std::iter::once((self.keys.aead, self.keys.c2s())));
+            aead::seal(std::iter::once(Work { aead: &aead[0], nonce, data: &data, sealed: &mut sealed }));
+            let body = [&short(nonce.len())[..], &short(sealed.len()), nonce, &sealed].concat();
+            datagram.extend(field(AUTHENTICATOR, &body));
+            datagram
+        }
+
+        /// The cookies in an authentic answer.
+        fn cookies(&self, answer: &[u8]) -> Vec<Vec<u8>> {
+            let authenticator = Fields::new(answer, HEADER, MIN_FIELD).map(Result::unwrap).last().unwrap();
+            let parts = Authenticator::read(answer, &authenticator).unwrap();
+            let mut aead = ArrayVec::new();
+            Aead::of_packets(&mut aead, std::iter::once((self.keys.aead, self.keys.s2c())));
+            let mut sealed = answer[parts.ciphertext].to_vec();
+            let (mut verdict, data) = (false, &answer[..authenticator.start]);
+            let work = Work { aead: &aead[0], nonce: &answer[parts.nonce], data, sealed: &mut sealed };
+            aead::open(std::iter::once((work, &mut verdict)));
+            assert!(verdict);
+            let text = &sealed[text_in(self.keys.aead, sealed.len())];
+            Fields::new(text, 0, MIN_HIDDEN_FIELD).map(|field| text[field.unwrap().value()].to_vec()).collect()
+        }
+    }
+
+    /// What can be told of a reply.
+    type Told = (Outcome, Vec<u8>, Option<Role>, usize);
+
+    fn ask(asked: &[(Vec<u8>, Option<Kiss>)], random: &[[u8; MOST_RANDOM]]) -> (Vec<Told>, Vec<Option<usize>>) {
+        let requests: Vec<Request> =
+            asked.iter().map(|(datagram, kiss)| Request { datagram, received: NOW - 1000, kiss: *kiss }).collect();
+        let mut replies: Vec<Reply> = asked.iter().map(|_| Reply { length: 99, ..Reply::default() }).collect();
+        let mut world = Given { random, calls: Vec::new() };
+        respond(&keyring(), &CLOCK, &requests, &mut replies, &mut world);
+        let told = replies
+            .iter()
+            .map(|reply| (reply.outcome, reply.octets[..reply.length].to_vec(), reply.opened, reply.sealed));
+        (told.collect(), world.calls)
+    }
+
+    fn alone(datagram: Vec<u8>) -> Told {
+        ask(&[(datagram, None)], &[[5; MOST_RANDOM]]).0.remove(0)
+    }
+
+    /// Valid, plain, cut off, mutated and senseless datagrams.
+    fn any(rng: &mut StdRng) -> Vec<u8> {
+        let client = Client::new(*ALGORITHMS.choose(rng).unwrap(), rng);
+        let (clear, hidden) = (rng.random_range(0..9), [0, 0, 1, 3][rng.random_range(0..4)]);
+        let mut datagram = client.request(clear, hidden, rng);
+        match rng.random_range(0..8) {
+            0 => datagram.truncate(HEADER),
+            1 => datagram.truncate(rng.random_range(0..datagram.len())),
+            2 => datagram.truncate(rng.random_range(0..datagram.len()) / 4 * 4),
+            3 => {
+                datagram.resize(rng.random_range(0..2100), 0);
+                rng.fill_bytes(&mut datagram);
+            }
+            4 | 5 => {
+                let place = rng.random_range(0..datagram.len());
+                datagram[place] ^= 1 << rng.random_range(0..8);
+            }
+            _ => {}
+        }
+        datagram
+    }
+
+    #[test]
+    fn a_batch_is_answered_as_one_at_a_time_and_never_at_greater_length() {
+        let mut rng = StdRng::seed_from_u64(8915);
+        let mut seen = [0; Outcome::ALL.len()];
+        for _ in 0..400 {
+            let kisses = [None, None, None, None, Some(Kiss::Rate), Some(Kiss::Deny)];
+            let asked: Vec<_> =
+                (0..rng.random_range(0..=LANES)).map(|_| (any(&mut rng), *kisses.choose(&mut rng).unwrap())).collect();
+            let random: Vec<[u8; MOST_RANDOM]> = asked.iter().map(|_| rng.random()).collect();
+            let (together, _) = ask(&asked, &random);
+            for ((told, asked), random) in together.into_iter().zip(&asked).zip(&random) {
+                assert_eq!(told, ask(std::slice::from_ref(asked), &[*random]).0.remove(0));
+                assert!(told.1.len() <= asked.0.len());
+                seen[told.0 as usize] += 1;
+            }
+        }
+        // Versions, modes and MACs come by chance too seldom; they have their own test.
+        for outcome in [Outcome::Time, Outcome::NtsTime, Outcome::Ntsn, Outcome::KissRate, Outcome::Malformed] {
+            assert!(seen[outcome as usize] > 20, "{outcome:?} is hardly ever seen");
+        }
+    }
+
+    #[test]
+    fn answers_bring_cookies_whose_nonces_follow_the_answers_own() {
+        let mut rng = StdRng::seed_from_u64(1);
+        for algorithm in ALGORITHMS {
+            for (clear, hidden) in [(0, 0), (1, 0), (0, 1), (2, 3), (7, 0), (6, 4)] {
+                let client = Client::new(algorithm, &mut rng);
+                let (asked, random) = (client.request(clear, hidden, &mut rng), rng.random());
+                let (outcome, answer, opened, sealed) = ask(&[(asked.clone(), None)], &[random]).0.remove(0);
+                assert_eq!((outcome, opened), (Outcome::NtsTime, Some(Role::Sealing)));
+                assert_eq!(answer[24..32], asked[40..48]);
+                assert_eq!(answer[32..40], stamp(NOW - 1000));
+                assert_eq!(answer[40..48], stamp(NOW));
+                assert_eq!(answer[48..84], asked[48..84]);
+                let nonce = algorithm.nonce_length();
+                assert_eq!(answer[92..92 + nonce], random[..nonce]);
+                let cookies = client.cookies(&answer);
+                assert_eq!((cookies.len(), sealed), ((1 + clear + hidden).min(MAX_COOKIES), cookies.len()));
+                for (cookie, drawn) in cookies.iter().zip(random[nonce..].chunks(cookies::NONCE)) {
+                    assert_eq!(cookie[4..20], *drawn);
+                    let (keys, role) = keyring().open(cookie).unwrap();
+                    assert_eq!((keys.both(), role), (client.keys.both(), Role::Sealing));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_time_is_taken_last_and_only_where_it_is_told() {
+        let mut rng = StdRng::seed_from_u64(2);
+        let client = Client::new(AeadId::SivCmac256, &mut rng);
+        let nts = client.request(0, 0, &mut rng);
+        let plain = nts[..HEADER].to_vec();
+        let asked = [(plain, None), (nts.clone(), None), (nts.clone(), Some(Kiss::Rate)), (nts, None)];
+        let (_, calls) = ask(&asked, &[[0; MOST_RANDOM]; 4]);
+        assert_eq!(calls, [Some(1), Some(2), Some(3), None, None, None]);
+    }
+
+    #[test]
+    fn each_reason_has_its_outcome() {
+        let mut rng = StdRng::seed_from_u64(3);
+        let client = Client::new(AeadId::SivCmac256, &mut rng);
+        let good = client.request(0, 0, &mut rng);
+        let with = |place: usize, value: u8| {
+            let mut datagram = good.clone();
+            datagram[place] = value;
+            datagram
+        };
+        let (identifier, cookie, authenticator) = (HEADER, HEADER + 36, good.len() - 40);
+        for (datagram, expected) in [
+            (good.clone(), Outcome::NtsTime),
+            (good[..HEADER].to_vec(), Outcome::Time),
+            (good[..HEADER - 1].to_vec(), Outcome::Malformed),
+            (good[..good.len() - 4].to_vec(), Outcome::Malformed),
+            (good.repeat(10), Outcome::Malformed),
+            (with(0, 4 << 3 | 4), Outcome::Mode),
+            (with(0, 2 << 3 | CLIENT), Outcome::Version),
+            (with(0, 3 << 3 | CLIENT), Outcome::IncompleteNts),
+            (good[..HEADER + 20].to_vec(), Outcome::LegacyMac),
+            (good[..authenticator].to_vec(), Outcome::IncompleteNts),
+            ([&good[..identifier], &good[cookie..]].concat(), Outcome::IncompleteNts),
+            ([&good[..cookie], &good[authenticator..]].concat(), Outcome::IncompleteNts),
+            ([&good[..authenticator], &good[cookie..]].concat(), Outcome::IncompleteNts),
+            (with(cookie + 4, 2), Outcome::Ntsn),
+            (with(cookie + 60, good[cookie + 60] ^ 1), Outcome::Ntsn),
+            (with(good.len() - 1, good[good.len() - 1] ^ 1), Outcome::Ntsn),
+            // Lengths that do not fit the field.
+            (with(authenticator + 5, 40), Outcome::Malformed),
+            // A nonce of 8 octets, and no padding that makes up for it.
+            ([&good[..authenticator], &bare_authenticator(8)].concat(), Outcome::Malformed),
+        ] {
+            let (outcome, answer, ..) = alone(datagram);
+            assert_eq!(outcome, expected);
+            assert_eq!(answer.is_empty(), !matches!(expected, Outcome::Time | Outcome::NtsTime | Outcome::Ntsn));
+        }
+    }
+
+    /// An authenticator with a nonce of so many octets and an empty ciphertext's tag.
+    fn bare_authenticator(nonce: usize) -> Vec<u8> {
+        field(AUTHENTICATOR, &[&short(nonce)[..], &short(TAG), &vec![0; nonce + TAG]].concat())
+    }
 }

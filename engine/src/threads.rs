@@ -1,6 +1,8 @@
 //! Threads that wait for events of the kernel and take commands; each has its own counters.
 
 use std::io;
+use std::mem;
+use std::process;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -35,6 +37,7 @@ impl<Command, Counts> Thread<Command, Counts> {
 /// Some threads that do the same.
 pub struct Threads<Command, Counts> {
     all: Vec<Thread<Command, Counts>>,
+    process: u32,
 }
 
 /// Nobody answers any more: the thread has ended.
@@ -52,7 +55,7 @@ impl<Command: Send + 'static, Counts: Default + Send + Sync + 'static> Threads<C
         name: &str,
         mut prepare: impl FnMut(Poll, Receiver<Command>, Arc<Counts>) -> io::Result<Run>,
     ) -> io::Result<Self> {
-        let mut started = Self { all: Vec::with_capacity(count) };
+        let mut started = Self { all: Vec::with_capacity(count), process: process::id() };
         for number in 0..count {
             let poll = Poll::new()?;
             let waker = Waker::new(poll.registry(), WAKE)?;
@@ -114,6 +117,11 @@ impl<Command, Counts> Threads<Command, Counts> {
 
     /// Returns when all have ended.
     pub fn close(&self) {
+        if process::id() != self.process {
+            // A child of fork(2) has none of its parent's threads, and nobody to wait for.
+            self.all.iter().for_each(|thread| mem::forget(thread.with_life(Option::take)));
+            return;
+        }
         let ended: Vec<_> = self.all.iter().map(|thread| (thread, thread.with_life(Option::take))).collect();
         let handles: Vec<_> = ended
             .into_iter()

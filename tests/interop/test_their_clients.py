@@ -127,7 +127,8 @@ def check_chronyd(cell, pair):
     (ntpdata,) = pair.client.report("ntpdata")
     name, mode, _, algorithm, _key_length, _, _, naks, cookies, _cookie_length = authdata
     assert (name, mode, algorithm) == (RELAY, "NTS", str(cell.aead))
-    assert (naks, cookies) == ("0", "8")
+    assert naks == "0"
+    assert cookies in {"7", "8"}, "one may be on its way"
     assert source[3] == "2"
     assert abs(float(source[7])) < 0.05
     assert ntpdata[2] == str(pair.server.ntp_port), "record 7 was not followed"

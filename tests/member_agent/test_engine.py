@@ -8,11 +8,18 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
+import tomllib
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from lab.processes import free_port, wait_until
 from lab.programs import AgentServer, scrape
@@ -22,10 +29,10 @@ from member_agent.engines import EngineError, Service
 from member_agent.engines.builtin import BuiltinEngine
 from member_agent.engines.serving import Charge, Counts, PemPair, Place, Protocol
 from member_agent.engines.workers import ClockOrders, News, Orders, Report, _Serving
-from member_agent.errors import ExitStatus
+from member_agent.errors import AgentError, ExitStatus
 from member_agent.install import load_pair
 from member_agent.sockets import Endpoint
-from member_agent.tracking import Daemon, Tracking
+from member_agent.tracking import Daemon, Tracking, boottime_ns
 from nts_core.association import Association
 from nts_core.client import ClientError, establish, exchange
 from nts_core.cookies import Keyring
@@ -366,6 +373,147 @@ async def test_a_worker_ends_with_what_it_does_not_understand(octets, status, ca
         async with asyncio.timeout(10):
             assert await _Serving(theirs, reports.fileno()).run() == status
     assert "Traceback" not in capfd.readouterr().err
+
+
+# Packets
+
+
+def test_the_engine_in_rust_is_of_our_version():
+    """One that is not is left alone: see below."""
+    root = Path(__file__).parents[2]
+    ours = tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
+    assert tomllib.loads((root / "engine/pyproject.toml").read_text())["project"]["version"] == ours
+    assert tomllib.loads((root / "engine/Cargo.toml").read_text())["package"]["version"] == ours
+    assert f'VERSION = "{ours}"' in (root / "member_agent/engines/native.py").read_text()
+
+
+@pytest.mark.parametrize("found", [None, "0.0.0"])
+async def test_without_native_packets_of_our_version_there_are_those_in_python(monkeypatch, found):
+    """Unless the settings want the others."""
+    module = None
+    if found is not None:
+        module = ModuleType("nts_engine")
+        module.__version__ = found
+    monkeypatch.setitem(sys.modules, "nts_engine", module)
+    monkeypatch.delitem(sys.modules, "member_agent.engines.native", raising=False)
+    async with engine(engine={"packets": "auto"}) as built:
+        assert built.packets == "python"
+    with pytest.raises(AgentError, match="no native packets here") as refused:
+        async with engine(engine={"packets": "native"}):
+            pass
+    assert refused.value.status is ExitStatus.CONFIGURATION
+    assert "make setup" in refused.value.remedy
+
+
+@BOTH
+def test_what_answers_is_said(tmp_path, pair, packets):
+    metrics = free_port()
+    with AgentServer(tmp_path, pair, f"--metrics={HOST}:{metrics}") as server:
+        assert scrape(metrics)[f'pool_agent_packets{{engine="{packets}"}}'] == 1
+        (line,) = [line for line in server.process.output().splitlines() if "serving" in line]
+        assert packets in line
+
+
+async def stratum(built, pairs, trust):
+    """As a client sees it."""
+    (name,) = list(pairs)[:1]
+    found = await establish(name, HOST, built.endpoints(KE)[0].port, trust)
+    return (await exchange(Association(found.result, secrets.token_bytes), HOST, found.ntp_port)).stratum
+
+
+def threads():
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+def heard(stratum):
+    return Tracking(Daemon.NTPD, boottime_ns(), Leap.NONE, stratum, b"\xff\xfe\0\1", None, 5, 6)
+
+
+@BOTH
+async def test_news_of_the_clock_is_served_at_once(pairs, trust):
+    async with engine(service(pairs, HOST)) as built:
+        assert await stratum(built, pairs, trust) == 3
+        built.clock.hear(heard(7))
+        assert await stratum(built, pairs, trust) == 7
+
+
+@pytest.mark.usefixtures("native_packets")
+async def test_an_agent_that_stands_still_vouches_for_no_clock(pairs, trust, monkeypatch):
+    monkeypatch.setattr("member_agent.engines.native._CLOCK_GOOD_NS", 1_000_000)
+    async with engine(service(pairs, HOST)) as built:
+        assert await stratum(built, pairs, trust) == 16
+        monkeypatch.setattr("member_agent.engines.native._CLOCK_GOOD_NS", 30_000_000_000)
+        tending = asyncio.create_task(built.tend())
+        async with asyncio.timeout(10):
+            while await stratum(built, pairs, trust) != 3:
+                pass
+        tending.cancel()
+
+
+@BOTH
+async def test_a_new_key_seals_and_the_old_one_opens(pairs, trust):
+    async with engine(service(pairs, HOST), cookie_rotation=60, cookie_history=120) as built:
+        port = built.endpoints(KE)[0].port
+        found = await establish(ALICE, HOST, port, trust)
+        association = Association(found.result, secrets.token_bytes)
+        built.keyring = Keyring(
+            tuple(replace(key, starts_at=key.starts_at - 61) for key in built.keyring.keys),
+            built.keyring.schedule,
+        )
+        built.rotate_if_due()
+        for _ in range(9):
+            await exchange(association, HOST, found.ntp_port)
+        assert built.counts.opened == {"retired": 8, "sealing": 1}
+
+
+@pytest.mark.usefixtures("native_packets")
+async def test_threads_serve_alike(pairs, trust):
+    async with engine(service({ALICE: pairs[ALICE]}, HOST), workers=2) as built:
+        await ask_from(SOURCES, built, trust)
+        assert built.workers == 2
+        assert built.counts.ntp == {"nts-time": len(SOURCES)}
+        assert built.counts.opened == {"sealing": len(SOURCES)}
+        assert built.counts.sealed == 9 * len(SOURCES)
+        await until(lambda: built.ke_requests == len(SOURCES), "clients have gone")
+        assert built.requests == len(SOURCES)
+        serving = threads()
+    assert threads() <= serving - 4, "they end with the engine"
+
+
+@pytest.mark.usefixtures("native_packets")
+async def test_a_thread_that_is_missing_ends_the_agent(pairs):
+    async with engine(service(pairs, HOST)) as built:
+        built._packets._wanted = 2
+        with pytest.raises(AgentError, match="1 are left") as ended:
+            await built.tend()
+        assert ended.value.status is ExitStatus.ENGINE
+
+
+@BOTH
+async def test_a_kind_of_key_that_only_openssl_uses(tmp_path, pairs, trust, packets):
+    """Refused before anything is changed."""
+    key = ec.generate_private_key(ec.SECP521R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "p-521")])
+    now = datetime.now(UTC)
+    leaf = (
+        x509.CertificateBuilder(
+            name, name, key.public_key(), x509.random_serial_number(), now, now + timedelta(1)
+        )
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(BOB)]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    (tmp_path / "key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    (tmp_path / "chain").write_bytes(leaf.public_bytes(Encoding.PEM))
+    pair = load_pair(tmp_path / "chain", tmp_path / "key")
+    async with engine(service({ALICE: pairs[ALICE]}, HOST)) as built:
+        if packets == "native":
+            with pytest.raises(EngineError, match="chain") as refused:
+                await built.apply(service({ALICE: pairs[ALICE], BOB: pair}, HOST, OTHER))
+            assert refused.value.status is ExitStatus.CERTIFICATE
+            assert len(built.endpoints(KE)) == 1
+        else:
+            await built.apply(service({ALICE: pairs[ALICE], BOB: pair}, HOST))
+        assert await certificate(built, ALICE, trust) == serial(pairs[ALICE])
 
 
 # Caps
