@@ -240,7 +240,7 @@ def test_batches_of_all_kinds_are_answered_alike(batch):
 
 
 @pytest.mark.long
-@settings(deadline=None, max_examples=4000)
+@settings(deadline=None, max_examples=1500)
 @given(batches)
 def test_many_batches_of_all_kinds_are_answered_alike(batch):
     check(batch)

@@ -222,7 +222,7 @@ def test_streams_of_all_kinds_are_answered_alike(told, service, preference):
 
 
 @pytest.mark.long
-@settings(deadline=None, max_examples=6000)
+@settings(deadline=None, max_examples=4000)
 @given(pieces(), *terms)
 def test_many_streams_of_all_kinds_are_answered_alike(told, service, preference):
     check(told, service, preference)

@@ -115,7 +115,7 @@ def test_sources_are_judged_alike(given_limits, random, seen):
 
 
 @pytest.mark.long
-@settings(deadline=None, max_examples=10_000)
+@settings(deadline=None, max_examples=4000)
 @given(limits(), st.binary(min_size=4, max_size=40), visits)
 def test_many_sources_are_judged_alike(given_limits, random, seen):
     check(given_limits, random, seen)

@@ -366,7 +366,7 @@ pub fn ratelimit(data: &[u8]) -> &'static str {
     let (Some(limits), Some(steps)) = (data.first_chunk(), data.get(15..)) else { return "no-limits" };
     let limits = limits_of(limits);
     let interval = limits.ntp_interval_ns.unwrap_or(1);
-    let mut admission = limits.admission(Box::new(|| 1)).expect("no contradiction").expect("limits");
+    let mut admission = limits.admission(Box::new(|| 3)).expect("no contradiction").expect("limits");
     let (mut now, mut answered, mut last) = (0_i64, HashMap::new(), Verdict::Answer);
     for step in steps.chunks_exact(5) {
         let who = address([step[0], step[1], step[2]]);
@@ -402,9 +402,9 @@ fn limits_of(octets: &[u8; 15]) -> Limits {
         kiss_denied: told & 1 != 0,
         ntp_interval_ns: Some((number(0..8) >> 1).cast_signed().max(1)),
         ntp_burst: u32::try_from(number(8..12)).expect("four octets").max(1),
-        // What is drawn is 1: nothing is answered nor told by chance.
+        // What is drawn is 3: nothing is answered nor told by chance.
         ntp_leak: u32::MAX,
-        ntp_kod: if told & 2 == 0 { 0 } else { u32::MAX },
+        ntp_kod: u32::from(told & 2),
         ntp_pps: (cap > 0).then(|| f64::from(cap) / 16.0),
         kiss_above: told & 4 != 0,
         ..Limits::default()
