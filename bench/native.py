@@ -13,7 +13,7 @@ from lab.processes import LabError
 
 _ENGINE = Path(__file__).resolve().parent.parent / "engine"
 # Without the module for Python, whose headers need not be there.
-_BUILD = ("cargo", "build", "--quiet", "--release", "--no-default-features", "--examples")
+_BUILD = ("cargo", "build", "--quiet", "--release", "--locked", "--no-default-features", "--examples")
 # Beyond what a run is to take: for requests to be read, and for answers that are late.
 _PATIENCE = 30.0
 

@@ -44,8 +44,8 @@ DEFAULT_SECONDS, DEFAULT_ROTATION = 600.0, 10
 _MAX_SECONDS = 3600.0
 _THREADS = 1
 _STRATUM = 10
-# How many retired keys open cookies: one is used for a key and a half, and counts from the one before.
-_KEPT = 4
+# How many retired keys open cookies. Each is used while two keys seal, and made a while before on a busy machine.
+_KEPT = 30
 # Memory may grow in the first part of the time: by then whatever is used is used.
 _SETTLED = 0.2
 _GROWTH_MIB = 2.0

@@ -71,6 +71,7 @@ impl Drop for SessionKeys {
 impl SessionKeys {
     /// From both keys one behind the other, client to server first, `2 * key_length` octets.
     #[must_use]
+    #[inline]
     pub fn new(aead: AeadId, both: &[u8]) -> Option<Self> {
         let mut keys = [0; 2 * LONGEST_KEY];
         if both.len() != 2 * aead.key_length() {
@@ -117,13 +118,10 @@ impl Aead {
     /// # Panics
     /// When a key has another length.
     pub fn of_packets<'a>(ready: &mut ArrayVec<Self, LANES>, keys: impl Iterator<Item = (AeadId, &'a [u8])>) {
-        ready.extend(
-            keys.map(|(algorithm, key)| match algorithm {
-                AeadId::Aes128GcmSiv => AesGcmSiv::new_from_slice(key).ok().map(Self::GcmSiv),
-                _ => SivKey::underived(key).map(Self::Siv),
-            })
-            .map(|key| key.expect("session keys are as long as their algorithm has them")),
-        );
+        ready.extend(keys.map(|(algorithm, key)| match algorithm {
+            AeadId::Aes128GcmSiv => Self::GcmSiv(AesGcmSiv::new(key.try_into().expect("16 octets"))),
+            _ => Self::Siv(SivKey::underived(key)),
+        }));
         siv::derive(ready.iter_mut().filter_map(|key| match key {
             Self::Siv(key) => Some(key),
             Self::GcmSiv(_) => None,

@@ -61,6 +61,7 @@ impl Keyring {
 
     /// What key made a cookie, None when it is none of ours or the cookie has no form of ours.
     #[must_use]
+    #[inline]
     pub fn recognise<'a>(&'a self, cookie: &'a [u8]) -> Option<Recognised<'a>> {
         let &[VERSION, algorithm, high, low, ..] = cookie else { return None };
         let algorithm = AeadId::of(algorithm.into())?;

@@ -563,6 +563,8 @@ impl Server {
             connection.deadline = Instant::now() + LINGER;
             self.deadlines.insert((connection.deadline, position));
             connection.stage = Stage::Leaving;
+            // Our last octets and the end of our side then leave in one segment; without it in two.
+            let _ = SockRef::from(&connection.stream).set_tcp_cork(true);
         }
         match connection.stage {
             Stage::Talking => Step::Wait,

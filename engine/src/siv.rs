@@ -31,15 +31,16 @@ enum Cipher {
 }
 
 impl Cipher {
+    /// From 16, 24 or 32 octets; it panics for other lengths.
     #[inline(always)] // else what is made is copied once more
     #[allow(clippy::inline_always)]
-    fn new(key: &[u8]) -> Option<Self> {
-        Some(match key.len() {
-            16 => Self::Aes128(Aes128Enc::new(key.try_into().ok()?)),
-            24 => Self::Aes192(Aes192Enc::new(key.try_into().ok()?)),
-            32 => Self::Aes256(Aes256Enc::new(key.try_into().ok()?)),
-            _ => return None,
-        })
+    fn new(key: &[u8]) -> Self {
+        const LENGTHS: &str = "AES keys have 16, 24 or 32 octets";
+        match key.len() {
+            16 => Self::Aes128(Aes128Enc::new(key.try_into().expect(LENGTHS))),
+            24 => Self::Aes192(Aes192Enc::new(key.try_into().expect(LENGTHS))),
+            _ => Self::Aes256(Aes256Enc::new(key.try_into().expect(LENGTHS))),
+        }
     }
 
     #[inline(always)] // one call a block is enough
@@ -97,21 +98,24 @@ impl Drop for SivKey {
 impl SivKey {
     /// A key that stays, of 32, 48 or 64 octets; None for another length.
     pub fn new(key: &[u8]) -> Option<Self> {
-        let mut ready = Self::underived(key)?;
-        ready.counter = Counter::Ready(Box::new(Cipher::new(&key[key.len() / 2..])?));
+        if ![32, 48, 64].contains(&key.len()) {
+            return None;
+        }
+        let mut ready = Self::underived(key);
+        ready.counter = Counter::Ready(Box::new(Cipher::new(&key[key.len() / 2..])));
         derive(std::iter::once(&mut ready));
         Some(ready)
     }
 
-    /// A key of one packet, as `new`, which `derive` has to make ready.
+    /// A key of one packet, which `derive` has to make ready; it panics for other lengths.
     #[inline(always)] // else what is made is copied once more
     #[allow(clippy::inline_always)]
-    pub(crate) fn underived(key: &[u8]) -> Option<Self> {
+    pub(crate) fn underived(key: &[u8]) -> Self {
         let (mac, counter) = key.split_at(key.len() / 2);
-        let mac = Cipher::new(mac)?;
         let mut later = [0; 32];
         later[..counter.len()].copy_from_slice(counter);
-        Some(Self { mac, subkeys: Subkeys::default(), counter: Counter::Later(later, counter.len()) })
+        let counter = Counter::Later(later, counter.len());
+        Self { mac: Cipher::new(mac), subkeys: Subkeys::default(), counter }
     }
 }
 
@@ -283,8 +287,8 @@ fn end(job: &Strings, data: &Chain, nonce: &Chain, text: &mut Chain) -> Option<B
         text.last = block_of(end ^ whole);
         return None;
     }
-    let (bits, start) = (8 * over, text.blocks.len() * 16);
-    let before = job.text[start..start + over].iter().fold(0, |value, octet| value << 8 | u128::from(*octet));
+    let bits = 8 * over;
+    let before = u128::from_be_bytes(job.text.as_chunks().0[text.blocks.len()]) >> (128 - bits);
     text.last = block_of((end << 1 | 1) << (127 - bits) ^ ragged);
     Some(block_of(before << (128 - bits) | end >> bits))
 }
@@ -307,9 +311,7 @@ fn crypt<'a>(texts: impl Iterator<Item = (&'a SivKey, [u8; TAG], &'a mut [u8])>)
             match &key.counter {
                 _ if stream.is_empty() => {}
                 Counter::Ready(cipher) => cipher.encrypt_all(stream),
-                Counter::Later(key, length) => {
-                    Cipher::new(&key[..*length]).expect("as long as the other half").encrypt_all(stream);
-                }
+                Counter::Later(key, length) => Cipher::new(&key[..*length]).encrypt_all(stream),
             }
         }
         for ((_, _, text), stream) in jobs.iter_mut().zip(&streams) {
@@ -417,7 +419,7 @@ mod tests {
 
         pub fn seal(key: &[u8], strings: &[&[u8]], text: &[u8]) -> Vec<u8> {
             let (mac, counter) = key.split_at(key.len() / 2);
-            let (mac, counter) = (Cipher::new(mac).unwrap(), Cipher::new(counter).unwrap());
+            let (mac, counter) = (Cipher::new(mac), Cipher::new(counter));
             let mut sum = cmac(&mac, &[0; 16]);
             for string in strings {
                 sum = xor(&dbl(&sum), &cmac(&mac, string));
@@ -544,7 +546,7 @@ mod tests {
         let mut rng = StdRng::seed_from_u64(5297);
         for _ in 0..300 {
             let jobs: Vec<Job> = (0..rng.random_range(1..12)).map(|_| Job::any(&mut rng)).collect();
-            let mut keys: Vec<SivKey> = jobs.iter().map(|job| SivKey::underived(&job.key).unwrap()).collect();
+            let mut keys: Vec<SivKey> = jobs.iter().map(|job| SivKey::underived(&job.key)).collect();
             for some in keys.chunks_mut(LANES) {
                 derive(some.iter_mut());
             }

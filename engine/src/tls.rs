@@ -6,7 +6,7 @@ use std::io::{self, Read as _, Write as _};
 use std::sync::Arc;
 
 use rustls::CipherSuite;
-use rustls::crypto::{CryptoProvider, ring};
+use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert, ServerConfig, ServerConnection};
@@ -102,7 +102,7 @@ impl Credentials {
     /// # Errors
     /// A pair that does not belong together, or of a kind that is not taken.
     pub fn new(pairs: &[PemPair]) -> Result<Self, TlsError> {
-        let mut provider = ring::default_provider();
+        let mut provider = aws_lc_rs::default_provider();
         // SHA-256 has instructions of its own, SHA-384 has not; no key exchange here is stronger than AES-128.
         provider.cipher_suites.sort_by_key(|suite| suite.suite() != CipherSuite::TLS13_AES_128_GCM_SHA256);
         let provider = Arc::new(provider);

@@ -53,9 +53,15 @@ def children_of(pid):
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
+def threads_of(pid):
+    return [int(task.name) for task in Path(f"/proc/{pid}/task").iterdir()]
+
+
 @as_root
-async def test_root_becomes_the_user_and_serves_on_low_ports(open_path, readable, trust, monkeypatch):
-    """All that root made before is the user's; nothing else is left of root, in any process."""
+async def test_root_becomes_the_user_and_serves_on_low_ports(
+    open_path, readable, trust, monkeypatch, packets
+):
+    """All that root made before is the user's; nothing else is left of root, in any process or thread."""
     monkeypatch.setenv("POOL_AGENT_USER", USER)
     monkeypatch.setenv("POOL_AGENT_WORKERS", "2")
     state = open_path / "state"
@@ -74,8 +80,12 @@ async def test_root_becomes_the_user_and_serves_on_low_ports(open_path, readable
         found = await establish(NAME, HOST, port, trust)
         assert len(found.result.cookies) == 8
         pid = server.process.pid
-        (worker,) = children_of(pid)
-        for each, kept in ((pid, CAP_NET_BIND_SERVICE), (worker, 0)):
+        workers = children_of(pid)
+        assert len(workers) == (packets == "python")
+        for each, kept in (
+            *((each, CAP_NET_BIND_SERVICE) for each in threads_of(pid)),
+            *((each, 0) for each in workers),
+        ):
             status = status_of(each)
             assert set(status["Uid"]) == {str(entry.pw_uid)}
             assert set(status["Gid"]) == {str(entry.pw_gid)}
