@@ -22,6 +22,7 @@ setup: $(VENV)/.installed $(VENV)/.engine .peers/.unpacked lab/oidc/node_modules
 # engine/ in Rust is an extra: without a cargo, or with one that is too old for it, everything runs on Python packets.
 CARGO := $(shell { sed -n 's/^rust-version = "\(.*\)"/\1/p' engine/Cargo.toml; cargo --version | cut -d ' ' -f 2; } \
   2>/dev/null | { read wanted && read found && printf '%s\n' "$$wanted" "$$found" | sort -VC && command -v cargo; })
+# One profile for all of it: the C and assembler of aws-lc is most of the work, and compiled once for each.
 IN_ENGINE := cd engine && $(CARGO)
 
 $(VENV)/.engine: engine/Cargo.toml engine/Cargo.lock engine/pyproject.toml $(wildcard engine/src/*.rs) | $(VENV)/.installed
@@ -61,7 +62,7 @@ lint: setup
 	$(BIN)/lint-imports --no-logo
 ifdef CARGO
 	$(IN_ENGINE) fmt --check
-	$(IN_ENGINE) clippy --quiet --locked --all-targets -- -D warnings
+	$(IN_ENGINE) clippy --quiet --release --locked --all-targets -- -D warnings
 endif
 
 # Nearly every test makes a database: where there is room for them in memory, that takes half of the time.
@@ -75,10 +76,9 @@ test: lint test-engine
 test-long: lint test-engine
 	$(PYTEST)
 
-# Not as it is released: that takes twice as long to link, and does not look for overflow.
 test-engine: setup
 ifdef CARGO
-	$(IN_ENGINE) test --quiet --locked --no-default-features --lib --tests
+	$(IN_ENGINE) test --quiet --release --locked --no-default-features --lib --tests
 endif
 
 bench: setup
