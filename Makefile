@@ -22,7 +22,7 @@ setup: $(VENV)/.installed $(VENV)/.engine .peers/.unpacked lab/oidc/node_modules
 # engine/ in Rust is an extra: without a cargo, or with one that is too old for it, everything runs on Python packets.
 CARGO := $(shell { sed -n 's/^rust-version = "\(.*\)"/\1/p' engine/Cargo.toml; cargo --version | cut -d ' ' -f 2; } \
   2>/dev/null | { read wanted && read found && printf '%s\n' "$$wanted" "$$found" | sort -VC && command -v cargo; })
-# One profile for all of it, so that nothing is compiled twice that need not be.
+# One profile for all of it: the C and assembler of aws-lc is most of the work, and compiled once for each.
 IN_ENGINE := cd engine && $(CARGO)
 
 $(VENV)/.engine: engine/Cargo.toml engine/Cargo.lock engine/pyproject.toml $(wildcard engine/src/*.rs) | $(VENV)/.installed
@@ -78,7 +78,7 @@ test-long: lint test-engine
 
 test-engine: setup
 ifdef CARGO
-	$(IN_ENGINE) test --quiet --release --locked --no-default-features
+	$(IN_ENGINE) test --quiet --release --locked --no-default-features --lib --tests
 endif
 
 bench: setup

@@ -17,8 +17,7 @@ from types import ModuleType
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed448 import Ed448PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from lab.processes import free_port, wait_until
@@ -492,15 +491,15 @@ async def test_a_thread_that_is_missing_ends_the_agent(pairs):
 @BOTH
 async def test_a_kind_of_key_that_only_openssl_uses(tmp_path, pairs, trust, packets):
     """Refused before anything is changed."""
-    key = ec.generate_private_key(ec.SECP521R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "p-521")])
+    key = Ed448PrivateKey.generate()
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "ed448")])
     now = datetime.now(UTC)
     leaf = (
         x509.CertificateBuilder(
             name, name, key.public_key(), x509.random_serial_number(), now, now + timedelta(1)
         )
         .add_extension(x509.SubjectAlternativeName([x509.DNSName(BOB)]), critical=False)
-        .sign(key, hashes.SHA256())
+        .sign(key, None)
     )
     (tmp_path / "key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     (tmp_path / "chain").write_bytes(leaf.public_bytes(Encoding.PEM))
