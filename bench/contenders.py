@@ -134,11 +134,12 @@ _STARTS: dict[str, Callable[[str, Path, Pair], AbstractContextManager[TimeServer
 
 @dataclass(frozen=True, slots=True)
 class Contest:
-    """The servers, and what their certificates are checked with."""
+    """The servers, what their certificates are checked with, and the certificate itself, which is that of all."""
 
     contenders: tuple[TimeServer, ...]
     root: Path
     trust: Trust
+    pair: Pair
 
 
 @contextmanager
@@ -153,7 +154,7 @@ def contest(names: Sequence[str]) -> Iterator[Contest]:
             stack.enter_context(_STARTS[name](name, directory / str(number), pair))
             for number, name in enumerate(names)
         ]
-        yield Contest(tuple(started), authority.root, Trust.of(roots, datetime.now(UTC)))
+        yield Contest(tuple(started), authority.root, Trust.of(roots, datetime.now(UTC)), pair)
 
 
 def possible(*names: str) -> tuple[str, ...]:

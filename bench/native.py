@@ -5,6 +5,7 @@ import re
 import subprocess
 import tomllib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -42,6 +43,24 @@ def program(name: str) -> str:
     if done.returncode:
         raise LabError(f"cargo build: {done.stderr}")
     return str(_ENGINE / "target/release/examples" / name)
+
+
+@dataclass(frozen=True, slots=True)
+class Establishments:
+    """What a client of key establishment has done; `cpu_ns` is its own processor time."""
+
+    established: int
+    seconds: float
+    cpu_ns: int
+
+
+def establish_many(server: str, certificate: Path, clients: int, seconds: float) -> Establishments:
+    """So many clients at a time, each with one key establishment after the other. Raises LoadError."""
+    argv = [program("establish"), server, str(certificate), str(clients), str(seconds)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=seconds + _PATIENCE)
+    if done.returncode:
+        raise LoadError(done.stderr.strip())
+    return Establishments(**json.loads(done.stdout))
 
 
 class NativeLoad:

@@ -138,6 +138,27 @@ def test_every_verdict_is_among_them():
     assert set(found) == {"answer", "rate-limited", "over-cap", "denied", "kiss-rate", "kiss-deny"}
 
 
+@pytest.mark.parametrize(("interval_ns", "answered"), [(SECOND, 512), (255, 510), (10**7 + 1, 512)])
+def test_all_of_a_48_together_are_limited_alike(interval_ns, answered):
+    """It takes more /64 than the strategy has."""
+    given_limits = {
+        "allow": [],
+        "deny": [],
+        "kiss_denied": False,
+        "ntp_interval_ns": interval_ns,
+        "ntp_burst": 2,
+        "ntp_leak": 1 << 31,
+        "ntp_kod": 0,
+        "ntp_pps": None,
+        "kiss_above": False,
+    }
+    subnets = [bytes.fromhex("20010db80000") + subnet.to_bytes(2) + bytes(8) for subnet in range(600)]
+    seen = [(subnet, 0, 1) for subnet in subnets]
+    seen += [(subnet, interval_ns // 7, 1) for subnet in subnets[::5]]
+    found = check(given_limits, b"\0\0\0\1", seen)
+    assert found[:600] == ["answer"] * answered + ["rate-limited"] * (600 - answered)
+
+
 # More limits than the strategy has: what a configuration may say at its ends
 
 

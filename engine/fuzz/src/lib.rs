@@ -370,8 +370,8 @@ pub fn ratelimit(data: &[u8]) -> &'static str {
     let (mut now, mut answered, mut last) = (0_i64, HashMap::new(), Verdict::Answer);
     for step in steps.chunks_exact(5) {
         let who = address([step[0], step[1], step[2]]);
-        // From none to centuries.
-        now = now.saturating_add(i64::from(step[3]) << (step[4] % 48));
+        // From none to a year; a host that runs for a century is another's concern.
+        now = (now + (i64::from(step[3]) << (step[4] % 48))).min(i64::MAX / 2);
         last = admission.judge(who, now);
         let is_denied = step[1] & 128 != 0;
         assert!(is_denied || !matches!(last, Verdict::Denied | Verdict::KissDeny));
@@ -400,7 +400,8 @@ fn limits_of(octets: &[u8; 15]) -> Limits {
     Limits {
         deny: vec![prefix("10.0.128.0/17"), prefix("2001:db8:8000::/33")],
         kiss_denied: told & 1 != 0,
-        ntp_interval_ns: Some((number(0..8) >> 1).cast_signed().max(1)),
+        // An hour and 13 minutes at most, as settings have it.
+        ntp_interval_ns: Some((number(0..8) >> 22).cast_signed().max(1)),
         ntp_burst: u32::try_from(number(8..12)).expect("four octets").max(1),
         // What is drawn is 3: nothing is answered nor told by chance.
         ntp_leak: u32::MAX,
