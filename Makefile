@@ -19,9 +19,10 @@ help:
 
 setup: $(VENV)/.installed $(VENV)/.engine .peers/.unpacked lab/oidc/node_modules/.installed
 
-# engine/ in Rust is an extra: without a cargo, or with one that is too old for it, everything runs on Python packets.
+# engine/ in Rust is an extra: without a C compiler, or a cargo that is new enough, everything runs on Python packets.
 CARGO := $(shell { sed -n 's/^rust-version = "\(.*\)"/\1/p' engine/Cargo.toml; cargo --version | cut -d ' ' -f 2; } \
-  2>/dev/null | { read wanted && read found && printf '%s\n' "$$wanted" "$$found" | sort -VC && command -v cargo; })
+  2>/dev/null | { read wanted && read found && printf '%s\n' "$$wanted" "$$found" | sort -VC && command -v cc >/dev/null \
+  && command -v cargo; })
 # One profile for all of it: the C and assembler of aws-lc is most of the work, and compiled once for each.
 IN_ENGINE := cd engine && $(CARGO)
 
@@ -32,7 +33,7 @@ ifdef CARGO
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall engine/target/wheels/*.whl
 	@touch $@
 else
-	@echo "no cargo that engine/Cargo.toml can use: pool-agent has Python packets only"
+	@echo "no C compiler, or no cargo that engine/Cargo.toml can use: pool-agent has Python packets only"
 endif
 
 .peers/.unpacked: lab/system-packages lab/newer_peers.py lab/newer-peers.toml
