@@ -133,6 +133,10 @@ class Engine:
     def threads(self) -> int:
         """Threads of each kind that live."""
 
+    @property
+    def fault(self) -> str | None:
+        """Why a thread has ended that was not told to."""
+
     def close(self) -> None:
         """Answer no more. Returns when all threads have ended; connections under way are closed."""
 

@@ -224,7 +224,7 @@ fn send_at_once<const MOST: usize>(socket: BorrowedFd, letters: &[Letter<'_>]) -
 ///
 /// # Errors
 /// When it is not open.
-pub fn take_over(descriptor: RawFd) -> io::Result<OwnedFd> {
+pub(crate) fn take_over(descriptor: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: fcntl(2) with F_GETFD takes no pointer, and fails for a number that is no descriptor.
     if unsafe { libc::fcntl(descriptor, libc::F_GETFD) } < 0 {
         return Err(io::Error::last_os_error());

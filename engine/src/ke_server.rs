@@ -32,6 +32,8 @@ const DEADLINE: Duration = Duration::from_secs(5);
 const LINGER: Duration = Duration::from_secs(1);
 /// All that a peer may send, TLS included: a request of 16 KiB and a large `ClientHello` fit several times.
 const MAX_RECEIVED: usize = 64 * 1024;
+/// Of this what may come before TLS is established: a ClientHello, for which a stranger gets memory.
+const MAX_HELLO: usize = 16 * 1024;
 const READ: usize = 16 * 1024;
 const BACKLOG: i32 = 512;
 /// Connections accepted before everybody else gets a turn.
@@ -160,10 +162,7 @@ impl KeThreads {
                 room: vec![0; READ].into(),
                 plaintext: Vec::new(),
             };
-            Ok(move || {
-                // Without an event queue nothing can be done, and it ends only with the process.
-                let _ = server.run();
-            })
+            Ok(move || server.run())
         })?;
         Ok(Self { threads, credentials })
     }
@@ -212,6 +211,11 @@ impl KeThreads {
     /// What each thread has counted.
     pub fn counts(&self) -> impl Iterator<Item = &Counts> {
         self.threads.counts()
+    }
+
+    /// Why one of them has ended by itself, if that is known.
+    pub fn fault(&self) -> Option<String> {
+        self.threads.fault()
     }
 
     /// How many threads live.
@@ -600,7 +604,8 @@ impl Server {
                 Err(_) => return Some(End::Failed(Trouble::ConnectionLost)),
             };
             connection.received += count;
-            if connection.received > MAX_RECEIVED {
+            let most = if connection.channel.is_established() { MAX_RECEIVED } else { MAX_HELLO };
+            if connection.received > most {
                 return Some(End::Failed(Trouble::TooLong));
             }
             if let Some(end) = self.hear(connection, count) {

@@ -6,6 +6,7 @@
 use std::io;
 use std::ops::ControlFlow;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, TryRecvError};
@@ -77,6 +78,8 @@ pub struct Counts {
     verdicts: [Counter; Verdict::ALL.len()],
     receive_errors: Counter,
     send_errors: Counter,
+    /// Batches that were given up by a fault of ours.
+    internal_errors: Counter,
     opened: [Counter; ROLES.len()],
     /// Cookies given in answers.
     pub sealed: Counter,
@@ -89,7 +92,11 @@ impl Counts {
     pub fn by_label(&self) -> impl Iterator<Item = (&'static str, u64)> {
         let outcomes = Outcome::ALL.iter().zip(&self.outcomes).map(|(each, count)| (each.label(), count.get()));
         let verdicts = Verdict::ALL.iter().zip(&self.verdicts).map(|(each, count)| (each.label(), count.get()));
-        let errors = [("receive-error", self.receive_errors.get()), ("send-error", self.send_errors.get())];
+        let errors = [
+            ("receive-error", self.receive_errors.get()),
+            ("send-error", self.send_errors.get()),
+            ("internal-error", self.internal_errors.get()),
+        ];
         outcomes.chain(verdicts).chain(errors)
     }
 
@@ -134,10 +141,7 @@ impl NtpThreads {
                 random,
                 began: Instant::now(),
             };
-            Ok(move || {
-                // Without an event queue nothing can be done, and it ends only with the process.
-                let _ = listener.run();
-            })
+            Ok(move || listener.run())
         })?;
         Ok(Self { threads })
     }
@@ -172,6 +176,11 @@ impl NtpThreads {
     /// What each thread has counted.
     pub fn counts(&self) -> impl Iterator<Item = &Counts> {
         self.threads.counts()
+    }
+
+    /// Why one of them has ended by itself, if that is known.
+    pub fn fault(&self) -> Option<String> {
+        self.threads.fault()
     }
 
     /// How many threads live.
@@ -227,7 +236,10 @@ impl Listener {
                 }
             }
             for position in 0..self.sockets.len() {
-                self.drain(position, &mut inbox);
+                // Whatever it is, it costs the one batch.
+                if catch_unwind(AssertUnwindSafe(|| self.drain(position, &mut inbox))).is_err() {
+                    self.counts.internal_errors.add(1);
+                }
             }
         }
     }
@@ -343,7 +355,7 @@ impl Turn<'_> {
             senders[count] = Some((peer, origin));
             count += 1;
         }
-        let mut world = Running { offset_ns: self.offset_ns, pace, count, began: None, random };
+        let mut world = Running { offset_ns: self.offset_ns, pace, group: None, random };
         server::respond(self.keyring, self.state, &requests[..count], replies, &mut world);
         let mut letters = [const { Letter::NONE }; LANES];
         let mut sent = 0;
@@ -354,10 +366,11 @@ impl Turn<'_> {
                 sent += 1;
             }
         }
+        let group = world.group;
         let sealed = unix_ns();
         let refused = batch::send(self.socket, &letters[..sent]);
-        if let Some(began) = world.began {
-            pace.learn(count, sealed - began, unix_ns() - sealed, sent);
+        if let Some(group) = group {
+            pace.learn(group.answers, sealed - group.began, unix_ns() - sealed, sent);
         }
         self.counts.send_errors.add(refused as u64);
         count == LANES
@@ -374,60 +387,65 @@ impl Turn<'_> {
     }
 }
 
-/// How long it takes from the moment when the time is taken to the wire, by how many requests are answered together.
+/// How long it takes from the moment when the time is taken to the wire, by how many answers leave together.
 ///
-/// Several answers leave by one system call, and their times are sealed before it. So each is told when it will leave, as
-/// the last groups of its size did: the clients of a busy server would find it late otherwise.
+/// Several answers leave by one system call, and their times are sealed before it. So each is told when its turn will
+/// come, as in other groups as large: the clients of a busy server would find it late otherwise. What the call does with
+/// an answer before it is on the wire is not reckoned with, so that no answer says that it left later than it did.
 #[derive(Default)]
 struct Pace {
-    sealing: [Mean; LANES + 1],
-    letter: [Mean; LANES + 1],
+    sealing: [Usual; LANES + 1],
+    letter: [Usual; LANES + 1],
 }
 
 impl Pace {
-    /// From the time taken to the moment when this answer leaves, in nanoseconds.
-    #[allow(clippy::cast_possible_wrap)] // there are no more lanes than `LANES`
-    fn ahead(&self, count: usize, lane: usize) -> i64 {
-        let letter = self.letter[count].0;
-        self.sealing[count].0 + letter * lane as i64 + letter / 2
+    /// From the time taken to the turn of an answer that has so many `ahead` of it, in nanoseconds.
+    #[allow(clippy::cast_possible_wrap)] // there are no more than `LANES`
+    fn until(&self, ahead: usize, answers: usize) -> i64 {
+        self.sealing[answers].0 + self.letter[answers].0 * ahead as i64
     }
 
     /// What a group has taken, and all letters of it together.
     #[allow(clippy::cast_possible_wrap)] // see above
-    fn learn(&mut self, count: usize, sealing: i64, sending: i64, letters: usize) {
-        self.sealing[count].add(sealing);
-        self.letter[count].add(sending / letters.max(1) as i64);
+    fn learn(&mut self, answers: usize, sealing: i64, sending: i64, letters: usize) {
+        self.sealing[answers].add(sealing);
+        self.letter[answers].add(sending / letters.max(1) as i64);
     }
 }
 
-/// A mean of nanoseconds that follows what is usual.
+/// Nanoseconds that something usually takes when nobody else is served meanwhile: near the least of late.
 #[derive(Clone, Copy, Default)]
-struct Mean(i64);
+struct Usual(i64);
 
-impl Mean {
-    /// More is not the work's own time, but that of somebody who was served meanwhile.
-    const LONGEST: i64 = 20_000;
+impl Usual {
+    /// How far one value may raise it, so that a slow host gets there, and a long wait is soon forgotten.
+    const STEP: i64 = 500;
 
     fn add(&mut self, value: i64) {
-        if (0..Self::LONGEST).contains(&value) {
-            self.0 += (value - self.0) / 8;
-        }
+        let more = value - self.0;
+        self.0 += if more < 0 { (more / 2).max(-self.0) } else { more.min(self.0 + Self::STEP) / 16 };
     }
+}
+
+/// The answers that leave together: when the time was taken, of which all are told, and how many there are.
+#[derive(Clone, Copy)]
+struct Group {
+    began: i64,
+    answers: usize,
 }
 
 /// The host's own time and randomness, for one group of answers.
 struct Running<'a> {
     offset_ns: i64,
     pace: &'a Pace,
-    count: usize,
-    /// When the time was taken, of which all in the group are told.
-    began: Option<i64>,
+    group: Option<Group>,
     random: &'a mut StdRng,
 }
 
 impl World for Running<'_> {
-    fn departure(&mut self, lane: usize) -> i64 {
-        *self.began.get_or_insert_with(unix_ns) + self.pace.ahead(self.count, lane) + self.offset_ns
+    fn departure(&mut self, ahead: usize, answers: usize) -> i64 {
+        let group = self.group.get_or_insert_with(|| Group { began: unix_ns(), answers });
+        group.began + self.pace.until(ahead, answers) + self.offset_ns
     }
 
     fn random(&mut self, _lane: usize, room: &mut [u8]) {
@@ -447,16 +465,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_group_is_told_when_each_of_it_leaves() {
+    fn a_group_is_told_when_the_turn_of_each_comes() {
         let mut pace = Pace::default();
-        assert_eq!(pace.ahead(3, 2), 0);
-        for _ in 0..100 {
+        assert_eq!(pace.until(2, 3), 0);
+        for _ in 0..200 {
             pace.learn(3, 1_600, 7_200, 3);
-            // Somebody else was served meanwhile, or the clock was set.
-            pace.learn(3, 5_000_000, -7, 1);
         }
-        let ahead: Vec<_> = (0..3).map(|lane| pace.ahead(3, lane)).collect();
-        assert!((2_700..=2_800).contains(&ahead[0]) && (2_380..=2_400).contains(&(ahead[2] - ahead[1])), "{ahead:?}");
-        assert_eq!(pace.ahead(1, 0), 0);
+        let turns = [0, 1, 2].map(|ahead| pace.until(ahead, 3));
+        assert!((1_580..=1_600).contains(&turns[0]) && (2_380..=2_400).contains(&(turns[2] - turns[1])), "{turns:?}");
+        assert_eq!(pace.until(1, 2), 0, "groups of another size are told nothing of it");
+    }
+
+    #[test]
+    fn what_is_usual_is_near_the_least_and_never_below_nothing() {
+        let mut usual = Usual::default();
+        for round in 0..1_000 {
+            usual.add(if round % 10 == 0 { 50_000_000 } else { 1_000 });
+        }
+        assert!((900..=1_200).contains(&usual.0), "a long wait now and then is no measure: {}", usual.0);
+        usual.add(-3_600_000_000_000);
+        assert_eq!(usual.0, 0, "the clock was set back");
+        for _ in 0..400 {
+            usual.add(80_000);
+        }
+        assert!((79_000..=80_000).contains(&usual.0), "a slow host gets there: {}", usual.0);
     }
 }

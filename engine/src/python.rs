@@ -289,6 +289,11 @@ impl Engine {
         self.ntp.alive().min(self.ke.alive())
     }
 
+    #[getter]
+    fn fault(&self) -> Option<String> {
+        self.ntp.fault().or_else(|| self.ke.fault())
+    }
+
     fn close(&self, py: Python<'_>) {
         py.detach(|| {
             self.ke.close();
@@ -323,7 +328,7 @@ struct Given<'a> {
 }
 
 impl World for Given<'_> {
-    fn departure(&mut self, _lane: usize) -> i64 {
+    fn departure(&mut self, _ahead: usize, _answers: usize) -> i64 {
         self.now
     }
 

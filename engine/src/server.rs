@@ -133,9 +133,9 @@ impl Reply {
 
 /// What the world gives: the time when it is asked, and randomness for one lane.
 pub trait World {
-    /// When the answer to the request at this place of the batch will leave, in Unix nanoseconds to be served; asked as
-    /// late as can be.
-    fn departure(&mut self, lane: usize) -> i64;
+    /// When an answer will leave, in Unix nanoseconds to be served, that goes together with others, `answers` in all, of
+    /// which so many are `ahead` of it; asked as late as can be.
+    fn departure(&mut self, ahead: usize, answers: usize) -> i64;
     /// Fill `room` for the request at this place of the batch: nonces.
     fn random(&mut self, lane: usize, room: &mut [u8]);
 }
@@ -245,16 +245,37 @@ impl<'a> Batch<'a> {
 
     /// What is left depends on the time, which is taken as late as can be.
     fn answer(&mut self, world: &mut impl World) {
+        let nts = self.nts.iter().map(|nts| nts.exchange.lane);
+        let turns = Turns::of(nts.chain(self.plain.iter().map(|exchange| exchange.lane)));
         let mut keys = ArrayVec::new();
         Aead::of_packets(&mut keys, self.nts.iter().map(|nts| (nts.cookie.keys.aead, nts.cookie.keys.s2c())));
         for nts in &mut self.nts {
-            nts.exchange.head(self.clock, world);
+            nts.exchange.head(self.clock, turns, world);
         }
         aead::seal(self.nts.iter_mut().zip(&keys).map(|(nts, aead)| nts.sealing(aead)));
         for exchange in &mut self.plain {
-            exchange.head(self.clock, world);
+            exchange.head(self.clock, turns, world);
             exchange.clear(exchange.outcome(Outcome::Time));
         }
+    }
+}
+
+/// Which lanes have an answer that waits for its time. Answers leave in the order of their lanes; what is dropped takes no
+/// turn, and what was refused is not reckoned with.
+#[derive(Clone, Copy)]
+struct Turns(u32);
+
+impl Turns {
+    fn of(lanes: impl Iterator<Item = usize>) -> Self {
+        Self(lanes.fold(0, |found, lane| found | 1 << lane))
+    }
+
+    fn all(self) -> usize {
+        self.0.count_ones() as usize
+    }
+
+    fn ahead_of(self, lane: usize) -> usize {
+        Self(self.0 & ((1 << lane) - 1)).all()
     }
 }
 
@@ -274,12 +295,13 @@ impl Exchange<'_> {
         self.request.kiss.map_or(usual, Kiss::outcome)
     }
 
-    fn head(&mut self, clock: &ClockState, world: &mut impl World) {
+    fn head(&mut self, clock: &ClockState, turns: Turns, world: &mut impl World) {
         if let Some(kiss) = self.request.kiss {
             return self.kiss(kiss);
         }
         let received = stamp(self.request.received);
-        clock.answer(&self.asked, received, stamp(world.departure(self.lane)), &mut self.reply.octets);
+        let transmit = stamp(world.departure(turns.ahead_of(self.lane), turns.all()));
+        clock.answer(&self.asked, received, transmit, &mut self.reply.octets);
     }
 
     /// All times of a kiss-o'-death packet are the request's own.
@@ -501,20 +523,26 @@ mod tests {
         Keyring::new(&[(9, [1; 32]), (8, [2; 32]), (7, [3; 32])]).unwrap()
     }
 
+    #[derive(Debug, PartialEq)]
+    enum Call {
+        Departure { ahead: usize, answers: usize },
+        Random { lane: usize },
+    }
+
     /// The same randomness for a request wherever in a batch it is.
     struct Given<'a> {
         random: &'a [[u8; MOST_RANDOM]],
-        calls: Vec<Option<usize>>,
+        calls: Vec<Call>,
     }
 
     impl World for Given<'_> {
-        fn departure(&mut self, _lane: usize) -> i64 {
-            self.calls.push(None);
+        fn departure(&mut self, ahead: usize, answers: usize) -> i64 {
+            self.calls.push(Call::Departure { ahead, answers });
             NOW
         }
 
         fn random(&mut self, lane: usize, room: &mut [u8]) {
-            self.calls.push(Some(lane));
+            self.calls.push(Call::Random { lane });
             room.copy_from_slice(&self.random[lane][..room.len()]);
         }
     }
@@ -580,7 +608,7 @@ mod tests {
     /// What can be told of a reply.
     type Told = (Outcome, Vec<u8>, Option<Role>, usize);
 
-    fn ask(asked: &[(Vec<u8>, Option<Kiss>)], random: &[[u8; MOST_RANDOM]]) -> (Vec<Told>, Vec<Option<usize>>) {
+    fn ask(asked: &[(Vec<u8>, Option<Kiss>)], random: &[[u8; MOST_RANDOM]]) -> (Vec<Told>, Vec<Call>) {
         let requests: Vec<Request> =
             asked.iter().map(|(datagram, kiss)| Request { datagram, received: NOW - 1000, kiss: *kiss }).collect();
         let mut replies: Vec<Reply> = asked.iter().map(|_| Reply { length: 99, ..Reply::default() }).collect();
@@ -667,14 +695,25 @@ mod tests {
     }
 
     #[test]
-    fn the_time_is_taken_last_and_only_where_it_is_told() {
+    fn the_time_is_taken_last_and_what_is_dropped_takes_no_turn() {
         let mut rng = StdRng::seed_from_u64(2);
         let client = Client::new(AeadId::SivCmac256, &mut rng);
         let nts = client.request(0, 0, &mut rng);
         let plain = nts[..HEADER].to_vec();
-        let asked = [(plain, None), (nts.clone(), None), (nts.clone(), Some(Kiss::Rate)), (nts, None)];
-        let (_, calls) = ask(&asked, &[[0; MOST_RANDOM]; 4]);
-        assert_eq!(calls, [Some(1), Some(2), Some(3), None, None, None]);
+        let mut symmetric = plain.clone();
+        symmetric[0] = 0x21;
+        let asked = [
+            (symmetric.clone(), None),
+            (plain, None),
+            (nts.clone(), None),
+            (symmetric, None),
+            (nts.clone(), Some(Kiss::Rate)),
+            (nts, None),
+        ];
+        let (_, calls) = ask(&asked, &[[0; MOST_RANDOM]; 6]);
+        let drawn = [2, 4, 5].map(|lane| Call::Random { lane });
+        let told = [1, 3, 0].map(|ahead| Call::Departure { ahead, answers: 4 });
+        assert_eq!(calls, drawn.into_iter().chain(told).collect::<Vec<_>>());
     }
 
     #[test]

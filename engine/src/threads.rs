@@ -4,7 +4,7 @@ use std::io;
 use std::mem;
 use std::process;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 
 use mio::{Poll, Token, Waker};
@@ -19,6 +19,8 @@ struct Thread<Command, Counts> {
     waker: Waker,
     counts: Arc<Counts>,
     life: Mutex<Option<Life<Command>>>,
+    /// Why it ended before it was told to.
+    fault: Arc<OnceLock<io::Error>>,
 }
 
 /// What a thread has until it is closed.
@@ -50,7 +52,7 @@ impl<Command: Send + 'static, Counts: Default + Send + Sync + 'static> Threads<C
     ///
     /// # Errors
     /// Those of the operating system and of `prepare`; threads that began end again.
-    pub fn start<Run: FnOnce() + Send + 'static>(
+    pub fn start<Run: FnOnce() -> io::Result<()> + Send + 'static>(
         count: usize,
         name: &str,
         mut prepare: impl FnMut(Poll, Receiver<Command>, Arc<Counts>) -> io::Result<Run>,
@@ -62,8 +64,14 @@ impl<Command: Send + 'static, Counts: Default + Send + Sync + 'static> Threads<C
             let (commands, orders) = channel();
             let counts = Arc::<Counts>::default();
             let run = prepare(poll, orders, counts.clone())?;
-            let handle = std::thread::Builder::new().name(format!("{name}-{number}")).spawn(run)?;
-            started.all.push(Thread { waker, counts, life: Mutex::new(Some(Life { commands, handle })) });
+            let fault = Arc::<OnceLock<_>>::default();
+            let why = fault.clone();
+            let handle = std::thread::Builder::new().name(format!("{name}-{number}")).spawn(move || {
+                if let Err(error) = run() {
+                    let _ = why.set(error);
+                }
+            })?;
+            started.all.push(Thread { waker, counts, life: Mutex::new(Some(Life { commands, handle })), fault });
         }
         Ok(started)
     }
@@ -75,6 +83,9 @@ impl<Command, Counts> Threads<Command, Counts> {
     /// # Errors
     /// The first that a thread answers; that a thread has ended.
     pub fn tell(&self, mut command: impl FnMut(Answer) -> Command) -> io::Result<()> {
+        if !self.are_ours() {
+            return Err(gone());
+        }
         let (answer, answers) = channel();
         for thread in &self.all {
             let command = command(answer.clone());
@@ -106,8 +117,21 @@ impl<Command, Counts> Threads<Command, Counts> {
     /// How many live.
     #[must_use]
     pub fn alive(&self) -> usize {
+        if !self.are_ours() {
+            return 0;
+        }
         let is_alive = |life: &mut Option<Life<_>>| life.as_ref().is_some_and(|life| !life.handle.is_finished());
         self.all.iter().filter(|thread| thread.with_life(is_alive)).count()
+    }
+
+    /// Why one has ended that was not told to; None as long as that is not known of any.
+    pub fn fault(&self) -> Option<String> {
+        self.all.iter().find_map(|thread| thread.fault.get()).map(ToString::to_string)
+    }
+
+    /// A child of fork(2) has none of its parent's threads, and nobody to wait for.
+    fn are_ours(&self) -> bool {
+        process::id() == self.process
     }
 
     /// What each has counted.
@@ -117,8 +141,7 @@ impl<Command, Counts> Threads<Command, Counts> {
 
     /// Returns when all have ended.
     pub fn close(&self) {
-        if process::id() != self.process {
-            // A child of fork(2) has none of its parent's threads, and nobody to wait for.
+        if !self.are_ours() {
             self.all.iter().for_each(|thread| mem::forget(thread.with_life(Option::take)));
             return;
         }

@@ -12,6 +12,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert, ServerConfig, ServerConnection};
 use rustls::sign::CertifiedKey;
 use rustls::version::TLS13;
+use rustls::{Error, InconsistentKeys};
 
 const ALPN: &[u8] = b"ntske/1";
 /// Section 4.3; the deployed label, without `/1`.
@@ -51,16 +52,21 @@ struct Certificate {
 
 impl Certificate {
     fn new(pair: &PemPair, provider: &CryptoProvider) -> Result<Self, TlsError> {
-        let refused = |why: &str| TlsError(format!("{}: {why}", pair.name));
+        let refused = |why: &str| TlsError(why.into());
         let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pair.chain.as_bytes()).collect();
         let chain = chain.ok().filter(|chain| !chain.is_empty()).ok_or_else(|| refused("no certificate chain"))?;
         let key = PrivateKeyDer::from_pem_slice(pair.key.as_bytes())
             .map_err(|_| refused("no private key, or one that is encrypted"))?;
         let key = provider.key_provider.load_private_key(key).map_err(|_| {
-            refused("a kind of key that the native engine does not take; use P-256, P-384, RSA or Ed25519")
+            refused("a kind of key that the native engine does not take; use P-256, P-384, P-521, RSA or Ed25519")
         })?;
         let certified = CertifiedKey::new(chain, key);
-        certified.keys_match().map_err(|_| refused("certificate and key do not belong together"))?;
+        certified.keys_match().map_err(|error| match error {
+            Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => {
+                refused("certificate and key do not belong together")
+            }
+            other => refused(&format!("not a certificate that can be served: {other}")),
+        })?;
         Ok(Self { host_names: pair.host_names.as_slice().into(), certified: certified.into() })
     }
 }
@@ -100,13 +106,18 @@ impl Credentials {
     /// From all pairs that are served; with none, every handshake ends with an alert.
     ///
     /// # Errors
-    /// A pair that does not belong together, or of a kind that is not taken.
+    /// A pair that does not belong together, or of a kind that is not taken, by its name.
     pub fn new(pairs: &[PemPair]) -> Result<Self, TlsError> {
         let mut provider = aws_lc_rs::default_provider();
         // SHA-256 has instructions of its own, SHA-384 has not; no key exchange here is stronger than AES-128.
         provider.cipher_suites.sort_by_key(|suite| suite.suite() != CipherSuite::TLS13_AES_128_GCM_SHA256);
         let provider = Arc::new(provider);
-        let by_name = pairs.iter().map(|pair| Ok((pair.name.to_lowercase(), Certificate::new(pair, &provider)?)));
+        let by_name = pairs.iter().map(|pair| {
+            let named = |error: TlsError| {
+                if pair.name.is_empty() { error } else { TlsError(format!("{}: {error}", pair.name)) }
+            };
+            Ok((pair.name.to_lowercase(), Certificate::new(pair, &provider).map_err(named)?))
+        });
         let certificates = Arc::new(Certificates(by_name.collect::<Result<_, _>>()?));
         let mut config = ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&TLS13])

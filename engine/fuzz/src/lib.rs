@@ -57,7 +57,7 @@ struct Still {
 }
 
 impl World for Still {
-    fn departure(&mut self, _lane: usize) -> i64 {
+    fn departure(&mut self, _ahead: usize, _answers: usize) -> i64 {
         NOW
     }
 
