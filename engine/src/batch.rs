@@ -16,6 +16,8 @@ use crate::packet::MAX_DATAGRAM;
 
 /// How many datagrams are taken at a time.
 pub const BATCH: usize = 64;
+/// How many answers usually leave together.
+const FEW: usize = 8;
 /// One octet more than is looked at: what is longer shows.
 const LONGEST: usize = MAX_DATAGRAM + 1;
 /// Octets of the longest address, `struct sockaddr_in6`.
@@ -24,6 +26,8 @@ const NAME: usize = mem::size_of::<libc::sockaddr_in6>();
 const CONTROL: usize = 128;
 /// A `struct cmsghdr`: length (a word of the machine), level and kind.
 const CONTROL_HEAD: usize = mem::size_of::<libc::cmsghdr>();
+/// Room for one `struct in6_pktinfo` with its header.
+const ORIGIN: usize = 40;
 
 /// Where a datagram came from: `struct sockaddr_in` or `sockaddr_in6`.
 #[repr(C, align(8))]
@@ -36,9 +40,10 @@ pub struct Name([u8; NAME]);
 struct Control([u8; CONTROL]);
 
 /// The address that a datagram was sent to, as the control message that makes the answer leave from there.
+#[repr(C, align(8))]
 #[derive(Clone, Copy)]
 pub struct Origin {
-    control: Control,
+    control: [u8; ORIGIN],
     length: usize,
 }
 
@@ -93,6 +98,8 @@ pub struct Inbox {
     controls: Box<[Control]>,
     vectors: Box<[libc::iovec]>,
     headers: Box<[libc::mmsghdr]>,
+    /// How many headers the last call may have written to. Who is asked once in a while finds what it touches cold.
+    used: usize,
 }
 
 impl Default for Inbox {
@@ -116,6 +123,7 @@ impl Inbox {
             controls: vec![Control([0; CONTROL]); BATCH].into_boxed_slice(),
             vectors,
             headers,
+            used: BATCH,
         }
     }
 
@@ -124,7 +132,7 @@ impl Inbox {
     /// # Errors
     /// `WouldBlock` when there is nothing, else a queued error of the socket.
     pub fn receive(&mut self, socket: BorrowedFd) -> io::Result<usize> {
-        for (position, header) in self.headers.iter_mut().enumerate() {
+        for (position, header) in self.headers[..self.used].iter_mut().enumerate() {
             let header = &mut header.msg_hdr;
             header.msg_name = self.names[position].0.as_mut_ptr().cast();
             header.msg_namelen = u32::try_from(NAME).unwrap_or(0);
@@ -134,9 +142,10 @@ impl Inbox {
             header.msg_controllen = CONTROL as _;
             header.msg_flags = 0;
         }
-        // SAFETY: all `BATCH` headers were set just now. Each names one element of `names`, `vectors` and `controls`
-        // with its true length, and each vector one element of `octets`; none of these boxes is ever replaced, and
-        // `self` is borrowed for as long as the call writes there. The descriptor is open while it is borrowed.
+        // SAFETY: all `BATCH` headers were set by the first call, and those that the kernel has written to since were
+        // set again just now. Each names one element of `names`, `vectors` and `controls` with its true length, and each
+        // vector one element of `octets`; none of these boxes is ever replaced, and `self` is borrowed for as long as
+        // the call writes there. The descriptor is open while it is borrowed.
         let count = unsafe {
             libc::recvmmsg(
                 socket.as_raw_fd(),
@@ -146,7 +155,10 @@ impl Inbox {
                 ptr::null_mut(),
             )
         };
-        usize::try_from(count).map_err(|_| io::Error::last_os_error())
+        let done = usize::try_from(count).map_err(|_| io::Error::last_os_error());
+        // One more than it counts: the kernel may have begun with it when it failed.
+        self.used = done.as_ref().map_or(BATCH, |count| BATCH.min(count + 1));
+        done
     }
 
     /// One datagram of those that the last `receive` counted.
@@ -161,43 +173,49 @@ impl Inbox {
 
 /// Send these in one call after the other until each was sent or refused; how many were refused.
 pub fn send(socket: BorrowedFd, letters: &[Letter<'_>]) -> usize {
-    let mut refused = 0;
-    for letters in letters.chunks(BATCH) {
-        // SAFETY: as in `Inbox::new`; zero vectors and headers name nothing.
-        let mut vectors: [libc::iovec; BATCH] = unsafe { mem::zeroed() };
-        // SAFETY: the same.
-        let mut headers: [libc::mmsghdr; BATCH] = unsafe { mem::zeroed() };
-        for ((letter, vector), header) in letters.iter().zip(&mut vectors).zip(&mut headers) {
-            *vector = libc::iovec { iov_base: letter.octets.as_ptr().cast_mut().cast(), iov_len: letter.octets.len() };
-            let header = &mut header.msg_hdr;
-            header.msg_name = letter.peer.0.as_ptr().cast_mut().cast();
-            header.msg_namelen = letter.peer.length();
-            header.msg_iov = vector;
-            header.msg_iovlen = 1;
-            if let Some(origin) = letter.origin {
-                header.msg_control = origin.control.0.as_ptr().cast_mut().cast();
-                header.msg_controllen = origin.length as _;
-            }
+    if letters.len() <= FEW {
+        send_at_once::<FEW>(socket, letters)
+    } else {
+        letters.chunks(BATCH).map(|letters| send_at_once::<BATCH>(socket, letters)).sum()
+    }
+}
+
+/// The same of `MOST` letters at most, with room for no more of them.
+fn send_at_once<const MOST: usize>(socket: BorrowedFd, letters: &[Letter<'_>]) -> usize {
+    // SAFETY: as in `Inbox::new`; zero vectors and headers name nothing.
+    let mut vectors: [libc::iovec; MOST] = unsafe { mem::zeroed() };
+    // SAFETY: the same.
+    let mut headers: [libc::mmsghdr; MOST] = unsafe { mem::zeroed() };
+    for ((letter, vector), header) in letters.iter().zip(&mut vectors).zip(&mut headers) {
+        *vector = libc::iovec { iov_base: letter.octets.as_ptr().cast_mut().cast(), iov_len: letter.octets.len() };
+        let header = &mut header.msg_hdr;
+        header.msg_name = letter.peer.0.as_ptr().cast_mut().cast();
+        header.msg_namelen = letter.peer.length();
+        header.msg_iov = vector;
+        header.msg_iovlen = 1;
+        if let Some(origin) = letter.origin {
+            header.msg_control = origin.control.as_ptr().cast_mut().cast();
+            header.msg_controllen = origin.length as _;
         }
-        let mut done = 0;
-        while done < letters.len() {
-            let rest = &mut headers[done..letters.len()];
-            // SAFETY: the headers of `rest` were set above. Each names octets, an address and perhaps control messages
-            // that are borrowed by `letters`, and a vector on this stack frame, all with their true lengths.
-            // sendmmsg(2) writes to the headers alone, in spite of the pointers' types.
-            let sent = unsafe {
-                libc::sendmmsg(
-                    socket.as_raw_fd(),
-                    rest.as_mut_ptr(),
-                    u32::try_from(rest.len()).unwrap_or(0),
-                    libc::MSG_DONTWAIT as _,
-                )
-            };
-            let sent = usize::try_from(sent).unwrap_or(0);
-            // The first of those that are left is refused, and none but that.
-            refused += usize::from(sent == 0);
-            done += sent.max(1);
-        }
+    }
+    let (mut refused, mut done) = (0, 0);
+    while done < letters.len() {
+        let rest = &mut headers[done..letters.len()];
+        // SAFETY: the headers of `rest` were set above. Each names octets, an address and perhaps control messages
+        // that are borrowed by `letters`, and a vector on this stack frame, all with their true lengths.
+        // sendmmsg(2) writes to the headers alone, in spite of the pointers' types.
+        let sent = unsafe {
+            libc::sendmmsg(
+                socket.as_raw_fd(),
+                rest.as_mut_ptr(),
+                u32::try_from(rest.len()).unwrap_or(0),
+                libc::MSG_DONTWAIT as _,
+            )
+        };
+        let sent = usize::try_from(sent).unwrap_or(0);
+        // The first of those that are left is refused, and none but that.
+        refused += usize::from(sent == 0);
+        done += sent.max(1);
     }
     refused
 }
@@ -248,12 +266,12 @@ fn read_control(octets: &[u8]) -> (Option<i64>, Option<Origin>) {
 
 impl Origin {
     fn new(level: i32, kind: i32, data: &[u8]) -> Self {
-        let mut control = Control([0; CONTROL]);
+        let mut control = [0; ORIGIN];
         let length = CONTROL_HEAD + data.len();
-        control.0[..8].copy_from_slice(&length.to_ne_bytes());
-        control.0[8..12].copy_from_slice(&level.to_ne_bytes());
-        control.0[12..16].copy_from_slice(&kind.to_ne_bytes());
-        control.0[CONTROL_HEAD..length].copy_from_slice(data);
+        control[..8].copy_from_slice(&length.to_ne_bytes());
+        control[8..12].copy_from_slice(&level.to_ne_bytes());
+        control[12..16].copy_from_slice(&kind.to_ne_bytes());
+        control[CONTROL_HEAD..length].copy_from_slice(data);
         Self { control, length: length.next_multiple_of(8) }
     }
 }
