@@ -1,6 +1,8 @@
 """A small certification authority for servers that the laboratory starts."""
 
 import ipaddress
+import socket
+import ssl
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -153,3 +155,12 @@ def _general(name: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(name))
     except ValueError:
         return x509.DNSName(name)
+
+
+def shown_certificate(address: str, port: int) -> str:
+    """The certificate (PEM) of an NTS-KE server, whoever issued it. Native packets show it to clients of NTS-KE alone."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["ntske/1"])
+    with socket.create_connection((address, port), timeout=5) as sock, context.wrap_socket(sock) as tls:
+        return ssl.DER_cert_to_PEM_cert(tls.getpeercert(binary_form=True) or b"")

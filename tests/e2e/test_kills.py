@@ -7,7 +7,6 @@ import asyncio
 import random
 import re
 import signal
-import ssl
 import sys
 import threading
 import time
@@ -23,6 +22,7 @@ import pytest
 from cryptography import x509
 from sqlalchemy import select, update
 
+from lab.certificates import shown_certificate
 from lab.pool import POOL, LabPool
 from lab.postgres import Postgres
 from lab.processes import LabError, Process, free_port, wait_until
@@ -491,7 +491,7 @@ def has_ended(member):
 def served_serial(pool, member):
     """The serial of the certificate that the member's server shows, as the CA writes it; empty while it is away."""
     try:
-        shown = ssl.get_server_certificate((member.addresses[0], pool.ke_port), timeout=5)
+        shown = shown_certificate(member.addresses[0], pool.ke_port)
     except OSError:
         return ""
     return f"{x509.load_pem_x509_certificate(shown.encode()).serial_number:x}"

@@ -3,13 +3,13 @@
 import asyncio
 import json
 import signal
-import ssl
 import sys
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
+from lab.certificates import shown_certificate
 from lab.processes import free_port
 from lab.programs import NO_DAEMON
 from lab.stand_in import StandIn, http, saying
@@ -70,7 +70,7 @@ def fingerprint(chain):
 
 
 def shown(port):
-    return fingerprint(ssl.get_server_certificate((HOST, port), timeout=5))
+    return fingerprint(shown_certificate(HOST, port))
 
 
 async def ended(*argv):

@@ -5,7 +5,6 @@ import contextlib
 import json
 import signal
 import socketserver
-import ssl
 import subprocess
 import sys
 import threading
@@ -19,7 +18,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from lab.ca_front import CaFront, Fault, Limit, Limits, Resource
-from lab.certificates import Authority
+from lab.certificates import Authority, shown_certificate
 from lab.pebble import Pebble, is_known
 from lab.peers import PEBBLE_SID
 from lab.processes import free_port
@@ -603,7 +602,7 @@ async def until(condition, task):
 
 def shown(port):
     """The fingerprint of what is served."""
-    return chain_fingerprint(ssl.get_server_certificate(("127.0.0.1", port), timeout=5))
+    return chain_fingerprint(shown_certificate("127.0.0.1", port))
 
 
 async def test_nothing_is_ordered_while_the_host_does_not_answer_and_nothing_of_the_registrys_is_done(
