@@ -25,15 +25,19 @@ CARGO := $(shell { sed -n 's/^rust-version = "\(.*\)"/\1/p' engine/Cargo.toml; c
   && command -v cargo; })
 # One profile for all of it: the C and assembler of aws-lc is most of the work, and compiled once for each.
 IN_ENGINE := cd engine && $(CARGO)
+PYTHON_ONLY := pool-agent has Python packets only
+# One that was built of another state is not to be taken for this one's.
+WITHOUT_ENGINE := $(BIN)/pip uninstall --quiet --disable-pip-version-check --yes nts-engine 2>/dev/null
 
 $(VENV)/.engine: engine/Cargo.toml engine/Cargo.lock engine/pyproject.toml $(wildcard engine/src/*.rs) | $(VENV)/.installed
 ifdef CARGO
 	rm -rf engine/target/wheels
-	$(BIN)/maturin build --quiet --release --locked --interpreter $(BIN)/python --manifest-path engine/Cargo.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall engine/target/wheels/*.whl
-	@touch $@
+	$(BIN)/maturin build --quiet --release --locked --interpreter $(BIN)/python --manifest-path engine/Cargo.toml \
+	  && $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall engine/target/wheels/*.whl \
+	  && touch $@ || { $(WITHOUT_ENGINE); echo "engine/ could not be built, see above: $(PYTHON_ONLY)"; test -z "$$CI"; }
 else
-	@echo "no C compiler, or no cargo that engine/Cargo.toml can use: pool-agent has Python packets only"
+	@$(WITHOUT_ENGINE)
+	@echo "no C compiler, or no cargo that engine/Cargo.toml can use: $(PYTHON_ONLY)"
 endif
 
 .peers/.unpacked: lab/system-packages lab/newer_peers.py lab/newer-peers.toml

@@ -34,7 +34,7 @@ _KISSES = {Verdict.KISS_RATE: Kiss.RATE, Verdict.KISS_DENY: Kiss.DENY}
 
 
 # Counters that count something else than a datagram that came.
-_ERRORS = ("receive-error", "send-error")
+_ERRORS = ("receive-error", "send-error", "internal-error")
 # A shorter time says little of how many come in a second.
 _MEASURED = 10.0
 

@@ -32,7 +32,7 @@ const DEADLINE: Duration = Duration::from_secs(5);
 const LINGER: Duration = Duration::from_secs(1);
 /// All that a peer may send, TLS included: a request of 16 KiB and a large `ClientHello` fit several times.
 const MAX_RECEIVED: usize = 64 * 1024;
-/// Of this what may come before TLS is established: a ClientHello, for which a stranger gets memory.
+/// Of this what may come before TLS is established: a `ClientHello`, for which a stranger gets memory.
 const MAX_HELLO: usize = 16 * 1024;
 const READ: usize = 16 * 1024;
 const BACKLOG: i32 = 512;

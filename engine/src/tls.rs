@@ -58,7 +58,10 @@ impl Certificate {
         let key = PrivateKeyDer::from_pem_slice(pair.key.as_bytes())
             .map_err(|_| refused("no private key, or one that is encrypted"))?;
         let key = provider.key_provider.load_private_key(key).map_err(|_| {
-            refused("a kind of key that the native engine does not take; use P-256, P-384, P-521, RSA or Ed25519")
+            refused(
+                "a kind of key that native packets do not take: use P-256, P-384, P-521, RSA or Ed25519, or set \
+                 engine.packets to python",
+            )
         })?;
         let certified = CertifiedKey::new(chain, key);
         certified.keys_match().map_err(|error| match error {

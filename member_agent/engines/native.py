@@ -7,10 +7,10 @@ import asyncio
 import socket
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import nts_engine
-import structlog
 from cryptography import x509
 
 from member_agent.clock import Clock
@@ -19,6 +19,7 @@ from member_agent.engines.serving import Counts, PemPair, Place, Protocol, servi
 from member_agent.errors import AgentError, ExitStatus
 from member_agent.ke_server import RESERVED_DESCRIPTORS
 from nts_core.cookies import Keyring
+from nts_core.ke import NtpEndpoint
 from nts_core.shell import affordable_connections
 from nts_core.tls import dns_names
 
@@ -30,8 +31,8 @@ VERSION = "0.1.0"
 # Seconds between words about the clock, and nanoseconds for which one holds: an agent that stands still is not to vouch for
 # a clock that it does not look at.
 _CLOCK_EVERY, _CLOCK_GOOD_NS = 1.0, 30_000_000_000
-
-_log = structlog.get_logger()
+# Two event queues and what wakes them up, and a socket at each of a few places.
+_DESCRIPTORS_EACH = 4 + 12
 
 if nts_engine.__version__ != VERSION:
     raise ImportError(f"nts_engine {nts_engine.__version__} is there, and {VERSION} is needed")
@@ -46,10 +47,8 @@ class NativePackets:
     def __init__(self, settings: AgentSettings, clock: Clock, keyring: Keyring) -> None:
         """Raises AgentError."""
         self._clock = clock
-        self._ntp_server = settings.ntp_server
         self._numbers: dict[Place, int] = {}
-        # Read by threads of the module: replaced, and never changed.
-        self._ntp: Sequence[Endpoint] = ()
+        self._services = _Services(settings.ntp_server)
         self._wanted = settings.workers
         try:
             self._engine = nts_engine.Engine(
@@ -61,7 +60,9 @@ class NativePackets:
             )
         except OSError as error:
             raise AgentError(
-                f"threads cannot be started: {error.strerror}", "lower workers", ExitStatus.ENGINE
+                f"the threads of the packet engine cannot be started: {error}",
+                "lower workers, or allow more open files and threads",
+                ExitStatus.ENGINE,
             ) from None
         self.use_clock()
 
@@ -87,13 +88,16 @@ class NativePackets:
             for place, shared in sockets.items():
                 descriptors = [sock.detach() for sock in shared]
                 heard[place] = (
-                    self._engine.listen_ke(descriptors, self._service_at)
+                    self._engine.listen_ke(descriptors, self._services.at)
                     if place.protocol is Protocol.KE
                     else self._engine.listen_ntp(descriptors)
                 )
         except OSError:
-            for number in heard.values():
-                self._engine.leave(number)
+            with suppress(OSError):
+                for number in heard.values():
+                    self._engine.leave(number)
+            if self.workers < self._wanted:
+                raise self._ended() from None
             raise
         self._numbers.update(heard)
         self._note_places()
@@ -101,25 +105,31 @@ class NativePackets:
     async def leave(self, places: Collection[Place]) -> None:
         numbers = [self._numbers.pop(place) for place in places]
         self._note_places()
-        for number in numbers:
-            await asyncio.to_thread(self._engine.leave, number)
+        try:
+            for number in numbers:
+                await asyncio.to_thread(self._engine.leave, number)
+        except OSError:
+            raise self._ended() from None
 
     def _note_places(self) -> None:
-        self._ntp = tuple(place.endpoint for place in self._numbers if place.protocol is Protocol.NTP)
-        self._engine.forget_services()
-
-    def _service_at(self, local: str, names: tuple[str, ...]) -> "nts_engine.Service":
-        """Called in threads of the module."""
-        service = service_at(self._ntp, self._ntp_server, local, names)
-        default, *others = ((each.host, each.port) for each in (service.default, *service.others))
-        return default, others
+        self._services.ntp = tuple(
+            place.endpoint for place in self._numbers if place.protocol is Protocol.NTP
+        )
+        try:
+            self._engine.forget_services()
+        except OSError:
+            raise self._ended() from None
 
     async def tend(self) -> None:
         while self.workers == self._wanted:
             self.use_clock()
             await asyncio.sleep(_CLOCK_EVERY)
-        raise AgentError(
-            f"of {self._wanted} threads of the packet engine {self.workers} are left",
+        raise self._ended()
+
+    def _ended(self) -> AgentError:
+        return AgentError(
+            f"of {self._wanted} threads of the packet engine {self.workers} are left"
+            f" ({self._engine.fault or 'nobody knows why'})",
             "start the agent again, and tell us; engine.packets = python does without them",
             ExitStatus.ENGINE,
         )
@@ -145,9 +155,24 @@ class NativePackets:
         return self._engine.threads
 
 
+class _Services:
+    """Where NTP is served, as threads of the module ask for it. They hold this one, and nothing that holds them."""
+
+    def __init__(self, elsewhere: NtpEndpoint | None) -> None:
+        self._elsewhere = elsewhere
+        # Replaced as a whole, and never changed.
+        self.ntp: Sequence[Endpoint] = ()
+
+    def at(self, local: str, names: tuple[str, ...]) -> "nts_engine.Service":
+        service = service_at(self.ntp, self._elsewhere, local, names)
+        default, *others = ((each.host, each.port) for each in (service.default, *service.others))
+        return default, others
+
+
 def limits_of(limits: Limits, threads: int) -> dict[str, Any]:
     """The parameters of `nts_engine.Limits` for each of several threads, which share the process's descriptors."""
-    affordable = affordable_connections(limits.ke_connections, RESERVED_DESCRIPTORS)
+    reserved = RESERVED_DESCRIPTORS + threads * _DESCRIPTORS_EACH
+    affordable = affordable_connections(limits.ke_connections, reserved)
     each = limits.model_copy(update={"ke_connections": max(affordable, threads)}).of_each(threads)
     return {
         "allow": list(map(str, each.allow)),

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import secrets
 import signal
@@ -9,6 +10,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 import tomllib
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -30,7 +32,7 @@ from member_agent.engines.serving import Charge, Counts, PemPair, Place, Protoco
 from member_agent.engines.workers import ClockOrders, News, Orders, Report, _Serving
 from member_agent.errors import AgentError, ExitStatus
 from member_agent.install import load_pair
-from member_agent.sockets import Endpoint
+from member_agent.sockets import Endpoint, bind
 from member_agent.tracking import Daemon, Tracking, boottime_ns
 from nts_core.association import Association
 from nts_core.client import ClientError, establish, exchange
@@ -486,6 +488,39 @@ async def test_a_thread_that_is_missing_ends_the_agent(pairs):
         with pytest.raises(AgentError, match="1 are left") as ended:
             await built.tend()
         assert ended.value.status is ExitStatus.ENGINE
+
+
+@pytest.mark.usefixtures("native_packets")
+async def test_threads_that_were_ended_are_told_of_wherever_they_are_asked_for_something(pairs):
+    async with engine(service(pairs, HOST)) as built:
+        built._packets._engine.close()
+        with pytest.raises(AgentError, match="0 are left"):
+            await built.apply(service(pairs, OTHER))
+
+
+@pytest.mark.usefixtures("native_packets")
+def test_packets_that_nobody_holds_end_their_threads():
+    """Threads that ask where NTP is served hold nothing that holds them."""
+    from member_agent.engines.native import NativePackets  # noqa: PLC0415 - where it is built
+
+    before = threads()
+    keyring = Keyring.new(int(time.time()), secrets.token_bytes)
+    packets = NativePackets(AgentSettings(), Clock(), keyring)
+    place = Place(KE, Endpoint(HOST, free_port()))
+    packets.listen({place: [bind(place.endpoint, place.kind)]})
+    assert threads() > before
+    del packets
+    gc.collect()
+    assert threads() == before
+
+
+@pytest.mark.usefixtures("native_packets")
+def test_connections_leave_descriptors_for_threads_and_sockets(monkeypatch):
+    from member_agent.engines.native import limits_of  # noqa: PLC0415 - where it is built
+
+    monkeypatch.setattr("resource.getrlimit", lambda _: (300, 300))
+    share = limits_of(AgentSettings().limits, 8)["ke_connections"]
+    assert 0 < 8 * share <= 300 - 64 - 8 * 8
 
 
 @BOTH
