@@ -32,7 +32,7 @@ WITHOUT_ENGINE := $(BIN)/pip uninstall --quiet --disable-pip-version-check --yes
 $(VENV)/.engine: engine/Cargo.toml engine/Cargo.lock engine/pyproject.toml $(wildcard engine/src/*.rs) | $(VENV)/.installed
 ifdef CARGO
 	rm -rf engine/target/wheels
-	$(BIN)/maturin build --quiet --release --locked --interpreter $(BIN)/python --manifest-path engine/Cargo.toml \
+	@$(BIN)/maturin build --quiet --release --locked --interpreter $(BIN)/python --manifest-path engine/Cargo.toml \
 	  && $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall engine/target/wheels/*.whl \
 	  && touch $@ || { $(WITHOUT_ENGINE); echo "engine/ could not be built, see above: $(PYTHON_ONLY)"; test -z "$$CI"; }
 else

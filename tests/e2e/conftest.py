@@ -10,8 +10,8 @@ from lab.pool import LabPool
 
 
 @pytest.fixture(scope="module")
-def pool(tmp_path_factory):
-    """CA, zone, resolver and registry; each test adds the members it needs."""
+def pool(tmp_path_factory, slow_packets):
+    """CA, zone, resolver and registry; each test adds the members it needs, whose agents answer by both engines in turn."""
     with LabPool(tmp_path_factory.mktemp("pool"), addresses=12, opening_size=1, knot=True) as running:
         yield running
 

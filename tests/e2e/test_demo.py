@@ -4,7 +4,10 @@ import json
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.usefixtures("slow_packets")
 def test_the_whole_life_of_a_pool_is_told_and_checked(tmp_path):
     """Join, admission, refusal of a wrong clock, look-up, removal, replacement: every statement holds."""
     done = subprocess.run(

@@ -6,7 +6,7 @@ from lab.pool import HAS_IPV6, LabPool
 from lab.postgres import Postgres
 from lab.processes import wait_until
 
-pytestmark = [pytest.mark.timeout(150), pytest.mark.usefixtures("slow_packets")]
+pytestmark = pytest.mark.timeout(150)
 
 
 def test_a_certificate_is_renewed_with_a_new_key_and_swapped_without_a_gap(tmp_path):

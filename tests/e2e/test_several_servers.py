@@ -6,7 +6,7 @@ from lab.pool import LabPool
 from lab.processes import wait_until
 from member_agent.errors import ExitStatus
 
-pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("slow_packets")]
+pytestmark = pytest.mark.timeout(120)
 
 
 def test_one_agent_is_two_servers_and_ends_with_the_last(tmp_path):
