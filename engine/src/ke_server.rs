@@ -35,7 +35,6 @@ const MAX_RECEIVED: usize = 64 * 1024;
 /// Of this what may come before TLS is established: a `ClientHello`, for which a stranger gets memory.
 const MAX_HELLO: usize = 16 * 1024;
 const READ: usize = 16 * 1024;
-const BACKLOG: i32 = 512;
 /// Connections accepted before everybody else gets a turn.
 const BATCH: usize = 64;
 /// Until the next look when there was no descriptor for a connection.
@@ -172,7 +171,7 @@ impl KeThreads {
         self.credentials.store(credentials);
     }
 
-    /// Answer on bound stream sockets, one for each thread, until `leave` is told the same number.
+    /// Answer on listening stream sockets, one for each thread, until `leave` is told the same number.
     ///
     /// # Errors
     /// Those of the operating system, and when there are not as many sockets as threads; the sockets are closed then.
@@ -235,7 +234,6 @@ fn listening(descriptor: OwnedFd) -> io::Result<TcpListener> {
     socket.set_nonblocking(true)?;
     // Connections inherit it. An answer is one write, but longer than a segment.
     socket.set_tcp_nodelay(true)?;
-    socket.listen(BACKLOG)?;
     Ok(TcpListener::from_std(socket.into()))
 }
 
