@@ -419,9 +419,7 @@ fn pairs_that_cannot_be_used_are_named() {
     let said = |pair: PemPair| Credentials::new(&[pair]).map(|_| ()).unwrap_err().to_string();
     let mixed = PemPair { key: P384.into(), ..pair("a.example", P256) };
     assert_eq!(said(mixed), "a.example: certificate and key do not belong together");
-    assert!(
-        said(pair("e.example", ED448)).starts_with("e.example: a kind of key that native packets do not take")
-    );
+    assert!(said(pair("e.example", ED448)).starts_with("e.example: a kind of key that native packets do not take"));
     assert!(said(PemPair { key: String::new(), ..pair("a.example", P256) }).contains("no private key"));
     assert!(said(PemPair { chain: String::new(), ..pair("a.example", P256) }).contains("no certificate chain"));
 }
