@@ -48,6 +48,7 @@ class BuiltinEngine:
         self._packets = packets_of(settings, clock, self.keyring)
         # What is served now: the place that was asked for, which may leave the port open, and the one that is bound.
         self._bound: dict[Place, Place] = {}
+        self._pairs: Mapping[str, PemPair] = {}
         self._applying = asyncio.Lock()
         clock.heard = self._packets.use_clock
         _log.info("packets", engine=self.packets, workers=settings.workers)
@@ -84,8 +85,14 @@ class BuiltinEngine:
                     f"listen on {MOST_PLACES} at most",
                     ExitStatus.CONFIGURATION,
                 )
-            await self._move(wanted)
+            # Before the places: who waits at a socket that was handed over is answered at once.
             await self._packets.use_pairs(pairs)
+            try:
+                await self._move(wanted)
+            except EngineError:
+                await self._packets.use_pairs(self._pairs)
+                raise
+            self._pairs = pairs
 
     async def _move(self, wanted: Sequence[Place]) -> None:
         """Listen at these places only. What is new is bound before anything is closed that is not in its way."""
