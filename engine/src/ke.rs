@@ -12,11 +12,13 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use arrayvec::ArrayVec;
 use zeroize::Zeroizing;
 
 use crate::aead::{AeadId, LONGEST_KEY, SessionKeys};
 use crate::cookies::{self, Keyring, MAX_COOKIES};
 use crate::records::{self, MessageReader, Record, WireError, uint16_list};
+use crate::siv;
 
 const NTPV4: u16 = 0;
 /// Where NTP is when nothing else is said.
@@ -257,12 +259,16 @@ fn answer(terms: &KeTerms, request: &Request, session: &mut impl Session) -> Res
     terms.service.choose(host.as_deref(), port).tell(&mut message);
     let mut nonces = [[0; cookies::NONCE]; MAX_COOKIES];
     session.random(nonces.as_flattened_mut());
-    let mut room = [0; cookies::LONGEST];
-    let cookie = &mut room[..cookies::length(aead)];
-    for nonce in &nonces {
-        terms.keyring.seal(&keys, nonce, cookie);
-        Record::new(records::NEW_COOKIE, cookie).write(&mut message);
+    let (start, length) = (message.len(), cookies::length(aead));
+    for _ in &nonces {
+        Record::new(records::NEW_COOKIE, &[0; cookies::LONGEST][..length]).write(&mut message);
     }
+    let mut jobs = ArrayVec::<_, MAX_COOKIES>::new();
+    for (record, nonce) in message[start..].chunks_exact_mut(4 + length).zip(&nonces) {
+        jobs.push(terms.keyring.sealing(&keys, nonce, &mut record[4..]));
+    }
+    siv::seal(&mut jobs);
+    drop(jobs);
     Ok(KeReply::ended(Outcome::Ok, message))
 }
 
