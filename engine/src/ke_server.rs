@@ -176,19 +176,9 @@ impl KeThreads {
     /// # Errors
     /// Those of the operating system, and when there are not as many sockets as threads; the sockets are closed then.
     pub fn listen(&self, number: usize, sockets: Vec<OwnedFd>, service: &ServiceAt) -> io::Result<()> {
-        if sockets.len() != self.threads.len() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "a socket for each thread"));
-        }
-        let ready: io::Result<Vec<_>> = sockets.into_iter().map(listening).collect();
-        let mut ready = ready?.into_iter();
-        let done = self.threads.tell(|answer| match ready.next() {
-            Some(listener) => Command::Listen(number, listener, service.clone(), answer),
-            None => Command::Leave(number, answer),
-        });
-        if done.is_err() {
-            let _ = self.leave(number);
-        }
-        done
+        let ready = sockets.into_iter().map(listening).collect::<io::Result<Vec<_>>>()?;
+        let listen = |listener, answer| Command::Listen(number, listener, service.clone(), answer);
+        self.threads.hand_out(ready, listen, |answer| Command::Leave(number, answer))
     }
 
     /// Answer there no more; connections that came by these sockets go on. They are closed when this returns.

@@ -151,18 +151,8 @@ impl NtpThreads {
     /// # Errors
     /// Those of the operating system, and when there are not as many sockets as threads; the sockets are closed then.
     pub fn listen(&self, number: usize, sockets: Vec<OwnedFd>) -> io::Result<()> {
-        if sockets.len() != self.threads.len() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "a socket for each thread"));
-        }
-        let mut sockets = sockets.into_iter();
-        let done = self.threads.tell(|answer| match sockets.next() {
-            Some(socket) => Command::Listen(number, socket, answer),
-            None => Command::Leave(number, answer),
-        });
-        if done.is_err() {
-            let _ = self.leave(number);
-        }
-        done
+        let listen = |socket, answer| Command::Listen(number, socket, answer);
+        self.threads.hand_out(sockets, listen, |answer| Command::Leave(number, answer))
     }
 
     /// Answer there no more. The sockets are closed when this returns.

@@ -102,16 +102,28 @@ impl<Command, Counts> Threads<Command, Counts> {
         all
     }
 
-    /// How many there are, alive or not.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.all.len()
-    }
-
-    /// Whether there are none.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.all.is_empty()
+    /// Give each thread one of these, all or none; `leave` is told to all when one cannot take its own.
+    ///
+    /// # Errors
+    /// As `tell`, and when there are not as many as threads.
+    pub fn hand_out<T>(
+        &self,
+        given: Vec<T>,
+        mut listen: impl FnMut(T, Answer) -> Command,
+        leave: impl Fn(Answer) -> Command,
+    ) -> io::Result<()> {
+        if given.len() != self.all.len() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "a socket for each thread"));
+        }
+        let mut given = given.into_iter();
+        let done = self.tell(|answer| match given.next() {
+            Some(each) => listen(each, answer),
+            None => leave(answer),
+        });
+        if done.is_err() {
+            let _ = self.tell(leave);
+        }
+        done
     }
 
     /// How many live.

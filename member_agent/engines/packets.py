@@ -68,7 +68,7 @@ def packets_of(settings: AgentSettings, clock: Clock, keyring: Keyring) -> Packe
     wanted = settings.engine.packets
     if wanted is not PacketEngine.PYTHON:
         try:
-            from member_agent.engines.native import NativePackets  # noqa: PLC0415 - see above
+            from member_agent.engines.native import NativePackets  # noqa: PLC0415 - it is an extra that need not be there
         except ImportError as error:
             if wanted is PacketEngine.NATIVE:
                 raise AgentError(
@@ -80,6 +80,6 @@ def packets_of(settings: AgentSettings, clock: Clock, keyring: Keyring) -> Packe
                 _log.warning("native_packets_not_usable", detail=str(error))
         else:
             return NativePackets(settings, clock, keyring)
-    from member_agent.engines.python import PythonPackets  # noqa: PLC0415 - see above
+    from member_agent.engines.python import PythonPackets  # noqa: PLC0415 - not for an agent that has the other
 
     return PythonPackets(settings, clock, keyring)

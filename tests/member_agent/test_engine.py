@@ -501,11 +501,10 @@ async def test_threads_that_were_ended_are_told_of_wherever_they_are_asked_for_s
 @pytest.mark.usefixtures("native_packets")
 def test_packets_that_nobody_holds_end_their_threads():
     """Threads that ask where NTP is served hold nothing that holds them."""
-    from member_agent.engines.native import NativePackets  # noqa: PLC0415 - where it is built
-
+    native = pytest.importorskip("member_agent.engines.native")
     before = threads()
     keyring = Keyring.new(int(time.time()), secrets.token_bytes)
-    packets = NativePackets(AgentSettings(), Clock(), keyring)
+    packets = native.NativePackets(AgentSettings(), Clock(), keyring)
     place = Place(KE, Endpoint(HOST, free_port()))
     packets.listen({place: [bind(place.endpoint, place.kind)]})
     assert threads() > before
@@ -516,10 +515,9 @@ def test_packets_that_nobody_holds_end_their_threads():
 
 @pytest.mark.usefixtures("native_packets")
 def test_connections_leave_descriptors_for_threads_and_sockets(monkeypatch):
-    from member_agent.engines.native import limits_of  # noqa: PLC0415 - where it is built
-
+    native = pytest.importorskip("member_agent.engines.native")
     monkeypatch.setattr("resource.getrlimit", lambda _: (300, 300))
-    share = limits_of(AgentSettings().limits, 8)["ke_connections"]
+    share = native.limits_of(AgentSettings().limits, 8)["ke_connections"]
     assert 0 < 8 * share <= 300 - 64 - 8 * 8
 
 
