@@ -12,7 +12,7 @@ use aes_siv::siv::Aes128Siv;
 use nts_engine::aead::{Aead, AeadId, SessionKeys, Work, open, seal};
 use nts_engine::cookies::{self, Keyring, NONCE};
 use nts_engine::packet::ClockState;
-use nts_engine::server::{LANES, Outcome, Reply, Request, World, respond};
+use nts_engine::server::{LANES, Outcome, Place, Reply, Request, World, respond};
 use nts_engine::siv;
 
 const ROUNDS: u32 = 3000;
@@ -63,7 +63,7 @@ impl Client {
 struct Still;
 
 impl World for Still {
-    fn departure(&mut self, _ahead: usize, _answers: usize) -> i64 {
+    fn departure(&mut self, _place: Place) -> i64 {
         1_700_000_000_000_000_000
     }
     fn random(&mut self, _: usize, room: &mut [u8]) {

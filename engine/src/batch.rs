@@ -64,11 +64,6 @@ pub struct Letter<'a> {
     pub origin: Option<&'a Origin>,
 }
 
-impl Letter<'_> {
-    /// Nothing for nobody: what fills an array until there is a letter.
-    pub const NONE: Letter<'static> = Letter { octets: &[], peer: &Name([0; NAME]), origin: None };
-}
-
 impl Name {
     /// The IP address, without the port.
     pub fn address(&self) -> IpAddr {

@@ -13,16 +13,17 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
+use arrayvec::ArrayVec;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use rand::rngs::{StdRng, SysRng};
 use rand::{Rng, SeedableRng};
 
-use crate::batch::{self, BATCH, Datagram, Inbox, Letter};
+use crate::batch::{self, BATCH, Datagram, Inbox, Letter, Name, Origin};
 use crate::cookies::{Keyring, Role};
 use crate::packet::ClockState;
 use crate::ratelimit::{Admission, Limits, Verdict};
-use crate::server::{self, Kiss, LANES, Outcome, Reply, Request, World};
+use crate::server::{self, Kiss, LANES, Outcome, Place, Reply, Request, World};
 use crate::threads::{Answer, Threads, WAKE};
 
 /// What is said of the clock, and until when.
@@ -135,6 +136,7 @@ impl NtpThreads {
                 counts,
                 shared: shared.clone(),
                 sockets: Vec::new(),
+                keeps_up: true,
                 replies: (0..LANES).map(|_| Reply::default()).collect(),
                 admission: limits.admission(Box::new(move || drawn.next_u32())).map_err(io::Error::other)?,
                 pace: Pace::default(),
@@ -198,6 +200,8 @@ struct Listener {
     counts: Arc<Counts>,
     shared: Arc<Shared>,
     sockets: Vec<Option<Socket>>,
+    /// Whether it had to wait for what it answers now.
+    keeps_up: bool,
     replies: Box<[Reply]>,
     admission: Option<Admission>,
     pace: Pace,
@@ -211,10 +215,9 @@ impl Listener {
         let mut events = Events::with_capacity(BATCH);
         let mut inbox = Inbox::new();
         loop {
-            let is_busy = self.sockets.iter().flatten().any(|socket| socket.is_ready);
-            match self.poll.poll(&mut events, is_busy.then_some(Duration::ZERO)) {
-                Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
-                _ => {}
+            self.keeps_up = !self.look(&mut events, Some(Duration::ZERO))?;
+            if self.keeps_up {
+                self.look(&mut events, None)?;
             }
             for event in &events {
                 if event.token() == WAKE {
@@ -232,6 +235,15 @@ impl Listener {
                 }
             }
         }
+    }
+
+    /// Wait until something has come, if it is not there yet; whether something has.
+    fn look(&mut self, events: &mut Events, patience: Option<Duration>) -> io::Result<bool> {
+        match self.poll.poll(events, patience) {
+            Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
+            _ => {}
+        }
+        Ok(!events.is_empty() || self.sockets.iter().flatten().any(|socket| socket.is_ready))
     }
 
     fn obey(&mut self) -> ControlFlow<()> {
@@ -292,6 +304,7 @@ impl Listener {
             counts: &self.counts,
             inbox,
             socket: socket.descriptor.as_fd(),
+            together: if self.keeps_up { 1 } else { LANES },
         };
         let elapsed = i64::try_from((now - self.began).as_nanos()).unwrap_or(i64::MAX);
         let admission = &mut self.admission;
@@ -309,6 +322,10 @@ struct Turn<'a> {
     counts: &'a Counts,
     inbox: &'a Inbox,
     socket: BorrowedFd<'a>,
+    /// As many as are worked on while the server is behind. What is cheaper for it is worse for its clients: the times of
+    /// all are taken at once, and the kernel lets others run between two of them. So they leave one by one as long as
+    /// the server keeps up.
+    together: usize,
 }
 
 impl Turn<'_> {
@@ -335,35 +352,17 @@ impl Turn<'_> {
         pace: &mut Pace,
         random: &mut StdRng,
     ) -> bool {
-        let mut requests = [Request { datagram: &[], received: 0, kiss: None }; LANES];
-        let mut senders = [None; LANES];
-        let mut count = 0;
+        let (mut requests, mut senders) = (ArrayVec::<_, LANES>::new(), ArrayVec::<_, LANES>::new());
         for (place, kiss) in admitted.take(LANES) {
             let Datagram { octets, peer, received, origin } = self.inbox.datagram(place);
             let received = received.unwrap_or_else(unix_ns) + self.offset_ns;
-            requests[count] = Request { datagram: octets, received, kiss };
-            senders[count] = Some((peer, origin));
-            count += 1;
+            requests.push(Request { datagram: octets, received, kiss });
+            senders.push((peer, origin));
         }
-        let mut world = Running { offset_ns: self.offset_ns, pace, group: None, random };
-        server::respond(self.keyring, self.state, &requests[..count], replies, &mut world);
-        let mut letters = [const { Letter::NONE }; LANES];
-        let mut sent = 0;
-        for (reply, sender) in replies.iter().zip(&senders[..count]) {
-            self.count(reply);
-            if let (1.., Some((peer, origin))) = (reply.length, sender) {
-                letters[sent] = Letter { octets: &reply.octets[..reply.length], peer, origin: origin.as_ref() };
-                sent += 1;
-            }
-        }
-        let group = world.group;
-        let sealed = unix_ns();
-        let refused = batch::send(self.socket, &letters[..sent]);
-        if let Some(group) = group {
-            pace.learn(group.answers, sealed - group.began, unix_ns() - sealed, sent);
-        }
-        self.counts.send_errors.add(refused as u64);
-        count == LANES
+        let mut world = Running { turn: self, senders: &senders, pace, group: None, random };
+        server::respond(self.keyring, self.state, &requests, replies, &mut world);
+        replies[..requests.len()].iter().for_each(|reply| self.count(reply));
+        requests.is_full()
     }
 
     fn count(&self, reply: &Reply) {
@@ -377,29 +376,43 @@ impl Turn<'_> {
     }
 }
 
-/// How long it takes from the moment when the time is taken to the wire, by how many answers leave together.
+/// How long it takes from the moment when the time is taken to the wire, by what answers leave together.
 ///
 /// Several answers leave by one system call, and their times are sealed before it. So each is told when its turn will
-/// come, as in other groups as large: the clients of a busy server would find it late otherwise. What the call does with
-/// an answer before it is on the wire is not reckoned with, so that no answer says that it left later than it did.
+/// come, as in other groups of the kind: the clients of a busy server would find it late otherwise. What the call does
+/// with an answer before it is on the wire is not reckoned with, so that no answer says that it left later than it did.
 #[derive(Default)]
 struct Pace {
-    sealing: [Usual; LANES + 1],
-    letter: [Usual; LANES + 1],
+    plain: [Steps; LANES],
+    nts: [Steps; LANES],
+}
+
+/// Of groups of one kind and size: until the first one's turn, and from one to the next.
+#[derive(Default)]
+struct Steps {
+    sealing: Usual,
+    letter: Usual,
 }
 
 impl Pace {
+    fn of(&mut self, Place { answers, is_nts, .. }: Place) -> &mut Steps {
+        let sizes = if is_nts { &mut self.nts } else { &mut self.plain };
+        &mut sizes[answers - 1]
+    }
+}
+
+impl Steps {
     /// From the time taken to the turn of an answer that has so many `ahead` of it, in nanoseconds.
     #[allow(clippy::cast_possible_wrap)] // there are no more than `LANES`
-    fn until(&self, ahead: usize, answers: usize) -> i64 {
-        self.sealing[answers].0 + self.letter[answers].0 * ahead as i64
+    fn until(&self, ahead: usize) -> i64 {
+        self.sealing.0 + self.letter.0 * ahead as i64
     }
 
-    /// What a group has taken, and all letters of it together.
+    /// What a group has taken, and all of its letters together.
     #[allow(clippy::cast_possible_wrap)] // see above
-    fn learn(&mut self, answers: usize, sealing: i64, sending: i64, letters: usize) {
-        self.sealing[answers].add(sealing);
-        self.letter[answers].add(sending / letters.max(1) as i64);
+    fn learn(&mut self, sealing: i64, sending: i64, letters: usize) {
+        self.sealing.add(sealing);
+        self.letter.add(sending / letters.max(1) as i64);
     }
 }
 
@@ -417,29 +430,46 @@ impl Usual {
     }
 }
 
-/// The answers that leave together: when the time was taken, of which all are told, and how many there are.
-#[derive(Clone, Copy)]
-struct Group {
-    began: i64,
-    answers: usize,
-}
-
-/// The host's own time and randomness, for one group of answers.
+/// The host's own time, randomness and network, for one batch of answers.
 struct Running<'a> {
-    offset_ns: i64,
-    pace: &'a Pace,
-    group: Option<Group>,
+    turn: &'a Turn<'a>,
+    /// Where the request of each lane came from, and what it was sent to.
+    senders: &'a [(&'a Name, Option<Origin>)],
+    pace: &'a mut Pace,
+    /// Of the answers that will leave next: when the time was taken, of which all are told, and the place of one.
+    group: Option<(i64, Place)>,
     random: &'a mut StdRng,
 }
 
 impl World for Running<'_> {
-    fn departure(&mut self, ahead: usize, answers: usize) -> i64 {
-        let group = self.group.get_or_insert_with(|| Group { began: unix_ns(), answers });
-        group.began + self.pace.until(ahead, answers) + self.offset_ns
-    }
-
     fn random(&mut self, _lane: usize, room: &mut [u8]) {
         self.random.fill_bytes(room);
+    }
+
+    fn together(&self) -> usize {
+        self.turn.together
+    }
+
+    fn departure(&mut self, place: Place) -> i64 {
+        let (began, _) = *self.group.get_or_insert_with(|| (unix_ns(), place));
+        began + self.pace.of(place).until(place.ahead) + self.turn.offset_ns
+    }
+
+    fn leave<'a>(&mut self, answers: impl Iterator<Item = (usize, &'a [u8])>) {
+        let mut letters = ArrayVec::<_, LANES>::new();
+        letters.extend(answers.map(|(lane, octets)| {
+            let (peer, origin) = &self.senders[lane];
+            Letter { octets, peer, origin: origin.as_ref() }
+        }));
+        if letters.is_empty() {
+            return;
+        }
+        let sealed = unix_ns();
+        let refused = batch::send(self.turn.socket, &letters);
+        if let Some((began, place)) = self.group.take() {
+            self.pace.of(place).learn(sealed - began, unix_ns() - sealed, letters.len());
+        }
+        self.turn.counts.send_errors.add(refused as u64);
     }
 }
 
@@ -456,14 +486,16 @@ mod tests {
 
     #[test]
     fn a_group_is_told_when_the_turn_of_each_comes() {
-        let mut pace = Pace::default();
-        assert_eq!(pace.until(2, 3), 0);
+        let (mut pace, three) = (Pace::default(), Place { ahead: 0, answers: 3, is_nts: true });
+        assert_eq!(pace.of(three).until(2), 0);
         for _ in 0..200 {
-            pace.learn(3, 1_600, 7_200, 3);
+            pace.of(three).learn(1_600, 7_200, 3);
         }
-        let turns = [0, 1, 2].map(|ahead| pace.until(ahead, 3));
+        let turns = [0, 1, 2].map(|ahead| pace.of(three).until(ahead));
         assert!((1_580..=1_600).contains(&turns[0]) && (2_380..=2_400).contains(&(turns[2] - turns[1])), "{turns:?}");
-        assert_eq!(pace.until(1, 2), 0, "groups of another size are told nothing of it");
+        for other in [Place { answers: 2, ..three }, Place { is_nts: false, ..three }] {
+            assert_eq!(pace.of(other).until(1), 0, "other groups are told nothing of it");
+        }
     }
 
     #[test]

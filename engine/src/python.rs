@@ -22,7 +22,7 @@ use crate::ke_server::{self, KeThreads, ServiceAt};
 use crate::ntp_server::{self, NtpThreads, ROLES, Shared};
 use crate::packet::ClockState;
 use crate::ratelimit;
-use crate::server::{self, Kiss, LANES, Reply, Request, World};
+use crate::server::{self, Kiss, LANES, Place, Reply, Request, World};
 use crate::tls::{self, PemPair};
 
 #[pyclass(frozen)]
@@ -328,7 +328,7 @@ struct Given<'a> {
 }
 
 impl World for Given<'_> {
-    fn departure(&mut self, _ahead: usize, _answers: usize) -> i64 {
+    fn departure(&mut self, _place: Place) -> i64 {
         self.now
     }
 

@@ -131,16 +131,32 @@ impl Reply {
     }
 }
 
-/// What the world gives: the time when it is asked, and randomness for one lane.
-pub trait World {
-    /// When an answer will leave, in Unix nanoseconds to be served, that goes together with others, `answers` in all, of
-    /// which so many are `ahead` of it; asked as late as can be.
-    fn departure(&mut self, ahead: usize, answers: usize) -> i64;
-    /// Fill `room` for the request at this place of the batch: nonces.
-    fn random(&mut self, lane: usize, room: &mut [u8]);
+/// The place of an answer among those that leave with it, which are all of its kind: `answers`, of which so many are
+/// `ahead` of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    pub ahead: usize,
+    pub answers: usize,
+    /// Whether they are still to be sealed.
+    pub is_nts: bool,
 }
 
-/// Answer up to `LANES` requests, each in the reply at its place.
+/// What the world gives and takes: randomness, the time, and answers.
+pub trait World {
+    /// Fill `room` for the request at this place of the batch: nonces.
+    fn random(&mut self, lane: usize, room: &mut [u8]);
+    /// How many answers may leave together: one or more, and no more than `LANES`.
+    fn together(&self) -> usize {
+        LANES
+    }
+    /// When an answer will leave, in Unix nanoseconds to be served; asked as late as can be.
+    fn departure(&mut self, place: Place) -> i64;
+    /// Answers that are ready, in the order of their places, each with its lane.
+    fn leave<'a>(&mut self, _answers: impl Iterator<Item = (usize, &'a [u8])>) {}
+}
+
+/// Answer up to `LANES` requests, each in the reply at its place. What tells a time leaves first, a few at a time; what
+/// refuses a request, last.
 ///
 /// # Panics
 /// When there are more requests than lanes or replies.
@@ -153,13 +169,15 @@ pub fn respond(
 ) {
     assert!(requests.len() <= LANES && requests.len() <= replies.len(), "more requests than lanes");
     let mut batch = Batch { keyring, clock, plain: ArrayVec::new(), nts: ArrayVec::new() };
-    for (lane, (request, reply)) in requests.iter().zip(replies).enumerate() {
+    for (lane, (request, reply)) in requests.iter().zip(&mut *replies).enumerate() {
         batch.take(lane, request, reply);
     }
     batch.open_cookies();
     batch.verify();
     batch.seal_cookies(world);
     batch.answer(world);
+    let refused = replies[..requests.len()].iter().enumerate().filter(|(_, reply)| reply.outcome == Outcome::Ntsn);
+    world.leave(refused.map(|(lane, reply)| (lane, &reply.octets[..reply.length])));
 }
 
 /// What goes on together: all that is left of the requests in each of its steps.
@@ -244,38 +262,26 @@ impl<'a> Batch<'a> {
     }
 
     /// What is left depends on the time, which is taken as late as can be.
-    fn answer(&mut self, world: &mut impl World) {
-        let nts = self.nts.iter().map(|nts| nts.exchange.lane);
-        let turns = Turns::of(nts.chain(self.plain.iter().map(|exchange| exchange.lane)));
+    fn answer(mut self, world: &mut impl World) {
         let mut keys = ArrayVec::new();
         Aead::of_packets(&mut keys, self.nts.iter().map(|nts| (nts.cookie.keys.aead, nts.cookie.keys.s2c())));
-        for nts in &mut self.nts {
-            nts.exchange.head(self.clock, turns, world);
+        let together = world.together();
+        for (group, keys) in self.nts.chunks_mut(together).zip(keys.chunks(together)) {
+            let answers = group.len();
+            for (ahead, nts) in group.iter_mut().enumerate() {
+                nts.exchange.head(self.clock, Place { ahead, answers, is_nts: true }, world);
+            }
+            aead::seal(group.iter_mut().zip(keys).map(|(nts, aead)| nts.sealing(aead)));
+            world.leave(group.iter().map(|nts| nts.exchange.answer()));
         }
-        aead::seal(self.nts.iter_mut().zip(&keys).map(|(nts, aead)| nts.sealing(aead)));
-        for exchange in &mut self.plain {
-            exchange.head(self.clock, turns, world);
-            exchange.clear(exchange.outcome(Outcome::Time));
+        for group in self.plain.chunks_mut(together) {
+            let answers = group.len();
+            for (ahead, exchange) in group.iter_mut().enumerate() {
+                exchange.head(self.clock, Place { ahead, answers, is_nts: false }, world);
+                exchange.clear(exchange.outcome(Outcome::Time));
+            }
+            world.leave(group.iter().map(Exchange::answer));
         }
-    }
-}
-
-/// Which lanes have an answer that waits for its time. Answers leave in the order of their lanes; what is dropped takes no
-/// turn, and what was refused is not reckoned with.
-#[derive(Clone, Copy)]
-struct Turns(u32);
-
-impl Turns {
-    fn of(lanes: impl Iterator<Item = usize>) -> Self {
-        Self(lanes.fold(0, |found, lane| found | 1 << lane))
-    }
-
-    fn all(self) -> usize {
-        self.0.count_ones() as usize
-    }
-
-    fn ahead_of(self, lane: usize) -> usize {
-        Self(self.0 & ((1 << lane) - 1)).all()
     }
 }
 
@@ -295,12 +301,12 @@ impl Exchange<'_> {
         self.request.kiss.map_or(usual, Kiss::outcome)
     }
 
-    fn head(&mut self, clock: &ClockState, turns: Turns, world: &mut impl World) {
+    fn head(&mut self, clock: &ClockState, place: Place, world: &mut impl World) {
         if let Some(kiss) = self.request.kiss {
             return self.kiss(kiss);
         }
         let received = stamp(self.request.received);
-        let transmit = stamp(world.departure(turns.ahead_of(self.lane), turns.all()));
+        let transmit = stamp(world.departure(place));
         clock.answer(&self.asked, received, transmit, &mut self.reply.octets);
     }
 
@@ -313,6 +319,10 @@ impl Exchange<'_> {
     fn refuse(&mut self) {
         self.kiss(Kiss::Ntsn);
         self.clear(Outcome::Ntsn);
+    }
+
+    fn answer(&self) -> (usize, &[u8]) {
+        (self.lane, &self.reply.octets[..self.reply.length])
     }
 
     /// Behind the header, the identifier and nothing more.
@@ -525,20 +535,32 @@ mod tests {
 
     #[derive(Debug, PartialEq)]
     enum Call {
-        Departure { ahead: usize, answers: usize },
+        Departure(Place),
         Random { lane: usize },
+        Leave(Vec<usize>),
     }
 
     /// The same randomness for a request wherever in a batch it is.
     struct Given<'a> {
         random: &'a [[u8; MOST_RANDOM]],
+        together: usize,
         calls: Vec<Call>,
     }
 
     impl World for Given<'_> {
-        fn departure(&mut self, ahead: usize, answers: usize) -> i64 {
-            self.calls.push(Call::Departure { ahead, answers });
+        fn together(&self) -> usize {
+            self.together
+        }
+
+        fn departure(&mut self, place: Place) -> i64 {
+            self.calls.push(Call::Departure(place));
             NOW
+        }
+
+        fn leave<'a>(&mut self, answers: impl Iterator<Item = (usize, &'a [u8])>) {
+            let (lanes, octets): (Vec<_>, Vec<_>) = answers.unzip();
+            assert!(octets.iter().all(|octets| octets.len() >= HEADER));
+            self.calls.extend((!lanes.is_empty()).then_some(Call::Leave(lanes)));
         }
 
         fn random(&mut self, lane: usize, room: &mut [u8]) {
@@ -608,11 +630,11 @@ mod tests {
     /// What can be told of a reply.
     type Told = (Outcome, Vec<u8>, Option<Role>, usize);
 
-    fn ask(asked: &[(Vec<u8>, Option<Kiss>)], random: &[[u8; MOST_RANDOM]]) -> (Vec<Told>, Vec<Call>) {
+    fn ask(asked: &[(Vec<u8>, Option<Kiss>)], random: &[[u8; MOST_RANDOM]], together: usize) -> (Vec<Told>, Vec<Call>) {
         let requests: Vec<Request> =
             asked.iter().map(|(datagram, kiss)| Request { datagram, received: NOW - 1000, kiss: *kiss }).collect();
         let mut replies: Vec<Reply> = asked.iter().map(|_| Reply { length: 99, ..Reply::default() }).collect();
-        let mut world = Given { random, calls: Vec::new() };
+        let mut world = Given { random, together, calls: Vec::new() };
         respond(&keyring(), &CLOCK, &requests, &mut replies, &mut world);
         let told = replies
             .iter()
@@ -621,7 +643,7 @@ mod tests {
     }
 
     fn alone(datagram: Vec<u8>) -> Told {
-        ask(&[(datagram, None)], &[[5; MOST_RANDOM]]).0.remove(0)
+        ask(&[(datagram, None)], &[[5; MOST_RANDOM]], LANES).0.remove(0)
     }
 
     /// Valid, plain, cut off, mutated and senseless datagrams.
@@ -655,9 +677,9 @@ mod tests {
             let asked: Vec<_> =
                 (0..rng.random_range(0..=LANES)).map(|_| (any(&mut rng), *kisses.choose(&mut rng).unwrap())).collect();
             let random: Vec<[u8; MOST_RANDOM]> = asked.iter().map(|_| rng.random()).collect();
-            let (together, _) = ask(&asked, &random);
+            let (together, _) = ask(&asked, &random, rng.random_range(1..=LANES));
             for ((told, asked), random) in together.into_iter().zip(&asked).zip(&random) {
-                assert_eq!(told, ask(std::slice::from_ref(asked), &[*random]).0.remove(0));
+                assert_eq!(told, ask(std::slice::from_ref(asked), &[*random], 1).0.remove(0));
                 assert!(told.1.len() <= asked.0.len());
                 seen[told.0 as usize] += 1;
             }
@@ -675,7 +697,7 @@ mod tests {
             for (clear, hidden) in [(0, 0), (1, 0), (0, 1), (2, 3), (7, 0), (6, 4)] {
                 let client = Client::new(algorithm, &mut rng);
                 let (asked, random) = (client.request(clear, hidden, &mut rng), rng.random());
-                let (outcome, answer, opened, sealed) = ask(&[(asked.clone(), None)], &[random]).0.remove(0);
+                let (outcome, answer, opened, sealed) = ask(&[(asked.clone(), None)], &[random], 1).0.remove(0);
                 assert_eq!((outcome, opened), (Outcome::NtsTime, Some(Role::Sealing)));
                 assert_eq!(answer[24..32], asked[40..48]);
                 assert_eq!(answer[32..40], stamp(NOW - 1000));
@@ -695,25 +717,32 @@ mod tests {
     }
 
     #[test]
-    fn the_time_is_taken_last_and_what_is_dropped_takes_no_turn() {
+    fn the_time_is_taken_last_and_for_few_at_once_and_what_is_refused_delays_nobody() {
         let mut rng = StdRng::seed_from_u64(2);
         let client = Client::new(AeadId::SivCmac256, &mut rng);
         let nts = client.request(0, 0, &mut rng);
-        let plain = nts[..HEADER].to_vec();
-        let mut symmetric = plain.clone();
+        let (plain, mut symmetric, mut forged) = (nts[..HEADER].to_vec(), nts[..HEADER].to_vec(), nts.clone());
         symmetric[0] = 0x21;
-        let asked = [
-            (symmetric.clone(), None),
-            (plain, None),
-            (nts.clone(), None),
-            (symmetric, None),
-            (nts.clone(), Some(Kiss::Rate)),
-            (nts, None),
-        ];
-        let (_, calls) = ask(&asked, &[[0; MOST_RANDOM]; 6]);
-        let drawn = [2, 4, 5].map(|lane| Call::Random { lane });
-        let told = [1, 3, 0].map(|ahead| Call::Departure { ahead, answers: 4 });
-        assert_eq!(calls, drawn.into_iter().chain(told).collect::<Vec<_>>());
+        forged[HEADER + 60] ^= 1;
+        let mut asked: Vec<_> = [symmetric, plain, forged].into_iter().map(|datagram| (datagram, None)).collect();
+        asked.push((nts.clone(), Some(Kiss::Rate)));
+        asked.extend(vec![(nts, None); LANES - asked.len()]);
+        let (_, calls) = ask(&asked, &[[0; MOST_RANDOM]; LANES], 4);
+
+        let place = |ahead, answers, is_nts| Call::Departure(Place { ahead, answers, is_nts });
+        let expected = [3, 4, 5, 6, 7].map(|lane| Call::Random { lane }).into_iter().chain([
+            // What is told to come less often is told no time.
+            place(1, 4, true),
+            place(2, 4, true),
+            place(3, 4, true),
+            Call::Leave(vec![3, 4, 5, 6]),
+            place(0, 1, true),
+            Call::Leave(vec![7]),
+            place(0, 1, false),
+            Call::Leave(vec![1]),
+            Call::Leave(vec![2]),
+        ]);
+        assert_eq!(calls, expected.collect::<Vec<_>>());
     }
 
     #[test]

@@ -5,7 +5,7 @@ use nts_engine::aead::{AeadId, SessionKeys};
 use nts_engine::cookies::{self, Keyring, NONCE};
 use nts_engine::packet::{AUTHENTICATOR, COOKIE, ClockState, HEADER, UNIQUE_IDENTIFIER};
 use nts_engine::ratelimit::{Limits, Verdict};
-use nts_engine::server::{self, LANES, Outcome, Reply, Request, World};
+use nts_engine::server::{self, LANES, Outcome, Place, Reply, Request, World};
 use nts_engine::siv::{self, Sealing, SivKey, TAG};
 
 #[global_allocator]
@@ -24,8 +24,8 @@ const CLOCK: ClockState = ClockState {
 struct Still;
 
 impl World for Still {
-    fn departure(&mut self, ahead: usize, _answers: usize) -> i64 {
-        i64::try_from(ahead).unwrap_or(0)
+    fn departure(&mut self, place: Place) -> i64 {
+        i64::try_from(place.ahead).unwrap_or(0)
     }
 
     fn random(&mut self, lane: usize, room: &mut [u8]) {

@@ -23,7 +23,7 @@ use nts_engine::packet::{
 };
 use nts_engine::ratelimit::{Limits, Prefix, Verdict};
 use nts_engine::records::{self, MessageReader};
-use nts_engine::server::{self, Kiss, LANES, Outcome, Reply, Request, World};
+use nts_engine::server::{self, Kiss, LANES, Outcome, Place, Reply, Request, World};
 
 const ALGORITHMS: [AeadId; 4] = [AeadId::SivCmac256, AeadId::SivCmac384, AeadId::SivCmac512, AeadId::Aes128GcmSiv];
 const KISSES: [Option<Kiss>; 3] = [None, Some(Kiss::Rate), Some(Kiss::Deny)];
@@ -57,7 +57,7 @@ struct Still {
 }
 
 impl World for Still {
-    fn departure(&mut self, _ahead: usize, _answers: usize) -> i64 {
+    fn departure(&mut self, _place: Place) -> i64 {
         NOW
     }
 
