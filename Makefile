@@ -29,10 +29,11 @@ PYTHON_ONLY := pool-agent has Python packets only
 # One that was built of another state is not to be taken for this one's.
 WITHOUT_ENGINE := $(BIN)/pip uninstall --quiet --disable-pip-version-check --yes nts-engine 2>/dev/null
 
-$(VENV)/.engine: engine/Cargo.toml engine/Cargo.lock engine/pyproject.toml $(wildcard engine/src/*.rs) | $(VENV)/.installed
+$(VENV)/.engine: engine/Cargo.toml engine/Cargo.lock engine/pyproject.toml lab/crates.py $(wildcard engine/src/*.rs) | $(VENV)/.installed
 ifdef CARGO
 	rm -rf engine/target/wheels
-	@$(BIN)/maturin build --quiet --release --locked --interpreter $(BIN)/python --manifest-path engine/Cargo.toml \
+	@$(BIN)/python -m lab.crates engine/target/CRATES.txt \
+	  && $(BIN)/maturin build --quiet --release --locked --interpreter $(BIN)/python --manifest-path engine/Cargo.toml \
 	  && $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall engine/target/wheels/*.whl \
 	  && touch $@ || { $(WITHOUT_ENGINE); echo "engine/ could not be built, see above: $(PYTHON_ONLY)"; test -z "$$CI"; }
 else

@@ -254,14 +254,20 @@ def test_the_package_holds_the_agent_and_not_the_registry(unpacked):
         if name.endswith(".dist-info") and not name.startswith(("truechimer", "nts_engine"))
     }
     assert ("nts_engine" in names) == any(WHEELS.glob("*.whl")), "the engine in Rust, where it was built"
+    if "nts_engine" in names:
+        (texts,) = site.glob("nts_engine-*.dist-info/licenses/**/CRATES.txt")
+        dependencies = tomllib.loads((SOURCE / "engine/Cargo.toml").read_text())["dependencies"]
+        assert {line.split()[0] for line in texts.read_text().splitlines() if ": " in line} >= {*dependencies}
 
 
 def test_nothing_in_the_package_knows_where_it_was_built(unpacked):
     """Scripts and notes of pip would, and no two builds would be the same."""
     for file in unpacked.home.rglob("*"):
         assert file.name not in {"RECORD", "direct_url.json", "__pycache__"}
-        if file.is_file() and not file.is_symlink() and file.suffix in {"", ".cfg", ".txt"}:
-            assert b"/debian/pool-agent/" not in file.read_bytes(), file
+        if file.is_file() and not file.is_symlink():
+            content = file.read_bytes()
+            assert str(SOURCE).encode() not in content, file
+            assert file.suffix not in {"", ".cfg", ".txt"} or b"/debian/pool-agent/" not in content, file
 
 
 @pytest.mark.parametrize("name", ["pool-agent", "pool-client"])
