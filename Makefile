@@ -122,7 +122,7 @@ deb: setup
 # TARGET=ntp-server fuzzes only that one; TARGET=engine-packet one of those in Rust.
 SECONDS ?= 600
 FUZZED_ENGINE := engine-packet engine-cookies engine-ke engine-ratelimit
-fuzz: setup $(if $(TARGET),$(filter $(TARGET),$(FUZZED_ENGINE)),fuzz-python $(FUZZED_ENGINE))
+fuzz: setup $(if $(TARGET),$(filter $(TARGET),$(FUZZED_ENGINE)),cargo-fuzz fuzz-python $(FUZZED_ENGINE))
 	$(if $(filter-out $(FUZZED_ENGINE),$(TARGET)),$(BIN)/python -m fuzz $(TARGET) --seconds $(SECONDS))
 
 fuzz-python: setup
@@ -132,11 +132,14 @@ fuzz-python: setup
 SEEDS_engine-packet := ntp-server ntp-server-sealed ntp-packet
 SEEDS_engine-cookies := cookie cookie-raw
 SEEDS_engine-ke := ke-server ke-records ke-client
-.PHONY: $(FUZZED_ENGINE)
-$(FUZZED_ENGINE): setup
+.PHONY: $(FUZZED_ENGINE) cargo-fuzz
+cargo-fuzz: setup
 ifdef CARGO
 	@$(CARGO) fuzz --version >/dev/null 2>&1 \
 	  || { echo "error: engine/fuzz is run by cargo-fuzz: cargo install cargo-fuzz" >&2; exit 1; }
+endif
+$(FUZZED_ENGINE): cargo-fuzz
+ifdef CARGO
 	@mkdir -p .fuzz/corpus/$@ .fuzz/faults
 	$(IN_ENGINE) fuzz run --sanitizer none $(@:engine-%=%) $(CURDIR)/.fuzz/corpus/$@ \
 	  $(addprefix $(CURDIR)/fuzz/corpus/,$(SEEDS_$@)) -- -max_total_time=$(SECONDS) -max_len=2100 -timeout=20 \
