@@ -3,12 +3,14 @@
 Each server has a client of its own, a chronyd that asks it sixty times a second by NTS and corrects no clock (-x,
 noselect). All have this host's clock, so that the true offset is nought. `chronyc ntpdata` tells of each answer its
 offset, its delay and how long the server had the request. The client takes the kernel's times of sending and receiving,
-so that it does not matter when a busy machine lets it run.
+so that it does not matter when a busy machine lets it run. Servers have a core that nobody else is put on: a load that
+shares it would interrupt the server that leaves it more room.
 """
 
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -136,6 +138,20 @@ class Client:
         seen.valid += int(last[_VALID]) - int(before[_VALID])
 
 
+def _give_a_core(servers: Sequence[TimeServer]) -> None:
+    """To these servers the last one, and to this process and what it starts from now on the others; LabError if that
+    leaves none.
+    """
+    *others, last = sorted(os.sched_getaffinity(0))
+    if not others:
+        raise LabError("one core for servers, and one for those who ask them, are needed")
+    for pid in (pid for server in servers for pid in server.pids()):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            os.sched_setaffinity(int(task.name), {last})
+    for task in Path("/proc/self/task").iterdir():
+        os.sched_setaffinity(int(task.name), others)
+
+
 def measure(seconds: float, rounds: int) -> dict[str, dict[str, Seen]]:
     """By condition and server, which take turns; `seconds` of watching in all."""
     with (
@@ -144,6 +160,7 @@ def measure(seconds: float, rounds: int) -> dict[str, dict[str, Seen]]:
         ExitStack() as stack,
         ThreadPoolExecutor(1) as loading,
     ):
+        _give_a_core(running.contenders)
         clients: dict[str, Client] = {}
         loads: dict[str, NativeLoad] = {}
         rates: dict[str, float] = {}
