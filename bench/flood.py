@@ -35,8 +35,8 @@ _MAX_SECONDS = 600.0
 # More than any server answers.
 _RATE = 800_000.0
 _SOURCES = tuple(f"127.0.{number}.1" for number in range(1, 65))
-# Whatever a server fetches once, it has by then.
-_WARM_UP = 2.0
+# Whatever a server fetches once, it has by then; and whatever it keeps for the slowest of the hostile clients.
+_WARM_UP, _KE_WARM_UP = 2.0, hostile.PATIENCE
 _LOOK = 0.25
 _COOKIE = slice(48 + 36 + 4, 48 + 36 + 4 + 100)
 # How long the honest client is watched at most before the hostile ones come, and its wait between key establishments.
@@ -46,7 +46,7 @@ _PAUSE = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Resident MiB of all processes of a server: after some seconds of the flood, at most, and at its end."""
+    """Resident MiB of all processes of a server: once the flood is settled, at most from then on, and at its end."""
 
     early: float
     most: float
@@ -127,9 +127,9 @@ async def _ke(server: TimeServer, running: Contest, seconds: float, besetting: E
     calm = await _honest(server, running.trust, min(seconds, _CALM))
     place = (ADDRESS, server.ke_port)
     flood = asyncio.get_running_loop().run_in_executor(
-        besetting, hostile.attack, place, running.root, _WARM_UP + seconds
+        besetting, hostile.attack, place, running.root, _KE_WARM_UP + seconds
     )
-    await asyncio.sleep(_WARM_UP)
+    await asyncio.sleep(_KE_WARM_UP)
     sizes = [_of(server)]
     asking = asyncio.create_task(_honest(server, running.trust, seconds))
     while not flood.done():
@@ -178,9 +178,10 @@ def _show(ntp: dict[str, NtpFlood], ke: dict[str, KeFlood]) -> None:
     for name, flood in ntp.items():
         of_ntp.add_row(name, *_sizes(flood.memory), f"{flood.answered:,}")
     of_ke = _table(
-        "NTS-KE: memory beside hostile clients, MiB; keys of an honest one: established / failed, and median / p99, ms",
-        "hostile",
-        *("calm", "ms", "beset", "ms"),
+        "NTS-KE: memory beside hostile clients, MiB; key establishments of an honest client: done / failed, and how"
+        " long those that are done took: median / p99, ms",
+        "hostile connections",
+        *("calm", "calm, ms", "beset", "beset, ms"),
     )
     for name, beset in ke.items():
         connections = f"{sum(beset.connections.values()):,}"

@@ -27,7 +27,7 @@ CLIENTS = 512
 # Descriptors for everything else.
 _RESERVED = 64
 # The longest that one connection takes: more than any server lets it.
-_PATIENCE = 8.0
+PATIENCE = 8.0
 # More than a server waits for the close of a client that has its answer.
 _DEAF = 3.0
 # Between two connections of one client, so that a server that refuses them is not kept busy by that alone.
@@ -153,7 +153,7 @@ async def _client(number: int, place: tuple[str, int], trust: Trust, begun: Coun
             socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock,
         ):
             sock.bind((source, 0))
-            async with asyncio.timeout(_PATIENCE):
+            async with asyncio.timeout(PATIENCE):
                 await asyncio.get_running_loop().sock_connect(sock, place)
                 begun[kind] += 1
                 await _KINDS[kind](_Connection(sock, client_channel(place[0], trust)))

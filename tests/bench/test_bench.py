@@ -51,7 +51,7 @@ def load(request):
 
 def run(module, *options):
     return subprocess.run(
-        [sys.executable, "-m", module, *options], capture_output=True, text=True, timeout=90, check=False
+        [sys.executable, "-m", module, *options], capture_output=True, text=True, timeout=120, check=False
     )
 
 
