@@ -18,7 +18,7 @@ _BATCH = 64
 _PAUSE = 0.1
 _OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 # A close that sends a reset: nothing is left to wait for in the kernel.
-_RESET = struct.pack("ii", 1, 0)
+RESET = struct.pack("ii", 1, 0)
 
 
 def bind(address: str, port: int, kind: socket.SocketKind, *, shared: bool = False) -> socket.socket:
@@ -104,7 +104,7 @@ class Acceptor:
                 self._begin(connection, address, sock)
             else:
                 self._counters[refused] += 1
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
                 connection.close()
 
     def _pause(self, sock: socket.socket, number: int) -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from bench import flood, ke, ntp
+from bench import flood, hostile, ke, ntp
 from bench.contenders import CHRONYD, ECHO, PYTHON, TimeServer, is_native_here, possible
 from bench.load import WINDOW, Load, LoadError
 from bench.native import NativeLoad, has_cargo, program
@@ -51,7 +51,7 @@ def load(request):
 
 def run(module, *options):
     return subprocess.run(
-        [sys.executable, "-m", module, *options], capture_output=True, text=True, timeout=90, check=False
+        [sys.executable, "-m", module, *options], capture_output=True, text=True, timeout=120, check=False
     )
 
 
@@ -302,10 +302,17 @@ def test_the_bench_of_floods_gives_every_figure():
 
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
-    assert document.keys() == set(possible(*flood.SERVERS))
-    for memory in document.values():
-        assert 1 < memory["early"] <= memory["most"]
-        assert memory["answered"] > 0
+    assert document.keys() == {"ntp", "ke"}
+    for floods in document.values():
+        assert floods.keys() == set(possible(*flood.SERVERS))
+        for found in floods.values():
+            assert 1 < found["memory"]["early"] <= found["memory"]["most"]
+    for found in document["ntp"].values():
+        assert found["answered"] > 0
+    for found in document["ke"].values():
+        assert found["connections"].keys() == set(hostile.KINDS)
+        assert found["calm"]["established"] > found["calm"]["failed"] == 0
+        assert found["beset"]["established"] + found["beset"]["failed"] > 0
 
 
 def test_of_few_answers_nothing_is_said():

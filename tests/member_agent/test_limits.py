@@ -16,6 +16,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+from bench import hostile
 from lab.processes import free_port, wait_until
 from lab.programs import AgentServer, run, scrape
 from member_agent.config import Limits, load_settings
@@ -533,6 +534,30 @@ async def test_resets_at_each_stage(shared, trust, stage):
         peer.reset()
     wait_until(lambda: slots_taken(shared) == 0, "the slots are free again")
     assert await is_served(shared, trust)
+
+
+# All of them at once
+
+
+@BOTH
+async def test_a_crowd_of_hostile_clients_leaves_nothing_behind(tmp_path, pair, trust):
+    """They come until the server has told of all the ways in which they end; honest ones are served meanwhile."""
+    ways = ("bad-request", "timeout", "tls-timeout", "tls-failed", "connection-lost")
+    begun = Counter()
+    with serving(tmp_path, pair) as server:
+        assert await is_served(server, trust)
+        wait_until(lambda: slots_taken(server) == 0, "the slot is free again")
+        before = descriptors(server.process.pid)
+        crowd = asyncio.create_task(hostile.crowd((HOST, server.ke_port), trust, begun, clients=64))
+        while not (crowd.done() or all(ke_count(server, way) for way in ways)):
+            assert await is_served(server, trust)
+        assert not crowd.done(), crowd.exception()
+        crowd.cancel()
+        await asyncio.wait((crowd,))
+        wait_until(lambda: slots_taken(server) == 0, "the slots are free again")
+        wait_until(lambda: descriptors(server.process.pid) <= before, "the descriptors are free again")
+        assert await is_served(server, trust)
+    assert begun.keys() == set(hostile.KINDS)
 
 
 # The answer
