@@ -111,11 +111,19 @@ class Comparison:
     def run(
         cls, contenders: Sequence[_C], rounds: int, turn: Callable[[_C], Turn], goals: Sequence[Goal]
     ) -> "Comparison":
-        """Take turns, so that what else the machine does meets all alike. Goals of servers that are missing are left out."""
+        """Take turns, so that what else the machine does meets all alike. Goals of servers that are missing are left out.
+
+        Raises LoadError when one has answered nothing in its turn.
+        """
         taken: dict[str, list[Turn]] = {contender.name: [] for contender in contenders}
         for _ in range(rounds):
             for contender in contenders:
-                taken[contender.name].append(turn(contender))
+                done = turn(contender)
+                if not done.answered:
+                    raise LoadError(
+                        f"{contender.name} answered nothing in {done.seconds:.1f} s: more --seconds"
+                    )
+                taken[contender.name].append(done)
         return cls(
             {name: tuple(turns) for name, turns in taken.items()},
             tuple(goal for goal in goals if {goal.ours, goal.theirs} <= taken.keys()),

@@ -47,21 +47,21 @@ class Limits:
     def __init__(
         self,
         *,
-        allow: Sequence[str] = (),
-        deny: Sequence[str] = (),
-        kiss_denied: bool = False,
-        ntp_interval_ns: int | None = None,
-        ntp_burst: int = 8,
-        ntp_leak: int = 4,
-        ntp_kod: int = 0,
-        ntp_pps: float | None = None,
-        kiss_above: bool = False,
-        ke_connections: int = 1024,
-        ke_per_address: int = 128,
-        ke_per_prefix: int = 256,
-        ke_interval_ns: int | None = None,
-        ke_burst: int = 16,
-        ke_per_second: float | None = None,
+        allow: Sequence[str],
+        deny: Sequence[str],
+        kiss_denied: bool,
+        ntp_interval_ns: int | None,
+        ntp_burst: int,
+        ntp_leak: int,
+        ntp_kod: int,
+        ntp_pps: float | None,
+        kiss_above: bool,
+        ke_connections: int,
+        ke_per_address: int,
+        ke_per_prefix: int,
+        ke_interval_ns: int | None,
+        ke_burst: int,
+        ke_per_second: float | None,
     ) -> None:
         """Prefixes are texts. Raises ValueError for one that is none, or that is both allowed and denied."""
 
@@ -99,7 +99,9 @@ class Engine:
     def __init__(
         self, threads: int, limits: Limits, aead: Sequence[int], keyring: Keyring, clock: Clock
     ) -> None:
-        """`limits` are those of each thread. Raises OSError when threads cannot be started."""
+        """`limits` are those of each thread. Raises ValueError for less than 1 or more than 64, OSError when they cannot
+        be started.
+        """
 
     def use_keyring(self, keyring: Keyring) -> None:
         """From the next datagram on, and for the next connections."""

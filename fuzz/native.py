@@ -6,8 +6,9 @@ there is nothing to compare, and `IS_BUILT` says so.
 
 import importlib.util
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from member_agent.config import Limits
 from nts_core.cookies import MAX_COOKIES, NONCE_LENGTH, Keyring
 from nts_core.ke import Exporter, KeServer, KeTerms, NtpEndpoint
 from nts_core.packet import ClockState
@@ -20,6 +21,13 @@ MOST_RANDOM = 16 + MAX_COOKIES * NONCE_LENGTH
 
 if TYPE_CHECKING or IS_BUILT:
     import nts_engine
+
+    from member_agent.engines.native import limits_of
+
+
+def limits(**changes: Any) -> "nts_engine.Limits":
+    """Those of an agent with no settings of its own, but for what is changed."""
+    return nts_engine.Limits(**limits_of(Limits(), 1) | changes)
 
 
 class Request(NamedTuple):

@@ -18,11 +18,11 @@ use mio::net::{TcpListener, TcpStream};
 use mio::{Events, Interest, Poll, Token};
 use socket2::{SockRef, Socket};
 
+use crate::admission::{KeAdmission, Limits, Refused};
 use crate::aead::AeadId;
 use crate::cookies::Keyring;
 use crate::ke::{self, KeReply, KeServer, KeTerms, NoKeys, NtpService, Outcome};
 use crate::ntp_server::{Counter, Shared};
-use crate::ratelimit::{KeAdmission, Limits, Refused};
 use crate::threads::{Answer, Threads, WAKE};
 use crate::tls::{Credentials, TlsChannel};
 

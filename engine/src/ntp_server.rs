@@ -19,10 +19,10 @@ use mio::{Events, Interest, Poll, Token};
 use rand::rngs::{StdRng, SysRng};
 use rand::{Rng, SeedableRng};
 
+use crate::admission::{Admission, Limits, Verdict};
 use crate::batch::{self, BATCH, Datagram, Inbox, Letter, Name, Origin};
 use crate::cookies::{Keyring, Role};
 use crate::packet::ClockState;
-use crate::ratelimit::{Admission, Limits, Verdict};
 use crate::server::{self, Kiss, LANES, Outcome, Place, Reply, Request, World};
 use crate::threads::{Answer, Threads, WAKE};
 
@@ -361,7 +361,7 @@ impl Turn<'_> {
         }
         let mut world = Running { turn: self, senders: &senders, pace, group: None, random };
         server::respond(self.keyring, self.state, &requests, replies, &mut world);
-        replies[..requests.len()].iter().for_each(|reply| self.count(reply));
+        replies[..requests.len()].iter().filter(|reply| reply.length == 0).for_each(|reply| self.count(reply));
         requests.is_full()
     }
 
@@ -455,11 +455,12 @@ impl World for Running<'_> {
         began + self.pace.of(place).until(place.ahead) + self.turn.offset_ns
     }
 
-    fn leave<'a>(&mut self, answers: impl Iterator<Item = (usize, &'a [u8])>) {
+    fn leave<'a>(&mut self, answers: impl Iterator<Item = (usize, &'a Reply)>) {
         let mut letters = ArrayVec::<_, LANES>::new();
-        letters.extend(answers.map(|(lane, octets)| {
+        letters.extend(answers.map(|(lane, reply)| {
+            self.turn.count(reply);
             let (peer, origin) = &self.senders[lane];
-            Letter { octets, peer, origin: origin.as_ref() }
+            Letter { octets: &reply.octets[..reply.length], peer, origin: origin.as_ref() }
         }));
         if letters.is_empty() {
             return;

@@ -14,6 +14,8 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyTuple};
 use socket2::{SockRef, Type};
 
+use crate::access::{NoPrefix, Prefix};
+use crate::admission;
 use crate::aead::AeadId;
 use crate::batch;
 use crate::cookies;
@@ -21,9 +23,11 @@ use crate::ke::{self, NtpEndpoint, NtpService};
 use crate::ke_server::{self, KeThreads, ServiceAt};
 use crate::ntp_server::{self, NtpThreads, ROLES, Shared};
 use crate::packet::ClockState;
-use crate::ratelimit;
 use crate::server::{self, Kiss, LANES, Place, Reply, Request, World};
 use crate::tls::{self, PemPair};
+
+/// Of either kind; as many as an agent may have.
+const MOST_THREADS: usize = 64;
 
 #[pyclass(frozen)]
 struct Keyring(Arc<cookies::Keyring>);
@@ -75,15 +79,14 @@ impl Clock {
 }
 
 #[pyclass(frozen)]
-struct Limits(ratelimit::Limits);
+struct Limits(admission::Limits);
 
 #[pymethods]
 impl Limits {
     #[new]
     #[pyo3(signature = (
-        *, allow=Vec::new(), deny=Vec::new(), kiss_denied=false, ntp_interval_ns=None, ntp_burst=8, ntp_leak=4, ntp_kod=0,
-        ntp_pps=None, kiss_above=false, ke_connections=1024, ke_per_address=128, ke_per_prefix=256, ke_interval_ns=None,
-        ke_burst=16, ke_per_second=None,
+        *, allow, deny, kiss_denied, ntp_interval_ns, ntp_burst, ntp_leak, ntp_kod, ntp_pps, kiss_above, ke_connections,
+        ke_per_address, ke_per_prefix, ke_interval_ns, ke_burst, ke_per_second,
     ))]
     #[allow(clippy::too_many_arguments)] // named ones
     fn new(
@@ -103,7 +106,7 @@ impl Limits {
         ke_burst: u32,
         ke_per_second: Option<f64>,
     ) -> PyResult<Self> {
-        let limits = ratelimit::Limits {
+        let limits = admission::Limits {
             allow: prefixes(&allow)?,
             deny: prefixes(&deny)?,
             kiss_denied,
@@ -125,8 +128,8 @@ impl Limits {
     }
 }
 
-fn prefixes(texts: &[String]) -> PyResult<Vec<ratelimit::Prefix>> {
-    texts.iter().map(|text| text.parse().map_err(|error: ratelimit::NoPrefix| invalid(error))).collect()
+fn prefixes(texts: &[String]) -> PyResult<Vec<Prefix>> {
+    texts.iter().map(|text| text.parse().map_err(|error: NoPrefix| invalid(error))).collect()
 }
 
 #[pyclass(frozen, get_all)]
@@ -224,8 +227,8 @@ impl Engine {
     #[new]
     fn new(threads: usize, limits: &Limits, aead: Vec<u16>, keyring: &Keyring, clock: &Clock) -> PyResult<Self> {
         let preference = algorithms(&aead)?;
-        if threads == 0 {
-            return Err(invalid("an engine takes one thread or more"));
+        if !(1..=MOST_THREADS).contains(&threads) {
+            return Err(invalid(format!("an engine takes 1 to {MOST_THREADS} threads, not {threads}")));
         }
         let (keyring, clock) = (ArcSwap::new(keyring.0.clone()), ArcSwap::new(clock.until(None)));
         let shared = Arc::new(Shared { keyring, clock });
@@ -390,7 +393,7 @@ fn address(octets: &[u8]) -> PyResult<IpAddr> {
 }
 
 #[pyclass(frozen)]
-struct Admission(Mutex<ratelimit::Admission>);
+struct Admission(Mutex<admission::Admission>);
 
 #[pymethods]
 impl Admission {
@@ -417,18 +420,18 @@ impl Admission {
 }
 
 #[pyclass(frozen)]
-struct Slots(Mutex<ratelimit::Slots>);
+struct Slots(Mutex<admission::Slots>);
 
 #[pymethods]
 impl Slots {
     #[new]
     #[pyo3(signature = (total, *, per_address, per_prefix))]
     fn new(total: usize, per_address: usize, per_prefix: usize) -> Self {
-        Self(Mutex::new(ratelimit::Slots::new(total, per_address, per_prefix)))
+        Self(Mutex::new(admission::Slots::new(total, per_address, per_prefix)))
     }
 
     fn take(&self, address: &[u8]) -> PyResult<Option<&'static str>> {
-        Ok(self.0.lock().map_err(poisoned)?.take(self::address(address)?).err().map(ratelimit::Refused::label))
+        Ok(self.0.lock().map_err(poisoned)?.take(self::address(address)?).err().map(admission::Refused::label))
     }
 
     fn give_back(&self, address: &[u8]) -> PyResult<()> {

@@ -152,7 +152,7 @@ pub trait World {
     /// When an answer will leave, in Unix nanoseconds to be served; asked as late as can be.
     fn departure(&mut self, place: Place) -> i64;
     /// Answers that are ready, in the order of their places, each with its lane.
-    fn leave<'a>(&mut self, _answers: impl Iterator<Item = (usize, &'a [u8])>) {}
+    fn leave<'a>(&mut self, _answers: impl Iterator<Item = (usize, &'a Reply)>) {}
 }
 
 /// Answer up to `LANES` requests, each in the reply at its place. What tells a time leaves first, a few at a time; what
@@ -177,7 +177,7 @@ pub fn respond(
     batch.seal_cookies(world);
     batch.answer(world);
     let refused = replies[..requests.len()].iter().enumerate().filter(|(_, reply)| reply.outcome == Outcome::Ntsn);
-    world.leave(refused.map(|(lane, reply)| (lane, &reply.octets[..reply.length])));
+    world.leave(refused);
 }
 
 /// What goes on together: all that is left of the requests in each of its steps.
@@ -321,8 +321,8 @@ impl Exchange<'_> {
         self.clear(Outcome::Ntsn);
     }
 
-    fn answer(&self) -> (usize, &[u8]) {
-        (self.lane, &self.reply.octets[..self.reply.length])
+    fn answer(&self) -> (usize, &Reply) {
+        (self.lane, self.reply)
     }
 
     /// Behind the header, the identifier and nothing more.
@@ -557,9 +557,9 @@ mod tests {
             NOW
         }
 
-        fn leave<'a>(&mut self, answers: impl Iterator<Item = (usize, &'a [u8])>) {
-            let (lanes, octets): (Vec<_>, Vec<_>) = answers.unzip();
-            assert!(octets.iter().all(|octets| octets.len() >= HEADER));
+        fn leave<'a>(&mut self, answers: impl Iterator<Item = (usize, &'a Reply)>) {
+            let (lanes, replies): (Vec<_>, Vec<_>) = answers.unzip();
+            assert!(replies.iter().all(|reply| reply.length >= HEADER));
             self.calls.extend((!lanes.is_empty()).then_some(Call::Leave(lanes)));
         }
 

@@ -1,10 +1,10 @@
 //! The path of a packet takes no memory: a thread that answers does so in what it has had from the start.
 
 use assert_no_alloc::{AllocDisabler, assert_no_alloc};
+use nts_engine::admission::{Limits, Verdict};
 use nts_engine::aead::{AeadId, SessionKeys};
 use nts_engine::cookies::{self, Keyring, NONCE};
 use nts_engine::packet::{AUTHENTICATOR, COOKIE, ClockState, HEADER, UNIQUE_IDENTIFIER};
-use nts_engine::ratelimit::{Limits, Verdict};
 use nts_engine::server::{self, LANES, Outcome, Place, Reply, Request, World};
 use nts_engine::siv::{self, Sealing, SivKey, TAG};
 

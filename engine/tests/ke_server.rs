@@ -7,13 +7,13 @@ use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+use nts_engine::admission::Limits;
 use nts_engine::aead::AeadId;
 use nts_engine::cookies::Keyring;
 use nts_engine::ke::{NtpEndpoint, NtpService};
 use nts_engine::ke_server::{KeThreads, ServiceAt};
 use nts_engine::ntp_server::{Clock, Shared};
 use nts_engine::packet::ClockState;
-use nts_engine::ratelimit::Limits;
 use nts_engine::records::{self, MessageReader, Record};
 use nts_engine::tls::{Credentials, PemPair};
 use rustls::client::Resumption;

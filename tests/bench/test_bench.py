@@ -353,3 +353,8 @@ def test_goals_of_servers_that_are_missing_are_left_out():
     servers = [TimeServer(name, 1, 0, 0) for name in (PYTHON, CHRONYD)]
     comparison = Comparison.run(servers, 1, lambda _: Turn(1, 0, 1, 1.0, 1), (here, elsewhere))
     assert comparison.goals == (here,)
+
+
+def test_a_server_that_answers_nothing_ends_the_bench():
+    with pytest.raises(LoadError, match="python answered nothing"):
+        Comparison.run([TimeServer(PYTHON, 1, 0, 0)], 1, lambda _: Turn(0, 9, 0, 2.0, 1), ())

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fuzz.native import NOT_BUILT
+from fuzz.native import limits as limits_with
 from nts_core.ratelimit import AccessList, Admission, Cap, RatePolicy, Slots
 
 nts_engine = pytest.importorskip("nts_engine", reason=NOT_BUILT)
@@ -93,7 +94,7 @@ def in_python(given_limits, random):
 
 
 def check(given_limits, random, visits):
-    both = in_python(given_limits, random), nts_engine.Admission(nts_engine.Limits(**given_limits), random)
+    both = in_python(given_limits, random), nts_engine.Admission(limits_with(**given_limits), random)
     now, found = START, []
     for address, pause, count in visits:
         now += pause
@@ -217,15 +218,15 @@ def test_slots_are_given_alike(total, per_address, per_prefix, steps):
 )
 def test_limits_that_cannot_be(arguments, words):
     with pytest.raises(ValueError, match=words):
-        nts_engine.Limits(**arguments)
+        limits_with(**arguments)
 
 
 def test_what_cannot_be_judged():
-    judge = nts_engine.Admission(nts_engine.Limits(ntp_pps=1.0), bytes(4)).judge
+    judge = nts_engine.Admission(limits_with(ntp_pps=1.0), bytes(4)).judge
     for address in (b"", bytes(5), bytes(17)):
         with pytest.raises(ValueError, match="4 or 16 octets"):
             judge(address, START)
     with pytest.raises(ValueError, match="four random octets"):
-        nts_engine.Admission(nts_engine.Limits(ntp_pps=1.0), bytes(3))
+        nts_engine.Admission(limits_with(ntp_pps=1.0), bytes(3))
     with pytest.raises(ValueError, match="limit nothing"):
-        nts_engine.Admission(nts_engine.Limits(), bytes(4))
+        nts_engine.Admission(limits_with(), bytes(4))

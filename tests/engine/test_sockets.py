@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fuzz.native import NOT_BUILT
+from fuzz.native import NOT_BUILT, limits
 from lab.processes import wait_until
 from member_agent.ntp_server import prepare
 from member_agent.sockets import Endpoint, bind_shared
@@ -44,10 +44,8 @@ def native(ring):
     return nts_engine.Keyring([(key.id, key.secret) for key in ring.keys])
 
 
-def new_engine(threads=1, **limits):
-    return nts_engine.Engine(
-        threads, nts_engine.Limits(**limits), [15], native(RINGS[0]), nts_engine.Clock(**CLOCK)
-    )
+def new_engine(threads=1, **changes):
+    return nts_engine.Engine(threads, limits(**changes), [15], native(RINGS[0]), nts_engine.Clock(**CLOCK))
 
 
 @pytest.fixture
@@ -227,6 +225,12 @@ def test_a_cookie_of_the_key_made_ahead_and_of_an_unknown_one(engine):
 # Several threads
 
 
+@pytest.mark.parametrize("threads", [0, 65, 1 << 40])
+def test_no_engine_has_no_threads_or_more_than_an_agent_may_have(threads):
+    with pytest.raises(ValueError, match="1 to 64 threads"):
+        new_engine(threads)
+
+
 def test_two_threads_share_a_place_and_count_all_that_was_sent():
     with closing(new_engine(threads=2)) as engine:
         _, place = listen(engine)
@@ -243,8 +247,8 @@ def test_two_threads_share_a_place_and_count_all_that_was_sent():
 
 def test_limits_are_kept_also_where_two_threads_share():
     """What one address sends comes to one thread (`kernel.deal_by_source`), so that it has one account."""
-    limits = {"ntp_interval_ns": 3600 * SECOND, "ntp_burst": 3, "ntp_leak": 1 << 31}
-    with closing(new_engine(threads=2, **limits)) as engine:
+    given = {"ntp_interval_ns": 3600 * SECOND, "ntp_burst": 3, "ntp_leak": 1 << 31}
+    with closing(new_engine(threads=2, **given)) as engine:
         _, place = listen(engine)
         for source in ("127.0.0.1", "127.0.0.7", "127.0.0.8", "127.0.0.9"):
             with client(place, source) as sock:

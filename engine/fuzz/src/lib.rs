@@ -14,6 +14,8 @@ use aes_gcm_siv::aead::{Aead as _, Payload};
 use aes_gcm_siv::{Aes128GcmSiv, Nonce};
 use aes_siv::KeyInit;
 use aes_siv::siv::CmacSiv;
+use nts_engine::access::Prefix;
+use nts_engine::admission::{Limits, Verdict};
 use nts_engine::aead::{AeadId, SessionKeys};
 use nts_engine::cookies::{self, Keyring, MAX_COOKIES, Role};
 use nts_engine::ke::{self, KeReply, KeServer, KeTerms, NoKeys, NtpEndpoint, NtpService, Session};
@@ -21,7 +23,6 @@ use nts_engine::packet::{
     AUTHENTICATOR, Authenticator, COOKIE, COOKIE_PLACEHOLDER, ClockState, Field, Fields, HEADER, MIN_FIELD,
     MIN_HIDDEN_FIELD, UNIQUE_IDENTIFIER, padded,
 };
-use nts_engine::ratelimit::{Limits, Prefix, Verdict};
 use nts_engine::records::{self, MessageReader};
 use nts_engine::server::{self, Kiss, LANES, Outcome, Place, Reply, Request, World};
 
