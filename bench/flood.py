@@ -131,11 +131,12 @@ async def _ke(server: TimeServer, running: Contest, seconds: float, besetting: E
     )
     await asyncio.sleep(_KE_WARM_UP)
     sizes = [_of(server)]
-    asking = asyncio.create_task(_honest(server, running.trust, seconds))
-    while not flood.done():
-        await asyncio.wait((flood,), timeout=_LOOK)
-        sizes.append(_of(server))
-    return KeFlood(Memory.of(sizes), await flood, calm, await asking)
+    async with asyncio.TaskGroup() as group:
+        asking = group.create_task(_honest(server, running.trust, seconds))
+        while not flood.done():
+            await asyncio.wait((flood,), timeout=_LOOK)
+            sizes.append(_of(server))
+    return KeFlood(Memory.of(sizes), await flood, calm, asking.result())
 
 
 def floods_of_ntp(seconds: float) -> dict[str, NtpFlood]:

@@ -1,10 +1,10 @@
 """`python -m bench.quality`: the time that a chronyd client gets of a server that is idle, loaded or flooded, beside chronyd.
 
-Each server has a client of its own, a chronyd that asks it sixty times a second by NTS and corrects no clock (-x,
+Each server has a client of its own, a chronyd that asks it 64 times a second by NTS and corrects no clock (-x,
 noselect). All have this host's clock, so that the true offset is nought. `chronyc ntpdata` tells of each answer its
 offset, its delay and how long the server had the request. The client takes the kernel's times of sending and receiving,
-so that it does not matter when a busy machine lets it run. Servers have a core that nobody else is put on: a load that
-shares it would interrupt the server that leaves it more room.
+so that it does not matter when a busy machine lets it run. Where there are several cores, servers have one that nobody
+else is put on: a load that shares it would interrupt the server that leaves it more room.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -139,17 +139,20 @@ class Client:
 
 
 def _give_a_core(servers: Sequence[TimeServer]) -> None:
-    """To these servers the last one, and to this process and what it starts from now on the others; LabError if that
-    leaves none.
-    """
+    """To these servers the last one, and to this process and what it starts from now on the others, if there are any."""
     *others, last = sorted(os.sched_getaffinity(0))
-    if not others:
-        raise LabError("one core for servers, and one for those who ask them, are needed")
-    for pid in (pid for server in servers for pid in server.pids()):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            os.sched_setaffinity(int(task.name), {last})
-    for task in Path("/proc/self/task").iterdir():
-        os.sched_setaffinity(int(task.name), others)
+    if others:
+        for server in servers:
+            for pid in server.pids():
+                _confine(pid, {last})
+        _confine(os.getpid(), set(others))
+
+
+def _confine(pid: int, cores: set[int]) -> None:
+    """All threads of a process, and those that they start from now on."""
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(ProcessLookupError):
+            os.sched_setaffinity(int(task.name), cores)
 
 
 def measure(seconds: float, rounds: int) -> dict[str, dict[str, Seen]]:

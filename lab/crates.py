@@ -33,6 +33,8 @@ def document() -> str:
         if (package["name"], package["version"]) not in linked:
             continue
         crate = f"{package['name']} {package['version']}"
+        if not package["license"]:
+            raise SystemExit(f"error: {crate} does not name its terms")
         texts = [
             path
             for path in sorted(Path(package["manifest_path"]).parent.iterdir())

@@ -16,7 +16,7 @@ use crate::packet::MAX_DATAGRAM;
 
 /// How many datagrams are taken at a time.
 pub const BATCH: usize = 64;
-/// How many answers usually leave together.
+/// How many answers a server that is behind sends together.
 const FEW: usize = 8;
 /// One octet more than is looked at: what is longer shows.
 const LONGEST: usize = MAX_DATAGRAM + 1;
@@ -168,10 +168,11 @@ impl Inbox {
 
 /// Send these in one call after the other until each was sent or refused; how many were refused.
 pub fn send(socket: BorrowedFd, letters: &[Letter<'_>]) -> usize {
-    if letters.len() <= FEW {
-        send_at_once::<FEW>(socket, letters)
-    } else {
-        letters.chunks(BATCH).map(|letters| send_at_once::<BATCH>(socket, letters)).sum()
+    match letters.len() {
+        0 => 0,
+        1 => send_at_once::<1>(socket, letters),
+        2..=FEW => send_at_once::<FEW>(socket, letters),
+        _ => letters.chunks(BATCH).map(|letters| send_at_once::<BATCH>(socket, letters)).sum(),
     }
 }
 

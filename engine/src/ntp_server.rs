@@ -136,7 +136,6 @@ impl NtpThreads {
                 counts,
                 shared: shared.clone(),
                 sockets: Vec::new(),
-                keeps_up: true,
                 replies: (0..LANES).map(|_| Reply::default()).collect(),
                 admission: limits.admission(Box::new(move || drawn.next_u32())).map_err(io::Error::other)?,
                 pace: Pace::default(),
@@ -200,8 +199,6 @@ struct Listener {
     counts: Arc<Counts>,
     shared: Arc<Shared>,
     sockets: Vec<Option<Socket>>,
-    /// Whether it had to wait for what it answers now.
-    keeps_up: bool,
     replies: Box<[Reply]>,
     admission: Option<Admission>,
     pace: Pace,
@@ -215,10 +212,12 @@ impl Listener {
         let mut events = Events::with_capacity(BATCH);
         let mut inbox = Inbox::new();
         loop {
-            self.keeps_up = !self.look(&mut events, Some(Duration::ZERO))?;
-            if self.keeps_up {
+            // A server that has to wait for what it answers keeps up with it.
+            let keeps_up = !self.look(&mut events, Some(Duration::ZERO))?;
+            if keeps_up {
                 self.look(&mut events, None)?;
             }
+            let together = if keeps_up { 1 } else { LANES };
             for event in &events {
                 if event.token() == WAKE {
                     if self.obey().is_break() {
@@ -230,14 +229,14 @@ impl Listener {
             }
             for position in 0..self.sockets.len() {
                 // Whatever it is, it costs the one batch.
-                if catch_unwind(AssertUnwindSafe(|| self.drain(position, &mut inbox))).is_err() {
+                if catch_unwind(AssertUnwindSafe(|| self.drain(position, &mut inbox, together))).is_err() {
                     self.counts.internal_errors.add(1);
                 }
             }
         }
     }
 
-    /// Wait until something has come, if it is not there yet; whether something has.
+    /// Wait for so long at most, or until something comes; whether there is something to be done.
     fn look(&mut self, events: &mut Events, patience: Option<Duration>) -> io::Result<bool> {
         match self.poll.poll(events, patience) {
             Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
@@ -277,7 +276,7 @@ impl Listener {
     }
 
     /// Answer one batch.
-    fn drain(&mut self, position: usize, inbox: &mut Inbox) {
+    fn drain(&mut self, position: usize, inbox: &mut Inbox, together: usize) {
         let Some(Some(socket)) = self.sockets.get_mut(position) else { return };
         if !socket.is_ready {
             return;
@@ -304,7 +303,7 @@ impl Listener {
             counts: &self.counts,
             inbox,
             socket: socket.descriptor.as_fd(),
-            together: if self.keeps_up { 1 } else { LANES },
+            together,
         };
         let elapsed = i64::try_from((now - self.began).as_nanos()).unwrap_or(i64::MAX);
         let admission = &mut self.admission;
@@ -380,7 +379,8 @@ impl Turn<'_> {
 ///
 /// Several answers leave by one system call, and their times are sealed before it. So each is told when its turn will
 /// come, as in other groups of the kind: the clients of a busy server would find it late otherwise. What the call does
-/// with an answer before it is on the wire is not reckoned with, so that no answer says that it left later than it did.
+/// with an answer before it is on the wire is not reckoned with, and a turn is told as the quickest of late were, so that
+/// hardly an answer says that it left later than it did.
 #[derive(Default)]
 struct Pace {
     plain: [Steps; LANES],
@@ -390,8 +390,8 @@ struct Pace {
 /// Of groups of one kind and size: until the first one's turn, and from one to the next.
 #[derive(Default)]
 struct Steps {
-    sealing: Usual,
-    letter: Usual,
+    sealing: Usual<16>,
+    letter: Usual<1024>,
 }
 
 impl Pace {
@@ -405,7 +405,7 @@ impl Steps {
     /// From the time taken to the turn of an answer that has so many `ahead` of it, in nanoseconds.
     #[allow(clippy::cast_possible_wrap)] // there are no more than `LANES`
     fn until(&self, ahead: usize) -> i64 {
-        self.sealing.0 + self.letter.0 * ahead as i64
+        self.sealing.get() + self.letter.get() * ahead as i64
     }
 
     /// What a group has taken, and all of its letters together.
@@ -416,17 +416,25 @@ impl Steps {
     }
 }
 
-/// Nanoseconds that something usually takes when nobody else is served meanwhile: near the least of late.
+/// Nanoseconds that something usually takes when nobody else is served meanwhile: near the least of late, the nearer the
+/// greater `SLOWNESS` is, a power of two.
 #[derive(Clone, Copy, Default)]
-struct Usual(i64);
+struct Usual<const SLOWNESS: i64> {
+    /// In `SLOWNESS`ths, so that small steps are not lost.
+    parts: i64,
+}
 
-impl Usual {
-    /// How far one value may raise it, so that a slow host gets there, and a long wait is soon forgotten.
+impl<const SLOWNESS: i64> Usual<SLOWNESS> {
+    /// How far above it one value counts, so that a slow host gets there, and a long wait is soon forgotten.
     const STEP: i64 = 500;
 
+    fn get(self) -> i64 {
+        self.parts / SLOWNESS
+    }
+
     fn add(&mut self, value: i64) {
-        let more = value - self.0;
-        self.0 += if more < 0 { (more / 2).max(-self.0) } else { more.min(self.0 + Self::STEP) / 16 };
+        let more = value - self.get();
+        self.parts += if more < 0 { (more * SLOWNESS / 2).max(-self.parts) } else { more.min(self.get() + Self::STEP) };
     }
 }
 
@@ -483,13 +491,15 @@ fn unix_ns() -> i64 {
 
 #[cfg(test)]
 mod tests {
+    use rand::RngExt;
+
     use super::*;
 
     #[test]
     fn a_group_is_told_when_the_turn_of_each_comes() {
         let (mut pace, three) = (Pace::default(), Place { ahead: 0, answers: 3, is_nts: true });
         assert_eq!(pace.of(three).until(2), 0);
-        for _ in 0..200 {
+        for _ in 0..10_000 {
             pace.of(three).learn(1_600, 7_200, 3);
         }
         let turns = [0, 1, 2].map(|ahead| pace.of(three).until(ahead));
@@ -499,18 +509,23 @@ mod tests {
         }
     }
 
-    #[test]
-    fn what_is_usual_is_near_the_least_and_never_below_nothing() {
-        let mut usual = Usual::default();
-        for round in 0..1_000 {
-            usual.add(if round % 10 == 0 { 50_000_000 } else { 1_000 });
+    fn near_the_least<const SLOWNESS: i64>(between: std::ops::RangeInclusive<i64>) {
+        let (mut usual, mut random) = (Usual::<SLOWNESS>::default(), StdRng::seed_from_u64(1));
+        for round in 0..50_000 {
+            usual.add(if round % 10 == 0 { 50_000_000 } else { random.random_range(1_000..3_000) });
         }
-        assert!((900..=1_200).contains(&usual.0), "a long wait now and then is no measure: {}", usual.0);
+        assert!(between.contains(&usual.get()), "a long wait now and then is no measure: {}", usual.get());
         usual.add(-3_600_000_000_000);
-        assert_eq!(usual.0, 0, "the clock was set back");
-        for _ in 0..400 {
+        assert_eq!(usual.get(), 0, "the clock was set back");
+        for _ in 0..10 * SLOWNESS {
             usual.add(80_000);
         }
-        assert!((79_000..=80_000).contains(&usual.0), "a slow host gets there: {}", usual.0);
+        assert!((79_000..=80_000).contains(&usual.get()), "a slow host gets there: {}", usual.get());
+    }
+
+    #[test]
+    fn what_is_usual_is_near_the_least_and_never_below_nothing() {
+        near_the_least::<16>(1_100..=1_900);
+        near_the_least::<1024>(1_000..=1_200);
     }
 }

@@ -328,11 +328,23 @@ fn algorithms(numbers: &[u16]) -> PyResult<Vec<AeadId>> {
 struct Given<'a> {
     now: i64,
     random: &'a [Vec<u8>],
+    /// What has left, by lane.
+    left: [Option<Vec<u8>>; LANES],
 }
 
 impl World for Given<'_> {
     fn departure(&mut self, _place: Place) -> i64 {
         self.now
+    }
+
+    fn together(&self) -> usize {
+        LANES
+    }
+
+    fn leave<'a>(&mut self, answers: impl Iterator<Item = (usize, &'a Reply)>) {
+        for (lane, reply) in answers {
+            self.left[lane].get_or_insert_default().extend(&reply.octets[..reply.length]);
+        }
     }
 
     fn random(&mut self, lane: usize, room: &mut [u8]) {
@@ -374,9 +386,10 @@ fn respond<'py>(
             .iter()
             .map(|(datagram, code)| Ok(Request { datagram, received, kiss: kiss(code.as_deref())? }))
             .collect::<PyResult<Vec<_>>>()?;
-        server::respond(&keyring.0, &clock.state, &asked, &mut replies, &mut Given { now, random });
-        found.extend(replies[..asked.len()].iter().map(|reply| {
-            let octets = (reply.length > 0).then(|| PyBytes::new(py, &reply.octets[..reply.length]));
+        let mut world = Given { now, random, left: Default::default() };
+        server::respond(&keyring.0, &clock.state, &asked, &mut replies, &mut world);
+        found.extend(replies[..asked.len()].iter().zip(world.left).map(|(reply, left)| {
+            let octets = left.map(|octets| PyBytes::new(py, &octets));
             let role = reply.opened.and_then(|role| ROLES.iter().find(|(each, _)| *each == role));
             (reply.outcome.label(), octets, role.map(|(_, label)| *label), reply.sealed)
         }));

@@ -146,17 +146,16 @@ pub trait World {
     /// Fill `room` for the request at this place of the batch: nonces.
     fn random(&mut self, lane: usize, room: &mut [u8]);
     /// How many answers may leave together: one or more, and no more than `LANES`.
-    fn together(&self) -> usize {
-        LANES
-    }
+    fn together(&self) -> usize;
     /// When an answer will leave, in Unix nanoseconds to be served; asked as late as can be.
     fn departure(&mut self, place: Place) -> i64;
-    /// Answers that are ready, in the order of their places, each with its lane.
-    fn leave<'a>(&mut self, _answers: impl Iterator<Item = (usize, &'a Reply)>) {}
+    /// Answers that are ready, each with its lane: those of one group in the order of their places, or all refusals.
+    /// Each reply with octets leaves once.
+    fn leave<'a>(&mut self, answers: impl Iterator<Item = (usize, &'a Reply)>);
 }
 
-/// Answer up to `LANES` requests, each in the reply at its place. What tells a time leaves first, a few at a time; what
-/// refuses a request, last.
+/// Answer up to `LANES` requests, each in the reply at its place. First leaves what tells a time, or would have (`Kiss`),
+/// as many together as the world wants; NTS NAKs leave last.
 ///
 /// # Panics
 /// When there are more requests than lanes or replies.
@@ -545,6 +544,7 @@ mod tests {
         random: &'a [[u8; MOST_RANDOM]],
         together: usize,
         calls: Vec<Call>,
+        left: [Vec<Vec<u8>>; LANES],
     }
 
     impl World for Given<'_> {
@@ -558,8 +558,11 @@ mod tests {
         }
 
         fn leave<'a>(&mut self, answers: impl Iterator<Item = (usize, &'a Reply)>) {
-            let (lanes, replies): (Vec<_>, Vec<_>) = answers.unzip();
-            assert!(replies.iter().all(|reply| reply.length >= HEADER));
+            let mut lanes = Vec::new();
+            for (lane, reply) in answers {
+                lanes.push(lane);
+                self.left[lane].push(reply.octets[..reply.length].to_vec());
+            }
             self.calls.extend((!lanes.is_empty()).then_some(Call::Leave(lanes)));
         }
 
@@ -634,8 +637,12 @@ mod tests {
         let requests: Vec<Request> =
             asked.iter().map(|(datagram, kiss)| Request { datagram, received: NOW - 1000, kiss: *kiss }).collect();
         let mut replies: Vec<Reply> = asked.iter().map(|_| Reply { length: 99, ..Reply::default() }).collect();
-        let mut world = Given { random, together, calls: Vec::new() };
+        let mut world = Given { random, together, calls: Vec::new(), left: Default::default() };
         respond(&keyring(), &CLOCK, &requests, &mut replies, &mut world);
+        for (reply, left) in replies.iter().zip(&world.left) {
+            let once = (reply.length > 0).then(|| reply.octets[..reply.length].to_vec());
+            assert_eq!(*left, once.into_iter().collect::<Vec<_>>(), "what is in the reply has left, once");
+        }
         let told = replies
             .iter()
             .map(|reply| (reply.outcome, reply.octets[..reply.length].to_vec(), reply.opened, reply.sealed));

@@ -1,8 +1,13 @@
 //! The path of a packet takes no memory: a thread that answers does so in what it has had from the start.
 
+use std::net::UdpSocket;
+use std::os::fd::AsFd;
+
+use arrayvec::ArrayVec;
 use assert_no_alloc::{AllocDisabler, assert_no_alloc};
 use nts_engine::admission::{Limits, Verdict};
 use nts_engine::aead::{AeadId, SessionKeys};
+use nts_engine::batch::{self, Inbox, Letter};
 use nts_engine::cookies::{self, Keyring, NONCE};
 use nts_engine::packet::{AUTHENTICATOR, COOKIE, ClockState, HEADER, UNIQUE_IDENTIFIER};
 use nts_engine::server::{self, LANES, Outcome, Place, Reply, Request, World};
@@ -21,9 +26,35 @@ const CLOCK: ClockState = ClockState {
     reference: 0,
 };
 
-struct Still;
+/// Answers leave for the same socket, by the calls of the engine.
+struct Still {
+    socket: UdpSocket,
+    peer: Inbox,
+    together: usize,
+    refused: usize,
+}
+
+impl Still {
+    fn new(together: usize) -> Self {
+        let (socket, mut peer) = (UdpSocket::bind("127.0.0.1:0").unwrap(), Inbox::new());
+        socket.send_to(b"x", socket.local_addr().unwrap()).unwrap();
+        assert_eq!(peer.receive(socket.as_fd()).unwrap(), 1);
+        Self { socket, peer, together, refused: 0 }
+    }
+}
 
 impl World for Still {
+    fn together(&self) -> usize {
+        self.together
+    }
+
+    fn leave<'a>(&mut self, answers: impl Iterator<Item = (usize, &'a Reply)>) {
+        let peer = self.peer.datagram(0).peer;
+        let mut letters = ArrayVec::<_, LANES>::new();
+        letters.extend(answers.map(|(_, reply)| Letter { octets: &reply.octets[..reply.length], peer, origin: None }));
+        self.refused += batch::send(self.socket.as_fd(), &letters);
+    }
+
     fn departure(&mut self, place: Place) -> i64 {
         i64::try_from(place.ahead).unwrap_or(0)
     }
@@ -67,10 +98,15 @@ fn an_answer_takes_no_memory() {
     let datagrams: Vec<_> = (0..8).map(|number| if number < 6 { request(&keyring, number) } else { plain() }).collect();
     let requests: Vec<_> =
         datagrams.iter().map(|datagram| Request { datagram, received: 0, kiss: None }).take(LANES).collect();
-    let mut replies: Vec<_> = requests.iter().map(|_| Reply::default()).collect();
-    assert_no_alloc(|| server::respond(&keyring, &CLOCK, &requests, &mut replies, &mut Still));
-    let answered = |outcome| replies.iter().filter(|reply| reply.outcome == outcome).count();
-    assert_eq!((answered(Outcome::NtsTime), answered(Outcome::Time)), (6, 2));
+    for together in [1, 3, LANES] {
+        let (mut world, mut inbox) = (Still::new(together), Inbox::new());
+        let mut replies: Vec<_> = requests.iter().map(|_| Reply::default()).collect();
+        assert_no_alloc(|| server::respond(&keyring, &CLOCK, &requests, &mut replies, &mut world));
+        let answered = |outcome| replies.iter().filter(|reply| reply.outcome == outcome).count();
+        assert_eq!((answered(Outcome::NtsTime), answered(Outcome::Time)), (6, 2));
+        let left = assert_no_alloc(|| inbox.receive(world.socket.as_fd()));
+        assert_eq!((left.unwrap(), world.refused), (LANES, 0));
+    }
 }
 
 #[test]

@@ -306,13 +306,14 @@ def test_the_bench_of_floods_gives_every_figure():
     for floods in document.values():
         assert floods.keys() == set(possible(*flood.SERVERS))
         for found in floods.values():
-            assert 1 < found["memory"]["early"] <= found["memory"]["most"]
+            assert 1 < found["memory"]["late"] < 2 * found["memory"]["early"]
     for found in document["ntp"].values():
         assert found["answered"] > 0
-    for found in document["ke"].values():
+    for name, found in document["ke"].items():
         assert found["connections"].keys() == set(hostile.KINDS)
         assert found["calm"]["established"] > found["calm"]["failed"] == 0
-        assert found["beset"]["established"] + found["beset"]["failed"] > 0
+        if name != CHRONYD:  # which has fewer connections than there are hostile clients
+            assert found["beset"]["established"] > found["beset"]["failed"] == 0
 
 
 def test_of_few_answers_nothing_is_said():

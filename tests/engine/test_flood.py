@@ -27,7 +27,7 @@ KEYS = SessionKeys(AeadId.AES_SIV_CMAC_256, secrets.token_bytes(32), secrets.tok
 CLOCK = {"leap": 0, "stratum": 1, "precision": -20, "root_delay": 0, "root_dispersion": 0}
 ANSWERS = 500
 # By how much the time of an answer may be later than its arrival, in nanoseconds; and of how many in a hundred by more.
-AHEAD, EXCEPT = 100_000, 2
+AHEAD, EXCEPT = 30_000, 2
 # The last octets of a request's cookie.
 COOKIE_TAIL = slice(48 + 36 + 4 + 84, 48 + 36 + 4 + 100)
 
@@ -83,7 +83,7 @@ def flooded(port, datagrams):
         thread.join(DEADLINE)
 
 
-def test_no_answer_is_told_a_time_in_the_future_whatever_else_the_engine_answers(port):
+def test_hardly_an_answer_is_told_a_time_in_the_future_whatever_else_the_engine_answers(port):
     """The time in an answer is sealed before it leaves, so it is reckoned. What others take is no measure for that."""
     asked = question()
     others = [garbage, lambda: plain(len(asked.datagram)), lambda: question().datagram]

@@ -4,7 +4,8 @@ import os
 import socket
 import threading
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from member_agent.sockets import Endpoint, bind_shared
 from nts_core import ntptime
 from nts_core.aead import Aead, AeadId, SessionKeys
 from nts_core.cookies import CookieKey, Keyring, Schedule
+from nts_core.kernel import SO_TIMESTAMPNS, receive_time
 from nts_core.packet import Field, FieldType, Header, Leap, Packet, encode_fields, protect
 
 nts_engine = pytest.importorskip("nts_engine", reason=NOT_BUILT)
@@ -220,6 +222,95 @@ def test_a_cookie_of_the_key_made_ahead_and_of_an_unknown_one(engine):
     assert Header.decode(ask(place, nts_request(unknown, bytes(32)))).reference_id == b"NTSN"
     counted(engine, nts_time=1, ntsn=1)
     assert engine.counts.opened == {"next": 1}
+
+
+# What leaves when, and to whom
+
+
+@contextmanager
+def waiting(engine, datagrams):
+    """A client whose requests were all there before the engine looks: they come in batches of 64."""
+    (sock,) = bind_shared(Endpoint("127.0.0.1", 0), socket.SOCK_DGRAM, 1)
+    prepare(sock)
+    with client(sock.getsockname()[:2]) as asking:
+        asking.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+        for datagram in datagrams:
+            asking.send(datagram)
+        time.sleep(0.05)  # the engine's thread is asleep by then
+        engine.listen_ntp([sock.detach()])
+        yield asking
+
+
+def told(asking):
+    """When the next answer says that it left, and when it came."""
+    answer, ancillary, _, _ = asking.recvmsg(4096, 256)
+    return Header.decode(answer).transmit, ntptime.timestamp(receive_time(ancillary))
+
+
+def many(count):
+    return [nts_request(RINGS[0], number.to_bytes(32)) for number in range(count)]
+
+
+def test_all_that_was_there_before_is_answered(engine):
+    with waiting(engine, [PLAIN] * 150) as asking:
+        for _ in range(150):
+            asking.recv(4096)
+    counted(engine, time=150)
+
+
+def test_answers_leave_one_by_one_until_the_engine_is_behind(engine):
+    """A group of a kind and size that was not seen before is told one time: nothing is known of its turns yet."""
+    with waiting(engine, many(128)) as asking:
+        times = [told(asking)[0] for _ in range(128)]
+    assert len(set(times[:64])) == 64
+    assert len(set(times[64:72])) == 1
+
+
+def test_who_leaves_alone_is_told_a_time_after_the_one_before_has_come_and_before_it_comes(engine):
+    with waiting(engine, many(64)) as asking:
+        times = [told(asking) for _ in range(64)]
+    assert all(ntptime.difference(left, came) >= 0 for (_, came), (left, _) in pairwise(times))
+    assert sum(ntptime.difference(left, came) > 0 for left, came in times) <= 2
+
+
+def test_each_gets_its_own_answer(engine):
+    identifiers = [number.to_bytes(32) for number in range(8)]
+    datagrams = [nts_request(RINGS[0], each) for each in identifiers]
+    forged = [*datagrams[0]]
+    forged[48 + 36 + 60] ^= 1
+    datagrams[0] = bytes(forged)
+    (sock,) = bind_shared(Endpoint("127.0.0.1", 0), socket.SOCK_DGRAM, 1)
+    prepare(sock)
+    place = sock.getsockname()[:2]
+    with ExitStack() as stack:
+        clients = [stack.enter_context(client(place)) for _ in identifiers]
+        for asking, datagram in zip(clients, datagrams, strict=True):
+            asking.send(b"garbage")
+            asking.send(datagram)
+        engine.listen_ntp([sock.detach()])
+        for asking, identifier in zip(clients, identifiers, strict=True):
+            assert asking.recv(4096)[52:84] == identifier
+    counted(engine, ntsn=1, nts_time=7, malformed=8)
+
+
+def test_who_has_an_answer_is_counted(engine):
+    _, place = listen(engine)
+    with client(place) as asking:
+        for number in range(1, 501):
+            asking.send(PLAIN)
+            asking.recv(4096)
+            assert engine.counts.ntp == {"time": number}
+
+
+def test_an_idle_engine_sleeps():
+    with closing(new_engine(threads=2)) as engine:
+        listen(engine)
+        time.sleep(0.05)
+        before = time.process_time()
+        time.sleep(0.5)
+        assert time.process_time() - before < 0.25, (
+            "a thread that looks again and again takes all of half a second"
+        )
 
 
 # Several threads

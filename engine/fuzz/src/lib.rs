@@ -55,11 +55,24 @@ const CLOCK: ClockState = ClockState {
 /// A time that stands still, and nonces of which no two are the same; `first` is the lane of the first request.
 struct Still {
     first: usize,
+    together: usize,
+    /// Octets that have left, by lane.
+    left: [Vec<u8>; LANES],
 }
 
 impl World for Still {
     fn departure(&mut self, _place: Place) -> i64 {
         NOW
+    }
+
+    fn together(&self) -> usize {
+        self.together
+    }
+
+    fn leave<'a>(&mut self, answers: impl Iterator<Item = (usize, &'a Reply)>) {
+        for (lane, reply) in answers {
+            self.left[lane].extend(&reply.octets[..reply.length]);
+        }
     }
 
     fn random(&mut self, lane: usize, room: &mut [u8]) {
@@ -79,7 +92,7 @@ struct Asking<'a> {
 }
 
 /// A datagram as it is and in its null form, answered side by side and alone. First octet: the algorithm in its two
-/// lowest bits, and above them the kiss that is asked for.
+/// lowest bits, and above them the kiss that is asked for; its three highest tell how many leave together.
 pub fn packet(data: &[u8]) -> &'static str {
     let (&choice, datagram) = data.split_first().unwrap_or((&0, &[]));
     let sealed = |number: usize, kiss: usize| {
@@ -99,10 +112,10 @@ pub fn packet(data: &[u8]) -> &'static str {
         sealed(number, kiss),
     ];
     let mut together: Vec<Reply> = all.iter().map(|_| Reply::default()).collect();
-    answer(&all, 0, &mut together);
+    answer(&all, 0, 1 + usize::from(choice >> 5), &mut together);
     for (lane, (asking, reply)) in all.iter().zip(&together).enumerate() {
         let mut alone = [Reply::default()];
-        answer(std::slice::from_ref(asking), lane, &mut alone);
+        answer(std::slice::from_ref(asking), lane, 1, &mut alone);
         let [alone] = alone;
         assert_eq!(
             (alone.outcome, alone.opened, alone.sealed, &alone.octets[..alone.length]),
@@ -114,10 +127,14 @@ pub fn packet(data: &[u8]) -> &'static str {
     together[0].outcome.label()
 }
 
-fn answer(all: &[Asking], first: usize, replies: &mut [Reply]) {
+fn answer(all: &[Asking], first: usize, together: usize, replies: &mut [Reply]) {
     let requests: Vec<_> =
         all.iter().map(|asking| Request { datagram: &asking.datagram, received: NOW, kiss: asking.kiss }).collect();
-    server::respond(&KEYRING, &CLOCK, &requests, replies, &mut Still { first });
+    let mut world = Still { first, together, left: Default::default() };
+    server::respond(&KEYRING, &CLOCK, &requests, replies, &mut world);
+    for (reply, left) in replies.iter().zip(&world.left) {
+        assert_eq!(reply.octets[..reply.length], *left, "what is in the reply has left, once");
+    }
 }
 
 fn check_reply(asking: &Asking, reply: &Reply) {
