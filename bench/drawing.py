@@ -5,7 +5,6 @@ a minute, whose clients each use four of its eight servers, for an hour. Members
 member, a share that of the clients of an hour over that of the weights.
 """
 
-import argparse
 import json
 import random
 import statistics
@@ -20,6 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench import command
 from poolsvc.drawing import Candidate, Draw, Rules, sets_for
 from poolsvc.regions import CONTINENT_OF, WORLD, regions_of
 
@@ -142,13 +142,12 @@ def _show(title: str, results: Sequence[Mapping[str, Any]]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.drawing", description=__doc__)
+    parser = command.parser("drawing", __doc__)
     parser.add_argument("--servers", type=int, default=10_000)
     parser.add_argument(
         "--draw-only", action="store_true", help="without the simulations, which take minutes"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    options = parser.parse_args()
+    options = command.parse(parser)
     if not 100 <= options.servers <= _MAX_SERVERS:
         parser.error(f"100 to {_MAX_SERVERS} servers")
     results = {"draw": [draw_all(crowd(options.servers))]} if options.draw_only else measure(options.servers)

@@ -5,7 +5,6 @@ default policy, and for a minute only they, the clock and the agent itself give 
 it, since an agent that asks nobody of the clock is no usual one; `chronyc`, which it starts for that, counts as its own.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -14,11 +13,11 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from bench import command
 from bench.contenders import Contender
 from bench.processes import rss_mib
 from lab.peers import Chronyd
 from lab.pool import LabPool
-from lab.processes import LabError
 
 _POLICY = {"AGENT_INTERVAL": "60", "PROBE_INTERVAL": "60", "TICK": "1"}
 # A clock that vouches for itself: nothing is sent anywhere.
@@ -84,18 +83,14 @@ def _private_mib(pid: int) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.idle", description="an idle agent")
+    parser = command.parser("idle", "an idle agent")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    arguments = parser.parse_args()
+    arguments = command.parse(parser)
     if not (0 < arguments.seconds <= _MAX_SECONDS and 1 <= arguments.workers <= 64):
         parser.error(f"at most {_MAX_SECONDS:g} seconds and 64 workers")
-    try:
+    with command.failing():
         idle = measure(arguments.seconds, arguments.workers)
-    except LabError as error:
-        print(f"bench failed: {error}", file=sys.stderr)
-        return 1
     if arguments.json:
         print(json.dumps(asdict(idle)))
     else:

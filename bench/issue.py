@@ -6,7 +6,6 @@ the certificate. The CA's part is the time in which a request to it is under way
 as ours.
 """
 
-import argparse
 import asyncio
 import json
 import os
@@ -22,8 +21,9 @@ from rich.console import Console
 from rich.table import Table
 from sqlalchemy import select, update
 
+from bench import command
 from lab.pool import LabPool, Member
-from lab.processes import LabError, Process, wait_until
+from lab.processes import Process, wait_until
 from poolsvc.db import Database
 from poolsvc.models import Order, Server
 
@@ -127,17 +127,13 @@ async def _began(url: str, order: int) -> datetime:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.issue", description=__doc__)
+    parser = command.parser("issue", __doc__)
     parser.add_argument("--orders", type=int, default=30)
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    options = parser.parse_args()
+    options = command.parse(parser)
     if not 2 <= options.orders <= _MAX_ORDERS:
         parser.error(f"2 to {_MAX_ORDERS} orders")
-    try:
+    with command.failing(OSError):
         issues = measure(options.orders)
-    except (LabError, OSError) as error:
-        print(f"bench failed: {error}", file=sys.stderr)
-        return 1
     figures = {
         part: Figures.of([getattr(issue, part) for issue in issues]) for part in ("total", "ca", "ours")
     }

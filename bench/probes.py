@@ -5,7 +5,6 @@ hands out work: so many probes a second, each of another address and name, with 
 service. Beside it, in the same run, the parts of a probe alone: key establishment and three exchanges, one after the other.
 """
 
-import argparse
 import asyncio
 import json
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from cryptography import x509
 
+from bench import command
 from bench.contenders import Contender
 from bench.processes import rss_mib
 from lab.certificates import Authority
@@ -175,22 +175,17 @@ async def _measure(directory: Path, rate: int, seconds: float) -> Result:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.probes", description="one monitor on one core")
+    parser = command.parser("probes", "one monitor on one core")
     parser.add_argument("--seconds", type=float, default=15.0, help="of each rate")
     parser.add_argument("--rate", type=int, action="append", help="probes a second; again for another; 150")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    arguments = parser.parse_args()
+    arguments = command.parse(parser)
     rates = arguments.rate or [150]
     if not 0 < arguments.seconds <= _MAX_SECONDS or not all(0 < rate <= _MAX_RATE for rate in rates):
         parser.error(f"at most {_MAX_SECONDS:g} seconds, and 1 to {_MAX_RATE} probes a second")
     results = []
     for rate in rates:
-        with tempfile.TemporaryDirectory(prefix="truechimer-bench-") as name:
-            try:
-                results.append(asyncio.run(_measure(Path(name), rate, arguments.seconds)))
-            except (LabError, ClientError) as error:
-                print(f"bench failed: {error}", file=sys.stderr)
-                return 1
+        with tempfile.TemporaryDirectory(prefix="truechimer-bench-") as name, command.failing(ClientError):
+            results.append(asyncio.run(_measure(Path(name), rate, arguments.seconds)))
     if arguments.json:
         print(json.dumps({"bench": "probes", "results": [asdict(result) for result in results]}, indent=1))
         return 0

@@ -7,7 +7,6 @@ so that it does not matter when a busy machine lets it run. Where there are seve
 else is put on: a load that shares it would interrupt the server that leaves it more room.
 """
 
-import argparse
 import asyncio
 import json
 import os
@@ -25,12 +24,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from bench import command
 from bench.contenders import ADDRESS, CHRONYD, NATIVE, PYTHON, TimeServer, contest, possible
 from bench.load import LoadError
 from bench.native import NativeLoad
 from bench.ntp import nts_questions
 from lab.peers import Chronyd
-from lab.processes import LabError, wait_until
+from lab.processes import wait_until
 
 # What is asked beside the client: nothing, half of what the slower server can answer, or twice of what the one that is
 # asked can.
@@ -216,22 +216,18 @@ def _show(found: dict[str, dict[str, Seen]]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.quality", description="the quality of the time")
+    parser = command.parser("quality", "the quality of the time")
     parser.add_argument("--seconds", type=float, default=DEFAULT_SECONDS, help="of watching in all")
     parser.add_argument("--rounds", type=int, default=DEFAULT_ROUNDS, help="turns of each server")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    given = parser.parse_args()
+    given = command.parse(parser)
     if not (0 < given.seconds <= _MAX_SECONDS and 1 <= given.rounds <= given.seconds):
         parser.error(f"at most {_MAX_SECONDS:g} seconds, and one at least for each round")
-    try:
+    with command.failing(LoadError):
         found = measure(given.seconds, given.rounds)
-        if given.json:
-            print(json.dumps(_document(found)))
-        else:
-            _show(found)
-    except (LabError, LoadError) as error:
-        print(f"bench failed: {error}", file=sys.stderr)
-        return 1
+    if given.json:
+        print(json.dumps(_document(found)))
+    else:
+        _show(found)
     return 0
 
 

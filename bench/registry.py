@@ -4,7 +4,6 @@ A pool is made in a PostgreSQL of its own. The publisher's part is measured in t
 processes that an operator would run on two cores: two `poolsvc serve --role api` and one `--role worker`.
 """
 
-import argparse
 import asyncio
 import json
 import math
@@ -24,7 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import pools
+from bench import command, pools
 from bench.processes import cpu_s, rss_mib, settle
 from bench.requests import Answer, Call, Client
 from lab.knot import Knot
@@ -286,14 +285,13 @@ def _show(found: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.registry", description=__doc__)
+    parser = command.parser("registry", __doc__)
     parser.add_argument("--servers", type=int, default=100_000, help="for passes and API on PostgreSQL")
     parser.add_argument("--zone-servers", type=int, default=10_000, help="for passes with a Knot")
     parser.add_argument("--sqlite-servers", type=int, default=2_000, help="for passes and API on SQLite")
     parser.add_argument("--seconds", type=float, default=20.0, help="seconds of load on the API, each")
     parser.add_argument("--rate", type=float, default=_RATE, help="requests a second")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    options = parser.parse_args()
+    options = command.parse(parser)
     sizes = (options.servers, options.zone_servers, options.sqlite_servers)
     if (
         not all(1 <= size <= _MAX_SERVERS for size in sizes)
@@ -302,11 +300,8 @@ def main() -> int:
     ):
         parser.error(f"1 to {_MAX_SERVERS} servers and 1 to 600 seconds, at most 10000 requests a second")
     configure_logging()
-    try:
+    with command.failing(PublishError, OSError):
         found = measure(*sizes, options.seconds, options.rate)
-    except (LabError, PublishError, OSError) as error:
-        print(f"bench failed: {error}", file=sys.stderr)
-        return 1
     if options.json:
         print(json.dumps({"bench": "registry", "results": found}, indent=1))
     else:

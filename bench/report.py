@@ -1,9 +1,7 @@
 """Rounds in which servers take turns, what they come to, and the command line of the benches that compare them."""
 
-import argparse
 import json
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -11,9 +9,9 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.table import Table
 
+from bench import command
 from bench.contenders import Contender
 from bench.load import LoadError
-from lab.processes import LabError
 from nts_core.client import ClientError
 from nts_core.errors import NtsError
 
@@ -193,18 +191,14 @@ def main(
     default_seconds: float = DEFAULT_SECONDS,
 ) -> int:
     """Run `measure(seconds, rounds)` as a program; `titles` gives a heading and a unit for each comparison."""
-    parser = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=description)
+    parser = command.parser(name, description)
     parser.add_argument("--seconds", type=float, default=default_seconds, help="seconds of load in all")
     parser.add_argument("--rounds", type=int, default=DEFAULT_ROUNDS, help="turns of each server")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    arguments = parser.parse_args()
+    arguments = command.parse(parser)
     if not (0 < arguments.seconds <= _MAX_SECONDS and 1 <= arguments.rounds <= _MAX_ROUNDS):
         parser.error(f"at most {_MAX_SECONDS:g} seconds and {_MAX_ROUNDS} rounds, and some of either")
-    try:
+    with command.failing(LoadError, ClientError, NtsError):
         results = measure(arguments.seconds, arguments.rounds)
-    except (LabError, LoadError, ClientError, NtsError) as error:
-        print(f"bench failed: {error}", file=sys.stderr)
-        return 1
     if arguments.json:
         documents = {kind: result.document() for kind, result in results.items()}
         print(json.dumps({"bench": name, "rounds": arguments.rounds, "results": documents}, indent=1))

@@ -4,7 +4,6 @@ A draw of so many sets of eight for the pool's name, and of 16 for each of 250 r
 and again, each time with other sets. Then a Knot edge fetches it, signs it itself and answers from it.
 """
 
-import argparse
 import asyncio
 import json
 import random
@@ -20,6 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench import command
 from bench.dns import POLICY, publisher_of, start_edge
 from bench.processes import cpu_s, rss_mib
 from lab.embedded import Embedded
@@ -126,18 +126,14 @@ def _show(results: Sequence[Mapping[str, Any]]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.sets", description=__doc__)
+    parser = command.parser("sets", __doc__)
     parser.add_argument("--servers", type=int, default=10_000)
     parser.add_argument("--draws", type=int, default=5, help="one after the other")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    options = parser.parse_args()
+    options = command.parse(parser)
     if not (_TARGETS <= options.servers <= _MAX_SERVERS and 1 <= options.draws <= _MAX_DRAWS):
         parser.error(f"{_TARGETS} to {_MAX_SERVERS} servers and 1 to {_MAX_DRAWS} draws")
-    try:
+    with command.failing(PublishError, OSError):
         results = measure(options.servers, options.draws)
-    except (LabError, PublishError, OSError) as error:
-        print(f"bench failed: {error}", file=sys.stderr)
-        return 1
     if options.json:
         print(json.dumps({"bench": "sets", "results": results}, indent=1))
     else:

@@ -23,12 +23,12 @@ from pathlib import Path
 
 from cryptography import x509
 
+from bench import command
 from bench.contenders import ADDRESS, AEAD, SOURCES, TimeServer
 from bench.load import LoadError
 from bench.ntp import Questions, nts_questions
 from bench.processes import rss_mib
 from lab.certificates import Authority, Pair
-from lab.processes import LabError
 from member_agent.clock import Clock
 from member_agent.config import load_settings
 from member_agent.engines.packets import packets_of
@@ -164,24 +164,20 @@ def measure(seconds: float, rotation: int) -> Soak:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.soak", description="a soak of the native packets")
+    parser = command.parser("soak", "a soak of the native packets")
     parser.add_argument("--seconds", type=float, default=DEFAULT_SECONDS, help="of load")
     parser.add_argument(
         "--rotation", type=int, default=DEFAULT_ROTATION, help="seconds for which a key seals"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.add_argument("--serve", nargs=4, type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    given = command.parse(parser)
     if not (0 < given.seconds <= _MAX_SECONDS and given.rotation >= 1):
         parser.error(f"at most {_MAX_SECONDS:g} seconds, and keys that seal for one at least")
     if given.serve is not None:
         asyncio.run(_serve((Pair(*given.serve[:2]), Pair(*given.serve[2:])), given.rotation))
         return 0
-    try:
+    with command.failing(LoadError, ClientError, NtsError, what="soak"):
         soak = measure(given.seconds, given.rotation)
-    except (LabError, LoadError, ClientError, NtsError) as error:
-        print(f"soak failed: {error}", file=sys.stderr)
-        return 1
     if given.json:
         print(json.dumps(asdict(soak)))
     else:

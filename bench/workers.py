@@ -5,7 +5,6 @@ to one process. With as many cores as processes the clients take from the server
 processor time of an answer as well.
 """
 
-import argparse
 import asyncio
 import json
 import secrets
@@ -22,11 +21,11 @@ from pathlib import Path
 
 from cryptography import x509
 
+from bench import command
 from bench.contenders import ADDRESS, AEAD, SOURCES, Contender
 from bench.load import Load, LoadError
 from bench.ntp import Question
 from lab.certificates import Authority
-from lab.processes import LabError
 from lab.programs import AgentServer
 from nts_core.ke import KeClient, KeResult
 from nts_core.tls import Trust, client_channel
@@ -150,15 +149,11 @@ def measure(seconds: float, workers: Sequence[int]) -> dict[str, dict[str, Rate]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.workers", description="several processes")
+    parser = command.parser("workers", "several processes")
     parser.add_argument("--seconds", type=float, default=5.0, help="of load for each figure")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    arguments = parser.parse_args()
-    try:
+    arguments = command.parse(parser)
+    with command.failing(LoadError):
         found = measure(arguments.seconds, (1, 2))
-    except (LabError, LoadError) as error:
-        print(f"bench failed: {error}", file=sys.stderr)
-        return 1
     if arguments.json:
         print(json.dumps({kind: {n: asdict(r) for n, r in rates.items()} for kind, rates in found.items()}))
         return 0

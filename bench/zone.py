@@ -6,7 +6,6 @@ own start, and, for one change after the other, the time from the commit of the 
 while the zone is verified for the first time, and when the registry is at rest.
 """
 
-import argparse
 import asyncio
 import json
 import math
@@ -30,7 +29,7 @@ from dns.rdatatype import AAAA, RRSIG, SRV, RdataType
 from rich.console import Console
 from rich.table import Table
 
-from bench import pools
+from bench import command, pools
 from bench.processes import rss_mib, settle
 from lab.embedded import RegistryDns
 from lab.nameservers import NameServer
@@ -227,18 +226,14 @@ def _show(figures: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.zone", description=__doc__)
+    parser = command.parser("zone", __doc__)
     parser.add_argument("--servers", type=int, default=20_000)
     parser.add_argument("--changes", type=int, default=100, help="one after the other")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    options = parser.parse_args()
+    options = command.parse(parser)
     if not (4 <= options.servers <= _MAX_SERVERS and 1 <= options.changes <= _MAX_CHANGES):
         parser.error(f"4 to {_MAX_SERVERS} servers and 1 to {_MAX_CHANGES} changes")
-    try:
+    with command.failing(OSError):
         figures = measure(options.servers, options.changes)
-    except (LabError, OSError) as error:
-        print(f"bench failed: {error}", file=sys.stderr)
-        return 1
     if options.json:
         print(json.dumps({"bench": "zone", "results": figures}, indent=1))
     else:

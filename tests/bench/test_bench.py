@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from bench import flood, hostile, ke, ntp
+from bench import command, flood, hostile, ke, ntp
 from bench.contenders import CHRONYD, ECHO, PYTHON, TimeServer, is_native_here, possible
 from bench.load import WINDOW, Load, LoadError
 from bench.native import NativeLoad, has_cargo, program
@@ -19,7 +19,7 @@ from bench.ntp import Question, Questions
 from bench.quality import CONDITIONS, Figure, Seen
 from bench.report import Comparison, Goal, Turn
 from bench.soak import Soak, overflowed
-from lab.processes import wait_until
+from lab.processes import LabError, wait_until
 from nts_core.aead import AeadId, SessionKeys
 from nts_core.cookies import Keyring
 from nts_core.errors import NotAuthentic, WireError
@@ -359,3 +359,15 @@ def test_goals_of_servers_that_are_missing_are_left_out():
 def test_a_server_that_answers_nothing_ends_the_bench():
     with pytest.raises(LoadError, match="python answered nothing"):
         Comparison.run([TimeServer(PYTHON, 1, 0, 0)], 1, lambda _: Turn(0, 9, 0, 2.0, 1), ())
+
+
+@pytest.mark.parametrize("error", [LabError("no room"), LoadError("no room")])
+def test_what_cannot_be_measured_is_told_in_a_line(capsys, error):
+    with pytest.raises(SystemExit) as ended, command.failing(LoadError):
+        raise error
+    assert (ended.value.code, capsys.readouterr().err) == (1, "bench failed: no room\n")
+
+
+def test_an_error_of_ours_is_not_taken_for_one_of_the_machine():
+    with pytest.raises(LoadError), command.failing(OSError):
+        raise LoadError("no room")
