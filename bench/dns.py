@@ -13,6 +13,7 @@ import secrets
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -51,6 +52,8 @@ _IN_ONE_UPDATE = 250
 _TARGETS = 8
 _CHECKED = 5
 _PAYLOAD = 1232
+# Seconds for an answer to one question, and for a part of the zone.
+ANSWERED_WITHIN, _FILLED_WITHIN = 5.0, 30.0
 _SERVICE = "_ntske._tcp.pool.example."
 _DRAWN = "_ntske._tcp.drawn.pool.example."
 _SETS = 256
@@ -110,14 +113,24 @@ def _fill(server: Primary) -> None:
 
 def _send(server: Primary, update: dns.update.UpdateMessage) -> None:
     update.use_tsig(dns.tsig.Key(server.tsig_name, server.tsig_secret, "hmac-sha256"))
-    answer = dns.query.tcp(update, server.address, timeout=30, port=server.port)
+    answer = _ask(dns.query.tcp, update, server, _FILLED_WITHIN)
     if answer.rcode() != dns.rcode.NOERROR:
         raise LoadError(f"the zone was refused: {dns.rcode.to_text(answer.rcode())}")
 
 
 def _answer(server: NameServer, name: str, kind: RdataType) -> dns.message.Message:
     query = dns.message.make_query(name, kind, want_dnssec=True, payload=_PAYLOAD)
-    return dns.query.udp(query, server.address, timeout=5, port=server.port)
+    return _ask(dns.query.udp, query, server, ANSWERED_WITHIN)
+
+
+def _ask(
+    by: Callable[..., dns.message.Message], query: dns.message.Message, server: NameServer, seconds: float
+) -> dns.message.Message:
+    """Raises LoadError when no answer comes."""
+    try:
+        return by(query, server.address, timeout=seconds, port=server.port)
+    except dns.exception.Timeout:
+        raise LoadError(f"no answer to {query.question[0]} within {seconds:g} s") from None
 
 
 def _check(asked: DnsServer, question: str) -> None:

@@ -8,10 +8,11 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 
-from bench import command, flood, hostile, ke, ntp
+from bench import command, dns, flood, hostile, ke, ntp
 from bench.contenders import CHRONYD, ECHO, PYTHON, TimeServer, is_native_here, possible
 from bench.load import WINDOW, Load, LoadError
 from bench.native import NativeLoad, has_cargo, program
@@ -371,3 +372,12 @@ def test_what_cannot_be_measured_is_told_in_a_line(capsys, error):
 def test_an_error_of_ours_is_not_taken_for_one_of_the_machine():
     with pytest.raises(LoadError), command.failing(OSError):
         raise LoadError("no room")
+
+
+def test_a_name_server_that_is_silent_ends_the_bench(monkeypatch):
+    monkeypatch.setattr(dns, "ANSWERED_WITHIN", 0.1)
+    with (
+        udp_server(lambda _: None) as port,
+        pytest.raises(LoadError, match=r"no answer to pool.example. IN DNSKEY within 0.1 s"),
+    ):
+        dns.DnsServer.of("silent", SimpleNamespace(pid=1, address="127.0.0.1", port=port))
