@@ -75,7 +75,7 @@ type Rules = (u32, HashMap<u128, bool>);
 /// What no prefix holds is allowed, unless something is allowed by name: then it is denied, in both families. A look-up
 /// costs one step for each length of prefix in use, however many prefixes there are.
 #[derive(Debug)]
-pub struct AccessList {
+pub(crate) struct AccessList {
     v4: Vec<Rules>,
     v6: Vec<Rules>,
     otherwise: bool,

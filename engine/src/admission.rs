@@ -78,7 +78,7 @@ impl Limits {
     ///
     /// # Errors
     /// A prefix that is both allowed and denied.
-    pub fn access(&self) -> Result<Option<AccessList>, Contradiction> {
+    pub(crate) fn access(&self) -> Result<Option<AccessList>, Contradiction> {
         let is_open = self.allow.is_empty() && self.deny.is_empty();
         if is_open { Ok(None) } else { AccessList::new(&self.allow, &self.deny).map(Some) }
     }
@@ -116,7 +116,7 @@ impl Limits {
     ///
     /// # Errors
     /// A prefix that is both allowed and denied.
-    pub fn ke_admission(&self) -> Result<KeAdmission, Contradiction> {
+    pub(crate) fn ke_admission(&self) -> Result<KeAdmission, Contradiction> {
         Ok(KeAdmission {
             access: self.access()?,
             limiter: self
@@ -242,7 +242,7 @@ impl Admission {
 /// Why a connection is refused before anything is spent on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(usize)]
-pub enum Refused {
+pub(crate) enum Refused {
     /// Its address is not served.
     Denied,
     /// Its address connects too often.
@@ -280,7 +280,7 @@ impl Refused {
 /// An address (or /64) may hold `per_address`, a /48 `per_prefix`, and never more than a quarter, or half, of what is
 /// free at the moment. So the fuller it gets the less each may have, and a newcomer finds a slot until about as many
 /// prefixes hold slots as there are (dynamic thresholds, as in the buffers of switches).
-pub struct Slots {
+pub(crate) struct Slots {
     total: usize,
     taken: usize,
     per_address: usize,
@@ -343,7 +343,7 @@ impl Slots {
 
 /// The whole rule for one connection, by its address: access list, rate, slots, and the cap on all. Made by
 /// `Limits::ke_admission`.
-pub struct KeAdmission {
+pub(crate) struct KeAdmission {
     access: Option<AccessList>,
     limiter: Option<RateLimiter>,
     /// What connections hold, to be given back when they end.

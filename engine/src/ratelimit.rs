@@ -15,9 +15,9 @@ use std::net::IpAddr;
 use siphasher::sip::SipHasher13;
 
 /// Addresses and prefixes remembered by one limiter; 1.1 MB.
-pub const TABLE_ENTRIES: usize = 65_536;
+pub(crate) const TABLE_ENTRIES: usize = 65_536;
 /// A /48 has 256 prefixes of length 56, which is what many providers give to a home.
-pub const WIDE_FACTOR: i64 = 256;
+const WIDE_FACTOR: i64 = 256;
 const WAYS: usize = 16;
 /// In nanoseconds.
 pub(crate) const SECOND: i64 = 1_000_000_000;
@@ -138,7 +138,8 @@ impl RateLimiter {
     }
 
     /// Buckets that are remembered.
-    pub fn remembered(&self) -> usize {
+    #[cfg(test)]
+    fn remembered(&self) -> usize {
         self.places.iter().map(|place| place.octets.iter().filter(|&&octets| octets != 0).count()).sum()
     }
 }
