@@ -73,7 +73,7 @@ def exists(server, name):
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("kills", "lives"), [(4, 1), pytest.param(200, 40, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("kills", "lives"), [(2, 1), pytest.param(200, 40, marks=pytest.mark.long)])
 def test_no_life_and_no_answer_goes_wrong_when_the_dns_server_is_killed(tmp_path, kills, lives):
     with (
         LabPool(tmp_path / "pool", addresses=100, opening_size=1) as pool,
