@@ -285,8 +285,8 @@ def test_each_gets_its_own_answer(engine):
     place = sock.getsockname()[:2]
     with ExitStack() as stack:
         clients = [stack.enter_context(client(place)) for _ in identifiers]
-        for asking, datagram in zip(clients, datagrams, strict=True):
-            asking.send(b"garbage")
+        for number, (asking, datagram) in enumerate(zip(clients, datagrams, strict=True)):
+            clients[number - 1].send(b"garbage")
             asking.send(datagram)
         engine.listen_ntp([sock.detach()])
         for asking, identifier in zip(clients, identifiers, strict=True):
