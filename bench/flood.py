@@ -5,7 +5,6 @@ noise. What an honest client has of a server meanwhile is told by `bench.quality
 `bench.hostile`, while an honest one establishes keys all the time.
 """
 
-import argparse
 import asyncio
 import json
 import secrets
@@ -18,14 +17,13 @@ from multiprocessing import get_context
 from rich.console import Console
 from rich.table import Table
 
-from bench import hostile
+from bench import command, hostile
 from bench.contenders import ADDRESS, AEAD, CHRONYD, NATIVE, PYTHON, Contest, TimeServer, contest, possible
 from bench.load import LoadError
 from bench.native import NativeLoad
 from bench.ntp import nts_questions
 from bench.processes import rss_mib
 from bench.quality import Figure
-from lab.processes import LabError
 from nts_core.client import ClientError, establish
 from nts_core.tls import Trust
 
@@ -193,19 +191,15 @@ def _show(ntp: dict[str, NtpFlood], ke: dict[str, KeFlood]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.flood", description="memory in a flood")
+    parser = command.parser("flood", "memory in a flood")
     parser.add_argument(
         "--seconds", type=float, default=DEFAULT_SECONDS, help="of flood for each server and protocol"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    given = parser.parse_args()
+    given = command.parse(parser)
     if not 0 < given.seconds <= _MAX_SECONDS:
         parser.error(f"at most {_MAX_SECONDS:g} seconds")
-    try:
+    with command.failing(LoadError):
         ntp, ke = floods_of_ntp(given.seconds), floods_of_ke(given.seconds)
-    except (LabError, LoadError) as error:
-        print(f"bench failed: {error}", file=sys.stderr)
-        return 1
     if given.json:
         found = {
             "ntp": {name: asdict(flood) for name, flood in ntp.items()},

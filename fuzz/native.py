@@ -25,7 +25,7 @@ if TYPE_CHECKING or IS_BUILT:
     from member_agent.engines.native import limits_of
 
 
-def limits(**changes: Any) -> "nts_engine.Limits":
+def limits_with(**changes: Any) -> "nts_engine.Limits":
     """Those of an agent with no settings of its own, but for what is changed."""
     return nts_engine.Limits(**limits_of(Limits(), 1) | changes)
 

@@ -118,10 +118,10 @@ impl AccessList {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn prefixes(texts: &[&str]) -> Vec<Prefix> {
+    pub(crate) fn prefixes(texts: &[&str]) -> Vec<Prefix> {
         texts.iter().map(|text| text.parse().unwrap()).collect()
     }
 

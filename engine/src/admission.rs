@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 
 use crate::access::{AccessList, Contradiction, Prefix};
+use crate::labels::labelled;
 use crate::ratelimit::{Cap, Group, RateLimiter, SECOND, TABLE_ENTRIES};
 
 /// An address gets one `KoD` in half a minute, and no more for asking faster.
@@ -143,39 +144,21 @@ struct RatePolicy {
     kiss: u32,
 }
 
-/// What to do with a datagram, by its source address alone.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(usize)]
-pub enum Verdict {
-    /// It is answered.
-    Answer,
-    /// It is dropped: its address asks too often.
-    RateLimited,
-    /// It is dropped: all together ask too often.
-    OverCap,
-    /// It is dropped: its address is not served.
-    Denied,
-    /// It gets `KoD` RATE.
-    KissRate,
-    /// It gets `KoD` DENY.
-    KissDeny,
-}
-
-impl Verdict {
-    /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 6] =
-        [Self::Answer, Self::RateLimited, Self::OverCap, Self::Denied, Self::KissRate, Self::KissDeny];
-
-    /// As the Python engine writes it; of those that drop a datagram, the label of a counter.
-    pub const fn label(self) -> &'static str {
-        match self {
-            Self::Answer => "answer",
-            Self::RateLimited => "rate-limited",
-            Self::OverCap => "over-cap",
-            Self::Denied => "denied",
-            Self::KissRate => "kiss-rate",
-            Self::KissDeny => "kiss-deny",
-        }
+labelled! {
+    /// What to do with a datagram, by its source address alone.
+    pub enum Verdict {
+        /// It is answered.
+        Answer => "answer",
+        /// It is dropped: its address asks too often.
+        RateLimited => "rate-limited",
+        /// It is dropped: all together ask too often.
+        OverCap => "over-cap",
+        /// It is dropped: its address is not served.
+        Denied => "denied",
+        /// It gets `KoD` RATE.
+        KissRate => "kiss-rate",
+        /// It gets `KoD` DENY.
+        KissDeny => "kiss-deny",
     }
 }
 
@@ -239,39 +222,21 @@ impl Admission {
     }
 }
 
-/// Why a connection is refused before anything is spent on it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(usize)]
-pub(crate) enum Refused {
-    /// Its address is not served.
-    Denied,
-    /// Its address connects too often.
-    RateLimited,
-    /// All slots are taken.
-    All,
-    /// Its IPv4 address or IPv6 /64 holds its share of slots.
-    OfAddress,
-    /// Its /48 holds its share of slots.
-    OfPrefix,
-    /// All together connect too often.
-    OverCap,
-}
-
-impl Refused {
-    /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 6] =
-        [Self::Denied, Self::RateLimited, Self::All, Self::OfAddress, Self::OfPrefix, Self::OverCap];
-
-    /// The label of a counter, as the Python engine has it.
-    pub const fn label(self) -> &'static str {
-        match self {
-            Self::Denied => "denied",
-            Self::RateLimited => "rate-limited",
-            Self::All => "too-many-connections",
-            Self::OfAddress => "too-many-of-address",
-            Self::OfPrefix => "too-many-of-prefix",
-            Self::OverCap => "over-cap",
-        }
+labelled! {
+    /// Why a connection is refused before anything is spent on it.
+    pub(crate) enum Refused {
+        /// Its address is not served.
+        Denied => "denied",
+        /// Its address connects too often.
+        RateLimited => "rate-limited",
+        /// All slots are taken.
+        All => "too-many-connections",
+        /// Its IPv4 address or IPv6 /64 holds its share of slots.
+        OfAddress => "too-many-of-address",
+        /// Its /48 holds its share of slots.
+        OfPrefix => "too-many-of-prefix",
+        /// All together connect too often.
+        OverCap => "over-cap",
     }
 }
 
@@ -374,25 +339,9 @@ impl KeAdmission {
 
 #[cfg(test)]
 mod tests {
-    use std::net::{Ipv4Addr, Ipv6Addr};
-
     use super::*;
-
-    const NOW: i64 = 1_000_000_000_000_000;
-    const V4: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
-    const V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 1, 0, 0, 0, 1));
-
-    fn any_v4() -> IpAddr {
-        Ipv4Addr::from_bits(rand::random()).into()
-    }
-
-    fn in_48(subnet: u16) -> IpAddr {
-        Ipv6Addr::new(0x2001, 0xdb8, 0, subnet, 0, 0, 0, 0).into()
-    }
-
-    fn prefixes(texts: &[&str]) -> Vec<Prefix> {
-        texts.iter().map(|text| text.parse().unwrap()).collect()
-    }
+    use crate::access::tests::prefixes;
+    use crate::ratelimit::tests::{NOW, V4, V6, any_v4, in_48};
 
     fn admission(limits: &Limits, drawn: &'static [u32]) -> Admission {
         let mut drawn = drawn.iter().cycle();

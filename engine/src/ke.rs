@@ -17,6 +17,7 @@ use zeroize::Zeroizing;
 
 use crate::aead::{AeadId, LONGEST_KEY, SessionKeys};
 use crate::cookies::{self, Keyring, MAX_COOKIES};
+use crate::labels::labelled;
 use crate::records::{self, MessageReader, Record, WireError, uint16_list};
 use crate::siv;
 
@@ -30,54 +31,25 @@ const UNRECOGNIZED_CRITICAL_RECORD: u16 = 0;
 const BAD_REQUEST: u16 = 1;
 const INTERNAL_SERVER_ERROR: u16 = 2;
 
-/// What became of a request; the label of a counter.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(usize)]
-pub enum Outcome {
-    /// Cookies were given.
-    Ok,
-    /// It was malformed.
-    BadRequest,
-    /// It asks for other protocols than ours.
-    NoProtocol,
-    /// It asks for other algorithms than ours.
-    NoAead,
-    /// It has a critical record that nobody knows.
-    UnknownCritical,
-    /// It did not come in time.
-    Timeout,
-    /// It ended too early.
-    CutShort,
-    /// We failed by a fault of our own.
-    InternalError,
-}
-
-impl Outcome {
-    /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 8] = [
-        Self::Ok,
-        Self::BadRequest,
-        Self::NoProtocol,
-        Self::NoAead,
-        Self::UnknownCritical,
-        Self::Timeout,
-        Self::CutShort,
-        Self::InternalError,
-    ];
-
-    /// The label, as the Python engine has it.
-    #[must_use]
-    pub const fn label(self) -> &'static str {
-        match self {
-            Self::Ok => "ok",
-            Self::BadRequest => "bad-request",
-            Self::NoProtocol => "no-protocol",
-            Self::NoAead => "no-aead",
-            Self::UnknownCritical => "unknown-critical",
-            Self::Timeout => "timeout",
-            Self::CutShort => "cut-short",
-            Self::InternalError => "internal-error",
-        }
+labelled! {
+    /// What became of a request; the label of a counter.
+    pub enum Outcome {
+        /// Cookies were given.
+        Ok => "ok",
+        /// It was malformed.
+        BadRequest => "bad-request",
+        /// It asks for other protocols than ours.
+        NoProtocol => "no-protocol",
+        /// It asks for other algorithms than ours.
+        NoAead => "no-aead",
+        /// It has a critical record that nobody knows.
+        UnknownCritical => "unknown-critical",
+        /// It did not come in time.
+        Timeout => "timeout",
+        /// It ended too early.
+        CutShort => "cut-short",
+        /// We failed by a fault of our own.
+        InternalError => "internal-error",
     }
 }
 

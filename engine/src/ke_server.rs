@@ -22,6 +22,7 @@ use crate::admission::{KeAdmission, Limits, Refused};
 use crate::aead::AeadId;
 use crate::cookies::Keyring;
 use crate::ke::{self, KeReply, KeServer, KeTerms, NoKeys, NtpService, Outcome};
+use crate::labels::labelled;
 use crate::ntp_server::{Counter, Shared};
 use crate::threads::{Answer, Threads, WAKE};
 use crate::tls::{Credentials, TlsChannel};
@@ -47,40 +48,21 @@ const MAX_SERVICES: usize = 256;
 /// certificate of these names; None when that cannot be told, which is a fault of ours.
 pub type ServiceAt = Arc<dyn Fn(&str, &[String]) -> Option<NtpService> + Send + Sync>;
 
-/// How a connection ended that brought no request; or why none came to be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(usize)]
-pub enum Trouble {
-    /// The deadline passed before TLS was established.
-    TlsTimeout,
-    /// The peer does not speak TLS 1.3 as we do.
-    TlsFailed,
-    /// The peer went away.
-    ConnectionLost,
-    /// The peer sent more than anybody needs to.
-    TooLong,
-    /// The network took a connection away before it was accepted.
-    AcceptError,
-    /// There was no descriptor for a connection.
-    NoDescriptor,
-}
-
-impl Trouble {
-    /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 6] =
-        [Self::TlsTimeout, Self::TlsFailed, Self::ConnectionLost, Self::TooLong, Self::AcceptError, Self::NoDescriptor];
-
-    /// The label of a counter, as the Python engine has it.
-    #[must_use]
-    pub const fn label(self) -> &'static str {
-        match self {
-            Self::TlsTimeout => "tls-timeout",
-            Self::TlsFailed => "tls-failed",
-            Self::ConnectionLost => "connection-lost",
-            Self::TooLong => "too-long",
-            Self::AcceptError => "accept-error",
-            Self::NoDescriptor => "no-descriptor",
-        }
+labelled! {
+    /// How a connection ended that brought no request; or why none came to be.
+    pub enum Trouble {
+        /// The deadline passed before TLS was established.
+        TlsTimeout => "tls-timeout",
+        /// The peer does not speak TLS 1.3 as we do.
+        TlsFailed => "tls-failed",
+        /// The peer went away.
+        ConnectionLost => "connection-lost",
+        /// The peer sent more than anybody needs to.
+        TooLong => "too-long",
+        /// The network took a connection away before it was accepted.
+        AcceptError => "accept-error",
+        /// There was no descriptor for a connection.
+        NoDescriptor => "no-descriptor",
     }
 }
 

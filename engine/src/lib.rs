@@ -14,6 +14,7 @@ pub mod batch;
 pub mod cookies;
 pub mod ke;
 pub mod ke_server;
+mod labels;
 pub mod ntp_server;
 pub mod ntptime;
 pub mod packet;

@@ -173,15 +173,15 @@ impl Cap {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::collections::HashSet;
     use std::net::{Ipv4Addr, Ipv6Addr};
 
     use super::*;
 
-    const NOW: i64 = 1_000_000_000_000_000;
-    const V4: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
-    const V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 1, 0, 0, 0, 1));
+    pub(crate) const NOW: i64 = 1_000_000_000_000_000;
+    pub(crate) const V4: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
+    pub(crate) const V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 1, 0, 0, 0, 1));
 
     fn limiter(burst: u32, entries: usize) -> RateLimiter {
         RateLimiter::new(SECOND, burst, rand::random(), entries)
@@ -191,11 +191,11 @@ mod tests {
         (0..count).filter(|_| limiter.take(who, now)).count()
     }
 
-    fn any_v4() -> IpAddr {
+    pub(crate) fn any_v4() -> IpAddr {
         Ipv4Addr::from_bits(rand::random()).into()
     }
 
-    fn in_48(subnet: u16) -> IpAddr {
+    pub(crate) fn in_48(subnet: u16) -> IpAddr {
         Ipv6Addr::new(0x2001, 0xdb8, 0, subnet, 0, 0, 0, 0).into()
     }
 

@@ -7,6 +7,7 @@ use arrayvec::ArrayVec;
 
 use crate::aead::{self, Aead, text_in};
 use crate::cookies::{self, Keyring, MAX_COOKIES, Recognised, Role};
+use crate::labels::labelled;
 use crate::ntptime;
 use crate::packet::{
     AUTHENTICATOR, Asked, Authenticator, CLIENT, COOKIE, COOKIE_PLACEHOLDER, ClockState, Field, Fields, HEADER,
@@ -47,59 +48,25 @@ impl Kiss {
     }
 }
 
-/// What became of a datagram; the label of a counter.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(usize)]
-pub enum Outcome {
-    Time,
-    NtsTime,
-    Ntsn,
-    KissRate,
-    KissDeny,
-    Malformed,
-    Mode,
-    Version,
-    LegacyMac,
-    IncompleteNts,
-    TooShortForAnswer,
-}
-
-impl Outcome {
-    /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 11] = [
-        Self::Time,
-        Self::NtsTime,
-        Self::Ntsn,
-        Self::KissRate,
-        Self::KissDeny,
-        Self::Malformed,
-        Self::Mode,
-        Self::Version,
-        Self::LegacyMac,
-        Self::IncompleteNts,
-        Self::TooShortForAnswer,
-    ];
-
-    /// The label, as the Python engine has it.
-    #[must_use]
-    pub const fn label(self) -> &'static str {
-        match self {
-            Self::Time => "time",
-            Self::NtsTime => "nts-time",
-            Self::Ntsn => "ntsn",
-            Self::KissRate => "kiss-rate",
-            Self::KissDeny => "kiss-deny",
-            Self::Malformed => "malformed",
-            Self::Mode => "mode",
-            Self::Version => "version",
-            Self::LegacyMac => "legacy-mac",
-            Self::IncompleteNts => "incomplete-nts",
-            Self::TooShortForAnswer => "too-short-for-answer",
-        }
+labelled! {
+    /// What became of a datagram; the label of a counter.
+    pub enum Outcome {
+        Time => "time",
+        NtsTime => "nts-time",
+        Ntsn => "ntsn",
+        KissRate => "kiss-rate",
+        KissDeny => "kiss-deny",
+        Malformed => "malformed",
+        Mode => "mode",
+        Version => "version",
+        LegacyMac => "legacy-mac",
+        IncompleteNts => "incomplete-nts",
+        TooShortForAnswer => "too-short-for-answer",
     }
 }
 
-/// A datagram that came, when it came (Unix nanoseconds to be served), and what it is to get instead of the time.
+/// A datagram that came, when it came (Unix nanoseconds to be served), and the kiss (RATE or DENY) that it is to get instead
+/// of the time.
 #[derive(Clone, Copy)]
 pub struct Request<'a> {
     pub datagram: &'a [u8],

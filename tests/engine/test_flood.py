@@ -9,7 +9,7 @@ import pytest
 
 from bench.load import WINDOW, Load
 from bench.ntp import Question
-from fuzz.native import NOT_BUILT, limits
+from fuzz.native import NOT_BUILT, limits_with
 from member_agent.ntp_server import prepare
 from member_agent.sockets import Endpoint, bind_shared
 from nts_core import ntptime
@@ -37,7 +37,7 @@ def port():
     """Of an engine with one thread."""
     clock = nts_engine.Clock(**CLOCK, reference_id=b"TEST", reference=0)
     ring = nts_engine.Keyring([(key.id, key.secret) for key in RING.keys])
-    with closing(nts_engine.Engine(1, limits(), [15], ring, clock)) as engine:
+    with closing(nts_engine.Engine(1, limits_with(), [15], ring, clock)) as engine:
         (sock,) = bind_shared(Endpoint(HOST, 0), socket.SOCK_DGRAM, 1)
         prepare(sock)
         port = sock.getsockname()[1]

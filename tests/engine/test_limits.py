@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fuzz.native import NOT_BUILT
-from fuzz.native import limits as limits_with
+from fuzz.native import NOT_BUILT, limits_with
 from nts_core.ratelimit import AccessList, Admission, Cap, RatePolicy, Slots
 
 nts_engine = pytest.importorskip("nts_engine", reason=NOT_BUILT)

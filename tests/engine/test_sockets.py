@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fuzz.native import NOT_BUILT, limits
+from fuzz.native import NOT_BUILT, limits_with
 from lab.processes import wait_until
 from member_agent.config import MAX_WORKERS
 from member_agent.ntp_server import prepare
@@ -48,7 +48,9 @@ def native(ring):
 
 
 def new_engine(threads=1, **changes):
-    return nts_engine.Engine(threads, limits(**changes), [15], native(RINGS[0]), nts_engine.Clock(**CLOCK))
+    return nts_engine.Engine(
+        threads, limits_with(**changes), [15], native(RINGS[0]), nts_engine.Clock(**CLOCK)
+    )
 
 
 @pytest.fixture
@@ -57,13 +59,23 @@ def engine():
         yield found
 
 
-def listen(engine, host="127.0.0.1", port=0):
-    """The number to leave by, and where the engine answers now."""
+def bound(engine, host="127.0.0.1", port=0):
+    """A socket for each thread that is not heard yet, and their place."""
     sockets = bind_shared(Endpoint(host, port), socket.SOCK_DGRAM, engine.threads)
     for sock in sockets:
         prepare(sock)
-    place = sockets[0].getsockname()[:2]
-    return engine.listen_ntp([sock.detach() for sock in sockets]), place
+    return sockets, sockets[0].getsockname()[:2]
+
+
+def hear(engine, sockets):
+    """The number to leave by."""
+    return engine.listen_ntp([sock.detach() for sock in sockets])
+
+
+def listen(engine, host="127.0.0.1", port=0):
+    """The number to leave by, and where the engine answers now."""
+    sockets, place = bound(engine, host, port)
+    return hear(engine, sockets), place
 
 
 def client(place, source=None):
@@ -231,14 +243,13 @@ def test_a_cookie_of_the_key_made_ahead_and_of_an_unknown_one(engine):
 @contextmanager
 def waiting(engine, datagrams):
     """A client whose requests were all there before the engine looks: they come in batches of 64."""
-    (sock,) = bind_shared(Endpoint("127.0.0.1", 0), socket.SOCK_DGRAM, 1)
-    prepare(sock)
-    with client(sock.getsockname()[:2]) as asking:
+    sockets, place = bound(engine)
+    with client(place) as asking:
         asking.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
         for datagram in datagrams:
             asking.send(datagram)
         time.sleep(0.05)  # the engine's thread is asleep by then
-        engine.listen_ntp([sock.detach()])
+        hear(engine, sockets)
         yield asking
 
 
@@ -280,15 +291,13 @@ def test_each_gets_its_own_answer(engine):
     forged = [*datagrams[0]]
     forged[48 + 36 + 60] ^= 1
     datagrams[0] = bytes(forged)
-    (sock,) = bind_shared(Endpoint("127.0.0.1", 0), socket.SOCK_DGRAM, 1)
-    prepare(sock)
-    place = sock.getsockname()[:2]
+    sockets, place = bound(engine)
     with ExitStack() as stack:
         clients = [stack.enter_context(client(place)) for _ in identifiers]
         for number, (asking, datagram) in enumerate(zip(clients, datagrams, strict=True)):
             clients[number - 1].send(b"garbage")
             asking.send(datagram)
-        engine.listen_ntp([sock.detach()])
+        hear(engine, sockets)
         for asking, identifier in zip(clients, identifiers, strict=True):
             assert asking.recv(4096)[52:84] == identifier
     counted(engine, ntsn=1, nts_time=7, malformed=8)
